@@ -1,0 +1,105 @@
+"""Dask: nothing is computed here; every result is a graph.
+
+Needs: dask[array] over NumPy blocks. Dask's own QR and SVD take 2-D arrays only, so batches go block
+by block, and small matrices go whole to one worker.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask import delayed
+
+from slra._backends.agnostic import GaussianBlock, Primitives, gaussian_blocks
+from slra._typing import Array
+
+__all__ = ["DaskPrimitives"]
+
+
+def _thin_svd(b: Any) -> tuple[Any, Any, Any]:
+    u, s, vh = np.linalg.svd(b, full_matrices=False)
+    return u, s, vh
+
+
+def _real_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.empty(0, dtype).real.dtype
+
+
+def _draw(block: GaussianBlock, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    return block.draw().astype(dtype)
+
+
+def _by_matrix(
+    function: Callable[..., Any], signature: str, *xs: Array, dtypes: list[Any], **sizes: int
+) -> Any:
+    """Apply a NumPy function lazily to whole matrices, batch by batch."""
+    whole = [x.rechunk({x.ndim - 2: -1, x.ndim - 1: -1}) for x in xs]
+    # Meta rather than output_dtypes: Dask would cast a complex meta to the real dtype of S, with a warning.
+    outputs = signature.split("->")[1].split("),(")
+    metas = [
+        np.empty((0,) * (xs[0].ndim - 2 + output.count(",") + 1), dtype=dtype)
+        for output, dtype in zip(outputs, dtypes, strict=True)
+    ]
+    return da.apply_gufunc(
+        function,
+        signature,
+        *whole,
+        meta=tuple(metas) if len(metas) > 1 else metas[0],
+        output_sizes=sizes,
+    )
+
+
+class DaskPrimitives(Primitives):
+    """Overrides for Dask."""
+
+    def is_eager(self, x: Array) -> bool:
+        """Say no: reading a value would compute the graph."""
+        return False
+
+    def refusal(self, x: Array) -> str | None:
+        """Refuse shapes that are not known before the graph is computed."""
+        if any(np.isnan(n) for n in x.shape):
+            return f"an array of unknown shape {x.shape}; call compute_chunk_sizes() first"
+        return None
+
+    def qr(self, y: Array) -> tuple[Array, Array]:
+        """Tall-and-skinny QR for a matrix chunked by rows; batches by LAPACK, each matrix whole."""
+        if y.ndim == 2:
+            q, r = da.linalg.qr(y.rechunk({1: -1}))
+            return q, r
+        k = min(y.shape[-2:])
+        q, r = _by_matrix(np.linalg.qr, "(m,n)->(m,k),(k,n)", y, dtypes=[y.dtype] * 2, k=k)
+        return q, r
+
+    def small_svd(self, b: Array) -> tuple[Array, Array, Array]:
+        """LAPACK on one worker, each matrix whole."""
+        dtypes = [b.dtype, _real_dtype(b.dtype), b.dtype]
+        k = min(b.shape[-2:])
+        u, s, vh = _by_matrix(_thin_svd, "(m,n)->(m,k),(k),(k,n)", b, dtypes=dtypes, k=k)
+        return u, s, vh
+
+    def small_eigh(self, g: Array) -> tuple[Array, Array]:
+        """LAPACK on one worker, each matrix whole."""
+        w, v = _by_matrix(
+            np.linalg.eigh, "(n,n)->(n),(n,n)", g, dtypes=[_real_dtype(g.dtype), g.dtype]
+        )
+        return w, v
+
+    def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
+        """Solve on one worker, each matrix whole."""
+        a = self.xp.tril(a) if lower else self.xp.triu(a)
+        return _by_matrix(np.linalg.solve, "(n,n),(n,k)->(n,k)", a, b, dtypes=[b.dtype])
+
+    def test_matrix(self, shape: tuple[int, ...], rng: np.random.Generator, like: Array) -> Array:
+        """Draw each block where it is needed."""
+        blocks = [
+            da.from_delayed(
+                delayed(_draw)(block, like.dtype),
+                shape=block.shape,
+                dtype=like.dtype,
+                meta=np.empty((0,) * len(block.shape), dtype=like.dtype),
+            )
+            for block in gaussian_blocks(shape, rng, is_complex=self.is_complex(like))
+        ]
+        return da.concatenate(blocks, axis=-2)

@@ -1,0 +1,42 @@
+"""JAX: traced arrays have no values, and uncommitted ones no device of their own.
+
+Needs: jax. Under jit, grad and vmap nothing here looks at a value.
+"""
+
+from typing import Any
+
+import jax
+import jax.scipy.linalg
+
+from slra._backends.agnostic import Primitives
+from slra._typing import Array
+
+__all__ = ["JaxPrimitives"]
+
+
+class JaxPrimitives(Primitives):
+    """Overrides for JAX."""
+
+    def is_eager(self, x: Array) -> bool:
+        """Tracers (jit, grad, vmap) cannot be read."""
+        return not isinstance(x, jax.core.Tracer)
+
+    def freezes_draws(self, x: Array) -> bool:
+        """Say whether ``x`` is traced: a NumPy draw is not."""
+        return isinstance(x, jax.core.Tracer)
+
+    def device(self, x: Array) -> Any:
+        """Only a committed array insists on where it is."""
+        if isinstance(x, jax.core.Tracer) or not x.committed:
+            return None
+        return frozenset(x.devices())
+
+    def creation_device(self, like: Array) -> Any:
+        """Beside a traced or sharded array stay uncommitted: JAX then moves it where it is needed."""
+        if isinstance(like, jax.core.Tracer) or len(like.devices()) > 1:
+            return None
+        return like.device
+
+    def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
+        """Solve by substitution."""
+        return jax.scipy.linalg.solve_triangular(a, b, lower=lower)

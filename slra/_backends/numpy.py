@@ -1,0 +1,33 @@
+"""NumPy: results written in place, triangular solves by LAPACK.
+
+Needs: numpy, scipy. Reads its input only, which may be read-only.
+"""
+
+import numpy as np
+import scipy.linalg
+
+from slra._backends.agnostic import Primitives
+from slra._typing import Array
+
+__all__ = ["NumpyPrimitives"]
+
+
+class NumpyPrimitives(Primitives):
+    """Overrides for NumPy."""
+
+    def refusal(self, x: Array) -> str | None:
+        """Refuse masked arrays: their arithmetic is not an array's."""
+        if isinstance(x, np.ma.MaskedArray):
+            return "a masked array, whose mask would be lost; fill it first"
+        return None
+
+    def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
+        """Solve by substitution (LAPACK trtrs)."""
+        return scipy.linalg.solve_triangular(a, b, lower=lower, check_finite=False)
+
+    def soft_threshold(self, x: Array, tau: Array | float) -> Array:
+        """Clip and subtract, in one new array."""
+        if self.is_complex(x):
+            return super().soft_threshold(x, tau)
+        out = np.clip(x, -tau, tau)
+        return np.subtract(x, out, out=out)

@@ -1,0 +1,39 @@
+"""The result of a singular value decomposition, and the rule that makes it unique."""
+
+from typing import NamedTuple
+
+from slra._backends import Primitives
+from slra._typing import Array
+
+__all__ = ["SVDResult", "fix_signs"]
+
+
+class SVDResult(NamedTuple):
+    """Truncated singular value decomposition, ``x ~ (U * S) @ Vh``.
+
+    Attributes
+    ----------
+    U : array, shape (..., m, k)
+        Left singular vectors, orthonormal columns.
+    S : array, shape (..., k)
+        Singular values, real, descending.
+    Vh : array, shape (..., k, n)
+        Conjugate transpose of the right singular vectors, orthonormal rows.
+    """
+
+    U: Array
+    S: Array
+    Vh: Array
+
+
+def fix_signs(U: Array, S: Array, Vh: Array, table: Primitives) -> SVDResult:
+    """Make the entry of largest modulus in each column of ``U`` real and positive, lowest index on ties."""
+    xp = table.xp
+    first = xp.argmax(xp.abs(U), axis=-2)[..., None, :]
+    rows = xp.arange(U.shape[-2], device=table.creation_device(U))[:, None]
+    pivot = xp.sum(xp.where(rows == first, U, xp.zeros_like(U)), axis=-2)
+    size = xp.abs(pivot)
+    phase = pivot / xp.where(size == 0, xp.ones_like(size), size)
+    phase = xp.where(size == 0, xp.ones_like(phase), phase)
+    turn = xp.conj(phase) if table.is_complex(U) else phase
+    return SVDResult(U * turn[..., None, :], S, Vh * phase[..., :, None])

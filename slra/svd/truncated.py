@@ -1,0 +1,74 @@
+"""Deterministic truncated SVD: QR to a small square, LAPACK's SVD of that."""
+
+from slra._backends import Primitives
+from slra._backends.agnostic import matrix_h
+from slra._typing import Array
+from slra._validate import check_finite, check_matrix, check_rank, promote, resolve
+from slra.svd._result import SVDResult, fix_signs
+
+__all__ = ["thin_svd", "truncated_svd"]
+
+
+def truncated_svd(x: Array, rank: int | None = None) -> SVDResult:
+    """Leading singular triplets, by a deterministic method.
+
+    Parameters
+    ----------
+    x : array, shape (..., m, n)
+        Real or complex floating; half precision is computed in float32.
+    rank : int, optional
+        Number of triplets, at most ``min(m, n)``, which is the default.
+
+    Returns
+    -------
+    SVDResult
+        ``U`` (..., m, rank), ``S`` (..., rank), ``Vh`` (..., rank, n), in the dtype of ``x`` (``S`` real).
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is not a floating array, or ``rank`` not an int.
+    ValueError
+        If ``x`` has fewer than two axes, an empty axis, or NaN or infinity where values can be looked at; if ``rank``
+        is out of range.
+
+    Notes
+    -----
+    ``x = Q R`` on the long side, then ``R = U' S Vh``; the sign rule is that of `randomized_svd`.
+
+    References
+    ----------
+    T. F. Chan, An improved algorithm for computing the singular value decomposition,
+    ACM Transactions on Mathematical Software 8 (1982), 72-83.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> U, S, Vh = slra.truncated_svd(np.diag([3.0, 2.0, 1.0]), 2)
+    >>> S.tolist()
+    [3.0, 2.0]
+    """
+    table = resolve(x=x)
+    check_matrix(x, "x")
+    limit = min(x.shape[-2:])
+    if rank is None:
+        rank = limit
+    rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
+    promoted = promote(table, x=x)
+    (work,) = promoted.arrays
+    check_finite(table, work, "x")
+    U, S, Vh = thin_svd(work, table)
+    factors = fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :], table)
+    return SVDResult(*promoted.answer(table, *factors))
+
+
+def thin_svd(x: Array, table: Primitives) -> tuple[Array, Array, Array]:
+    """All ``min(m, n)`` singular triplets of a validated ``x``; signs as they come."""
+    xp = table.xp
+    if x.shape[-2] < x.shape[-1]:
+        V, S, Uh = thin_svd(matrix_h(x, xp), table)
+        return matrix_h(Uh, xp), S, matrix_h(V, xp)
+    Q, R = table.qr(x)
+    U, S, Vh = table.small_svd(R)
+    return Q @ U, S, Vh

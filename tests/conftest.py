@@ -1,0 +1,81 @@
+"""Fixtures, and the table of backends that closes a run."""
+
+import contextlib
+import importlib.util
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+import pytest
+
+import slra
+from tests.backends import BACKENDS, other_device
+
+if importlib.util.find_spec("jax") is not None:
+    import jax
+
+    # Before the first array: several devices on the CPU, and double precision where it is asked for.
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(params=list(BACKENDS))
+def xp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Array namespace of each backend in turn; `slra` is wrapped as the backend asks."""
+    backend = BACKENDS[request.param]
+    if reason := backend.missing():
+        pytest.skip(reason)
+    for marker in request.node.iter_markers("eager_only"):
+        if "eager" in backend.lacks:
+            pytest.skip(marker.args[0])
+    for marker in request.node.iter_markers("needs"):
+        if marker.args[0] in backend.lacks:
+            pytest.skip(backend.lacks[marker.args[0]])
+    for module in (slra, slra.prox):
+        for name in module.__all__:
+            function = getattr(module, name)
+            if isinstance(function, FunctionType):
+                monkeypatch.setattr(module, name, backend.wrap(function, request))
+    with backend.enter() as namespace:
+        yield namespace
+
+
+@pytest.fixture
+def device(xp: Any) -> Iterator[Any]:
+    """Device on which arrays of ``xp`` are not created by default."""
+    with contextlib.ExitStack() as stack:
+        yield other_device(xp, stack)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Note the backend of each test where its report can carry it."""
+    for item in items:
+        params = getattr(item, "callspec", None)
+        backend = params.params.get("xp") if params else None
+        if backend is not None:
+            item.user_properties.append(("backend", backend))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what passed and what was skipped on each backend, and why."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            backend = dict(getattr(report, "user_properties", ())).get("backend")
+            if backend is None:
+                continue
+            counts[backend][outcome] += 1
+            if outcome == "skipped":
+                reasons[backend][report.longrepr[2].removeprefix("Skipped: ")] += 1
+    if not counts:
+        return
+    terminalreporter.section("backends")
+    for backend in filter(counts.__contains__, BACKENDS):
+        tally = counts[backend]
+        why = "; ".join(f"{reason} ({n})" for reason, n in reasons[backend].most_common())
+        terminalreporter.write_line(
+            f"{backend:17} {tally['passed']:5} passed {tally['failed'] + tally['error']:3} failed "
+            f"{tally['skipped']:4} skipped  {why}"
+        )

@@ -1,0 +1,139 @@
+"""Singular value decompositions against LAPACK in double precision."""
+
+import numpy as np
+import pytest
+
+import slra
+from tests.backends import to_numpy, to_xp
+
+EPS = {"float32": np.finfo("float32").eps, "float64": np.finfo("float64").eps}
+EPS |= {"complex64": EPS["float32"], "complex128": EPS["float64"]}
+
+
+def with_spectrum(sigma, m, n, dtype, batch=(), seed=0):
+    """Return matrices with the given singular values and random singular vectors."""
+    rng = np.random.default_rng(seed)
+
+    def orthonormal(rows):
+        g = rng.standard_normal((*batch, rows, len(sigma)))
+        if np.issubdtype(dtype, np.complexfloating):
+            g = g + 1j * rng.standard_normal(g.shape)
+        return np.linalg.qr(g)[0]
+
+    return ((orthonormal(m) * sigma) @ np.conj(orthonormal(n)).swapaxes(-1, -2)).astype(dtype)
+
+
+def relative_gap(sigma, rank):
+    """Smallest gap between the first ``rank`` singular values and their neighbours, over sigma_1."""
+    return np.min(-np.diff(sigma[: rank + 1])) / sigma[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (2, 3, 40, 30)], ids=str)
+def test_randomized_svd_is_near_optimal(xp, shape, dtype):
+    sigma = 0.5 ** np.arange(30)
+    a = with_spectrum(sigma, *shape[-2:], dtype, shape[:-2])
+    U, S, Vh = map(to_numpy, slra.randomized_svd(to_xp(xp, a), 5, rng=0))
+    assert U.dtype == Vh.dtype == a.dtype
+    assert S.dtype == a.real.dtype
+    assert U.shape == (*shape[:-1], 5)
+    error = np.linalg.norm(a - (U * S[..., None, :]) @ Vh, axis=(-2, -1))
+    best = np.linalg.norm(sigma[5:])
+    assert np.all(error <= 1.01 * best + 100 * EPS[dtype] * np.linalg.norm(sigma))
+    # The spectrum is known exactly up to the rounding of the input, which is eps * sigma_1.
+    np.testing.assert_allclose(S, np.broadcast_to(sigma[:5], S.shape), atol=20 * EPS[dtype])
+    eye = np.eye(5)
+    for Q in (U, np.conj(Vh).swapaxes(-1, -2)):
+        gram = np.conj(Q).swapaxes(-1, -2) @ Q
+        assert np.max(np.abs(gram - eye)) <= 50 * EPS[dtype] * np.sqrt(5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("function", ["randomized_svd", "truncated_svd"])
+def test_same_factors_on_every_backend(xp, function, dtype):
+    sigma = 1 / np.arange(1.0, 31)
+    a = with_spectrum(sigma, 50, 30, dtype)
+    options = {"rng": 7} if function == "randomized_svd" else {}
+    result = getattr(slra, function)(to_xp(xp, a), 4, **options)
+    reference = getattr(slra, function)(a, 4, **options)
+    U, S, Vh = map(to_numpy, result)
+    tol = 100 * EPS[dtype] / relative_gap(sigma, 4)
+    np.testing.assert_allclose(S, reference.S, atol=100 * EPS[dtype])
+    np.testing.assert_allclose(U, reference.U, atol=tol)
+    np.testing.assert_allclose(Vh, reference.Vh, atol=tol)
+
+
+def test_same_product_where_the_spectrum_has_no_gap(xp):
+    a = with_spectrum(np.asarray([1.0, 1, 1, 1e-3, 1e-3, 1e-4]), 40, 25, "float64")
+    U, S, Vh = map(to_numpy, slra.randomized_svd(to_xp(xp, a), 3, n_oversamples=2, rng=3))
+    reference = slra.randomized_svd(a, 3, n_oversamples=2, rng=3)
+    np.testing.assert_allclose(
+        (U * S) @ Vh, (reference.U * reference.S) @ reference.Vh, atol=1000 * EPS["float64"]
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_sign_rule(xp, dtype):
+    a = with_spectrum(0.7 ** np.arange(12), 30, 20, dtype)
+    U = to_numpy(slra.randomized_svd(to_xp(xp, a), 6, n_oversamples=2, rng=1).U)
+    pivots = U[np.argmax(np.abs(U), axis=0), np.arange(6)]
+    assert np.all(pivots.real > 0)
+    assert np.all(np.abs(pivots.imag) <= 4 * EPS[dtype])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (7, 7)], ids=str)
+def test_full_rank_is_exact(xp, shape):
+    a = np.random.default_rng(0).standard_normal(shape)
+    for U, S, Vh in (
+        map(to_numpy, slra.truncated_svd(to_xp(xp, a))),
+        map(to_numpy, slra.randomized_svd(to_xp(xp, a), min(shape), rng=0)),
+    ):
+        np.testing.assert_allclose((U * S) @ Vh, a, atol=50 * EPS["float64"])
+        np.testing.assert_allclose(S, np.linalg.svd(a, compute_uv=False), atol=50 * EPS["float64"])
+
+
+def test_zero_matrix_has_orthonormal_vectors(xp):
+    U, S, Vh = map(to_numpy, slra.randomized_svd(to_xp(xp, np.zeros((20, 15))), 3, rng=0))
+    assert np.all(S == 0)
+    np.testing.assert_allclose(U.T @ U, np.eye(3), atol=50 * EPS["float64"])
+    np.testing.assert_allclose(Vh @ Vh.T, np.eye(3), atol=50 * EPS["float64"])
+
+
+def test_half_precision_is_computed_in_single(xp):
+    if not hasattr(xp, "float16"):
+        pytest.skip("no float16 here")
+    a = with_spectrum(0.5 ** np.arange(8), 20, 12, "float64").astype("float16")
+    U, S, Vh = slra.randomized_svd(to_xp(xp, a), 3, rng=0)
+    assert U.dtype == S.dtype == Vh.dtype == xp.float16
+    exact = np.linalg.svd(a.astype("float64"), compute_uv=False)[:3]
+    np.testing.assert_allclose(to_numpy(S), exact, rtol=np.finfo("float16").eps)
+
+
+def test_test_matrix_replaces_the_draw(xp):
+    a = with_spectrum(1 / np.arange(1.0, 21), 40, 20, "float64")
+    omega = np.random.default_rng(5).standard_normal((20, 6))
+    result = slra.randomized_svd(to_xp(xp, a), 2, test_matrix=to_xp(xp, omega))
+    reference = slra.randomized_svd(a, 2, test_matrix=omega)
+    np.testing.assert_allclose(to_numpy(result.U), reference.U, atol=1e-12)
+
+
+def test_result_stays_on_the_device_of_the_input(xp, device):
+    a = xp.asarray(with_spectrum(0.5 ** np.arange(8), 20, 12, "float64"), device=device)
+    for x in slra.randomized_svd(a, 3, n_oversamples=2, rng=0):
+        assert x.device == a.device
+
+
+def test_batch_elements_meet_different_test_matrices():
+    from array_api_compat import numpy as xp
+
+    from slra._backends import primitives
+
+    omega = primitives(xp).test_matrix((2, 9, 3), np.random.default_rng(0), np.zeros(1))
+    assert np.max(np.abs(omega[0] - omega[1])) > 0.1
+
+
+def test_a_draw_inside_jit_must_be_repeatable():
+    jax = pytest.importorskip("jax")
+    a = jax.numpy.ones((30, 30))
+    with pytest.raises(ValueError, match="test_matrix must be given, or rng be an int"):
+        jax.jit(lambda x: slra.randomized_svd(x, 2))(a)
