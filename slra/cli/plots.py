@@ -10,15 +10,13 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from slra.cli.demo import MAP_HEAD, MAP_RANK, METHODS, Comparison
+from slra.cli.demo import MAP_HEAD, MAP_RANK, MAP_TOKENS, METHODS, Comparison
 from slra.data import AttentionSample
 
 __all__ = ["draw", "save"]
 
 # Okabe and Ito, told apart with any colour vision; the markers tell them apart in grey.
 _METHOD_STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"))
-# The first sentence or two: few enough for their names to be read.
-N_MAP_TOKENS = 32
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -94,19 +92,19 @@ def _errors(axis: Axes, comparison: Comparison) -> None:
 
 def _maps(figure: SubFigure, sample: AttentionSample, comparison: Comparison) -> None:
     axes = figure.subplots(1, 2, sharey=True)
-    n = N_MAP_TOKENS
     d = sample.k.shape[-1]
+    tokens = sample.tokens[:MAP_TOKENS]
     where = f"layer {sample.layer[MAP_HEAD]}, head {sample.head[MAP_HEAD]}"
     titles = (f"Exact attention, {where}", f"The same by {METHODS[-1]}, rank {MAP_RANK} of {d}")
     # From the weight that an even spread over all keys would give each of them.
-    scale = LogNorm(1 / len(sample.tokens), comparison.exact_map[:n, :n].max(), clip=True)
+    scale = LogNorm(1 / len(sample.tokens), comparison.exact_map.max(), clip=True)
     maps = (comparison.exact_map, comparison.low_rank_map)
     for axis, weights, title in zip(axes, maps, titles, strict=True):
-        image = axis.imshow(weights[:n, :n], cmap="magma", norm=scale)
+        image = axis.imshow(weights, cmap="magma", norm=scale)
         axis.grid(visible=False)
         axis.set(title=title, xlabel="key token")
-        axis.set_xticks(range(n), sample.tokens[:n], rotation=90, fontsize=8)
-        axis.set_yticks(range(n), sample.tokens[:n], fontsize=8)
+        axis.set_xticks(range(MAP_TOKENS), tokens, rotation=90, fontsize=8)
+        axis.set_yticks(range(MAP_TOKENS), tokens, fontsize=8)
         axis.tick_params(length=0)
     axes[0].set_ylabel("query token")
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
