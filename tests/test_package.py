@@ -123,3 +123,20 @@ def test_every_module_declares_its_names():
 
 def test_type_information_is_shipped():
     assert (PACKAGE / "py.typed").is_file()
+
+
+def readme_blocks():
+    text = (PACKAGE.parent / "README.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_example_runs_and_is_the_same_for_cupy():
+    with_numpy, with_cupy = readme_blocks()
+    names = {}
+    exec(with_numpy, names)
+    assert names["out"].shape == names["v"].shape
+    assert names["U"].shape == (3, 4, 500, 10)
+    bare = [re.sub(r"\s+#.*", "", line) for line in with_numpy.splitlines()]
+    assert "\n".join(bare) == with_cupy.strip().replace("cupy as cp", "numpy as np").replace(
+        "cp.", "np."
+    )
