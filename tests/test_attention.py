@@ -143,7 +143,7 @@ def test_attention_stays_on_the_device_of_the_input(xp, device):
 
 def n_examples(xp):
     """Few where every shape is compiled or becomes a graph."""
-    return 8 if compat.is_jax_namespace(xp) else 20 if compat.is_dask_namespace(xp) else 60
+    return 6 if compat.is_jax_namespace(xp) else 20 if compat.is_dask_namespace(xp) else 60
 
 
 @st.composite
@@ -374,6 +374,8 @@ def test_jax_compiles_as_much_for_long_sequences_as_for_short_ones():
     assert size(64_000) == size(4_000)
 
 
+# array-api-compat caches its look-up of classes, which Dynamo mentions.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_torch_transforms():
     torch = pytest.importorskip("torch")
     q, k, v = (torch.from_numpy(x) for x in qkv((3, 2, 9, 4), (3, 2, 9, 4)))
