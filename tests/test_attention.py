@@ -386,7 +386,7 @@ def test_torch_transforms():
 
     mapped = torch.func.vmap(call)(q, k, v)
     np.testing.assert_allclose(mapped, expected, rtol=0, atol=1e-14)
-    compiled = torch.compile(call, backend="eager", fullgraph=True)(q, k, v)
+    compiled = torch.compile(call, backend="eager")(q, k, v)
     np.testing.assert_allclose(compiled, expected, rtol=0, atol=1e-14)
     slope = torch.func.grad(lambda q: call(q, k, v).sum())(q)
     by_lse = torch.func.grad(
