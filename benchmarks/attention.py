@@ -129,7 +129,7 @@ def plot(by_length: dict[int, dict[str, float]]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for name in by_length[LENGTHS[0]]:
+    for name in by_length[min(by_length)]:
         at = [n for n in by_length if name in by_length[n]]
         axes.loglog(at, [by_length[n][name] for n in at], marker="o", label=name)
     axes.set(xlabel="length", ylabel="seconds", title=f"{HEADS} heads, d = {WIDTH}, float32")
@@ -137,25 +137,59 @@ def plot(by_length: dict[int, dict[str, float]]) -> None:
     figure.savefig(RESULTS / "attention.png", dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", nargs=3, metavar=("DIRECTION", "NAME", "LENGTH"))
-    one = parser.parse_args().one
-    if one is not None:
-        print(json.dumps(measure_one(one[0], one[1], int(one[2]))))
-        return
-    result: dict[str, Any] = {"heads": HEADS, "width": WIDTH, "dtype": "float32"}
-    by_length = {n: times(candidates, (HEADS, n, WIDTH), 5 if n < 16384 else 3) for n in LENGTHS}
-    result["seconds"] = by_length
-    result["seconds_4_heads_8192_128"] = times(candidates, (4, 8192, 128), 5)
-    result["seconds_vjp_8192"] = times(vjps, (HEADS, 8192, WIDTH), 3)
+def update(part: dict[str, Any]) -> None:
+    """Put one part into the results beside those that were measured before."""
+    path = RESULTS / "attention.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known.pop("machine", None)
+    common = {"heads": HEADS, "width": WIDTH, "dtype": "float32"}
+    print(save("attention", known | common | part))
+
+
+def run_lengths(lengths: list[int]) -> None:
+    path = RESULTS / "attention.json"
+    known = json.loads(path.read_text()).get("seconds", {}) if path.exists() else {}
+    for n in lengths:
+        known[str(n)] = times(candidates, (HEADS, n, WIDTH), 5 if n < 16384 else 3)
+    update({"seconds": known})
+    plot({int(n): known[n] for n in sorted(known, key=int)})
+
+
+def run_headline() -> None:
+    update({"seconds_4_heads_8192_128": times(candidates, (4, 8192, 128), 5)})
+
+
+def run_backward() -> None:
+    update({"seconds_vjp_8192": times(vjps, (HEADS, 8192, WIDTH), 3)})
+
+
+def run_memory() -> None:
     longest = LONGEST_QUADRATIC
-    result["bytes_16384"] = {
+    found = {
         direction: {name: memory(direction, name, longest) for name in make(1, 64, 4)}
         for direction, make in MAKERS.items()
     }
-    plot(by_length)
-    print(save("attention", result))
+    update({f"bytes_{longest}": found})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", nargs=3, metavar=("DIRECTION", "NAME", "LENGTH"))
+    parser.add_argument("--parts", nargs="*", default=["lengths", "headline", "backward", "memory"])
+    parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS)
+    options = parser.parse_args()
+    if options.one is not None:
+        direction, name, n = options.one
+        print(json.dumps(measure_one(direction, name, int(n))))
+        return
+    runs = {
+        "lengths": lambda: run_lengths(options.lengths),
+        "headline": run_headline,
+        "backward": run_backward,
+        "memory": run_memory,
+    }
+    for part in options.parts:
+        runs[part]()
 
 
 if __name__ == "__main__":
