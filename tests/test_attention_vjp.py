@@ -166,6 +166,14 @@ def test_gradient_of_a_row_without_keys_is_zero(xp):
     assert all(np.all(np.isfinite(to_numpy(x))) for x in (dk, dv))
 
 
+def test_gradient_of_lse_is_zero_by_default(xp):
+    arrays = [to_xp(xp, x) for x in qkv((2, 6, 4), (2, 10, 4))]
+    out, lse = slra.attention(*arrays, return_lse=True)
+    got = slra.attention_vjp(*arrays, out, lse, out)
+    expected = slra.attention_vjp(*arrays, out, lse, out, grad_lse=to_xp(xp, np.zeros((2, 6))))
+    assert_close(got, [to_numpy(x) for x in expected], 0)
+
+
 def test_gradient_of_a_shard_of_the_keys(xp):
     arrays = qkv((2, 6, 4), (2, 10, 4))
     grad_out, grad_lse = np.ones((2, 6, 4)), np.ones((2, 6))
