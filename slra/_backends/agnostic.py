@@ -5,6 +5,7 @@ Arguments have been validated: matching namespaces, devices and a floating dtype
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
@@ -119,6 +120,18 @@ class Primitives:
         modulus = xp.abs(x)
         shrunk = xp.maximum(modulus - tau, xp.zeros_like(modulus))
         return x * (shrunk / xp.where(modulus == 0, xp.ones_like(modulus), modulus))
+
+    # Control flow
+
+    def scan(
+        self, advance: Callable[[Any], tuple[Any, tuple[Array, ...]]], state: Any, length: int
+    ) -> tuple[Any, tuple[Array, ...]]:
+        """Advance ``state`` a fixed number of times; stack what each call gives beside it."""
+        given = []
+        for _ in range(length):
+            state, shown = advance(state)
+            given.append(shown)
+        return state, tuple(self.xp.stack(each) for each in zip(*given, strict=True))
 
     # Attention
 

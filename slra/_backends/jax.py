@@ -3,6 +3,7 @@
 Needs: jax. Under jit, grad and vmap nothing here looks at a value.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,3 +41,10 @@ class JaxPrimitives(Primitives):
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve by substitution."""
         return jax.scipy.linalg.solve_triangular(a, b, lower=lower)
+
+    def scan(
+        self, advance: Callable[[Any], tuple[Any, tuple[Array, ...]]], state: Any, length: int
+    ) -> tuple[Any, tuple[Array, ...]]:
+        """One compiled loop, not unrolled."""
+        final, shown = jax.lax.scan(lambda carry, _: advance(carry), state, length=length)
+        return final, shown
