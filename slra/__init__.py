@@ -2,6 +2,7 @@
 
 from slra import prox
 from slra.attn import attention, low_rank_attention
+from slra.decompose import RobustPCAResult, SparseLowRankResult, robust_pca, sparse_low_rank
 from slra.prox import prox_l1 as soft_threshold
 from slra.solvers import Progress, SolveResult, admm, proximal_gradient
 from slra.svd import SVDResult, randomized_svd, truncated_svd
@@ -10,14 +11,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Progress",
+    "RobustPCAResult",
     "SVDResult",
     "SolveResult",
+    "SparseLowRankResult",
     "admm",
     "attention",
     "low_rank_attention",
     "prox",
     "proximal_gradient",
     "randomized_svd",
+    "robust_pca",
     "soft_threshold",
+    "sparse_low_rank",
     "truncated_svd",
 ]
