@@ -2,7 +2,14 @@
 
 from slra import prox
 from slra.attn import attention, low_rank_attention
-from slra.decompose import RobustPCAResult, SparseLowRankResult, robust_pca, sparse_low_rank
+from slra.decompose import (
+    RobustPCAResult,
+    SparseLowRank,
+    SparseLowRankResult,
+    compress,
+    robust_pca,
+    sparse_low_rank,
+)
 from slra.prox import prox_l1 as soft_threshold
 from slra.solvers import Progress, SolveResult, admm, proximal_gradient
 from slra.svd import SVDResult, randomized_svd, truncated_svd
@@ -14,9 +21,11 @@ __all__ = [
     "RobustPCAResult",
     "SVDResult",
     "SolveResult",
+    "SparseLowRank",
     "SparseLowRankResult",
     "admm",
     "attention",
+    "compress",
     "low_rank_attention",
     "prox",
     "proximal_gradient",

@@ -266,8 +266,9 @@ def check_bound(
 
 def real_dtype(table: Primitives, x: Array) -> DType:
     """Return the dtype of the real and imaginary parts of ``x``."""
-    xp = table.xp
-    return {xp.complex64: xp.float32, xp.complex128: xp.float64}.get(x.dtype, x.dtype)
+    if not table.is_complex(x):
+        return x.dtype
+    return table.xp.float64 if table.xp.finfo(x.dtype).bits == 64 else table.xp.float32
 
 
 def check_rng(rng: Any, name: str = "rng") -> np.random.Generator:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
+from slra._backends.agnostic_sparse import SparseRows
 from slra._typing import Array, CausalAlign, DType, Namespace
 
 __all__ = ["Primitives", "ScoreOptions", "gaussian_blocks", "matrix_h"]
@@ -40,7 +41,7 @@ def matrix_h(x: Array, xp: Namespace) -> Array:
     return xp.conj(x) if xp.isdtype(x.dtype, "complex floating") else x
 
 
-class Primitives:
+class Primitives(SparseRows):
     """Primitives for one namespace, ``xp``."""
 
     def __init__(self, xp: Namespace) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.scipy.linalg
 
 from slra._backends.agnostic import Primitives
+from slra._backends.agnostic_sparse import index_dtype
 from slra._typing import Array
 
 __all__ = ["JaxPrimitives"]
@@ -48,3 +49,9 @@ class JaxPrimitives(Primitives):
         """One compiled loop, not unrolled."""
         final, shown = jax.lax.scan(lambda carry, _: advance(carry), state, length=length)
         return final, shown
+
+    def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
+        """Select instead of sorting."""
+        indices = jax.numpy.sort(jax.lax.top_k(jax.numpy.abs(x), k)[1], axis=-1)
+        values = jax.numpy.take_along_axis(x, indices, axis=-1)
+        return values, indices.astype(index_dtype(jax.numpy, x.shape[-1]))

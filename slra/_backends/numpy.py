@@ -7,6 +7,7 @@ import numpy as np
 import scipy.linalg
 
 from slra._backends.agnostic import Primitives
+from slra._backends.agnostic_sparse import index_dtype
 from slra._typing import Array
 
 __all__ = ["NumpyPrimitives"]
@@ -46,3 +47,29 @@ class NumpyPrimitives(Primitives):
             np.clip(source, -tau, tau, out=target)
             np.subtract(source, target, out=target)
         return out
+
+    def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
+        """Partition instead of sorting."""
+        n = x.shape[-1]
+        if k == 0:
+            return super().largest_in_rows(x, k)
+        indices = np.argpartition(np.abs(x), n - k, axis=-1)[..., n - k :]
+        indices = np.sort(indices, axis=-1)
+        return np.take_along_axis(x, indices, axis=-1), indices.astype(index_dtype(np, n))
+
+    def scatter_rows(self, values: Array, indices: Array, n: int) -> Array:
+        """Write the entries where they belong."""
+        dense = np.zeros((*values.shape[:-1], n), dtype=values.dtype)
+        np.put_along_axis(dense, indices.astype(np.intp), values, axis=-1)
+        return dense
+
+    def sparse_matmul(self, values: Array, indices: Array, y: Array) -> Array:
+        """SciPy's compressed sparse rows, where there is one matrix."""
+        if values.ndim != 2 or y.ndim != 2:
+            return super().sparse_matmul(values, indices, y)
+        import scipy.sparse
+
+        m, k = values.shape
+        starts = np.arange(0, m * k + 1, k) if k else np.zeros(m + 1, dtype=np.intp)
+        rows = (values.ravel(), indices.ravel().astype(starts.dtype), starts)
+        return scipy.sparse.csr_array(rows, shape=(m, y.shape[0])) @ y

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from slra._backends.agnostic import Primitives
+from slra._backends.agnostic_sparse import index_dtype
 from slra._typing import Array
 
 __all__ = ["TorchPrimitives"]
@@ -45,3 +46,13 @@ class TorchPrimitives(Primitives):
     def device(self, x: Array) -> Any:
         """Torch spells out the index of a device everywhere but on the CPU."""
         return str(x.device)
+
+    def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
+        """Select instead of sorting."""
+        indices = torch.sort(torch.topk(torch.abs(x), k, dim=-1, sorted=False).indices).values
+        return torch.gather(x, -1, indices), indices.to(index_dtype(torch, x.shape[-1]))
+
+    def scatter_rows(self, values: Array, indices: Array, n: int) -> Array:
+        """Write the entries where they belong."""
+        dense = torch.zeros((*values.shape[:-1], n), dtype=values.dtype, device=values.device)
+        return dense.scatter(-1, indices.to(torch.int64), values)
