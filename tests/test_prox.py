@@ -225,14 +225,17 @@ def test_the_three_properties_of_a_proximal_operator(xp, request, operator, dtyp
         assert np.all(gain - inner >= -tol * (1 + tau + apart))
 
 
-@pytest.mark.parametrize("name", list(CONVEX))
-def test_tau_may_be_an_array(xp, name):
-    operator = CONVEX[name]
-    x = np.random.default_rng(0).standard_normal(SHAPE)
+@pytest.mark.parametrize(("operator", "dtype"), CASES)
+def test_tau_may_be_an_array(xp, operator, dtype):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(SHAPE).astype(dtype)
+    if np.iscomplexobj(x):
+        x = x + 1j * rng.standard_normal(SHAPE)
     tau = np.asarray([0.1, 1.5]).reshape(2, 1, 1)
     result = to_numpy(operator.apply(to_xp(xp, x), to_xp(xp, tau)))
+    assert result.dtype == dtype
     one_by_one = [operator.apply(row, float(t)) for row, t in zip(x, tau.ravel(), strict=True)]
-    np.testing.assert_allclose(result, np.stack(one_by_one), atol=1e-13)
+    np.testing.assert_allclose(result, np.stack(one_by_one), atol=tolerance(dtype, x))
 
 
 @pytest.mark.parametrize("name", sorted(set(CONVEX) - {"simplex", "box", "nuclear"}))

@@ -95,7 +95,7 @@ class SparseLowRank(_Parts):
                 f"got shape {tuple(other.shape)}"
             )
         if other.ndim == 1:
-            return (other[None, :] @ self)[..., 0, :]
+            return self.__rmatmul__(other[None, :])[..., 0, :]
         sparse = table.scatter_rows(self.values, self.indices, self.shape[-1])
         return (other @ self.left) @ self.right + other @ sparse
 
