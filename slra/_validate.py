@@ -7,6 +7,7 @@ tolerances and generators to plain values. Nothing after this file checks an arg
 import math
 import numbers
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
@@ -17,6 +18,7 @@ from slra._typing import Array, DType
 
 __all__ = [
     "Promoted",
+    "broadcasts_to",
     "check_axis",
     "check_bound",
     "check_choice",
@@ -35,13 +37,15 @@ __all__ = [
 _HALF_BITS, _WIDEST_BITS = 16, 64
 
 
-def resolve(**arrays: Array | None) -> Primitives:
+def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Array) -> Primitives:
     """Return the primitives for the one library and device that all these arrays share.
 
     Parameters
     ----------
+    optional
+        Arrays, by their argument names, that may be None.
     **arrays
-        The arrays by their argument names; None is passed over.
+        The arrays that must be given, by their argument names.
 
     Raises
     ------
@@ -50,7 +54,7 @@ def resolve(**arrays: Array | None) -> Primitives:
     ValueError
         Where two are on different devices.
     """
-    given = {name: x for name, x in arrays.items() if x is not None}
+    given = arrays | {name: x for name, x in (optional or {}).items() if x is not None}
     namespaces = {name: _namespace(x, name) for name, x in given.items()}
     (first, xp), *others = namespaces.items()
     for name, other in others:
@@ -209,6 +213,14 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 
+def broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether an array of this shape broadcasts to ``target`` without enlarging it."""
+    try:
+        return np.broadcast_shapes(tuple(shape), tuple(target)) == tuple(target)
+    except ValueError:
+        return False
+
+
 def check_axis(x: Array, axis: Any, name: str = "axis") -> tuple[int, ...]:
     """Return one or several axes of ``x`` as a tuple, counted from the front; none of them may be empty."""
     given = axis if isinstance(axis, tuple) else (axis,)
@@ -251,13 +263,12 @@ def check_bound(
     resolve(x=x, **{name: bound})
     _check_floating(table.xp, bound, name, allow_complex=False)
     target = tuple(1 if axis in axes else n for axis, n in enumerate(x.shape))
-    # Aligned at the last axis, each length is one or that of the target.
-    aligned = target[len(target) - bound.ndim :] if bound.ndim <= len(target) else None
-    if aligned is None or any(
-        n not in (1, size) for n, size in zip(bound.shape, aligned, strict=True)
-    ):
+    if not broadcasts_to(bound.shape, target):
+        where = ""
+        if axes:
+            where = f", with length 1 along the axes of one vector or matrix: to {target}"
         raise ValueError(
-            f"{name} must broadcast to {target}, for x of shape {tuple(x.shape)}, "
+            f"{name} must broadcast to x, whose shape is {tuple(x.shape)}{where}, "
             f"got {tuple(bound.shape)}"
         )
     real = real_dtype(table, x)

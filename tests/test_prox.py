@@ -377,10 +377,18 @@ def test_points_inside_stay_as_they_are(xp, tau):
     ("call", "error", "message"),
     [
         (lambda x: prox.prox_l1(x, -1.0), ValueError, "tau must be finite and 0 or more"),
-        (lambda x: prox.prox_l1(x, np.ones(3)), ValueError, r"tau must broadcast to \(2, 5\)"),
+        (
+            lambda x: prox.prox_l1(x, np.ones(3)),
+            ValueError,
+            r"tau must broadcast to x, whose shape is \(2, 5\), got \(3,\)",
+        ),
         (lambda x: prox.prox_l1(x, "1"), TypeError, "tau must be a real number"),
         (lambda x: prox.prox_l1(x, x + 0j), TypeError, "tau must have a real floating dtype"),
-        (lambda x: prox.prox_l2(x, x[:1], axis=-1), ValueError, r"tau must broadcast to \(2, 1\)"),
+        (
+            lambda x: prox.prox_l2(x, x[:1], axis=-1),
+            ValueError,
+            r"tau must broadcast to x.*to \(2, 1\), got \(1, 5\)",
+        ),
         (lambda x: prox.prox_l2(x, 1.0, axis=2), ValueError, "axis must be among the 2 axes of x"),
         (lambda x: prox.prox_l2(x, 1.0, axis=(0, -2)), ValueError, "axis must name different axes"),
         (lambda x: prox.prox_l2(x, 1.0, axis=0.0), TypeError, "axis must be an int"),

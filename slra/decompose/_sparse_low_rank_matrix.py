@@ -65,17 +65,18 @@ class SparseLowRank(_Parts):
     @property
     def nbytes(self) -> int:
         """Bytes of the four arrays."""
-        table = self._table()
+        table = resolve(left=self.left)
         return sum(size_in_bytes(table, x) for x in self)
 
     def to_dense(self) -> Array:
         """Return the matrix as an array, shape (..., m, n)."""
-        sparse = self._table().scatter_rows(self.values, self.indices, self.shape[-1])
+        table = resolve(left=self.left)
+        sparse = table.scatter_rows(self.values, self.indices, self.shape[-1])
         return self.left @ self.right + sparse
 
     def __matmul__(self, other: Array) -> Array:
         """Multiply by a vector (n,) or matrices (..., n, p)."""
-        table = self._table(other)
+        table = resolve(left=self.left, other=other)
         if other.shape[-1 if other.ndim == 1 else -2] != self.shape[-1]:
             raise ValueError(
                 f"other must have {self.shape[-1]} rows for a matrix of shape {self.shape}, "
@@ -88,7 +89,7 @@ class SparseLowRank(_Parts):
 
     def __rmatmul__(self, other: Array) -> Array:
         """Multiply a vector (m,) or matrices (..., p, m) by this."""
-        table = self._table(other)
+        table = resolve(left=self.left, other=other)
         if other.shape[-1] != self.shape[-2]:
             raise ValueError(
                 f"other must have {self.shape[-2]} columns for a matrix of shape {self.shape}, "
@@ -146,9 +147,6 @@ class SparseLowRank(_Parts):
             for name, a in arrays.items():
                 arrays[name] = table.from_numpy(a, like, getattr(table.xp, a.dtype.name))
         return cls(**arrays)
-
-    def _table(self, other: Array | None = None) -> Primitives:
-        return resolve(left=self.left, other=other)
 
 
 def size_in_bytes(table: Primitives, x: Array) -> int:

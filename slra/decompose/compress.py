@@ -85,8 +85,8 @@ def compress(
     if density == "auto":
         if x.ndim != 2 or not table.is_eager(x):
             raise ValueError(
-                'density must be a number for a batch, and under jit, vmap, torch.compile and Dask: "auto" '
-                "compares the errors of one matrix"
+                "density must be a number for a batch, in a traced function and for a lazy array: "
+                '"auto" compares the errors of one matrix'
             )
         splits = _equal_bytes(x, rank, table)
     else:

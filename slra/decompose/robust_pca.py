@@ -132,14 +132,14 @@ def robust_pca(
     >>> result.converged, round(float(result.sparse[3, 4]), 3)
     (True, 100.0)
     """
-    table = resolve(x=x, mask=mask)
+    table = resolve(x=x, optional={"mask": mask})
     check_matrix(x, "x")
     if x.ndim != 2:
         raise ValueError(f"x must be one matrix, (m, n), got shape {tuple(x.shape)}")
     if not table.is_eager(x):
         raise ValueError(
             "x must have values that can be looked at: robust_pca iterates until they say so, "
-            "which jit, vmap, torch.compile and Dask cannot follow"
+            "which neither a traced function nor a lazy array can follow"
         )
     promoted = promote(table, x=x)
     (work,) = promoted.arrays

@@ -160,7 +160,7 @@ def sparse_low_rank(
     if not table.is_eager(x):
         raise ValueError(
             "x must have values that can be looked at: sparse_low_rank iterates until they say so, "
-            "which jit, vmap, torch.compile and Dask cannot follow"
+            "which neither a traced function nor a lazy array can follow"
         )
     check_finite(table, x, "x")
     promoted = promote(table, x=x)

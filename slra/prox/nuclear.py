@@ -86,7 +86,7 @@ def prox_nuclear(
     >>> prox.prox_nuclear(np.diag([3.0, 2.0, 1.0]), 1.5).tolist()
     [[1.5, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.0]]
     """
-    table = resolve(x=x, warm_start=warm_start)
+    table = resolve(x=x, optional={"warm_start": warm_start})
     check_matrix(x, "x")
     promoted = promote(table, x=x, warm_start=warm_start)
     work, basis = promoted.arrays

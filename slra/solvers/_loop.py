@@ -97,7 +97,7 @@ def run(
         if not table.is_eager(residual):
             raise ValueError(
                 "tol and callback must be None, and step a number, where values cannot be looked at "
-                "(under jit, vmap, torch.compile, or on Dask): exactly max_iter iterations are made"
+                "(in a traced function or a lazy array): exactly max_iter iterations are made"
             )
         value = None if objective is None else _as_array(objective(x), residual, table)
         objectives.append(value)

@@ -81,7 +81,7 @@ def randomized_svd(
     >>> bool(np.allclose((U * S) @ Vh, x))
     True
     """
-    table = resolve(x=x, test_matrix=test_matrix)
+    table = resolve(x=x, optional={"test_matrix": test_matrix})
     check_matrix(x, "x")
     limit = min(x.shape[-2:])
     rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
@@ -90,9 +90,9 @@ def randomized_svd(
     generator = check_rng(rng)
     if test_matrix is not None:
         n_sampled = _check_test_matrix(x, test_matrix, rank)
-    check_finite(table, x, "x")
     promoted = promote(table, x=x, test_matrix=test_matrix)
     work, sketch = promoted.arrays
+    check_finite(table, work, "x")
     if n_sampled >= limit:
         U, S, Vh = thin_svd(work, table)
     else:

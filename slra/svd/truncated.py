@@ -55,9 +55,10 @@ def truncated_svd(x: Array, rank: int | None = None) -> SVDResult:
     if rank is None:
         rank = limit
     rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
-    check_finite(table, x, "x")
     promoted = promote(table, x=x)
-    U, S, Vh = thin_svd(promoted.arrays[0], table)
+    (work,) = promoted.arrays
+    check_finite(table, work, "x")
+    U, S, Vh = thin_svd(work, table)
     factors = fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :], table)
     return SVDResult(*promoted.answer(table, *factors))
 
