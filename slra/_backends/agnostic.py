@@ -12,6 +12,7 @@ import array_api_compat as compat
 import numpy as np
 
 from slra._backends.agnostic_attention import ScoreOptions, tiled_attention, tiled_attention_vjp
+from slra._backends.agnostic_sparse import SparseRows
 from slra._typing import Array, DType, Namespace
 
 __all__ = ["Primitives", "ScoreOptions", "gaussian_blocks", "matrix_h"]
@@ -26,7 +27,7 @@ def matrix_h(x: Array, xp: Namespace) -> Array:
     return xp.conj(x) if xp.isdtype(x.dtype, "complex floating") else x
 
 
-class Primitives:
+class Primitives(SparseRows):
     """Primitives for one namespace, ``xp``."""
 
     def __init__(self, xp: Namespace) -> None:
@@ -106,6 +107,18 @@ class Primitives:
         modulus = xp.abs(x)
         shrunk = xp.maximum(modulus - tau, xp.zeros_like(modulus))
         return x * (shrunk / xp.where(modulus == 0, xp.ones_like(modulus), modulus))
+
+    # Control flow
+
+    def scan(
+        self, advance: Callable[[Any], tuple[Any, tuple[Array, ...]]], state: Any, length: int
+    ) -> tuple[Any, tuple[Array, ...]]:
+        """Advance ``state`` a fixed number of times; stack what each call gives beside it."""
+        given = []
+        for _ in range(length):
+            state, shown = advance(state)
+            given.append(shown)
+        return state, tuple(self.xp.stack(each) for each in zip(*given, strict=True))
 
     # Attention
 
