@@ -3,13 +3,23 @@
 from slra import prox
 from slra.attn import attention, low_rank_attention
 from slra.prox import prox_l1 as soft_threshold
-from slra.svd import SVDResult, randomized_svd, truncated_svd
+from slra.svd import (
+    ErrorEstimate,
+    MatrixOperator,
+    SVDResult,
+    estimate_error,
+    randomized_svd,
+    truncated_svd,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ErrorEstimate",
+    "MatrixOperator",
     "SVDResult",
     "attention",
+    "estimate_error",
     "low_rank_attention",
     "prox",
     "randomized_svd",

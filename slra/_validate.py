@@ -19,11 +19,15 @@ __all__ = [
     "Promoted",
     "check_choice",
     "check_count",
+    "check_factors",
     "check_finite",
     "check_matrix",
+    "check_operator",
     "check_positive",
+    "check_product",
     "check_rank",
     "check_rng",
+    "check_rtol",
     "check_tau",
     "promote",
     "resolve",
@@ -156,6 +160,54 @@ def check_matrix(x: Array, name: str) -> None:
         raise ValueError(f"{name} must have no empty axis, got shape {tuple(x.shape)}")
 
 
+def check_operator(table: Primitives, shape: Any, like: Array, name: str = "x") -> None:
+    """Raise unless a sparse matrix or operator has two axes, none empty, and 32 or 64 bits a component."""
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(
+            f"{name} must have 2 dimensions, (m, n), and no empty axis, got shape {tuple(shape)}"
+        )
+    _check_floating(table.xp, like, name, allow_complex=True)
+    if table.xp.finfo(like.dtype).bits == _HALF_BITS:
+        raise TypeError(
+            f"{name} must have 32 or 64 bits a component where it is not a dense array, got {like.dtype}"
+        )
+
+
+def check_product(
+    table: Primitives, product: Array, shape: tuple[int, ...], name: str = "x"
+) -> None:
+    """Raise ValueError unless a product with an operator has the shape that follows from its own, and is finite."""
+    if tuple(product.shape) != shape:
+        raise ValueError(
+            f"{name}.matmat must return an array of shape {shape}, got {tuple(product.shape)}"
+        )
+    if not bool(table.xp.all(table.xp.isfinite(product))):
+        raise ValueError(f"{name} must be finite, got NaN or infinity in a product with it")
+
+
+def check_factors(
+    table: Primitives, shape: tuple[int, ...], like: Array, approx: Any, name: str = "approx"
+) -> tuple[Array, Array]:
+    """Return ``(U, S, Vh)`` or ``(left, right)`` as two factors of a matrix of this shape, in the dtype of ``like``."""
+    if not isinstance(approx, tuple) or len(approx) not in (2, 3):
+        raise TypeError(
+            f"{name} must be a tuple (U, S, Vh) or (left, right), got {type(approx).__name__}"
+        )
+    named = {f"{name}[{i}]": factor for i, factor in enumerate(approx)}
+    resolve(x=like, **named)
+    promote(table, allow_complex=table.is_complex(like), **named)
+    *batch, m, n = shape
+    k = approx[0].shape[-1] if approx[0].ndim else 0
+    expected = [(*batch, m, k), (*batch, k), (*batch, k, n)]
+    if len(approx) == 2:
+        del expected[1]
+    got = [tuple(factor.shape) for factor in approx]
+    if got != expected:
+        raise ValueError(f"{name} must have shapes {expected} to fit x, got {got}")
+    left, *middle, right = (table.xp.astype(x, like.dtype, copy=False) for x in approx)
+    return left * middle[0][..., None, :] if middle else left, right
+
+
 def check_finite(table: Primitives, x: Array, name: str) -> None:
     """Raise ValueError on NaN and infinities, where values can be looked at."""
     if table.is_eager(x) and not bool(table.xp.all(table.xp.isfinite(x))):
@@ -199,6 +251,26 @@ def check_positive(value: Any, name: str, *, allow_zero: bool = False) -> float:
     return number
 
 
+def check_rtol(table: Primitives, x: Array, rtol: Any, *, by_products: bool = False) -> float:
+    """Return a relative tolerance between what rounding allows in the dtype of ``x`` and 1.
+
+    ``by_products``: the residual is known from products only, which loses half of the digits.
+    """
+    value = check_positive(rtol, "rtol")
+    eps = float(table.xp.finfo(x.dtype).eps)
+    least = 16 * (math.sqrt(eps) if by_products else eps)
+    if not least <= value < 1:
+        raise ValueError(
+            f"rtol must be at least {least:.1e} for {x.dtype} and less than 1, got {rtol!r}"
+        )
+    if not table.is_eager(x):
+        raise ValueError(
+            "rtol must be None where values cannot be looked at (jit, vmap, torch.compile, Dask): "
+            "the rank of the result would depend on them; pass rank"
+        )
+    return value
+
+
 def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -219,7 +291,7 @@ def check_tau(table: Primitives, x: Array, tau: Any, name: str = "tau") -> Any:
         )
     if table.is_eager(tau) and not bool(xp.all((tau >= 0) & xp.isfinite(tau))):
         raise ValueError(f"{name} must be finite and 0 or more everywhere")
-    real = {xp.complex64: xp.float32, xp.complex128: xp.float64}.get(x.dtype, x.dtype)
+    real = table.real_dtype(x.dtype)
     return tau if tau.dtype == real else xp.astype(tau, real)
 
 

@@ -32,6 +32,15 @@ class TorchPrimitives(Primitives):
             return f"a tensor of layout {x.layout}; call to_dense() first"
         return None
 
+    def cholesky(self, g: Array) -> Array:
+        """Factor without raising, and mark what failed."""
+        factor, info = torch.linalg.cholesky_ex(g)
+        return torch.where((info == 0)[..., None, None], factor, torch.nan)
+
+    def wide(self, like: Array) -> Any:
+        """Stay in single precision on a device that has no double."""
+        return like.dtype if like.device.type == "mps" else super().wide(like)
+
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve by substitution."""
         return torch.linalg.solve_triangular(a, b, upper=not lower)

@@ -1,7 +1,16 @@
 """Singular value decompositions."""
 
 from slra.svd._result import SVDResult
+from slra.svd.error import ErrorEstimate, estimate_error
+from slra.svd.operator import MatrixOperator
 from slra.svd.randomized import randomized_svd
 from slra.svd.truncated import truncated_svd
 
-__all__ = ["SVDResult", "randomized_svd", "truncated_svd"]
+__all__ = [
+    "ErrorEstimate",
+    "MatrixOperator",
+    "SVDResult",
+    "estimate_error",
+    "randomized_svd",
+    "truncated_svd",
+]
