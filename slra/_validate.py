@@ -21,9 +21,11 @@ __all__ = [
     "check_count",
     "check_factors",
     "check_finite",
+    "check_hermitian",
     "check_matrix",
     "check_operator",
     "check_positive",
+    "check_positive_semidefinite",
     "check_product",
     "check_rank",
     "check_rng",
@@ -183,6 +185,32 @@ def check_product(
         )
     if not bool(table.xp.all(table.xp.isfinite(product))):
         raise ValueError(f"{name} must be finite, got NaN or infinity in a product with it")
+
+
+def check_hermitian(
+    table: Primitives, shape: tuple[int, ...], dense: Array | None, name: str = "x"
+) -> None:
+    """Raise ValueError unless a matrix is square and, where entries can be looked at, Hermitian to rounding."""
+    if shape[-1] != shape[-2]:
+        raise ValueError(f"{name} must be square in its last two axes, got shape {tuple(shape)}")
+    if dense is None or not table.is_eager(dense):
+        return
+    xp = table.xp
+    skew = table.max_abs(dense - table.conj(xp.matrix_transpose(dense)))
+    allowed = 100 * xp.finfo(dense.dtype).eps * table.max_abs(dense)
+    if not bool(xp.all(skew <= allowed)):
+        raise ValueError(
+            f"{name} must be Hermitian, got a matrix that differs from its conjugate transpose"
+        )
+
+
+def check_positive_semidefinite(table: Primitives, factor: Array, name: str = "x") -> None:
+    """Raise ValueError if a Cholesky factor of ``x`` on a subspace came out as NaN, where it can be looked at."""
+    if table.is_eager(factor) and not bool(table.xp.all(table.xp.isfinite(factor))):
+        raise ValueError(
+            f"{name} must be positive semidefinite for method='nystrom', got a matrix with a negative eigenvalue; "
+            "use method='krylov'"
+        )
 
 
 def check_factors(

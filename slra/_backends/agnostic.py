@@ -18,6 +18,8 @@ __all__ = ["Primitives", "ScoreOptions", "gaussian_blocks", "matrix_h"]
 QUERY_TILE, KEY_TILE = 512, 1024
 # Test matrices are drawn in blocks of rows, a stream each, so that a chunked array can draw its own.
 TEST_MATRIX_ROWS = 4096
+# Entries widened to double precision at once: 2 MB, which stays in the second-level cache.
+SLAB = 1 << 18
 
 
 class ScoreOptions(NamedTuple):
@@ -117,6 +119,19 @@ class Primitives:
         x = self.xp.astype(x, wide, copy=False)
         y = x if y is None else self.xp.astype(y, wide, copy=False)
         return matrix_h(x, self.xp) @ y
+
+    def gram_by_slabs(self, x: Array, y: Array | None = None) -> Array:
+        """`gram` without a wide copy of ``x``: a slab of rows, or a few matrices of a batch, at a time."""
+        if x.dtype == self.wide(x) or math.prod(x.shape) <= SLAB:
+            return Primitives.gram(self, x, y)
+        step = SLAB // math.prod(x.shape[1:])
+        if x.ndim > 2 and step < 2:
+            rest = (None if y is None else y[i, ...] for i in range(x.shape[0]))
+            return self.xp.stack([self.gram_by_slabs(x[i, ...], b) for i, b in enumerate(rest)])
+        step = max(1, step)
+        slabs = [slice(i, i + step) for i in range(0, x.shape[0], step)]
+        parts = [Primitives.gram(self, x[s, ...], None if y is None else y[s, ...]) for s in slabs]
+        return self.xp.concat(parts, axis=0) if x.ndim > 2 else sum(parts[1:], parts[0])
 
     def adjoint_product(self, x: Array, y: Array) -> Array:
         """``x^H y`` for a large ``x``, which is not copied to be conjugated."""

@@ -6,13 +6,10 @@ Needs: numpy, scipy. Reads its input only, which may be read-only.
 import numpy as np
 import scipy.linalg
 
-from slra._backends.agnostic import Primitives, matrix_h
+from slra._backends.agnostic import Primitives
 from slra._typing import Array
 
 __all__ = ["NumpyPrimitives"]
-
-# Entries widened at once: 2 MB in double precision, which stays in the second-level cache.
-SLAB = 1 << 18
 
 
 class NumpyPrimitives(Primitives):
@@ -27,17 +24,8 @@ class NumpyPrimitives(Primitives):
         return None
 
     def gram(self, x: Array, y: Array | None = None) -> Array:
-        """Widen a slab of rows at a time: no second copy of ``x``."""
-        wide = self.wide(x)
-        if x.dtype == wide or (x.ndim > 2 and x[0].size <= SLAB):
-            return super().gram(x, y)
-        rows = max(1, SLAB // x.shape[-1])
-        total: Array = 0
-        for top in range(0, x.shape[-2], rows):
-            part = x[..., top : top + rows, :].astype(wide)
-            other = part if y is None else y[..., top : top + rows, :].astype(wide)
-            total = total + matrix_h(part, self.xp) @ other
-        return total
+        """Widen a slab at a time, which stays in the cache."""
+        return self.gram_by_slabs(x, y)
 
     def max_abs(self, x: Array) -> Array:
         """Take extremes, not moduli: nothing as large as ``x`` is allocated."""

@@ -52,10 +52,12 @@ def read(x: Any, test_matrix: Array | None = None, *, center: bool = False) -> P
     else:
         table = resolve(x=x, test_matrix=test_matrix)
         check_matrix(x, "x")
-        check_finite(table, x, "x")
         promoted = promote(table, x=x, test_matrix=test_matrix)
         A = dense_map(promoted.arrays[0], table)
         largest = table.max_abs(A.dense) if A.is_eager else None
+        if largest is not None:
+            # NaN or infinite if any entry is.
+            check_finite(table, largest, "x")
     exponent = None if largest is None else scaling_exponent(largest, A.table)
     if exponent is not None:
         A = A.scaled(exponent)

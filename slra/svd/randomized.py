@@ -13,7 +13,7 @@ from slra.svd._result import SVDResult, fix_signs
 from slra.svd.gram import exact_svd
 from slra.svd.tolerance import tolerance_svd
 
-__all__ = ["randomized_svd"]
+__all__ = ["check_test_matrix", "randomized_svd"]
 
 # A flop of a small eigenproblem takes as long as this many of a large product.
 _EIGH_COST = 40
@@ -114,7 +114,7 @@ def randomized_svd(
     depth = None if _is_auto(n_iter) else check_count(n_iter, "n_iter")
     generator = check_rng(rng)
     if test_matrix is not None:
-        width = _check_test_matrix(A, test_matrix, rank or 1)
+        width = check_test_matrix(A, test_matrix, rank or 1)
 
     def sample(n_columns: int) -> Array:
         omega = problem.test_matrix
@@ -199,7 +199,7 @@ def _check_tolerance(
     return check_rtol(A.table, A.like, rtol, by_products=A.dense is None)
 
 
-def _check_test_matrix(A: LinearMap, test_matrix: Array, rank: int) -> int:
+def check_test_matrix(A: LinearMap, test_matrix: Array, rank: int) -> int:
     """Return the number of columns of a test matrix that fits ``A``."""
     shape = tuple(test_matrix.shape)
     n_columns = shape[-1] if shape else 0
