@@ -78,7 +78,7 @@ def resolve(**arrays: Array | None) -> Primitives:
 
 
 def _namespace(x: Array, name: str) -> Any:
-    if not compat.is_array_api_obj(x) or np.isscalar(x):
+    if isinstance(x, np.generic) or not compat.is_array_api_obj(x):
         raise TypeError(
             f"{name} must be an array of a library that follows the array API standard, "
             f"got {type(x).__name__}"
@@ -308,7 +308,7 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
 
 def check_tau(table: Primitives, x: Array, tau: Any, name: str = "tau") -> Any:
     """Return a threshold as a float, or as an array of the real dtype of ``x`` that broadcasts to it."""
-    if not compat.is_array_api_obj(tau) or np.isscalar(tau):
+    if isinstance(tau, np.generic) or not compat.is_array_api_obj(tau):
         return check_positive(tau, name, allow_zero=True)
     xp = table.xp
     resolve(x=x, **{name: tau})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import slra
-from tests.backends import to_numpy
+from tests.backends import to_numpy, to_xp
 
 DTYPES = ["float32", "float64", "complex64", "complex128"]
 SHAPES = {"tall": (400, 220), "wide": (220, 400), "square": (300, 300), "batch": (2, 260, 200)}
@@ -117,3 +117,50 @@ def test_never_wrong(name, dtype, shape, rank):
     near = 1.02 if name in ("gaussian", "flat", "spiked") else 1.01
     # The default takes three iterations or more.
     check(a, rank, slra.randomized_svd(a, rank, rng=0), near, reference_error(a, rank, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("exponential", "float32"),
+        ("rank 7", "float64"),
+        ("zero", "float32"),
+        ("bad Cholesky-QR", "complex128"),
+        ("1e30", "complex64"),
+    ],
+)
+def test_never_wrong_on_every_backend(xp, name, dtype):
+    a = make(name, (140, 110), dtype)
+    result = slra.randomized_svd(to_xp(xp, a), 6, n_oversamples=4, rng=0)
+    check(a, 6, result, 1.01, reference_error(a, 6, 3))
+
+
+@pytest.mark.eager_only("lazily, the method is the same for the whole batch")
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_elements_of_a_batch_fail_alone(xp, dtype):
+    names = ["exponential", "zero", "1e-30", "rank 7", "1e30", "polynomial"]
+    a = np.stack([make(name, (140, 110), dtype) for name in names])
+    result = slra.randomized_svd(to_xp(xp, a), 6, n_oversamples=4, rng=0)
+    for i in range(len(names)):
+        one = tuple(x[i, ...] for x in result)
+        check(a[i], 6, one, 1.01, reference_error(a[i], 6, 3))
+
+
+@pytest.mark.parametrize("method", ["krylov", "subspace", "gram"])
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize("name", ["polynomial", "bad Cholesky-QR", "zero", "1e30"])
+def test_every_method_is_never_wrong(name, dtype, method):
+    # scikit-learn at the same n_iter has a singular value off by 0.73 on such a matrix in float32.
+    a = make(name, (300, 200), dtype)
+    result = slra.randomized_svd(a, 20, n_iter=3, method=method, rng=0)
+    check(a, 20, result, 1.01, reference_error(a, 20, 3))
+
+
+@pytest.mark.parametrize("n_iter", [0, 1, 2, 4])
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+def test_no_worse_than_subspace_iteration_at_the_same_depth(shape, n_iter):
+    a = make("polynomial", SHAPES[shape], "float32")
+    S = slra.randomized_svd(a, 20, n_iter=n_iter, method="krylov", rng=0).S
+    exact = np.linalg.svd(a.astype("float64"), compute_uv=False)
+    error = np.max(np.abs(S - exact[:20]))
+    assert error <= 10 * reference_error(a, 20, n_iter)[0] + 20 * eps_of("float32") * exact[0]

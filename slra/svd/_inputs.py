@@ -139,11 +139,12 @@ def _centered(A: LinearMap) -> LinearMap:
     )
 
 
-def draw(A: LinearMap, width: int, rng: RNG, generator: np.random.Generator) -> Array:
+def draw(A: LinearMap, width: int, rng: RNG, generator: np.random.Generator | None) -> Array:
     """Draw a test matrix for each element of the batch."""
     if A.table.freezes_draws(A.like) and not isinstance(rng, (int, np.integer)):
         raise ValueError(
             "test_matrix must be given, or rng be an int, inside a traced function: "
             "anything else drawn there would become a constant of the compiled code"
         )
+    assert generator is not None
     return A.table.test_matrix((*A.shape[:-2], A.shape[-1], width), generator, A.like)

@@ -105,7 +105,7 @@ def randomized_eigh(
     rank = check_rank(rank, A.shape[-1], limit_is="the last axis of x")
     width = min(rank + check_count(n_oversamples, "n_oversamples"), A.shape[-1])
     depth = None if n_iter == "auto" else check_count(n_iter, "n_iter")
-    generator = check_rng(rng)
+    generator = check_rng(rng) if test_matrix is None else None
     if test_matrix is not None:
         width = check_test_matrix(A, test_matrix, rank)
     if width * 2 * (MIN_ITER if depth is None else max(1, depth)) >= A.shape[-1]:

@@ -112,7 +112,7 @@ def randomized_svd(
         rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
     width = (rank or 1) + check_count(n_oversamples, "n_oversamples")
     depth = None if _is_auto(n_iter) else check_count(n_iter, "n_iter")
-    generator = check_rng(rng)
+    generator = check_rng(rng) if test_matrix is None else None
     if test_matrix is not None:
         width = check_test_matrix(A, test_matrix, rank or 1)
 

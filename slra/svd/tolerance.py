@@ -24,6 +24,8 @@ _EXACT_SHARE = 3
 _GROWTH, _SETTLED = 1.1, 0.01
 # With a cap on the rank, the space need not be larger than that of a call with this rank.
 _CAPPED_DEPTH, _CAPPED_OVERSAMPLES = 3, 8
+# The squared residual, as the difference of two sums, is known to some such multiple of eps.
+_CANCELLATION = 1000
 # Entries of one tile of the residual.
 _TILE = 1 << 20
 
@@ -54,7 +56,8 @@ def tolerance_svd(
 def _by_krylov(
     A: LinearMap, sample: Callable[[int], Array], rtol: float, cap: int, norm: Array
 ) -> Found | None:
-    if min(A.shape[-2:]) <= _EXACT_SHARE * BLOCK:
+    cancels = rtol**2 <= _CANCELLATION * A.table.xp.finfo(norm.dtype).eps
+    if A.dense is not None and (cancels or min(A.shape[-2:]) <= _EXACT_SHARE * BLOCK):
         return None
     grown = _grow(A, sample, rtol, cap, norm)
     if grown is None:
@@ -142,11 +145,9 @@ def residual_norm(A: LinearMap, U: Array, S: Array, V: Array, norm: Array) -> Ar
         square = norm**2 + xp.sum(S * (S - 2 * xp.astype(overlaps, norm.dtype)), axis=-1)
         return xp.sqrt(xp.maximum(square, xp.zeros_like(square)))
     scaled, vh = U * xp.astype(S, U.dtype)[..., None, :], matrix_h(V, xp)
-    rows = max(1, _TILE // A.shape[-1])
+    step = max(1, _TILE // A.shape[-1])
+    tiles = [slice(i, min(i + step, A.shape[-2])) for i in range(0, A.shape[-2], step)]
     squares = [
-        table.norm_squared(
-            A.dense[..., top : top + rows, :] - scaled[..., top : top + rows, :] @ vh
-        )
-        for top in range(0, A.shape[-2], rows)
+        table.norm_squared(A.dense[..., rows, :] - scaled[..., rows, :] @ vh) for rows in tiles
     ]
     return xp.sqrt(sum(squares[1:], squares[0]))
