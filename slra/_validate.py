@@ -7,6 +7,7 @@ tolerances and generators to plain values. Nothing after this file checks an arg
 import math
 import numbers
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
@@ -17,6 +18,7 @@ from slra._typing import Array, DType
 
 __all__ = [
     "Promoted",
+    "broadcasts_to",
     "check_choice",
     "check_count",
     "check_factors",
@@ -38,13 +40,15 @@ __all__ = [
 _HALF_BITS, _WIDEST_BITS = 16, 64
 
 
-def resolve(**arrays: Array | None) -> Primitives:
+def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Array) -> Primitives:
     """Return the primitives for the one library and device that all these arrays share.
 
     Parameters
     ----------
+    optional
+        Arrays, by their argument names, that may be None.
     **arrays
-        The arrays by their argument names; None is passed over.
+        The arrays that must be given, by their argument names.
 
     Raises
     ------
@@ -53,7 +57,7 @@ def resolve(**arrays: Array | None) -> Primitives:
     ValueError
         Where two are on different devices.
     """
-    given = {name: x for name, x in arrays.items() if x is not None}
+    given = arrays | {name: x for name, x in (optional or {}).items() if x is not None}
     namespaces = {name: _namespace(x, name) for name, x in given.items()}
     (first, xp), *others = namespaces.items()
     for name, other in others:
@@ -306,6 +310,14 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 
+def broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether an array of this shape broadcasts to ``target`` without enlarging it."""
+    try:
+        return np.broadcast_shapes(tuple(shape), tuple(target)) == tuple(target)
+    except ValueError:
+        return False
+
+
 def check_tau(table: Primitives, x: Array, tau: Any, name: str = "tau") -> Any:
     """Return a threshold as a float, or as an array of the real dtype of ``x`` that broadcasts to it."""
     if isinstance(tau, np.generic) or not compat.is_array_api_obj(tau):
@@ -313,7 +325,7 @@ def check_tau(table: Primitives, x: Array, tau: Any, name: str = "tau") -> Any:
     xp = table.xp
     resolve(x=x, **{name: tau})
     _check_floating(xp, tau, name, allow_complex=False)
-    if np.broadcast_shapes(tau.shape, x.shape) != tuple(x.shape):
+    if not broadcasts_to(tau.shape, x.shape):
         raise ValueError(
             f"{name} must broadcast to x, whose shape is {tuple(x.shape)}, got {tuple(tau.shape)}"
         )

@@ -5,6 +5,7 @@ by block, and small matrices go whole to one worker.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import dask.array as da
@@ -28,6 +29,10 @@ def _real_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def _draw(block: GaussianBlock, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     return block.draw().astype(dtype)
+
+
+def _solve_triangular(a: Any, b: Any, *, lower: bool) -> Any:
+    return np.linalg.solve(np.tril(a) if lower else np.triu(a), b)
 
 
 def _by_matrix(
@@ -88,8 +93,8 @@ class DaskPrimitives(Primitives):
 
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve on one worker, each matrix whole."""
-        a = self.xp.tril(a) if lower else self.xp.triu(a)
-        return _by_matrix(np.linalg.solve, "(n,n),(n,k)->(n,k)", a, b, dtypes=[b.dtype])
+        solve = partial(_solve_triangular, lower=lower)
+        return _by_matrix(solve, "(n,n),(n,k)->(n,k)", a, b, dtypes=[b.dtype])
 
     def test_matrix(self, shape: tuple[int, ...], rng: np.random.Generator, like: Array) -> Array:
         """Draw each block where it is needed."""

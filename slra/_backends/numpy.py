@@ -16,11 +16,9 @@ class NumpyPrimitives(Primitives):
     """Overrides for NumPy."""
 
     def refusal(self, x: Array) -> str | None:
-        """Refuse subclasses whose arithmetic is not an array's."""
+        """Refuse masked arrays: their arithmetic is not an array's."""
         if isinstance(x, np.ma.MaskedArray):
             return "a masked array, whose mask would be lost; fill it first"
-        if isinstance(x, np.matrix):
-            return "a numpy.matrix; pass numpy.asarray of it"
         return None
 
     def gram(self, x: Array, y: Array | None = None) -> Array:

@@ -1,6 +1,7 @@
 """What every attention function takes: checked, promoted, and laid out by groups of heads."""
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +9,15 @@ import numpy as np
 from slra._backends import Primitives
 from slra._backends.agnostic import ScoreOptions
 from slra._typing import Array, CausalAlign
-from slra._validate import Promoted, check_choice, check_matrix, check_positive, promote, resolve
+from slra._validate import (
+    Promoted,
+    broadcasts_to,
+    check_choice,
+    check_matrix,
+    check_positive,
+    promote,
+    resolve,
+)
 
 __all__ = ["Inputs", "check_inputs", "group_heads"]
 
@@ -38,12 +47,13 @@ def check_inputs(
     softcap: float | None,
 ) -> Inputs:
     """Check the arguments that all attention functions share; raise on the first that is wrong."""
-    table = resolve(q=q, k=k, v=v, mask=mask)
+    table = resolve(q=q, k=k, v=v, optional={"mask": mask})
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_matrix(x, name)
     _check_lengths(q, k, v)
-    _check_batch(q, k, v, enable_gqa=enable_gqa)
-    _check_mask(table.xp, q, k, mask)
+    batch = _check_batch(q, k, v, enable_gqa=enable_gqa)
+    if mask is not None:
+        _check_mask(table.xp, mask, (*batch, q.shape[-2], k.shape[-2]))
     check_choice(causal_align, ("bottom_right", "top_left"), "causal_align")
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, (bool, np.bool_)):
@@ -60,8 +70,9 @@ def check_inputs(
 
 
 def _check_scale(scale: Any) -> float:
-    magnitude = check_positive(abs(scale), "scale", allow_zero=True)
-    return math.copysign(magnitude, scale)
+    negative = isinstance(scale, numbers.Real) and scale < 0
+    magnitude = check_positive(-scale if negative else scale, "scale", allow_zero=True)
+    return -magnitude if negative else magnitude
 
 
 def _check_lengths(q: Array, k: Array, v: Array) -> None:
@@ -76,8 +87,12 @@ def _check_lengths(q: Array, k: Array, v: Array) -> None:
         )
 
 
-def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> None:
-    """Leading axes broadcast; with ``enable_gqa`` the heads of q are a multiple of those of k and v."""
+def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> tuple[int, ...]:
+    """Return the leading axes of the result.
+
+    Leading axes broadcast; with ``enable_gqa`` the heads of q are a multiple of those of k and v.
+    """
+    heads: tuple[int, ...] = ()
     shapes = [tuple(x.shape[:-2]) for x in (q, k, v)]
     if enable_gqa:
         if min(map(len, shapes)) < 1:
@@ -88,9 +103,10 @@ def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> None:
                 f"the heads of q must be a multiple of those of k and v with enable_gqa, "
                 f"got {heads_q}, {heads_k} and {heads_v}"
             )
+        heads = (heads_q,)
         shapes = [shape[:-1] for shape in shapes]
     try:
-        np.broadcast_shapes(*shapes)
+        return np.broadcast_shapes(*shapes) + heads
     except ValueError:
         raise ValueError(
             f"the leading axes of q, k and v must broadcast, got shapes "
@@ -98,21 +114,12 @@ def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> None:
         ) from None
 
 
-def _check_mask(xp: Any, q: Array, k: Array, mask: Array | None) -> None:
-    if mask is None:
-        return
+def _check_mask(xp: Any, mask: Array, scores: tuple[int, ...]) -> None:
     if not xp.isdtype(mask.dtype, ("bool", "real floating")):
         raise TypeError(f"mask must be boolean or real floating, got {mask.dtype}")
-    scores = (*q.shape[:-1], k.shape[-2])
-    try:
-        fits = len(mask.shape) >= 2 and mask.shape[-2] in (1, scores[-2])
-        fits = fits and mask.shape[-1] in (1, scores[-1])
-        np.broadcast_shapes(mask.shape, scores)
-    except ValueError:
-        fits = False
-    if not fits:
+    if mask.ndim < 2 or not broadcasts_to(mask.shape, scores):
         raise ValueError(
-            f"mask must broadcast to (..., Hq, Nq, Nk), here {tuple(scores)}, "
+            f"mask must have 2 or more dimensions and broadcast to (..., Hq, Nq, Nk), here {scores}, "
             f"got shape {tuple(mask.shape)}"
         )
 

@@ -50,7 +50,7 @@ def read(x: Any, test_matrix: Array | None = None, *, center: bool = False) -> P
         A, promoted = _wrap(x, found, test_matrix)
         largest = _largest(A, found) if A.is_eager else None
     else:
-        table = resolve(x=x, test_matrix=test_matrix)
+        table = resolve(x=x, optional={"test_matrix": test_matrix})
         check_matrix(x, "x")
         promoted = promote(table, x=x, test_matrix=test_matrix)
         A = dense_map(promoted.arrays[0], table)
@@ -72,7 +72,8 @@ def _wrap(
     """Wrap a sparse matrix or an operator."""
     source = x if found is None else found
     like = source.like
-    table = resolve(**({"x.like": like} if found is None else {"x": like}), test_matrix=test_matrix)
+    named = {"x.like" if found is None else "x": like}
+    table = resolve(**named, optional={"test_matrix": test_matrix})
     check_operator(table, x.shape, like)
     promoted = promote(table, x=like, test_matrix=test_matrix)
     A = LinearMap(table, tuple(x.shape), like, source.matmat, source.rmatmat, _norm(source, table))

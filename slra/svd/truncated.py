@@ -59,8 +59,8 @@ def truncated_svd(x: Array, rank: int | None = None, *, rtol: float | None = Non
     if rank is None:
         rank = limit
     rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
-    check_finite(table, x, "x")
     promoted = promote(table, x=x)
+    check_finite(table, promoted.arrays[0], "x")
     if rtol is not None:
         rtol = check_rtol(table, x, rtol)
     U, S, Vh = thin_svd(promoted.arrays[0], table)

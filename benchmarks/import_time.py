@@ -1,0 +1,37 @@
+"""Time of ``import slra`` beside ``import scipy.linalg``, each in a fresh interpreter.
+
+Run: python -m benchmarks.import_time
+"""
+
+import statistics
+import subprocess
+import sys
+from functools import partial
+
+from benchmarks.common import interleaved, save
+
+STATEMENTS = {
+    "bare": "pass",
+    "numpy": "import numpy",
+    "scipy.linalg": "import scipy.linalg",
+    "slra": "import slra",
+}
+
+
+def run(statement: str) -> None:
+    subprocess.run([sys.executable, "-c", statement], check=True)
+
+
+def main() -> None:
+    seconds = interleaved(
+        {name: partial(run, code) for name, code in STATEMENTS.items()}, repeats=15
+    )
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    net = {name: median - medians["bare"] for name, median in medians.items()}
+    ratio = net["slra"] / net["scipy.linalg"]
+    print({name: f"{1000 * t:.0f} ms" for name, t in net.items()}, f"ratio {ratio:.2f}")
+    save("import_time", {"seconds_without_interpreter": net, "slra_over_scipy_linalg": ratio})
+
+
+if __name__ == "__main__":
+    main()

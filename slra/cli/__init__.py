@@ -1,0 +1,1 @@
+"""The command line. Needs the ``demo`` extra; nothing else in slra imports it."""

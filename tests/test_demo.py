@@ -1,0 +1,236 @@
+"""The demo command and the sample data it runs on."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import slra
+from slra.data import load_sample
+
+SAMPLE = files("slra.data").joinpath("minilm_sample.npz")
+
+# At full rank only float32 rounding is left: eps = 1.2e-7 times scores that reach a few tens.
+ROUNDING = 5e-6
+
+
+def run_python(*args, cwd, **env):
+    """Run this Python as a user would, from another directory, with warnings as errors."""
+    given = env.pop("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    path = os.pathsep.join([str(Path(slra.__file__).parents[1]), given])
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "100", "PYTHONUTF8": "1"} | env,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    pytest.importorskip("typer", reason="the demo extra is not installed")
+    pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+    directory = tmp_path_factory.mktemp("demo")
+    return run_python("-W", "error", "-m", "slra", "demo", cwd=directory), directory / "slra-demo"
+
+
+def table_rows(stdout):
+    """The numbers of each line that starts with a method's name."""
+    rows = re.findall(r"^│ svd +│ +(\d+) +│(.+)│$", stdout, flags=re.MULTILINE)
+    return {int(rank): [float(cell) for cell in cells.split("│")] for rank, cells in rows}
+
+
+def test_demo_needs_no_argument(finished):
+    done, _ = finished
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_demo_table(finished):
+    rows = table_rows(finished[0].stdout)
+    assert list(rows) == [4, 8, 16, 24, 32]
+    median, worst, kib, bytes_ratio, ms, _ = np.array(list(rows.values())).T
+    assert (np.diff(median) < 0).all()
+    assert (median <= worst).all()
+    assert worst[-1] < ROUNDING
+    assert 0.2 < median[2] < 0.5
+    # 6 heads, K and V, 512 x r coordinates and a 32 x r basis, 4 bytes each
+    np.testing.assert_allclose(kib, [6 * 2 * 544 * rank * 4 / 1024 for rank in rows], atol=0.5)
+    np.testing.assert_allclose(bytes_ratio, kib / 768, atol=0.01)
+    assert (ms > 0).all()
+
+
+def test_demo_says_whether_it_was_faster(finished):
+    rows = table_rows(finished[0].stdout)
+    faster = any(cells[-1] < 0.99 for cells in rows.values())
+    slower = all(cells[-1] > 1.01 for cells in rows.values())
+    if faster:
+        assert "Faster than exact attention here" in finished[0].stdout
+    if slower:
+        assert "No rank is faster than exact attention here" in finished[0].stdout
+
+
+def test_demo_picture(finished):
+    image = pytest.importorskip("matplotlib.image")
+    _, directory = finished
+    assert [path.name for path in directory.iterdir()] == ["demo.png"]
+    pixels = image.imread(directory / "demo.png")
+    height, width, _ = pixels.shape
+    assert 1500 < width < 2500
+    assert 0.7 < height / width < 1.1
+    assert pixels[..., :3].std() > 0.1
+
+
+@pytest.fixture
+def invoke():
+    runner = pytest.importorskip("typer.testing").CliRunner()
+    from slra.cli.app import app
+
+    return lambda *args: runner.invoke(app, ["demo", *map(str, args)])
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_demo_backend(backend, invoke, tmp_path, monkeypatch):
+    pytest.importorskip(backend)
+    monkeypatch.setattr("slra.cli.demo.N_ROUNDS", 1)  # the times are not looked at here
+    result = invoke("--backend", backend, "--output", tmp_path / "new" / "directory")
+    assert result.exit_code == 0, result.output
+    assert f"float32, {backend}" in result.stdout
+    assert table_rows(result.stdout)[32][1] < ROUNDING
+    assert (tmp_path / "new" / "directory" / "demo.png").exists()
+
+
+def one_line(result):
+    """The only line a failed command printed."""
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_unknown_backend(invoke):
+    result = invoke("--backend", "tensorflow")
+    assert result.exit_code == 2
+    assert "numpy" in result.stderr
+
+
+def test_backend_not_installed(invoke, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert 'pip install "slra[torch]"' in one_line(
+        invoke("--backend", "torch", "--output", tmp_path)
+    )
+
+
+def test_cupy_without_gpu(invoke, tmp_path, monkeypatch):
+    class CuPy:
+        is_available = staticmethod(lambda: False)
+
+    monkeypatch.setitem(sys.modules, "cupy", CuPy)
+    line = one_line(invoke("--backend", "cupy", "--output", tmp_path))
+    assert line == "backend cupy needs a CUDA device, and none is usable here"
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_output_is_a_file(invoke, tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    line = one_line(invoke("--output", file / below))
+    assert "--output must be a directory" in line
+    assert str(file) in line
+    assert file.read_text() == "kept"
+
+
+def test_output_not_writable(invoke, tmp_path, monkeypatch):
+    def refuse(**options):
+        raise PermissionError(errno.EACCES, "denied")
+
+    # Not by chmod: root may write anywhere.
+    monkeypatch.setattr("slra.cli.app.tempfile.TemporaryFile", refuse)
+    line = one_line(invoke("--output", tmp_path))
+    assert line.endswith(f"got {tmp_path}: Permission denied")
+
+
+def test_interrupted_write_leaves_nothing(tmp_path):
+    plots = pytest.importorskip("slra.cli.plots")
+
+    class Interrupted:
+        def savefig(self, path, **options):
+            path.write_bytes(b"half a picture")
+            raise KeyboardInterrupt
+
+    (tmp_path / "demo.png").write_bytes(b"the last run's")
+    with pytest.raises(KeyboardInterrupt):
+        plots.save(Interrupted(), tmp_path / "demo.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
+    assert (tmp_path / "demo.png").read_bytes() == b"the last run's"
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
+def test_missing_extra(missing, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+    )
+    done = run_python("-m", "slra", "demo", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert 'pip install "slra[demo]"' in line
+
+
+def test_help_needs_no_plotting(tmp_path):
+    code = (
+        "import sys, slra.__main__, json\n"
+        "sys.argv = ['slra', '--help']\n"
+        "try: slra.__main__.main()\n"
+        "finally: print('\\n' + json.dumps(sorted(sys.modules)))"
+    )
+    pytest.importorskip("typer")
+    loaded = json.loads(run_python("-c", code, cwd=tmp_path).stdout.splitlines()[-1])
+    assert not {"matplotlib", "torch", "jax", "cupy"} & set(loaded)
+
+
+def test_sample_file():
+    assert SAMPLE.stat().st_size < 1_000_000
+    with SAMPLE.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        dtypes = {name: stored[name].dtype for name in stored}
+    assert {dtypes.pop(name) for name in "qkv"} == {np.dtype(np.float16)}
+    assert set(dtypes) == {"layer", "head", "tokens"}
+
+
+def test_sample_has_source_and_licence_beside_it():
+    text = files("slra.data").joinpath("README.md").read_text(encoding="utf-8")
+    for needed in ("Apache-2.0", "PSF-2.0", "all-MiniLM-L6-v2", "python -m benchmarks.minilm"):
+        assert needed in text
+
+
+def test_load_sample():
+    sample = load_sample()
+    for x in sample[:3]:
+        assert x.shape == (6, 512, 32)
+        assert x.dtype == np.float32
+        assert np.isfinite(x).all()
+    assert sample.layer.shape == sample.head.shape == (6,)
+    assert (sample.layer < 6).all()
+    assert (sample.head < 12).all()
+    assert len({*zip(sample.layer.tolist(), sample.head.tolist(), strict=True)}) == 6
+    assert sample.tokens.shape == (512,)
+    assert sample.tokens[0] == "[CLS]"
+    assert sample.tokens[-1] == "[SEP]"
