@@ -297,7 +297,7 @@ def check_rtol(table: Primitives, x: Array, rtol: Any, *, by_products: bool = Fa
         )
     if not table.is_eager(x):
         raise ValueError(
-            "rtol must be None where values cannot be looked at (jit, vmap, torch.compile, Dask): "
+            "rtol must be None where values cannot be looked at (traced and lazy arrays): "
             "the rank of the result would depend on them; pass rank"
         )
     return value

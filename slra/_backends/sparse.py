@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import array_api_compat.numpy as numpy_namespace
-
 from slra._typing import Array, Namespace
 
 __all__ = ["SparseProducts", "sparse_products"]
@@ -52,7 +50,10 @@ def _of_sparse(x: Any, xp: Namespace) -> SparseProducts:
 
 
 def _numpy() -> Namespace:
-    return numpy_namespace
+    # Not at the top: it imports a good part of NumPy that nothing else needs.
+    import array_api_compat.numpy as xp
+
+    return xp
 
 
 def _cupy() -> Namespace:
