@@ -146,7 +146,7 @@ def _krylov(A: LinearMap, sample: Array, rank: int, n_iter: int | None) -> tuple
             break
         before = sizes
     w, E = _leading(*_ritz_pairs(space), rank, A.table)
-    return w, combine(space.V, A.table.xp.astype(E, sample.dtype, copy=False))
+    return w, combine(space.V, A.table.xp.astype(E, sample.dtype, copy=False), A.table)
 
 
 def _ritz_pairs(space: KrylovSpace) -> tuple[Array, Array]:

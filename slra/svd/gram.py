@@ -20,6 +20,10 @@ from slra.svd.truncated import thin_svd
 __all__ = ["Spectrum", "by_qr", "combine", "exact_svd", "spectrum", "tall_svd"]
 
 
+# Rows of a slab: enough for a product at full speed, few enough for the joined blocks to stay small.
+_SLAB_ROWS = 1 << 13
+
+
 class Spectrum(NamedTuple):
     """Singular values and right vectors of a tall matrix, descending, in the wide dtype."""
 
@@ -50,7 +54,7 @@ def tall_svd(
     xp = table.xp
     values, vectors = known.values[..., :rank], known.vectors[..., :rank]
     V = xp.astype(vectors, blocks[0].dtype, copy=False)
-    X = combine(blocks, V)
+    X = combine(blocks, V, table)
     Q, R = tall_qr(X, table)
     if table.wide(X) != X.dtype:
         # R is diagonal to working precision, and the values are better than it could give.
@@ -80,14 +84,15 @@ def by_qr(blocks: Sequence[Array], rank: int, table: Primitives) -> tuple[Array,
     return U[..., :rank], S[..., :rank], matrix_h(Vh[..., :rank, :], xp)
 
 
-def combine(blocks: Sequence[Array], V: Array) -> Array:
-    """``[W_1, W_2, ...] @ V`` without joining the blocks."""
-    total, top = None, 0
-    for block in blocks:
-        part = block @ V[..., top : top + block.shape[-1], :]
-        total = part if total is None else total + part
-        top += block.shape[-1]
-    return total
+def combine(blocks: Sequence[Array], V: Array, table: Primitives) -> Array:
+    """``[W_1, W_2, ...] @ V``, a slab of rows at a time: one product each, and no second copy of the blocks."""
+    xp, n_rows = table.xp, blocks[0].shape[-2]
+    step = _SLAB_ROWS if table.is_eager(blocks[0]) else n_rows
+    slabs = [
+        xp.concat([block[..., top : top + step, :] for block in blocks], axis=-1) @ V
+        for top in range(0, n_rows, step)
+    ]
+    return slabs[0] if len(slabs) == 1 else xp.concat(slabs, axis=-2)
 
 
 def _with_phases(Q: Array, R: Array, table: Primitives) -> Array:

@@ -105,7 +105,7 @@ class KrylovSpace:
             U, S, E = by_qr(self.W, rank, table)
         else:
             U, S, E = tall_svd(self.W, spectrum(self.gram, table), rank, table)
-        return U, S, combine(self.V, E)
+        return U, S, combine(self.V, E, table)
 
 
 def krylov_svd(
