@@ -125,6 +125,13 @@ def test_type_information_is_shipped():
     assert (PACKAGE / "py.typed").is_file()
 
 
+def test_every_public_name_has_a_page():
+    pages = (PACKAGE.parent / "docs" / "api.md").read_text()
+    listed = set(re.findall(r"^   (\w+)$", pages, flags=re.MULTILINE))
+    public = ({*slra.__all__} - {"prox"}) | {*slra.prox.__all__}
+    assert listed == public
+
+
 def readme_blocks():
     text = (PACKAGE.parent / "README.md").read_text()
     return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
