@@ -120,6 +120,28 @@ class Primitives:
         shrunk = xp.maximum(modulus - tau, xp.zeros_like(modulus))
         return x * (shrunk / xp.where(modulus == 0, xp.ones_like(modulus), modulus))
 
+    def soft_threshold_step(
+        self, x: Array, grad: Array, step: Array | float, tau: Array | float
+    ) -> Array:
+        """Step against a gradient, then soft-threshold by ``step * tau``."""
+        return self.soft_threshold(x - step * grad, step * tau)
+
+    def nonneg_threshold(self, x: Array, tau: Array | float) -> Array:
+        """Take ``tau`` off each entry, down to no less than zero."""
+        return self.xp.maximum(x - tau, 0.0)
+
+    def elastic_threshold(self, x: Array, tau: Array | float, l2: float) -> Array:
+        """Soft-threshold by ``tau``, then divide by ``1 + tau * l2``."""
+        return self.soft_threshold(x, tau) / (1 + tau * l2)
+
+    def extrapolate(self, x: Array, move: Array, factor: Array | float) -> Array:
+        """Go from ``x`` by ``factor`` times ``move``."""
+        return x + factor * move
+
+    def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
+        """Sum of moduli along ``axis``."""
+        return self.xp.sum(self.xp.abs(x), axis=axis)
+
     # Attention
 
     def attention(
