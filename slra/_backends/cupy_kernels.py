@@ -93,9 +93,7 @@ class Reduction(NamedTuple):
 
 
 DEFINITIONS: dict[str, Elementwise | Reduction] = {
-    "soft_threshold": Elementwise(
-        FLOATING, "{T} x, {R} tau", "{T} y", "y = slra_shrink(x, tau)"
-    ),
+    "soft_threshold": Elementwise(FLOATING, "{T} x, {R} tau", "{T} y", "y = slra_shrink(x, tau)"),
     "soft_threshold_step": Elementwise(
         FLOATING,
         "{T} x, {T} grad, {R} step, {R} tau",

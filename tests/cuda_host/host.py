@@ -7,6 +7,7 @@ cannot show is what only the device does: fused multiply-add, flushed denormals,
 import contextlib
 import ctypes
 import importlib
+import itertools
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,8 @@ COMPILER = "g++"
 # No contraction to fused multiply-add: the results are then NumPy's to the bit.
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared"]
 
+_SERIAL = itertools.count()
+
 
 class CompileError(Exception):
     """The compiler refused a kernel."""
@@ -58,20 +61,22 @@ class HostKernel:
         self.inputs = [Parameter(text) for text in inputs.split(",")]
         self.outputs = [Parameter(text) for text in outputs.split(",")]
         self.name, self.preamble, self.library = name, preamble, library
-        library.kernels.append(self)
+        # Names and preambles repeat where a kernel is built twice.
+        self.symbol = f"{name}_{next(_SERIAL)}"
+        library.pending.append(self)
 
     def body(self) -> str:
         """Statements of the C function."""
         raise NotImplementedError
 
-    def source(self, index: int) -> str:
-        """A C function that runs this kernel; each in a C++ namespace, because preambles repeat."""
+    def source(self) -> str:
+        """A C function that runs this kernel, in a C++ namespace of its own."""
         parameters = [f"const {p.c_type}* _{p.name}" for p in self.inputs]
         parameters += [f"{p.c_type}* _{p.name}" for p in self.outputs]
         return f"""
-namespace kernel_{index} {{
+namespace in_{self.symbol} {{
 {self.preamble}
-extern "C" void {self.name}(ptrdiff_t n, ptrdiff_t width, {", ".join(parameters)}) {{
+extern "C" void {self.symbol}(ptrdiff_t n, ptrdiff_t width, {", ".join(parameters)}) {{
 {self.body()}
 }}
 }}
@@ -81,7 +86,7 @@ extern "C" void {self.name}(ptrdiff_t n, ptrdiff_t width, {", ".join(parameters)
         """Call the C function for ``n`` results, each from ``width`` entries."""
         pointers = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
         sizes = ctypes.c_ssize_t(n), ctypes.c_ssize_t(width)
-        getattr(self.library.loaded(), self.name)(*sizes, *pointers)
+        self.library.function(self)(*sizes, *pointers)
 
     def as_arrays(self, args: tuple[Any, ...]) -> list[Any]:
         """Numbers take the type of the parameter; arrays must have it, as in CuPy."""
@@ -99,7 +104,13 @@ class HostElementwise(HostKernel):
     """`cupy.ElementwiseKernel` over NumPy arrays, for parameters of stated types."""
 
     def __init__(
-        self, library: "Library", inputs: str, outputs: str, operation: str, name: str, preamble: str
+        self,
+        library: "Library",
+        inputs: str,
+        outputs: str,
+        operation: str,
+        name: str,
+        preamble: str,
     ) -> None:
         super().__init__(library, inputs, outputs, name, preamble)
         self.operation = operation
@@ -155,7 +166,9 @@ for (ptrdiff_t i = 0; i < n; i++) {{
     def __call__(self, *args: Any, axis: Any = None) -> Any:
         """Bring the reduced axes to the end, run."""
         (x,) = self.as_arrays(args)
-        axes = np.lib.array_utils.normalize_axis_tuple(range(x.ndim) if axis is None else axis, x.ndim)
+        axes = np.lib.array_utils.normalize_axis_tuple(
+            range(x.ndim) if axis is None else axis, x.ndim
+        )
         kept = [a for a in range(x.ndim) if a not in axes]
         result = np.empty([x.shape[a] for a in kept], dtype=self.outputs[0].dtype)
         x = np.ascontiguousarray(np.transpose(x, (*kept, *axes)))
@@ -167,15 +180,18 @@ class Library:
     """Kernels that are compiled together, when the first of them is called."""
 
     def __init__(self) -> None:
-        self.kernels: list[HostKernel] = []
-        self.handle: Any = None
+        self.pending: list[HostKernel] = []
+        self.compiled: dict[HostKernel, Any] = {}
 
-    def loaded(self) -> Any:
-        """Return the loaded library, compiled if need be."""
-        if self.handle is None:
-            sources = [kernel.source(i) for i, kernel in enumerate(self.kernels)]
-            self.handle = _compiled((Path(__file__).parent / "shim.h").read_text() + "".join(sources))
-        return self.handle
+    def function(self, kernel: HostKernel) -> Any:
+        """Return the C function of a kernel, compiled if need be with all that wait to be."""
+        if kernel not in self.compiled:
+            # A batch that was refused is tried again kernel by kernel.
+            batch, self.pending = [*self.pending] or [kernel], []
+            shim = (Path(__file__).parent / "shim.h").read_text()
+            handle = _compiled(shim + "".join(other.source() for other in batch))
+            self.compiled |= dict.fromkeys(batch, handle)
+        return getattr(self.compiled[kernel], kernel.symbol)
 
 
 def _compiled(source: str) -> Any:
@@ -183,7 +199,10 @@ def _compiled(source: str) -> Any:
         text, library = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
         text.write_text(source)
         result = subprocess.run(
-            [COMPILER, *FLAGS, str(text), "-o", str(library)], capture_output=True, text=True, check=False
+            [COMPILER, *FLAGS, str(text), "-o", str(library)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if result.returncode:
             raise CompileError(result.stderr)
