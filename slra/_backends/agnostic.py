@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from slra._backends.agnostic_attention import ScoreOptions, tiled_attention, tiled_attention_vjp
+from slra._backends.agnostic_attention import (
+    ScoreOptions,
+    SoftmaxState,
+    Tile,
+    masked_scores,
+    tiled_attention,
+    tiled_attention_vjp,
+    weights_and_gradients,
+)
 from slra._typing import Array, DType, Namespace
 
 __all__ = ["Primitives", "ScoreOptions", "gaussian_blocks", "matrix_h"]
@@ -156,6 +164,42 @@ class Primitives:
     ) -> tuple[Array, Array, Array]:
         """Gradients of attention; ``delta`` is rowsum(grad_out * out) - grad_lse."""
         return tiled_attention_vjp(self, q, k, v, mask, options, lse, delta, grad_out)
+
+    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
+        """Height and width of a tile of scores, which is held for ``n_matrices`` pairs of q and k at once."""
+        # 2 MB in float32 for each, which stays in the second-level cache.
+        return 512, 1024
+
+    def tile_scores(
+        self,
+        products: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        tile: Tile,
+        diagonal: int,
+    ) -> Array:
+        """Scores of one tile, after softcap and mask, from the products of scaled queries and keys."""
+        return masked_scores(self, products, mask, options, tile, diagonal)
+
+    def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
+        """Take one tile of scores, and the values that belong to it, into the online softmax."""
+        return state.add(self, scores, v)
+
+    def tile_gradients(
+        self,
+        products: Array,
+        grad_weights: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        tile: Tile,
+        diagonal: int,
+        lse: Array,
+        delta: Array,
+    ) -> tuple[Array, Array]:
+        """Softmax weights of one tile, and the gradient with respect to its products."""
+        return weights_and_gradients(
+            self, products, grad_weights, mask, options, tile, diagonal, lse, delta
+        )
 
     def constant(self, x: Array) -> Array:
         """Return ``x``, through which no gradient passes."""

@@ -18,15 +18,13 @@ __all__ = [
     "ScoreOptions",
     "SoftmaxState",
     "Tile",
-    "capped",
+    "masked_scores",
     "scores_batch_shape",
     "sum_to",
     "tiled_attention",
     "tiled_attention_vjp",
+    "weights_and_gradients",
 ]
-
-# One tile of scores is 512 x 1024: 2 MB in float32, which stays in the second-level cache.
-QUERY_TILE, KEY_TILE = 512, 1024
 
 
 class ScoreOptions(NamedTuple):
@@ -78,23 +76,39 @@ def tiled_attention(
 ) -> tuple[Array, Array]:
     """Exact attention and its log-sum-exp."""
     rows = table.recomputed(_attention_rows)
-    parts = [rows(table, q, k, v, mask, options, top) for top in range(0, q.shape[-2], QUERY_TILE)]
+    n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
+    tiling = Tiling(*table.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
+    parts = [rows(table, q, k, v, mask, tiling, top) for top in tiling.tops()]
     outs, lses = zip(*parts, strict=True)
     if len(parts) == 1:
         return outs[0], lses[0]
     return table.xp.concat(outs, axis=-2), table.xp.concat(lses, axis=-1)
 
 
-def _slices(n: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+class Tiling(NamedTuple):
+    """The matrix of scores in tiles of this height and width."""
 
+    height: int
+    width: int
+    n_queries: int
+    n_keys: int
+    options: ScoreOptions
 
-def _row_tiles(top: int, n_queries: int, n_keys: int, options: ScoreOptions) -> list[Tile]:
-    """Tiles of the keys that the queries from ``top`` attend to."""
-    bottom = min(top + QUERY_TILE, n_queries)
-    end = options.last_key(bottom, n_queries, n_keys)
-    key_tiles = _slices(n_keys, KEY_TILE)
-    return [Tile(top, bottom, keys.start, keys.stop) for keys in key_tiles if keys.start < end]
+    @property
+    def diagonal(self) -> int:
+        """Query i may attend to keys up to and including i + this, where attention is causal."""
+        return self.options.diagonal(self.n_queries, self.n_keys)
+
+    def tops(self) -> range:
+        """First queries of the rows of tiles."""
+        return range(0, self.n_queries, self.height)
+
+    def row(self, top: int) -> list[Tile]:
+        """Tiles of the keys that the queries from ``top`` attend to."""
+        bottom = min(top + self.height, self.n_queries)
+        end = self.options.last_key(bottom, self.n_queries, self.n_keys)
+        lefts = range(0, end, self.width)
+        return [Tile(top, bottom, left, min(left + self.width, self.n_keys)) for left in lefts]
 
 
 def _attention_rows(
@@ -103,7 +117,7 @@ def _attention_rows(
     k: Array,
     v: Array,
     mask: Array | None,
-    options: ScoreOptions,
+    tiling: Tiling,
     top: int,
 ) -> tuple[Array, Array]:
     """Attention of one tile of queries, by online softmax over the tiles of keys.
@@ -112,9 +126,8 @@ def _attention_rows(
     Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 1.
     """
     xp = table.xp
-    diagonal = options.diagonal(q.shape[-2], k.shape[-2])
-    row = _row_tiles(top, q.shape[-2], k.shape[-2], options)
-    q = q[..., top : min(top + QUERY_TILE, q.shape[-2]), :] * options.scale
+    options = tiling.options
+    q = q[..., top : min(top + tiling.height, q.shape[-2]), :] * options.scale
     shape = (*scores_batch_shape(q, k, v, mask), q.shape[-2])
     like = {"dtype": q.dtype, "device": table.creation_device(q)}
     state = SoftmaxState(
@@ -122,11 +135,11 @@ def _attention_rows(
         xp.zeros(shape, **like),
         xp.zeros((*shape, v.shape[-1]), **like),
     )
-    for tile in row:
+    for tile in tiling.row(top):
         keys = slice(tile.left, tile.right)
-        scores = capped(table, q @ xp.matrix_transpose(k[..., keys, :]), options)
-        scores = masked(table, scores, mask, options, tile, diagonal)
-        state = state.add(table, scores, v[..., keys, :])
+        products = q @ xp.matrix_transpose(k[..., keys, :])
+        scores = table.tile_scores(products, mask, options, tile, tiling.diagonal)
+        state = table.softmax_step(state, scores, v[..., keys, :])
     return state.result(table)
 
 
@@ -157,14 +170,14 @@ class SoftmaxState(NamedTuple):
         return self.out / total[..., None], xp.where(empty, self.peak, self.peak + xp.log(total))
 
 
-def capped(table: "Primitives", products: Array, options: ScoreOptions) -> Array:
+def _capped(table: "Primitives", products: Array, options: ScoreOptions) -> Array:
     """Scores from the products of scaled queries and keys."""
     if options.softcap is None:
         return products
     return options.softcap * table.xp.tanh(products / options.softcap)
 
 
-def masked(
+def _masked(
     table: "Primitives",
     scores: Array,
     mask: Array | None,
@@ -188,6 +201,18 @@ def masked(
     return scores
 
 
+def masked_scores(
+    table: "Primitives",
+    products: Array,
+    mask: Array | None,
+    options: ScoreOptions,
+    tile: Tile,
+    diagonal: int,
+) -> Array:
+    """Scores of one tile, after softcap and mask, from the products of scaled queries and keys."""
+    return _masked(table, _capped(table, products, options), mask, options, tile, diagonal)
+
+
 def tiled_attention_vjp(
     table: "Primitives",
     q: Array,
@@ -205,21 +230,29 @@ def tiled_attention_vjp(
     Source: Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 4.
     """
     xp = table.xp
-    key_tiles = _slices(k.shape[-2], KEY_TILE)
-    dk = [xp.zeros_like(k[..., keys, :]) for keys in key_tiles]
-    dv = [xp.zeros_like(v[..., keys, :]) for keys in key_tiles]
+    n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
+    tiling = Tiling(*table.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
+    lefts = range(0, k.shape[-2], tiling.width)
+    dk = [xp.zeros_like(k[..., left : left + tiling.width, :]) for left in lefts]
+    dv = [xp.zeros_like(v[..., left : left + tiling.width, :]) for left in lefts]
     dq = []
-    for rows in _slices(q.shape[-2], QUERY_TILE):
+    for top in tiling.tops():
+        rows = slice(top, top + tiling.height)
         q_rows, grad_rows = q[..., rows, :] * options.scale, grad_out[..., rows, :]
         dq_rows = xp.zeros_like(q_rows)
-        for i, tile in enumerate(_row_tiles(rows.start, q.shape[-2], k.shape[-2], options)):
+        for i, tile in enumerate(tiling.row(top)):
             k_tile = k[..., tile.left : tile.right, :]
             v_tile = v[..., tile.left : tile.right, :]
-            weights, slope = _weights_and_slope(
-                table, q_rows, k_tile, mask, options, tile, lse, k.shape[-2]
+            weights, grad_scores = table.tile_gradients(
+                q_rows @ xp.matrix_transpose(k_tile),
+                grad_rows @ xp.matrix_transpose(v_tile),
+                mask,
+                options,
+                tile,
+                tiling.diagonal,
+                lse[..., rows, None],
+                delta[..., rows, None],
             )
-            grad_weights = grad_rows @ xp.matrix_transpose(v_tile)
-            grad_scores = slope * (grad_weights - delta[..., rows, None])
             dq_rows = dq_rows + sum_to(grad_scores @ k_tile, q_rows.shape, xp)
             dk[i] = dk[i] + sum_to(xp.matrix_transpose(grad_scores) @ q_rows, k_tile.shape, xp)
             dv[i] = dv[i] + sum_to(xp.matrix_transpose(weights) @ grad_rows, v_tile.shape, xp)
@@ -227,27 +260,27 @@ def tiled_attention_vjp(
     return xp.concat(dq, axis=-2), xp.concat(dk, axis=-2), xp.concat(dv, axis=-2)
 
 
-def _weights_and_slope(
+def weights_and_gradients(
     table: "Primitives",
-    q: Array,
-    k: Array,
+    products: Array,
+    grad_weights: Array,
     mask: Array | None,
     options: ScoreOptions,
     tile: Tile,
+    diagonal: int,
     lse: Array,
-    n_keys: int,
+    delta: Array,
 ) -> tuple[Array, Array]:
-    """Return the softmax weights of one tile, and their product with the derivative of the softcap."""
+    """Softmax weights of one tile, and the gradient with respect to its products."""
     xp = table.xp
-    scores = capped(table, q @ xp.matrix_transpose(k), options)
-    diagonal = options.diagonal(lse.shape[-1], n_keys)
-    lse = lse[..., tile.top : tile.bottom, None]
+    scores = _capped(table, products, options)
     # The log-sum-exp of an empty row is -inf, like all its scores.
     shift = xp.where(lse == -math.inf, xp.zeros_like(lse), lse)
-    weights = xp.exp(masked(table, scores, mask, options, tile, diagonal) - shift)
+    weights = xp.exp(_masked(table, scores, mask, options, tile, diagonal) - shift)
     if options.softcap is None:
-        return weights, weights
-    return weights, weights * (1 - (scores / options.softcap) ** 2)
+        return weights, weights * (grad_weights - delta)
+    slope = weights * (1 - (scores / options.softcap) ** 2)
+    return weights, slope * (grad_weights - delta)
 
 
 def sum_to(x: Array, shape: tuple[int, ...], xp: Namespace) -> Array:

@@ -3,11 +3,17 @@
 Needs: cupy (``pip install "slra[cupy]"``) and, to allocate anything, a CUDA device.
 """
 
-from slra._backends.agnostic import Primitives
+from typing import Any
+
+from slra._backends.agnostic import Primitives, ScoreOptions
+from slra._backends.agnostic_attention import SoftmaxState, Tile
 from slra._backends.cupy_kernels import kernel
 from slra._typing import Array
 
 __all__ = ["CupyPrimitives"]
+
+# One tile of scores over all matrices of a batch, and its width. Not tuned: that takes a GPU.
+TILE_BYTES, TILE_WIDTH = 1 << 26, 4096
 
 
 class CupyPrimitives(Primitives):
@@ -38,3 +44,75 @@ class CupyPrimitives(Primitives):
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Add up moduli as they are read."""
         return kernel("sum_abs", x)(x, axis=axis)
+
+    # Attention: products by cuBLAS, maxima and sums by CUB, and a kernel for all that lies between
+
+    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
+        """Fill the device with each launch, in memory that does not grow with the length."""
+        row = max(1, n_matrices) * TILE_WIDTH * like.dtype.itemsize
+        return max(64, TILE_BYTES // row), TILE_WIDTH
+
+    def tile_scores(
+        self,
+        products: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        tile: Tile,
+        diagonal: int,
+    ) -> Array:
+        """Softcap, mask and causal bound in one pass, or none where there is nothing to do."""
+        if mask is None and options.softcap is None and not self._is_cut(options, tile, diagonal):
+            return products
+        name, bounds = self._bounds(products, mask, options, tile, diagonal)
+        return kernel(f"{name}scores", products)(products, *bounds)
+
+    def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
+        """Subtract the maximum and exponentiate in one pass, rescale and add in another."""
+        xp = self.xp
+        weigh, rescale = kernel("weights", scores), kernel("rescale", scores)
+        peak = xp.maximum(state.peak, xp.max(scores, axis=-1))
+        weights, decay = weigh(scores, peak[..., None]), weigh(state.peak, peak)
+        total = rescale(state.total, decay, xp.sum(weights, axis=-1))
+        return SoftmaxState(peak, total, rescale(state.out, decay[..., None], weights @ v))
+
+    def tile_gradients(
+        self,
+        products: Array,
+        grad_weights: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        tile: Tile,
+        diagonal: int,
+        lse: Array,
+        delta: Array,
+    ) -> tuple[Array, Array]:
+        """Weights and gradient in one pass over the two products."""
+        name, bounds = self._bounds(products, mask, options, tile, diagonal)
+        weights, gradient = kernel(f"{name}gradients", products)(
+            products, grad_weights, *bounds, lse, delta
+        )
+        return weights, gradient
+
+    def _is_cut(self, options: ScoreOptions, tile: Tile, diagonal: int) -> bool:
+        return options.is_causal and tile.crosses(diagonal)
+
+    def _bounds(
+        self,
+        products: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        tile: Tile,
+        diagonal: int,
+    ) -> tuple[str, tuple[Any, Any, Any, float]]:
+        """Prefix of a kernel's name, and what it is told: mask, column, last column of the row, softcap."""
+        xp = self.xp
+        column, limit, part = 0, 0, True
+        if self._is_cut(options, tile, diagonal):
+            column = xp.arange(tile.left, tile.right, dtype=xp.int32)
+            limit = xp.arange(tile.top + diagonal, tile.bottom + diagonal, dtype=xp.int32)[:, None]
+        name = ""
+        if mask is not None:
+            part = tile.of(mask)
+            if not xp.isdtype(mask.dtype, "bool"):
+                name, part = "biased_", xp.astype(part, products.dtype)
+        return name, (part, column, limit, options.softcap or 0.0)

@@ -116,6 +116,18 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         REAL, "{T} total, {T} decay, {T} part", "{T} sum", "sum = total * decay + part"
     ),
     "sum_abs": Reduction(FLOATING, "{T} x", "{R} total", "abs(x)"),
+    "gradients": Elementwise(
+        REAL,
+        "{T} product, {T} grad_weight, bool mask, " + _TILE + ", {T} lse, {T} delta",
+        "{T} weight, {T} grad_score",
+        _GRADIENTS,
+    ),
+    "biased_gradients": Elementwise(
+        REAL,
+        "{T} product, {T} grad_weight, {T} mask, " + _TILE + ", {T} lse, {T} delta",
+        "{T} weight, {T} grad_score",
+        _GRADIENTS,
+    ),
 }
 
 
