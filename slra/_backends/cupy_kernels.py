@@ -1,6 +1,6 @@
 """CUDA kernels, each one pass over its arrays; compiled by CuPy when first called.
 
-A kernel is written once, as templates in ``SOURCE`` and a line that calls them, and made for each dtype it is defined for.
+A kernel is written once, as templates in ``SOURCE`` and a line that calls them, and made for each dtype it is for.
 The types of its parameters are spelled out, so that Python numbers may stand for arrays. The same text is compiled by a
 C++ compiler in the tests, which is why it holds nothing that needs a GPU.
 """
