@@ -218,7 +218,13 @@ class HostCupy(ModuleType):
         library = Library()
         self.ElementwiseKernel = partial(HostElementwise, library)
         self.ReductionKernel = partial(HostReduction, library)
-        self.cuda = SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=lambda: 1))
+        self.cuda = SimpleNamespace(
+            runtime=SimpleNamespace(getDeviceCount=lambda: 1),
+            get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
+        )
+        self.get_default_memory_pool = lambda: SimpleNamespace(
+            free_all_blocks=lambda: None, total_bytes=lambda: 0
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
