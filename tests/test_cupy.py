@@ -219,8 +219,8 @@ MUTANTS = {
     ),
     "multiplied": Mutant("elastic_threshold", "complex64", "/ divisor", "* divisor"),
     "backwards": Mutant("extrapolate", "float64", "x + factor", "x - factor"),
-    "sum without moduli": Mutant("sum_abs", "float32", "abs(x)", "x"),
-    "sum of real parts": Mutant("sum_abs", "complex64", "abs(x)", "abs(x.real())"),
+    "sum without moduli": Mutant("sum_abs", "float32", "abs({X})", "{X}"),
+    "sum of real parts": Mutant("sum_abs", "complex64", "abs({X})", "abs(x.real())"),
     "mask inverted": Mutant("scores", "float32", "attends ?", "!attends ?", "tile_scores"),
     "mask subtracted": Mutant(
         "biased_scores", "float64", "score + bias", "score - bias", "tile_scores"

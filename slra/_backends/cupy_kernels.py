@@ -13,9 +13,10 @@ from slra._typing import Array
 
 __all__ = ["DEFINITIONS", "KERNELS", "SOURCE", "build", "kernel"]
 
-# Real part of each dtype that a kernel can be made for.
+# The dtypes that a kernel can be made for, and the real dtype that each is computed in.
+HALF = {"float16": "float32"}
 REAL = {"float32": "float32", "float64": "float64"}
-FLOATING = REAL | {"complex64": "float32", "complex128": "float64"}
+COMPLEX = {"complex64": "float32", "complex128": "float64"}
 
 SOURCE = r"""
 // NaN takes neither branch, and x - x is NaN again.
@@ -75,7 +76,10 @@ _GRADIENTS = """
 
 
 class Elementwise(NamedTuple):
-    """A kernel over arrays that broadcast; T stands for the dtype, R for its real part."""
+    """A kernel over arrays that broadcast.
+
+    T stands for the dtype, R for the real one it is computed in, X for ``x`` as it enters the computation.
+    """
 
     dtypes: dict[str, str]
     inputs: str
@@ -93,20 +97,28 @@ class Reduction(NamedTuple):
 
 
 DEFINITIONS: dict[str, Elementwise | Reduction] = {
-    "soft_threshold": Elementwise(FLOATING, "{T} x, {R} tau", "{T} y", "y = slra_shrink(x, tau)"),
+    "soft_threshold": Elementwise(
+        HALF | REAL | COMPLEX, "{T} x, {R} tau", "{T} y", "y = slra_shrink({X}, tau)"
+    ),
     "soft_threshold_step": Elementwise(
-        FLOATING,
+        REAL | COMPLEX,
         "{T} x, {T} grad, {R} step, {R} tau",
         "{T} y",
         "y = slra_shrink(x - step * grad, tau)",
     ),
-    "nonneg_threshold": Elementwise(REAL, "{T} x, {T} tau", "{T} y", "y = slra_excess(x, tau)"),
+    "nonneg_threshold": Elementwise(
+        HALF | REAL, "{T} x, {R} tau", "{T} y", "y = slra_excess({X}, tau)"
+    ),
     "elastic_threshold": Elementwise(
-        FLOATING, "{T} x, {R} tau, {R} divisor", "{T} y", "y = slra_shrink(x, tau) / divisor"
+        HALF | REAL | COMPLEX,
+        "{T} x, {R} tau, {R} divisor",
+        "{T} y",
+        "y = slra_shrink({X}, tau) / divisor",
     ),
     "extrapolate": Elementwise(
-        FLOATING, "{T} x, {T} move, {R} factor", "{T} y", "y = x + factor * move"
+        REAL | COMPLEX, "{T} x, {T} move, {R} factor", "{T} y", "y = x + factor * move"
     ),
+    "sum_abs": Reduction(HALF | REAL | COMPLEX, "{T} x", "{R} total", "abs({X})"),
     "scores": Elementwise(REAL, "{T} product, bool mask, " + _TILE, "{T} score", _SCORE),
     "biased_scores": Elementwise(REAL, "{T} product, {T} mask, " + _TILE, "{T} score", _SCORE),
     "weights": Elementwise(
@@ -115,7 +127,6 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
     "rescale": Elementwise(
         REAL, "{T} total, {T} decay, {T} part", "{T} sum", "sum = total * decay + part"
     ),
-    "sum_abs": Reduction(FLOATING, "{T} x", "{R} total", "abs(x)"),
     "gradients": Elementwise(
         REAL,
         "{T} product, {T} grad_weight, bool mask, " + _TILE + ", {T} lse, {T} delta",
@@ -134,15 +145,17 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
 def build(name: str, dtype: str, source: str = SOURCE) -> Any:
     """Make one kernel; nothing is compiled yet."""
     definition = DEFINITIONS[name]
-    types = {"T": dtype, "R": definition.dtypes[dtype]}
-    inputs, outputs = definition.inputs.format(**types), definition.outputs.format(**types)
+    words = {
+        "T": dtype,
+        "R": definition.dtypes[dtype],
+        "X": "static_cast<float>(x)" if dtype in HALF else "x",
+    }
+    inputs, outputs, text = (part.format(**words) for part in definition[1:])
     options = {"name": f"slra_{name}_{dtype}", "preamble": source}
     if isinstance(definition, Elementwise):
-        return cupy.ElementwiseKernel(inputs, outputs, definition.operation, **options)
+        return cupy.ElementwiseKernel(inputs, outputs, text, **options)
     total = outputs.split()[-1]
-    return cupy.ReductionKernel(
-        inputs, outputs, definition.summand, "a + b", f"{total} = a", "0", **options
-    )
+    return cupy.ReductionKernel(inputs, outputs, text, "a + b", f"{total} = a", "0", **options)
 
 
 KERNELS = {

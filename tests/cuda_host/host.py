@@ -27,6 +27,7 @@ __all__ = ["CompileError", "HostCupy", "cupy_on_host", "namespace", "why_not"]
 C_TYPES = {
     "bool": "bool",
     "int32": "int",
+    "float16": "float16",
     "float32": "float",
     "float64": "double",
     "complex64": "complex<float>",

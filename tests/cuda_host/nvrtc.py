@@ -23,6 +23,14 @@ def why_not() -> str | None:
     return None
 
 
+def _wheel() -> str:
+    """Where the wheels of CUDA 13 unpack their files."""
+    spec = importlib.util.find_spec("nvidia.cu13")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return next(iter(spec.submodule_search_locations))
+
+
 def _array(dtype: Any, ndim: int) -> Any:
     import cupy
     from cupy._core import _kernel
@@ -93,6 +101,8 @@ def ptx(kernel: Any, architecture: int, *, scalars: bool = False, ndim: int = 1)
         "--std=c++17",
         "--device-as-default-execution-space",
         f"-I{core._get_header_dir_path()}",
+        # Half precision takes cuda_fp16.h, from nvidia-cuda-runtime.
+        f"-I{_wheel()}/include",
         *core._get_cccl_include_options(),
     ]
     program = nvrtc.createProgram(source, f"{kernel.name}.cu", (), ())
