@@ -1,7 +1,7 @@
 """Sparse and low-rank approximation, and attention on it, for every array library."""
 
 from slra import prox
-from slra.attn import attention, low_rank_attention
+from slra.attn import attention, attention_vjp, low_rank_attention, merge_attention
 from slra.prox import prox_l1 as soft_threshold
 from slra.svd import SVDResult, randomized_svd, truncated_svd
 
@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 __all__ = [
     "SVDResult",
     "attention",
+    "attention_vjp",
     "low_rank_attention",
+    "merge_attention",
     "prox",
     "randomized_svd",
     "soft_threshold",

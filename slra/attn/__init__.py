@@ -5,5 +5,7 @@ The folder is not called ``attention`` because ``slra.attention`` is a function.
 
 from slra.attn.exact import attention
 from slra.attn.low_rank import low_rank_attention
+from slra.attn.merge import merge_attention
+from slra.attn.vjp import attention_vjp
 
-__all__ = ["attention", "low_rank_attention"]
+__all__ = ["attention", "attention_vjp", "low_rank_attention", "merge_attention"]
