@@ -88,7 +88,10 @@ class Elementwise(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """A kernel that adds up a function of each entry."""
+    """A kernel that adds up a function of each entry.
+
+    Where CuPy hands it to CUB, it renames the parameters by replacing their names in the text, inside words too.
+    """
 
     dtypes: dict[str, str]
     inputs: str
