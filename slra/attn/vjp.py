@@ -109,17 +109,18 @@ def _check_results(
     enable_gqa: bool,
 ) -> list[Array]:
     """Check what belongs to the output, and bring it to the dtype computed in."""
-    names = ("out", "lse", "grad_out", "grad_lse")
-    given = dict(zip(names, (out, lse, grad_out, grad_lse), strict=True))
-    resolve(q=inputs.q, **given)
+    resolve(q=inputs.q, out=out, lse=lse, grad_out=grad_out, optional={"grad_lse": grad_lse})
+    given = {"out": out, "lse": lse, "grad_out": grad_out}
+    if grad_lse is not None:
+        given["grad_lse"] = grad_lse
     shape = _lse_shape(inputs, enable_gqa=enable_gqa)
     for name, x in given.items():
         right = shape if name.endswith("lse") else (*shape, inputs.v.shape[-1])
-        if x is not None and tuple(x.shape) != right:
+        if tuple(x.shape) != right:
             raise ValueError(f"{name} must have shape {right}, got {tuple(x.shape)}")
     xp, dtype = inputs.table.xp, inputs.q.dtype
     arrays = promote(inputs.table, allow_complex=False, **given).arrays
-    return [x if x is None or x.dtype == dtype else xp.astype(x, dtype) for x in arrays]
+    return [x if x.dtype == dtype else xp.astype(x, dtype) for x in arrays]
 
 
 def _lse_shape(inputs: Inputs, *, enable_gqa: bool) -> tuple[int, ...]:
@@ -135,7 +136,7 @@ def _pull_back(
     out: Array,
     lse: Array,
     grad_out: Array,
-    grad_lse: Array | None,
+    grad_lse: Array | None = None,
     *,
     enable_gqa: bool,
 ) -> tuple[Array, Array, Array]:
