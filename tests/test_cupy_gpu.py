@@ -8,7 +8,7 @@ import pytest
 
 import slra
 from slra._backends import primitives
-from slra._backends.agnostic_attention import SoftmaxState
+from slra._backends.agnostic_attention import SoftmaxState, TileBounds
 from tests.backends import BACKENDS
 from tests.cuda_host.cases import check_values, device_slack, primitives_and_dtypes
 
@@ -30,6 +30,8 @@ def test_values_are_the_reference_s(cupy, name, dtype):
     def bring(x):
         if isinstance(x, SoftmaxState):
             return SoftmaxState(*map(bring, x))
+        if isinstance(x, TileBounds):
+            return x._replace(mask=bring(x.mask))
         return cupy.asarray(x) if isinstance(x, np.ndarray) else x
 
     check_values(primitives(xp), name, dtype, bring=bring, fetch=cupy.asnumpy, allowed=device_slack)

@@ -14,7 +14,7 @@ import numpy as np
 from slra._backends.agnostic_attention import (
     ScoreOptions,
     SoftmaxState,
-    Tile,
+    TileBounds,
     masked_scores,
     tiled_attention,
     tiled_attention_vjp,
@@ -170,36 +170,19 @@ class Primitives:
         # 2 MB in float32 for each, which stays in the second-level cache.
         return 512, 1024
 
-    def tile_scores(
-        self,
-        products: Array,
-        mask: Array | None,
-        options: ScoreOptions,
-        tile: Tile,
-        diagonal: int,
-    ) -> Array:
+    def tile_scores(self, products: Array, bounds: TileBounds) -> Array:
         """Scores of one tile, after softcap and mask, from the products of scaled queries and keys."""
-        return masked_scores(self, products, mask, options, tile, diagonal)
+        return masked_scores(self, products, bounds)
 
     def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
         """Take one tile of scores, and the values that belong to it, into the online softmax."""
         return state.add(self, scores, v)
 
     def tile_gradients(
-        self,
-        products: Array,
-        grad_weights: Array,
-        mask: Array | None,
-        options: ScoreOptions,
-        tile: Tile,
-        diagonal: int,
-        lse: Array,
-        delta: Array,
+        self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array
     ) -> tuple[Array, Array]:
         """Softmax weights of one tile, and the gradient with respect to its products."""
-        return weights_and_gradients(
-            self, products, grad_weights, mask, options, tile, diagonal, lse, delta
-        )
+        return weights_and_gradients(self, products, grad_weights, bounds, lse, delta)
 
     def constant(self, x: Array) -> Array:
         """Return ``x``, through which no gradient passes."""

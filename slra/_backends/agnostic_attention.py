@@ -18,6 +18,7 @@ __all__ = [
     "ScoreOptions",
     "SoftmaxState",
     "Tile",
+    "TileBounds",
     "masked_scores",
     "scores_batch_shape",
     "sum_to",
@@ -65,6 +66,21 @@ class Tile(NamedTuple):
         return self.right - 1 > self.top + diagonal
 
 
+class TileBounds(NamedTuple):
+    """What decides which scores of one tile count."""
+
+    mask: Array | None
+    options: ScoreOptions
+    tile: Tile
+    # Query i may attend to keys up to and including i + this, where attention is causal.
+    diagonal: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the causal bound passes through the tile."""
+        return self.options.is_causal and self.tile.crosses(self.diagonal)
+
+
 def scores_batch_shape(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[int, ...]:
     """Shape of the leading axes of the result of attention."""
     shapes = [x.shape[:-2] for x in (q, k, v, mask) if x is not None]
@@ -94,10 +110,10 @@ class Tiling(NamedTuple):
     n_keys: int
     options: ScoreOptions
 
-    @property
-    def diagonal(self) -> int:
-        """Query i may attend to keys up to and including i + this, where attention is causal."""
-        return self.options.diagonal(self.n_queries, self.n_keys)
+    def bounds(self, mask: Array | None, tile: Tile) -> TileBounds:
+        """Bounds of one of the tiles."""
+        diagonal = self.options.diagonal(self.n_queries, self.n_keys)
+        return TileBounds(mask, self.options, tile, diagonal)
 
     def tops(self) -> range:
         """First queries of the rows of tiles."""
@@ -138,7 +154,7 @@ def _attention_rows(
     for tile in tiling.row(top):
         keys = slice(tile.left, tile.right)
         products = q @ xp.matrix_transpose(k[..., keys, :])
-        scores = table.tile_scores(products, mask, options, tile, tiling.diagonal)
+        scores = table.tile_scores(products, tiling.bounds(mask, tile))
         state = table.softmax_step(state, scores, v[..., keys, :])
     return state.result(table)
 
@@ -177,23 +193,17 @@ def _capped(table: "Primitives", products: Array, options: ScoreOptions) -> Arra
     return options.softcap * table.xp.tanh(products / options.softcap)
 
 
-def _masked(
-    table: "Primitives",
-    scores: Array,
-    mask: Array | None,
-    options: ScoreOptions,
-    tile: Tile,
-    diagonal: int,
-) -> Array:
+def _masked(table: "Primitives", scores: Array, bounds: TileBounds) -> Array:
     """Apply the mask and the causal bound to one tile of scores."""
     xp = table.xp
+    mask, _, tile, diagonal = bounds
     if mask is not None:
         part = tile.of(mask)
         if xp.isdtype(mask.dtype, "bool"):
             scores = xp.where(part, scores, xp.full_like(scores, -math.inf))
         else:
             scores = scores + xp.astype(part, scores.dtype)
-    if options.is_causal and tile.crosses(diagonal):
+    if bounds.is_cut:
         device = table.creation_device(scores)
         rows = xp.arange(tile.top, tile.bottom, device=device)[:, None]
         columns = xp.arange(tile.left, tile.right, device=device)[None, :]
@@ -201,16 +211,9 @@ def _masked(
     return scores
 
 
-def masked_scores(
-    table: "Primitives",
-    products: Array,
-    mask: Array | None,
-    options: ScoreOptions,
-    tile: Tile,
-    diagonal: int,
-) -> Array:
+def masked_scores(table: "Primitives", products: Array, bounds: TileBounds) -> Array:
     """Scores of one tile, after softcap and mask, from the products of scaled queries and keys."""
-    return _masked(table, _capped(table, products, options), mask, options, tile, diagonal)
+    return _masked(table, _capped(table, products, bounds.options), bounds)
 
 
 def tiled_attention_vjp(
@@ -246,10 +249,7 @@ def tiled_attention_vjp(
             weights, grad_scores = table.tile_gradients(
                 q_rows @ xp.matrix_transpose(k_tile),
                 grad_rows @ xp.matrix_transpose(v_tile),
-                mask,
-                options,
-                tile,
-                tiling.diagonal,
+                tiling.bounds(mask, tile),
                 lse[..., rows, None],
                 delta[..., rows, None],
             )
@@ -264,22 +264,20 @@ def weights_and_gradients(
     table: "Primitives",
     products: Array,
     grad_weights: Array,
-    mask: Array | None,
-    options: ScoreOptions,
-    tile: Tile,
-    diagonal: int,
+    bounds: TileBounds,
     lse: Array,
     delta: Array,
 ) -> tuple[Array, Array]:
     """Softmax weights of one tile, and the gradient with respect to its products."""
     xp = table.xp
-    scores = _capped(table, products, options)
+    softcap = bounds.options.softcap
+    scores = _capped(table, products, bounds.options)
     # The log-sum-exp of an empty row is -inf, like all its scores.
     shift = xp.where(lse == -math.inf, xp.zeros_like(lse), lse)
-    weights = xp.exp(_masked(table, scores, mask, options, tile, diagonal) - shift)
-    if options.softcap is None:
+    weights = xp.exp(_masked(table, scores, bounds) - shift)
+    if softcap is None:
         return weights, weights * (grad_weights - delta)
-    slope = weights * (1 - (scores / options.softcap) ** 2)
+    slope = weights * (1 - (scores / softcap) ** 2)
     return weights, slope * (grad_weights - delta)
 
 

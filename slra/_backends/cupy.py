@@ -5,8 +5,8 @@ Needs: cupy (``pip install "slra[cupy]"``) and, to allocate anything, a CUDA dev
 
 from typing import Any
 
-from slra._backends.agnostic import Primitives, ScoreOptions
-from slra._backends.agnostic_attention import SoftmaxState, Tile
+from slra._backends.agnostic import Primitives
+from slra._backends.agnostic_attention import SoftmaxState, TileBounds
 from slra._backends.cupy_kernels import kernel
 from slra._typing import Array
 
@@ -52,19 +52,12 @@ class CupyPrimitives(Primitives):
         row = max(1, n_matrices) * TILE_WIDTH * like.dtype.itemsize
         return max(64, TILE_BYTES // row), TILE_WIDTH
 
-    def tile_scores(
-        self,
-        products: Array,
-        mask: Array | None,
-        options: ScoreOptions,
-        tile: Tile,
-        diagonal: int,
-    ) -> Array:
+    def tile_scores(self, products: Array, bounds: TileBounds) -> Array:
         """Softcap, mask and causal bound in one pass, or none where there is nothing to do."""
-        if mask is None and options.softcap is None and not self._is_cut(options, tile, diagonal):
+        if bounds.mask is None and bounds.options.softcap is None and not bounds.is_cut:
             return products
-        name, bounds = self._bounds(products, mask, options, tile, diagonal)
-        return kernel(f"{name}scores", products)(products, *bounds)
+        prefix, arguments = self._bounds(products, bounds)
+        return kernel(f"{prefix}scores", products)(products, *arguments)
 
     def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
         """Subtract the maximum and exponentiate in one pass, rescale and add in another."""
@@ -76,43 +69,27 @@ class CupyPrimitives(Primitives):
         return SoftmaxState(peak, total, rescale(state.out, decay[..., None], weights @ v))
 
     def tile_gradients(
-        self,
-        products: Array,
-        grad_weights: Array,
-        mask: Array | None,
-        options: ScoreOptions,
-        tile: Tile,
-        diagonal: int,
-        lse: Array,
-        delta: Array,
+        self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array
     ) -> tuple[Array, Array]:
         """Weights and gradient in one pass over the two products."""
-        name, bounds = self._bounds(products, mask, options, tile, diagonal)
-        weights, gradient = kernel(f"{name}gradients", products)(
-            products, grad_weights, *bounds, lse, delta
+        prefix, arguments = self._bounds(products, bounds)
+        weights, gradient = kernel(f"{prefix}gradients", products)(
+            products, grad_weights, *arguments, lse, delta
         )
         return weights, gradient
 
-    def _is_cut(self, options: ScoreOptions, tile: Tile, diagonal: int) -> bool:
-        return options.is_causal and tile.crosses(diagonal)
-
     def _bounds(
-        self,
-        products: Array,
-        mask: Array | None,
-        options: ScoreOptions,
-        tile: Tile,
-        diagonal: int,
+        self, products: Array, bounds: TileBounds
     ) -> tuple[str, tuple[Any, Any, Any, float]]:
         """Prefix of a kernel's name, and what it is told: mask, column, last column of the row, softcap."""
         xp = self.xp
-        column, limit, part = 0, 0, True
-        if self._is_cut(options, tile, diagonal):
+        mask, options, tile, diagonal = bounds
+        prefix, part, column, limit = "", True, 0, 0
+        if bounds.is_cut:
             column = xp.arange(tile.left, tile.right, dtype=xp.int32)
             limit = xp.arange(tile.top + diagonal, tile.bottom + diagonal, dtype=xp.int32)[:, None]
-        name = ""
         if mask is not None:
             part = tile.of(mask)
             if not xp.isdtype(mask.dtype, "bool"):
-                name, part = "biased_", xp.astype(part, products.dtype)
-        return name, (part, column, limit, options.softcap or 0.0)
+                prefix, part = "biased_", xp.astype(part, products.dtype)
+        return prefix, (part, column, limit, options.softcap or 0.0)

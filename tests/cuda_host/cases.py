@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from slra._backends import Primitives
-from slra._backends.agnostic_attention import ScoreOptions, SoftmaxState, Tile
+from slra._backends.agnostic_attention import ScoreOptions, SoftmaxState, Tile, TileBounds
 
 __all__ = ["check_values", "device_slack", "primitives_and_dtypes"]
 
@@ -72,14 +72,15 @@ def masks(dtype):
 
 
 def bounds(dtype):
-    """Mask, options, tile and diagonal; the diagonal cuts the tile or does not."""
+    """The diagonal cuts the tile, or does not."""
     options = st.builds(
         ScoreOptions,
         scale=st.just(1.0),
         is_causal=st.booleans(),
         softcap=st.none() | st.sampled_from([0.5, 30.0]),
     )
-    return masks(dtype), options, st.just(TILE), st.sampled_from([-9, -2, 0, 4])
+    diagonals = st.sampled_from([-9, -2, 0, 4])
+    return st.builds(TileBounds, masks(dtype), options, st.just(TILE), diagonals)
 
 
 def states(dtype):
@@ -99,7 +100,7 @@ def gradient_arguments(dtype):
     return st.tuples(
         moderate(dtype),
         arrays(dtype, -8.0, 8.0, (2, 7, 5)),
-        *bounds(dtype),
+        bounds(dtype),
         lse,
         arrays(dtype, -8.0, 8.0, (2, 7, 1)),
     )
@@ -124,7 +125,7 @@ ARGUMENTS = {
         HALF + FLOATING,
         lambda t: st.tuples(arrays(t), st.sampled_from([None, 0, 1, (0, 1)])),
     ),
-    "tile_scores": (REAL, lambda t: st.tuples(arrays(t, shape=(2, 7, 5)), *bounds(t))),
+    "tile_scores": (REAL, lambda t: st.tuples(arrays(t, shape=(2, 7, 5)), bounds(t))),
     "softmax_step": (
         REAL,
         lambda t: st.tuples(states(t), moderate(t), arrays(t, -8.0, 8.0, shape=(2, 5, 3))),
@@ -148,7 +149,7 @@ def slack(name, args, results):
         return (2 * x.size * eps * np.sum(np.abs(x), axis=axis),)
     if name == "tile_scores":
         # glibc's tanh is good to 2 ulp; a product and a sum follow.
-        return (4 * eps * (args[2].softcap or 0.0),)
+        return (4 * eps * (args[1].options.softcap or 0.0),)
     if name == "softmax_step":
         # Each exponential is good to 1 ulp, and 5 + 1 terms are added in whichever order.
         state, _, v = args
@@ -156,7 +157,7 @@ def slack(name, args, results):
         out = np.abs(state.out) + np.sum(np.abs(v), axis=-2, keepdims=True)
         return 0.0, 8 * eps * total, 8 * eps * out
     if name == "tile_gradients":
-        grad_weights, cap, delta = args[1], args[3].softcap or 0.0, args[-1]
+        grad_weights, cap, delta = args[1], args[2].options.softcap or 0.0, args[-1]
         # The error of a score is a relative one of its exponential.
         weights = (4 * cap + 2) * eps * results[0] + info.smallest_subnormal
         return weights, (weights + 8 * eps * results[0]) * (np.abs(grad_weights) + np.abs(delta))
