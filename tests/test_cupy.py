@@ -85,6 +85,11 @@ def attend(**options):
     return slra.attention(X, X, X, **options)
 
 
+def differentiate(**options):
+    row = np.zeros(4)
+    return slra.attention_vjp(X, X, X, X, row, X, **options)
+
+
 # A public call, and the kernels that must run in it.
 CALLS = {
     "soft_threshold": (lambda: slra.soft_threshold(X, 0.5), {"soft_threshold"}),
@@ -101,6 +106,8 @@ CALLS = {
         lambda: attend(mask=np.eye(4)),
         {"biased_scores", "weights", "rescale"},
     ),
+    "attention_vjp": (differentiate, {"gradients"}),
+    "attention_vjp, added mask": (lambda: differentiate(mask=np.eye(4)), {"biased_gradients"}),
 }
 
 
