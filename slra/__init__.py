@@ -2,19 +2,38 @@
 
 from slra import prox
 from slra.attn import attention, attention_vjp, low_rank_attention, merge_attention
+from slra.decompose import (
+    RobustPCAResult,
+    SparseLowRank,
+    SparseLowRankResult,
+    compress,
+    robust_pca,
+    sparse_low_rank,
+)
 from slra.prox import prox_l1 as soft_threshold
+from slra.solvers import Progress, SolveResult, admm, proximal_gradient
 from slra.svd import SVDResult, randomized_svd, truncated_svd
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Progress",
+    "RobustPCAResult",
     "SVDResult",
+    "SolveResult",
+    "SparseLowRank",
+    "SparseLowRankResult",
+    "admm",
     "attention",
     "attention_vjp",
+    "compress",
     "low_rank_attention",
     "merge_attention",
     "prox",
+    "proximal_gradient",
     "randomized_svd",
+    "robust_pca",
     "soft_threshold",
+    "sparse_low_rank",
     "truncated_svd",
 ]

@@ -19,6 +19,8 @@ from slra._typing import Array, DType
 __all__ = [
     "Promoted",
     "broadcasts_to",
+    "check_axis",
+    "check_bound",
     "check_choice",
     "check_count",
     "check_finite",
@@ -28,6 +30,7 @@ __all__ = [
     "check_rng",
     "check_tau",
     "promote",
+    "real_dtype",
     "resolve",
 ]
 
@@ -218,21 +221,65 @@ def broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
         return False
 
 
-def check_tau(table: Primitives, x: Array, tau: Any, name: str = "tau") -> Any:
-    """Return a threshold as a float, or as an array of the real dtype of ``x`` that broadcasts to it."""
+def check_axis(x: Array, axis: Any, name: str = "axis") -> tuple[int, ...]:
+    """Return one or several axes of ``x`` as a tuple, counted from the front; none of them may be empty."""
+    given = axis if isinstance(axis, tuple) else (axis,)
+    axes = tuple(_integer(a, name) for a in given)
+    if not axes or any(not -x.ndim <= a < x.ndim for a in axes):
+        raise ValueError(
+            f"{name} must be among the {x.ndim} axes of x, of shape {tuple(x.shape)}, got {axis}"
+        )
+    axes = tuple(a % x.ndim for a in axes)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{name} must name different axes, got {axis}")
+    if any(x.shape[a] == 0 for a in axes):
+        raise ValueError(f"x must not be empty along {name} {axis}, got shape {tuple(x.shape)}")
+    return axes
+
+
+def check_tau(
+    table: Primitives, x: Array, tau: Any, name: str = "tau", *, axes: tuple[int, ...] = ()
+) -> Any:
+    """Return a threshold as a float, or as an array of the real dtype of ``x`` that broadcasts to it.
+
+    An array has length one along ``axes``, those of the vectors or matrices that share one threshold.
+    """
     if not compat.is_array_api_obj(tau) or np.isscalar(tau):
         return check_positive(tau, name, allow_zero=True)
-    xp = table.xp
-    resolve(x=x, **{name: tau})
-    _check_floating(xp, tau, name, allow_complex=False)
-    if not broadcasts_to(tau.shape, x.shape):
-        raise ValueError(
-            f"{name} must broadcast to x, whose shape is {tuple(x.shape)}, got {tuple(tau.shape)}"
-        )
-    if table.is_eager(tau) and not bool(xp.all((tau >= 0) & xp.isfinite(tau))):
+    tau = check_bound(table, x, tau, name, axes=axes)
+    if table.is_eager(tau) and not bool(table.xp.all((tau >= 0) & table.xp.isfinite(tau))):
         raise ValueError(f"{name} must be finite and 0 or more everywhere")
-    real = {xp.complex64: xp.float32, xp.complex128: xp.float64}.get(x.dtype, x.dtype)
-    return tau if tau.dtype == real else xp.astype(tau, real)
+    return tau
+
+
+def check_bound(
+    table: Primitives, x: Array, bound: Any, name: str, *, axes: tuple[int, ...] = ()
+) -> Any:
+    """Return a real number as a float, or an array of the real dtype of ``x`` that broadcasts to it."""
+    if not compat.is_array_api_obj(bound) or np.isscalar(bound):
+        if isinstance(bound, (bool, np.bool_)) or not isinstance(bound, numbers.Real):
+            raise TypeError(f"{name} must be a real number or array, got {type(bound).__name__}")
+        return float(bound)
+    resolve(x=x, **{name: bound})
+    _check_floating(table.xp, bound, name, allow_complex=False)
+    target = tuple(1 if axis in axes else n for axis, n in enumerate(x.shape))
+    if not broadcasts_to(bound.shape, target):
+        where = ""
+        if axes:
+            where = f", with length 1 along the axes of one vector or matrix: to {target}"
+        raise ValueError(
+            f"{name} must broadcast to x, whose shape is {tuple(x.shape)}{where}, "
+            f"got {tuple(bound.shape)}"
+        )
+    real = real_dtype(table, x)
+    return bound if bound.dtype == real else table.xp.astype(bound, real)
+
+
+def real_dtype(table: Primitives, x: Array) -> DType:
+    """Return the dtype of the real and imaginary parts of ``x``."""
+    if not table.is_complex(x):
+        return x.dtype
+    return table.xp.float64 if table.xp.finfo(x.dtype).bits == 64 else table.xp.float32
 
 
 def check_rng(rng: Any, name: str = "rng") -> np.random.Generator:

@@ -20,6 +20,7 @@ from slra._backends.agnostic_attention import (
     tiled_attention_vjp,
     weights_and_gradients,
 )
+from slra._backends.agnostic_sparse import SparseRows
 from slra._typing import Array, DType, Namespace
 
 __all__ = ["Primitives", "ScoreOptions", "gaussian_blocks", "matrix_h"]
@@ -34,7 +35,7 @@ def matrix_h(x: Array, xp: Namespace) -> Array:
     return xp.conj(x) if xp.isdtype(x.dtype, "complex floating") else x
 
 
-class Primitives:
+class Primitives(SparseRows):
     """Primitives for one namespace, ``xp``."""
 
     def __init__(self, xp: Namespace) -> None:
@@ -136,6 +137,18 @@ class Primitives:
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Sum of moduli along ``axis``."""
         return self.xp.sum(self.xp.abs(x), axis=axis)
+
+    # Control flow
+
+    def scan(
+        self, advance: Callable[[Any], tuple[Any, tuple[Array, ...]]], state: Any, length: int
+    ) -> tuple[Any, tuple[Array, ...]]:
+        """Advance ``state`` a fixed number of times; stack what each call gives beside it."""
+        given = []
+        for _ in range(length):
+            state, shown = advance(state)
+            given.append(shown)
+        return state, tuple(self.xp.stack(each) for each in zip(*given, strict=True))
 
     # Attention
 

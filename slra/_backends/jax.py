@@ -3,12 +3,14 @@
 Needs: jax. Under jit, grad and vmap nothing here looks at a value.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.scipy.linalg
 
 from slra._backends.agnostic import Primitives, ScoreOptions
+from slra._backends.agnostic_sparse import index_dtype
 from slra._backends.jax_attention import scanned_attention
 from slra._typing import Array
 
@@ -52,3 +54,16 @@ class JaxPrimitives(Primitives):
     def constant(self, x: Array) -> Array:
         """Stop the gradient."""
         return jax.lax.stop_gradient(x)
+
+    def scan(
+        self, advance: Callable[[Any], tuple[Any, tuple[Array, ...]]], state: Any, length: int
+    ) -> tuple[Any, tuple[Array, ...]]:
+        """One compiled loop, not unrolled."""
+        final, shown = jax.lax.scan(lambda carry, _: advance(carry), state, length=length)
+        return final, shown
+
+    def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
+        """Select instead of sorting."""
+        indices = jax.numpy.sort(jax.lax.top_k(jax.numpy.abs(x), k)[1], axis=-1)
+        values = jax.numpy.take_along_axis(x, indices, axis=-1)
+        return values, indices.astype(index_dtype(jax.numpy, x.shape[-1]))

@@ -8,9 +8,13 @@ import scipy.linalg
 
 from slra._backends import numpy_attention
 from slra._backends.agnostic import Primitives, ScoreOptions
+from slra._backends.agnostic_sparse import index_dtype
 from slra._typing import Array
 
 __all__ = ["NumpyPrimitives"]
+
+# Two blocks of this size, one read and one written, stay in a second-level cache of 1 MB.
+BLOCK_BYTES = 1 << 19
 
 
 class NumpyPrimitives(Primitives):
@@ -27,11 +31,47 @@ class NumpyPrimitives(Primitives):
         return scipy.linalg.solve_triangular(a, b, lower=lower, check_finite=False)
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
-        """Clip and subtract, in one new array."""
+        """Clip and subtract, block by block, so that the second step finds the first in the cache."""
         if self.is_complex(x):
             return super().soft_threshold(x, tau)
-        out = np.clip(x, -tau, tau)
-        return np.subtract(x, out, out=out)
+        out = np.empty_like(x)
+        if isinstance(tau, float) and x.flags.forc:
+            # Both views: a copy, where these arrays are dense, is never made.
+            flat, shrunk = x.ravel(order="K"), out.ravel(order="K")
+            step = BLOCK_BYTES // x.itemsize
+            blocks = [(flat[i : i + step], shrunk[i : i + step]) for i in range(0, x.size, step)]
+        else:
+            blocks = [(x, out)]
+        for source, target in blocks:
+            np.clip(source, -tau, tau, out=target)
+            np.subtract(source, target, out=target)
+        return out
+
+    def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
+        """Partition instead of sorting."""
+        n = x.shape[-1]
+        if k == 0:
+            return super().largest_in_rows(x, k)
+        indices = np.argpartition(np.abs(x), n - k, axis=-1)[..., n - k :]
+        indices = np.sort(indices, axis=-1)
+        return np.take_along_axis(x, indices, axis=-1), indices.astype(index_dtype(np, n))
+
+    def scatter_rows(self, values: Array, indices: Array, n: int) -> Array:
+        """Write the entries where they belong."""
+        dense = np.zeros((*values.shape[:-1], n), dtype=values.dtype)
+        np.put_along_axis(dense, indices.astype(np.intp), values, axis=-1)
+        return dense
+
+    def sparse_matmul(self, values: Array, indices: Array, y: Array) -> Array:
+        """SciPy's compressed sparse rows, where there is one matrix."""
+        if values.ndim != 2 or y.ndim != 2:
+            return super().sparse_matmul(values, indices, y)
+        import scipy.sparse
+
+        m, k = values.shape
+        starts = np.arange(0, m * k + 1, k) if k else np.zeros(m + 1, dtype=np.intp)
+        rows = (values.ravel(), indices.ravel().astype(starts.dtype), starts)
+        return scipy.sparse.csr_array(rows, shape=(m, y.shape[0])) @ y
 
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions

@@ -11,6 +11,7 @@ import torch
 import torch.utils.checkpoint
 
 from slra._backends.agnostic import Primitives, ScoreOptions
+from slra._backends.agnostic_sparse import index_dtype
 from slra._backends.torch_attention import expressible, sdpa_attention
 from slra._typing import Array
 
@@ -92,3 +93,13 @@ class TorchPrimitives(Primitives):
             return torch.utils.checkpoint.checkpoint(run, q, *rest, use_reentrant=False)
 
         return call
+
+    def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
+        """Select instead of sorting."""
+        indices = torch.sort(torch.topk(torch.abs(x), k, dim=-1, sorted=False).indices).values
+        return torch.gather(x, -1, indices), indices.to(index_dtype(torch, x.shape[-1]))
+
+    def scatter_rows(self, values: Array, indices: Array, n: int) -> Array:
+        """Write the entries where they belong."""
+        dense = torch.zeros((*values.shape[:-1], n), dtype=values.dtype, device=values.device)
+        return dense.scatter(-1, indices.to(torch.int64), values)

@@ -1,0 +1,223 @@
+"""The largest modulus, and the three operators that sorting a vector makes exact."""
+
+from slra._backends import Primitives
+from slra._typing import Array
+from slra._validate import check_axis, check_tau, promote, resolve
+
+__all__ = ["norm_linf", "project_l1_ball", "project_simplex", "prox_linf"]
+
+
+def prox_linf(x: Array, tau: float | Array, *, axis: int = -1) -> Array:
+    r"""Cut the peaks of a vector: the proximal operator of ``tau * max|x|``.
+
+    Parameters
+    ----------
+    x : array
+        Real or complex floating.
+    tau : float or array
+        Threshold, 0 or more; an array broadcasts to ``x`` and has length one along ``axis``.
+    axis : int
+        The axis of the vectors; the others are a batch.
+
+    Returns
+    -------
+    array
+        The shape, dtype and device of ``x``. NaN spreads over its vector.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is not a floating array, ``tau`` neither a real number nor such an array, or ``axis`` not an int.
+    ValueError
+        If ``tau`` is negative or not finite, or does not fit ``x``; if ``axis`` is out of range or empty.
+
+    Notes
+    -----
+    By Moreau's identity, with ``P`` the projection on the l1 ball of radius ``tau`` (`project_l1_ball`),
+
+    .. math:: \operatorname{prox}(x) = x - P(x)
+
+    which clips the moduli at the one level that takes ``tau`` off their sum.
+
+    References
+    ----------
+    N. Parikh, S. Boyd, Proximal Algorithms, Foundations and Trends in Optimization 1 (2014), section 6.5.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from slra import prox
+    >>> prox.prox_linf(np.asarray([-3.0, 0.5, 2.0]), 2.0).tolist()
+    [-1.5, 0.5, 1.5]
+    """
+    table = resolve(x=x)
+    promoted = promote(table, x=x)
+    (x,) = promoted.arrays
+    (along,) = check_axis(x, (axis,))
+    tau = check_tau(table, x, tau, axes=(along,))
+    return promoted.answer(table, x - _onto_l1_ball(x, tau, along, table))[0]
+
+
+def norm_linf(x: Array, *, axis: int = -1) -> Array:
+    r"""Largest modulus of each vector, the function behind `prox_linf`.
+
+    Parameters
+    ----------
+    x : array
+        Real or complex floating.
+    axis : int
+        The axis of the vectors.
+
+    Returns
+    -------
+    array
+        Real, without that axis; float32 for half precision.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is not a floating array, or ``axis`` not an int.
+    ValueError
+        If ``axis`` is out of range or empty.
+
+    Notes
+    -----
+    .. math:: \|x\|_\infty = \max_i |x_i|
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from slra import prox
+    >>> float(prox.norm_linf(np.asarray([-3.0, 0.5, 2.0])))
+    3.0
+    """
+    table = resolve(x=x)
+    (x,) = promote(table, x=x).arrays
+    (along,) = check_axis(x, (axis,))
+    return table.xp.max(table.xp.abs(x), axis=along)
+
+
+def project_l1_ball(x: Array, radius: float | Array, *, axis: int = -1) -> Array:
+    r"""Nearest point of the l1 ball around zero.
+
+    Parameters
+    ----------
+    x : array
+        Real or complex floating.
+    radius : float or array
+        0 or more; an array broadcasts to ``x`` and has length one along ``axis``.
+    axis : int
+        The axis of the vectors; the others are a batch.
+
+    Returns
+    -------
+    array
+        The shape, dtype and device of ``x``. NaN spreads over its vector.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is not a floating array, ``radius`` neither a real number nor such an array, or ``axis`` not an int.
+    ValueError
+        If ``radius`` is negative or not finite, or does not fit ``x``; if ``axis`` is out of range or empty.
+
+    Notes
+    -----
+    The soft threshold of ``x`` at the level that leaves moduli of sum ``radius``, or ``x`` where it is inside. With
+    the moduli in descending order :math:`u_1 \ge u_2 \ge \dots` the level is
+
+    .. math:: \theta = \max\Bigl(0, \max_j \frac{u_1 + \dots + u_j - r}{j}\Bigr)
+
+    References
+    ----------
+    J. Duchi, S. Shalev-Shwartz, Y. Singer, T. Chandra, Efficient projections onto the l1-ball for learning in high
+    dimensions, ICML 2008, Figure 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from slra import prox
+    >>> prox.project_l1_ball(np.asarray([-3.0, 0.5, 2.0]), 3.0).tolist()
+    [-2.0, 0.0, 1.0]
+    """
+    table = resolve(x=x)
+    promoted = promote(table, x=x)
+    (x,) = promoted.arrays
+    (along,) = check_axis(x, (axis,))
+    radius = check_tau(table, x, radius, "radius", axes=(along,))
+    return promoted.answer(table, _onto_l1_ball(x, radius, along, table))[0]
+
+
+def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array:
+    r"""Nearest point of the simplex: entries of 0 or more whose sum is ``radius``.
+
+    Parameters
+    ----------
+    x : array
+        Real floating.
+    radius : float or array
+        0 or more; an array broadcasts to ``x`` and has length one along ``axis``.
+    axis : int
+        The axis of the vectors; the others are a batch.
+
+    Returns
+    -------
+    array
+        The shape, dtype and device of ``x``. NaN spreads over its vector.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is not a real floating array, ``radius`` neither a real number nor such an array, or ``axis`` not an
+        int.
+    ValueError
+        If ``radius`` is negative or not finite, or does not fit ``x``; if ``axis`` is out of range or empty.
+
+    Notes
+    -----
+    With the entries in descending order :math:`u_1 \ge u_2 \ge \dots`
+
+    .. math:: P(x)_i = \max(x_i - \theta, 0), \quad \theta = \max_j \frac{u_1 + \dots + u_j - r}{j}
+
+    References
+    ----------
+    J. Duchi, S. Shalev-Shwartz, Y. Singer, T. Chandra, Efficient projections onto the l1-ball for learning in high
+    dimensions, ICML 2008, Figure 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from slra import prox
+    >>> prox.project_simplex(np.asarray([-3.0, 0.5, 1.0]), 1.0).tolist()
+    [0.0, 0.25, 0.75]
+    """
+    table = resolve(x=x)
+    promoted = promote(table, allow_complex=False, x=x)
+    (x,) = promoted.arrays
+    (along,) = check_axis(x, (axis,))
+    radius = check_tau(table, x, radius, "radius", axes=(along,))
+    theta = _simplex_level(x, radius, along, table)
+    return promoted.answer(table, table.xp.maximum(x - theta, 0.0))[0]
+
+
+def _simplex_level(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:
+    """Level theta for which ``sum(max(x - theta, 0)) == radius`` along ``axis``, which is kept.
+
+    The mean excess of the j largest entries grows with j as long as the entries stay above the level and falls
+    afterwards, so its maximum is the level: no index depends on data.
+    """
+    xp = table.xp
+    n = x.shape[axis]
+    counts = xp.arange(1, n + 1, dtype=x.dtype, device=table.creation_device(x))
+    counts = xp.reshape(counts, (n,) + (1,) * (x.ndim - 1 - axis))
+    sums = xp.cumulative_sum(xp.sort(x, axis=axis, descending=True), axis=axis)
+    theta = xp.max((sums - radius) / counts, axis=axis, keepdims=True)
+    # One Newton step, which takes off the rounding of the running sum.
+    excess = xp.maximum(x - theta, 0.0)
+    n_above = xp.sum(xp.astype(excess > 0, x.dtype), axis=axis, keepdims=True)
+    return theta + (xp.sum(excess, axis=axis, keepdims=True) - radius) / xp.maximum(n_above, 1.0)
+
+
+def _onto_l1_ball(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:
+    level = _simplex_level(table.xp.abs(x), radius, axis, table)
+    return table.soft_threshold(x, table.xp.maximum(level, 0.0))

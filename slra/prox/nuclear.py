@@ -1,0 +1,217 @@
+"""The nuclear norm: soft thresholding of singular values, by as few of them as it takes."""
+
+import numpy as np
+
+from slra._backends import Primitives
+from slra._backends.agnostic import matrix_h
+from slra._typing import RNG, Array
+from slra._validate import (
+    check_matrix,
+    check_rng,
+    check_tau,
+    promote,
+    resolve,
+)
+from slra.prox.rank import masked_svd
+from slra.svd import SVDResult
+
+__all__ = ["norm_nuclear", "prox_nuclear", "shrink_singular_values"]
+
+# Below this length of the short side a full SVD is as fast as a partial one.
+MIN_PARTIAL = 100
+# Columns beyond the rank of the last call: they find what is new.
+N_FRESH = 8
+
+
+def prox_nuclear(
+    x: Array,
+    tau: float | Array,
+    *,
+    warm_start: Array | None = None,
+    return_factors: bool = False,
+    rng: RNG = None,
+) -> Array | SVDResult:
+    r"""Soft-threshold the singular values: the proximal operator of ``tau * ||x||_*``.
+
+    Parameters
+    ----------
+    x : array, shape (..., m, n)
+        Real or complex floating.
+    tau : float or array
+        Threshold, 0 or more; an array broadcasts to ``x`` and has length one along the last two axes.
+    warm_start : array, shape (k, n), optional
+        ``Vh`` of an earlier call on a similar matrix, to start from. Any ``k``, 0 too. Changes the time, not the
+        result. Used where values can be looked at and ``x`` is one matrix.
+    return_factors : bool
+        Return the factors of the result instead of their product.
+    rng : int, numpy.random.Generator or None
+        Where the start of a partial SVD is drawn from.
+
+    Returns
+    -------
+    array or SVDResult
+        The shape, dtype and device of ``x``. With ``return_factors`` an `SVDResult` with the shrunk singular values:
+        those that are positive (in a batch as many as the largest rank; all, the rest zero, where values cannot be
+        looked at). A matrix with NaN or infinity gives one full of NaN.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is not a floating array, ``tau`` neither a real number nor such an array, ``warm_start`` not an array
+        of the same library, or ``rng`` of a wrong type.
+    ValueError
+        If ``x`` has fewer than two axes or an empty one; if ``tau`` is negative or not finite, or does not fit ``x``;
+        if ``warm_start`` has another number of columns than ``x``.
+
+    Notes
+    -----
+    .. math:: \operatorname{prox}(x) = \sum_i \max(\sigma_i - \tau, 0)\, u_i v_i^H
+
+    One large matrix whose values can be looked at is decomposed only as far as ``tau``: block subspace iteration with
+    Rayleigh-Ritz, from ``warm_start`` and a few random vectors, more of them while the smallest Ritz value exceeds
+    ``tau``. With ``R = x V - U S`` over the kept triplets, whose left equation holds exactly, the result is the exact
+    operator of ``x - R V^H``, so its error is at most ``||R||_F`` because the operator is non-expansive. The iteration
+    ends when ``||R||_F <= 10 eps sqrt(max(m, n)) sigma_1`` and the residuals of the triplets below ``tau`` leave them
+    below it; where it would cost more than a full SVD, that is taken. Everything else is a full SVD too.
+
+    References
+    ----------
+    J.-F. Cai, E. J. Candes, Z. Shen, A singular value thresholding algorithm for matrix completion,
+    SIAM Journal on Optimization 20 (2010), 1956-1982, Theorem 2.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from slra import prox
+    >>> prox.prox_nuclear(np.diag([3.0, 2.0, 1.0]), 1.5).tolist()
+    [[1.5, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.0]]
+    """
+    table = resolve(x=x, optional={"warm_start": warm_start})
+    check_matrix(x, "x")
+    promoted = promote(table, x=x, warm_start=warm_start)
+    work, basis = promoted.arrays
+    tau = check_tau(table, work, tau, axes=(x.ndim - 2, x.ndim - 1))
+    generator = check_rng(rng)
+    if basis is not None and (basis.ndim != 2 or basis.shape[1] != x.shape[-1]):
+        raise ValueError(
+            f"warm_start must have shape (k, {x.shape[-1]}) for x of shape {tuple(x.shape)}, "
+            f"got {tuple(basis.shape)}"
+        )
+    U, S, Vh = shrink_singular_values(work, tau, basis, generator, table)
+    if return_factors:
+        return SVDResult(*promoted.answer(table, U, S, Vh))
+    return promoted.answer(table, (U * S[..., None, :]) @ Vh)[0]
+
+
+def norm_nuclear(x: Array) -> Array:
+    r"""Sum of singular values, the function behind `prox_nuclear`.
+
+    Parameters
+    ----------
+    x : array, shape (..., m, n)
+        Real or complex floating.
+
+    Returns
+    -------
+    array, shape (...)
+        Real; float32 for half precision; NaN for a matrix with NaN or infinity.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is not a floating array.
+    ValueError
+        If ``x`` has fewer than two axes or an empty one.
+
+    Notes
+    -----
+    .. math:: \|x\|_* = \sum_i \sigma_i
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from slra import prox
+    >>> round(float(prox.norm_nuclear(np.diag([3.0, -2.0, 1.0]))), 12)
+    6.0
+    """
+    table = resolve(x=x)
+    check_matrix(x, "x")
+    (x,) = promote(table, x=x).arrays
+    return table.xp.sum(masked_svd(x, table).S, axis=-1)
+
+
+def shrink_singular_values(
+    x: Array,
+    tau: float | Array,
+    basis: Array | None,
+    rng: np.random.Generator,
+    table: Primitives,
+    *,
+    tol: float | None = None,
+) -> SVDResult:
+    """Singular triplets of ``x`` above ``tau``, less ``tau``; ``tol`` is the residual allowed over sigma_1."""
+    xp = table.xp
+    eager = table.is_eager(x)
+    if eager and x.ndim == 2 and min(x.shape) >= MIN_PARTIAL and bool(xp.all(xp.isfinite(x))):
+        if tol is None:
+            tol = 10 * float(xp.finfo(x.dtype).eps) * max(x.shape) ** 0.5
+        found = _partial_svd(x, float(tau), basis, rng, tol, table)
+    else:
+        found = None
+    U, S, Vh = masked_svd(x, table) if found is None else found
+    level = tau if isinstance(tau, float) or tau.ndim == 0 else tau[..., 0]
+    S = xp.maximum(S - level, 0.0)
+    if eager:
+        rank = int(xp.max(xp.count_nonzero(S, axis=-1))) if S.size else 0
+        U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
+    return SVDResult(U, S, Vh)
+
+
+def _partial_svd(
+    x: Array,
+    tau: float,
+    basis: Array | None,
+    rng: np.random.Generator,
+    tol: float,
+    table: Primitives,
+) -> SVDResult | None:
+    """Singular triplets down to below ``tau``, or None where finding them costs more than a full SVD."""
+    xp = table.xp
+    xh, shortest = matrix_h(x, xp), min(x.shape)
+    known = 0 if basis is None else basis.shape[0]
+    V = table.test_matrix((x.shape[1], N_FRESH if known else 2 * N_FRESH), rng, x)
+    if known:
+        V = xp.concat([matrix_h(basis, xp), V], axis=1)
+    V = table.orthonormalize(V)
+    last: SVDResult | None = None
+    spent = 0.0
+    while spent < 1:
+        width = V.shape[1]
+        if 4 * width > shortest:
+            return None
+        spent += width / shortest
+        image = x @ V
+        if last is not None and _is_found(image, last, tau, tol, table):
+            return last
+        Q = table.orthonormalize(image)
+        Z, R = table.qr(xh @ Q)
+        W, S, Th = table.small_svd(R)
+        V = Z @ W
+        last = SVDResult(Q @ matrix_h(Th, xp), S, matrix_h(V, xp))
+        if float(S[-1]) > tau:
+            more = table.test_matrix((x.shape[1], width), rng, x)
+            V, last = table.orthonormalize(xp.concat([V, more], axis=1)), None
+    return None
+
+
+def _is_found(image: Array, found: SVDResult, tau: float, tol: float, table: Primitives) -> bool:
+    """Whether the triplets above ``tau`` are accurate and the others certain to lie below it."""
+    xp = table.xp
+    U, S, _ = found
+    scale = float(S[0])
+    if scale == 0:
+        return True
+    errors = xp.linalg.vector_norm((image - U * S) / scale, axis=0)
+    is_kept = xp.astype(tau < S, S.dtype)
+    accurate = float(xp.sum(is_kept * errors * errors)) <= tol * tol
+    return accurate and bool(xp.all((errors <= tol) | ((1 - is_kept) * S + errors * scale <= tau)))

@@ -1,0 +1,293 @@
+"""Solvers against closed forms, scikit-learn and scipy."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+import slra
+from tests.backends import to_numpy, to_xp
+
+L1 = 5.0
+
+
+def lasso(dtype="float64"):
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((60, 100))
+    if np.dtype(dtype).kind == "c":
+        A = A + 1j * rng.standard_normal(A.shape)
+    truth = np.where(np.arange(100) % 12 == 0, rng.standard_normal(100) * 3, 0)
+    b = A @ truth + 0.1 * rng.standard_normal(60)
+    return A.astype(dtype), b.astype(dtype)
+
+
+def value(A, b, x):
+    A, b, x = (np.asarray(a, dtype=np.result_type(a, "float64")) for a in (A, b, x))
+    return np.linalg.norm(A @ x - b) ** 2 / 2 + L1 * np.sum(np.abs(x))
+
+
+def as_functions(xp, A, b):
+    """Return the smooth part with its gradient, the prox and the objective of a lasso, written for a backend."""
+    A, b = to_xp(xp, A), to_xp(xp, b)
+    is_complex = xp.isdtype(A.dtype, "complex floating")
+    Ah = xp.conj(xp.matrix_transpose(A)) if is_complex else xp.matrix_transpose(A)
+
+    def smooth(x):
+        misfit = A @ x - b
+        return xp.sum(xp.abs(misfit) ** 2) / 2, Ah @ misfit
+
+    return (
+        smooth,
+        lambda x, step: slra.prox.prox_l1(x, L1 * step),
+        lambda x: smooth(x)[0] + L1 * xp.sum(xp.abs(x)),
+    )
+
+
+def lasso_optimum(A, b):
+    from sklearn.linear_model import Lasso
+
+    fit = Lasso(alpha=L1 / len(b), fit_intercept=False, tol=1e-12, max_iter=100_000).fit(A, b)
+    return value(A, b, fit.coef_)
+
+
+@pytest.mark.eager_only("tol and backtracking look at values")
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_lasso_equals_coordinate_descent(xp, accelerated):
+    A, b = lasso()
+    smooth, prox, objective = as_functions(xp, A, b)
+    result = slra.proximal_gradient(
+        to_xp(xp, np.zeros(100)),
+        smooth,
+        prox,
+        accelerated=accelerated,
+        tol=1e-9,
+        max_iter=3000,
+        objective=objective,
+    )
+    assert result.converged is True
+    assert result.n_iter == result.residual.shape[0] == result.objective.shape[0] < 3000
+    best = lasso_optimum(A, b)
+    assert abs(value(A, b, to_numpy(result.x)) - best) <= 1e-9 * best
+    history = to_numpy(result.objective)
+    np.testing.assert_allclose(history[-1], best, rtol=1e-9)
+    if not accelerated:
+        # With a step that the search has found admissible, the objective never rises.
+        assert np.all(np.diff(history) <= 1e-12 * history[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+def test_fixed_number_of_iterations(xp, dtype):
+    """Exactly max_iter steps on every backend, traced ones included, and the same ones."""
+    A, b = lasso(dtype)
+    step = 1 / float(np.linalg.norm(A, 2)) ** 2
+
+    def solve(namespace):
+        return slra.proximal_gradient(
+            to_xp(namespace, np.zeros(100, dtype)),
+            *as_functions(namespace, A, b)[:2],
+            objective=as_functions(namespace, A, b)[2],
+            step=step,
+            tol=None,
+            max_iter=20,
+        )
+
+    result, reference = solve(xp), solve(np)
+    assert result.converged is None
+    assert result.n_iter == 20
+    tol = 1000 * np.finfo(dtype).eps
+    for name in ("x", "objective", "residual"):
+        ours, theirs = to_numpy(getattr(result, name)), getattr(reference, name)
+        np.testing.assert_allclose(ours, theirs, atol=tol * np.max(np.abs(theirs)))
+    assert to_numpy(result.objective)[-1] < 0.5 * to_numpy(result.objective)[0]
+
+
+def test_jit_makes_one_loop():
+    """A thousand iterations compile as quickly as one: the loop is in the graph, not its steps."""
+    jax = pytest.importorskip("jax")
+    A, b = lasso()
+
+    def solve(A, n):
+        smooth, prox, _ = as_functions(jax.numpy, A, b)
+        x0 = jax.numpy.zeros(100)
+        return slra.proximal_gradient(x0, smooth, prox, step=1e-3, tol=None, max_iter=n).x
+
+    def size(n):
+        return len(str(jax.make_jaxpr(solve, static_argnums=1)(A, n)).splitlines())
+
+    assert size(1000) == size(2)
+
+
+def test_values_that_cannot_be_looked_at_are_refused():
+    jax = pytest.importorskip("jax")
+    A, b = lasso()
+    smooth, prox, _ = as_functions(jax.numpy, A, b)
+
+    def solve(x0, **options):
+        return slra.proximal_gradient(x0, smooth, prox, **options).x
+
+    x0 = jax.numpy.zeros(100)
+    with pytest.raises(ValueError, match="step must be given"):
+        jax.jit(lambda x: solve(x, tol=None))(x0)
+    with pytest.raises(ValueError, match="tol and callback must be None"):
+        jax.jit(lambda x: solve(x, step=1e-3))(x0)
+    with pytest.raises(ValueError, match="tol and callback must be None"):
+        jax.jit(lambda x: solve(x, step=1e-3, tol=None, callback=print))(x0)
+
+
+@pytest.mark.eager_only("a callback looks at values")
+def test_callback_sees_every_iteration_and_can_stop(xp):
+    A, b = lasso()
+    smooth, prox, objective = as_functions(xp, A, b)
+    seen = []
+
+    def callback(progress):
+        seen.append((progress.n_iter, progress.residual, float(progress.objective)))
+        return progress.n_iter == 7
+
+    x0 = to_xp(xp, np.zeros(100))
+    result = slra.proximal_gradient(
+        x0, smooth, prox, tol=1e-12, objective=objective, callback=callback
+    )
+    assert result.n_iter == 7
+    assert result.converged is False
+    assert [n for n, *_ in seen] == list(range(1, 8))
+    np.testing.assert_array_equal([r for _, r, _ in seen], to_numpy(result.residual))
+    np.testing.assert_array_equal([f for *_, f in seen], to_numpy(result.objective))
+
+
+@pytest.mark.eager_only("tol looks at values")
+def test_not_converged_is_said(xp):
+    A, b = lasso()
+    x0 = to_xp(xp, np.zeros(100))
+    smooth, prox, _ = as_functions(xp, A, b)
+    short = slra.proximal_gradient(x0, smooth, prox, tol=1e-9, max_iter=3)
+    assert short.converged is False
+    assert short.n_iter == 3
+    with np.errstate(all="ignore"):
+        diverged = slra.proximal_gradient(
+            x0, smooth, prox, step=10.0, accelerated=False, max_iter=2000
+        )
+    assert diverged.converged is False
+    assert diverged.n_iter < 2000
+
+
+@pytest.mark.eager_only("backtracking looks at values")
+def test_backtracking_meets_a_curvature_that_grows(xp):
+    """f(x) = log(1 + exp(-m(x))) + x^4 terms: no global Lipschitz constant, compared with scipy."""
+    target = np.asarray([2.0, -1.0, 0.3])
+    t = to_xp(xp, target)
+
+    def smooth(x):
+        return xp.sum((x - t) ** 4) / 4 + xp.sum(x * x) / 2, (x - t) ** 3 + x
+
+    result = slra.proximal_gradient(
+        to_xp(xp, np.asarray([8.0, -9.0, 7.0])), smooth, lambda x, step: x, tol=1e-12, max_iter=5000
+    )
+    best = [
+        scipy.optimize.brentq(lambda x, t=t: (x - t) ** 3 + x, -5, 5, xtol=1e-15) for t in target
+    ]
+    assert result.converged is True
+    # The residual is relative to the gradient at the start, about 1e3 at worst; the curvature is at least 1.
+    np.testing.assert_allclose(to_numpy(result.x), best, atol=3e-9)
+
+
+@pytest.mark.eager_only("tol looks at values")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"relaxation": 1.6}, {"balance": 10.0, "rho": 1e-3}],
+    ids=["plain", "relaxed", "balanced"],
+)
+def test_admm_lasso(xp, options):
+    A, b = lasso()
+    curvature, V = np.linalg.eigh(A.T @ A)
+    curvature, V, Vt = to_xp(xp, curvature), to_xp(xp, V), to_xp(xp, V.T.copy())
+    moment = to_xp(xp, A.T @ b)
+
+    def solve_x(v, rho):
+        return V @ ((Vt @ (moment + rho * v)) / (curvature + rho))
+
+    result = slra.admm(
+        to_xp(xp, np.zeros(100)),
+        solve_x,
+        lambda x, step: slra.prox.prox_l1(x, L1 * step),
+        **{"rho": 10.0, "tol": 1e-9, "max_iter": 3000, **options},
+    )
+    assert result.converged is True
+    assert np.any(to_numpy(result.x) == 0)
+    best = lasso_optimum(A, b)
+    assert abs(value(A, b, to_numpy(result.x)) - best) <= 1e-7 * best
+
+
+def total_variation(xp, b, max_iter):
+    """Return the result of ADMM on min 1/2||x - b||^2 + |D x|_1, D the differences."""
+    D = np.diff(np.eye(len(b)), axis=0)
+    inverse = to_xp(xp, np.linalg.inv(np.eye(len(b)) + 2.0 * D.T @ D))
+    d, dt, data = to_xp(xp, D), to_xp(xp, D.T.copy()), to_xp(xp, b)
+    return slra.admm(
+        to_xp(xp, np.zeros(len(b) - 1)),
+        lambda v, rho: inverse @ (data + rho * (dt @ v)),
+        slra.prox.prox_l1,
+        operator=lambda x: d @ x,
+        adjoint=lambda z: dt @ z,
+        rho=2.0,
+        tol=None,
+        max_iter=max_iter,
+    )
+
+
+STEPS = np.repeat([1.0, 4.0, 2.0], 10) + 0.1 * np.random.default_rng(0).standard_normal(30)
+
+
+def test_admm_with_an_operator_and_a_fixed_number_of_iterations(xp):
+    result, reference = total_variation(xp, STEPS, 10), total_variation(np, STEPS, 10)
+    assert result.converged is None
+    np.testing.assert_allclose(to_numpy(result.x), reference.x, atol=1e-13)
+    np.testing.assert_allclose(to_numpy(result.residual), reference.residual, atol=1e-13)
+
+
+def test_admm_with_an_operator_solves_total_variation():
+    result = total_variation(np, STEPS, 400)
+    x = result.x
+    assert result.residual[-1] <= 1e-10
+    # b - x = D^T w with |w| <= 1, and w = sign(D x) where x jumps.
+    w = -np.cumsum(STEPS - x)[:-1]
+    assert abs(np.sum(STEPS - x)) <= 1e-9
+    assert np.max(np.abs(w)) <= 1 + 1e-8
+    jumps = np.abs(np.diff(x)) > 1e-6
+    assert np.any(jumps)
+    np.testing.assert_allclose(w[jumps], np.sign(np.diff(x)[jumps]), atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tol": -1.0}, ValueError, "tol must be finite and 0 or more"),
+        ({"max_iter": 0}, ValueError, "max_iter must be 1 or more"),
+        ({"max_iter": 2.0}, TypeError, "max_iter must be an int"),
+        ({"step": -1.0}, ValueError, "step must be finite"),
+        ({"step": np.ones(3)}, ValueError, "step must broadcast to"),
+    ],
+)
+def test_options_of_proximal_gradient(options, error, message):
+    with pytest.raises(error, match=message):
+        slra.proximal_gradient(np.zeros(3), lambda x: (0.0, x), lambda x, step: x, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rho": 0.0}, "rho must be finite and greater than 0"),
+        ({"relaxation": 2.0}, "relaxation must be between 0 and 2"),
+        ({"balance": 0.5}, "balance must be 1 or more"),
+        ({"operator": lambda x: x}, "operator and adjoint must be given both or neither"),
+    ],
+)
+def test_options_of_admm(options, message):
+    with pytest.raises(ValueError, match=message):
+        slra.admm(np.zeros(3), lambda v, rho: v, lambda v, step: v, **options)
+
+
+def test_a_start_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="x0 must be finite"):
+        slra.proximal_gradient(np.full(3, np.nan), lambda x: (0.0, x), lambda x, step: x)
+    with pytest.raises(ValueError, match="z0 must be finite"):
+        slra.admm(np.full(3, np.inf), lambda v, rho: v, lambda v, step: v)
