@@ -110,8 +110,16 @@ class Promoted(NamedTuple):
         return tuple(table.xp.astype(x, self.narrow) for x in xs)
 
 
-def promote(table: Primitives, *, allow_complex: bool = True, **arrays: Array | None) -> Promoted:
+def promote(
+    table: Primitives,
+    *,
+    allow_complex: bool = True,
+    keep_half: bool = False,
+    **arrays: Array | None,
+) -> Promoted:
     """Bring arrays to their common floating dtype; half precision is computed in single.
+
+    With ``keep_half`` it is left for the primitives to convert.
 
     Raises
     ------
@@ -128,7 +136,7 @@ def promote(table: Primitives, *, allow_complex: bool = True, **arrays: Array | 
     except Exception as error:
         named = " and ".join(f"{name} ({x.dtype})" for name, x in given.items())
         raise TypeError(f"{named} must have a common floating dtype: {error}") from error
-    is_half = xp.finfo(dtype).bits == _HALF_BITS
+    is_half = xp.finfo(dtype).bits == _HALF_BITS and not keep_half
     work = xp.float32 if is_half else dtype
     cast = [x if x is None or x.dtype == work else xp.astype(x, work) for x in arrays.values()]
     return Promoted(cast, dtype if is_half else None)
@@ -276,10 +284,11 @@ def check_bound(
 
 
 def real_dtype(table: Primitives, x: Array) -> DType:
-    """Return the dtype of the real and imaginary parts of ``x``."""
-    if not table.is_complex(x):
+    """Return the dtype that the real and imaginary parts of ``x`` are computed in."""
+    bits = table.xp.finfo(x.dtype).bits
+    if not table.is_complex(x) and bits != _HALF_BITS:
         return x.dtype
-    return table.xp.float64 if table.xp.finfo(x.dtype).bits == 64 else table.xp.float32
+    return table.xp.float64 if bits == _WIDEST_BITS else table.xp.float32
 
 
 def check_rng(rng: Any, name: str = "rng") -> np.random.Generator:

@@ -85,6 +85,10 @@ def attend(**options):
     return slra.attention(X, X, X, **options)
 
 
+def solve():
+    return slra.proximal_gradient(X, lambda x: (0.0, x), slra.prox.prox_l1, step=0.1, max_iter=2)
+
+
 def differentiate(**options):
     row = np.zeros(4)
     return slra.attention_vjp(X, X, X, X, row, X, **options)
@@ -95,6 +99,17 @@ CALLS = {
     "soft_threshold": (lambda: slra.soft_threshold(X, 0.5), {"soft_threshold"}),
     "soft_threshold, complex": (lambda: slra.soft_threshold(X + 1j, 0.5), {"soft_threshold"}),
     "soft_threshold, array tau": (lambda: slra.soft_threshold(X, abs(X)), {"soft_threshold"}),
+    "soft_threshold, half": (
+        lambda: slra.soft_threshold(X.astype("float16"), 0.5),
+        {"soft_threshold"},
+    ),
+    "prox_nonneg_l1": (lambda: slra.prox.prox_nonneg_l1(X, 0.5), {"nonneg_threshold"}),
+    "prox_elastic_net": (
+        lambda: slra.prox.prox_elastic_net(X, 0.5, l2=1.0),
+        {"elastic_threshold"},
+    ),
+    "norm_l1": (lambda: slra.prox.norm_l1(X), {"sum_abs"}),
+    "proximal_gradient": (solve, {"soft_threshold_step", "extrapolate"}),
     "attention": (attend, {"weights", "rescale"}),
     "attention, causal": (lambda: attend(is_causal=True), {"scores", "weights", "rescale"}),
     "attention, softcap": (lambda: attend(softcap=2.0), {"scores", "weights", "rescale"}),

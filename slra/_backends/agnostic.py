@@ -38,6 +38,9 @@ def matrix_h(x: Array, xp: Namespace) -> Array:
 class Primitives(SparseRows):
     """Primitives for one namespace, ``xp``."""
 
+    # Whether the thresholds and sums of moduli take half precision as it is, and convert as they read.
+    takes_half = False
+
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
 

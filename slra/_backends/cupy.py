@@ -19,6 +19,8 @@ TILE_BYTES, TILE_WIDTH = 1 << 26, 4096
 class CupyPrimitives(Primitives):
     """Overrides for CuPy."""
 
+    takes_half = True
+
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Shrink in one pass."""
         return kernel("soft_threshold", x)(x, tau)
