@@ -28,13 +28,13 @@ def corrupted(seed: int, m: int = 400, n: int = 300, rank: int = 10) -> tuple[Ar
     return low_rank, np.where(hit, rng.uniform(-50, 50, (m, n)), 0.0)
 
 
-def full_svd_alm(x: Array, tol: float = 1e-7, max_iter: int = 500) -> tuple[Array, Array, int]:
+def full_svd_alm(x: Array, tol: float = 1e-7, max_iter: int = 500) -> tuple[Array, Array]:
     """Inexact ALM as published (Lin, Chen, Ma 2010): geometric penalty, primal residual, full SVDs."""
     l1 = 1 / np.sqrt(max(x.shape))
     size, largest = np.linalg.norm(x), np.linalg.norm(x, 2)
     multiplier = x / max(largest, np.max(np.abs(x)) / l1)
     penalty, sparse = 1.25 / largest, np.zeros_like(x)
-    for n_iter in range(1, max_iter + 1):
+    for _ in range(max_iter):
         U, S, Vh = np.linalg.svd(x - sparse + multiplier / penalty, full_matrices=False)
         low_rank = (U * np.maximum(S - 1 / penalty, 0)) @ Vh
         sparse = slra.soft_threshold(x - low_rank + multiplier / penalty, float(l1 / penalty))
@@ -42,7 +42,7 @@ def full_svd_alm(x: Array, tol: float = 1e-7, max_iter: int = 500) -> tuple[Arra
         multiplier, penalty = multiplier + penalty * rest, penalty * 1.5
         if np.linalg.norm(rest) <= tol * size:
             break
-    return low_rank, sparse, n_iter
+    return low_rank, sparse
 
 
 def robust_pca() -> dict[str, Any]:

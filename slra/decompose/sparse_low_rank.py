@@ -17,6 +17,7 @@ from slra._validate import (
     real_dtype,
     resolve,
 )
+from slra.solvers._loop import inner
 from slra.svd.truncated import thin_svd
 
 __all__ = ["SparseLowRankResult", "sparse_low_rank"]
@@ -288,6 +289,7 @@ def _solve_tangent(
     last, t = dual, 1.0
     for _ in range(MAX_INNER):
         Z = _project_tangent(x - dual, point, xp)
+        # Entry by entry, each 0 or more: a difference of two sums would cancel.
         inside = xp.real(xp.conj(dual) * Z) if table.is_complex(x) else dual * Z
         gap = max(0.0, float(xp.sum(l1 * xp.abs(Z) - inside)))
         # Half of the step that it decides, or of the step that would end the descent.
@@ -297,9 +299,7 @@ def _solve_tangent(
         following = ascended - table.soft_threshold(ascended, l1)
         move = following - last
         # Momentum that points away from the gradient is dropped.
-        turn = dual - following
-        uphill = xp.real(xp.conj(turn) * move) if table.is_complex(x) else turn * move
-        if float(xp.sum(uphill)) > 0:
+        if float(inner(dual - following, move, table)) > 0:
             t, dual = 1.0, following
         else:
             t, old = (1 + math.sqrt(1 + 4 * t * t)) / 2, t

@@ -182,7 +182,6 @@ def _partial_svd(
     V = table.test_matrix((x.shape[1], N_FRESH if known else 2 * N_FRESH), rng, x)
     if known:
         V = xp.concat([matrix_h(basis, xp), V], axis=1)
-    V = table.orthonormalize(V)
     last: SVDResult | None = None
     spent = 0.0
     while spent < 1:
@@ -200,7 +199,7 @@ def _partial_svd(
         last = SVDResult(Q @ matrix_h(Th, xp), S, matrix_h(V, xp))
         if float(S[-1]) > tau:
             more = table.test_matrix((x.shape[1], width), rng, x)
-            V, last = table.orthonormalize(xp.concat([V, more], axis=1)), None
+            V, last = xp.concat([V, more], axis=1), None
     return None
 
 
