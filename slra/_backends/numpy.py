@@ -47,6 +47,26 @@ class NumpyPrimitives(Primitives):
             np.subtract(source, target, out=target)
         return out
 
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> tuple[Array, Array]:
+        """Tiles in place, on several threads."""
+        return numpy_attention.attention(q, k, v, mask, options)
+
+    def attention_vjp(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        lse: Array,
+        delta: Array,
+        grad_out: Array,
+    ) -> tuple[Array, Array, Array]:
+        """Tiles in place, on several threads."""
+        return numpy_attention.attention_vjp(q, k, v, mask, options, lse, delta, grad_out)
+
     def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
         """Partition instead of sorting."""
         n = x.shape[-1]
@@ -72,23 +92,3 @@ class NumpyPrimitives(Primitives):
         starts = np.arange(0, m * k + 1, k) if k else np.zeros(m + 1, dtype=np.intp)
         rows = (values.ravel(), indices.ravel().astype(starts.dtype), starts)
         return scipy.sparse.csr_array(rows, shape=(m, y.shape[0])) @ y
-
-    def attention(
-        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
-    ) -> tuple[Array, Array]:
-        """Tiles in place, on several threads."""
-        return numpy_attention.attention(q, k, v, mask, options)
-
-    def attention_vjp(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        mask: Array | None,
-        options: ScoreOptions,
-        lse: Array,
-        delta: Array,
-        grad_out: Array,
-    ) -> tuple[Array, Array, Array]:
-        """Tiles in place, on several threads."""
-        return numpy_attention.attention_vjp(q, k, v, mask, options, lse, delta, grad_out)
