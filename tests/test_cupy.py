@@ -174,6 +174,19 @@ def test_attention_in_several_tiles(cupy_table, monkeypatch):
 
 
 @needs_compiler
+def test_gradient_in_several_tiles(cupy_table, monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v, grad = (rng.standard_normal((2, n, 5)) for n in (11, 13, 13, 11))
+    options = {"is_causal": True, "softcap": 3.0}
+    out, lse = slra.attention(q, k, v, return_lse=True, **options)
+    whole = slra.attention_vjp(q, k, v, out, lse, grad, **options)
+    monkeypatch.setattr(type(cupy_table), "tile_shape", lambda *_: (3, 4))
+    tiled = slra.attention_vjp(q, k, v, out, lse, grad, **options)
+    for ours, expected in zip(tiled, whole, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=100 * np.finfo("float64").eps)
+
+
+@needs_compiler
 def test_the_benchmark_runs(cupy_table):
     """On the stand-in and tiny, so that it is not first tried on a GPU."""
     import cupy

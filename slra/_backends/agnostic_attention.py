@@ -94,7 +94,7 @@ def tiled_attention(
     rows = table.recomputed(_attention_rows)
     n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
     tiling = Tiling(*table.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
-    parts = [rows(table, q, k, v, mask, tiling, top) for top in tiling.tops()]
+    parts = [rows(table, q, k, v, mask, tiling, queries) for queries in tiling.rows()]
     outs, lses = zip(*parts, strict=True)
     if len(parts) == 1:
         return outs[0], lses[0]
@@ -115,16 +115,23 @@ class Tiling(NamedTuple):
         diagonal = self.options.diagonal(self.n_queries, self.n_keys)
         return TileBounds(mask, self.options, tile, diagonal)
 
-    def tops(self) -> range:
-        """First queries of the rows of tiles."""
-        return range(0, self.n_queries, self.height)
+    def rows(self) -> list[slice]:
+        """Cut the queries into rows of tiles."""
+        return _slices(self.n_queries, self.height)
 
-    def row(self, top: int) -> list[Tile]:
-        """Tiles of the keys that the queries from ``top`` attend to."""
-        bottom = min(top + self.height, self.n_queries)
-        end = self.options.last_key(bottom, self.n_queries, self.n_keys)
-        lefts = range(0, end, self.width)
-        return [Tile(top, bottom, left, min(left + self.width, self.n_keys)) for left in lefts]
+    def columns(self) -> list[slice]:
+        """Cut the keys into columns of tiles."""
+        return _slices(self.n_keys, self.width)
+
+    def row(self, queries: slice) -> list[Tile]:
+        """Tiles of the keys that these queries attend to."""
+        end = self.options.last_key(queries.stop, self.n_queries, self.n_keys)
+        row = (queries.start, queries.stop)
+        return [Tile(*row, keys.start, keys.stop) for keys in self.columns() if keys.start < end]
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _attention_rows(
@@ -134,7 +141,7 @@ def _attention_rows(
     v: Array,
     mask: Array | None,
     tiling: Tiling,
-    top: int,
+    queries: slice,
 ) -> tuple[Array, Array]:
     """Attention of one tile of queries, by online softmax over the tiles of keys.
 
@@ -142,8 +149,7 @@ def _attention_rows(
     Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 1.
     """
     xp = table.xp
-    options = tiling.options
-    q = q[..., top : min(top + tiling.height, q.shape[-2]), :] * options.scale
+    q = q[..., queries, :] * tiling.options.scale
     shape = (*scores_batch_shape(q, k, v, mask), q.shape[-2])
     like = {"dtype": q.dtype, "device": table.creation_device(q)}
     state = SoftmaxState(
@@ -151,7 +157,7 @@ def _attention_rows(
         xp.zeros(shape, **like),
         xp.zeros((*shape, v.shape[-1]), **like),
     )
-    for tile in tiling.row(top):
+    for tile in tiling.row(queries):
         keys = slice(tile.left, tile.right)
         products = q @ xp.matrix_transpose(k[..., keys, :])
         scores = table.tile_scores(products, tiling.bounds(mask, tile))
@@ -235,15 +241,13 @@ def tiled_attention_vjp(
     xp = table.xp
     n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
     tiling = Tiling(*table.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
-    lefts = range(0, k.shape[-2], tiling.width)
-    dk = [xp.zeros_like(k[..., left : left + tiling.width, :]) for left in lefts]
-    dv = [xp.zeros_like(v[..., left : left + tiling.width, :]) for left in lefts]
+    dk = [xp.zeros_like(k[..., keys, :]) for keys in tiling.columns()]
+    dv = [xp.zeros_like(v[..., keys, :]) for keys in tiling.columns()]
     dq = []
-    for top in tiling.tops():
-        rows = slice(top, top + tiling.height)
+    for rows in tiling.rows():
         q_rows, grad_rows = q[..., rows, :] * options.scale, grad_out[..., rows, :]
         dq_rows = xp.zeros_like(q_rows)
-        for i, tile in enumerate(tiling.row(top)):
+        for i, tile in enumerate(tiling.row(rows)):
             k_tile = k[..., tile.left : tile.right, :]
             v_tile = v[..., tile.left : tile.right, :]
             weights, grad_scores = table.tile_gradients(
