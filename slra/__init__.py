@@ -12,11 +12,23 @@ from slra.decompose import (
 )
 from slra.prox import prox_l1 as soft_threshold
 from slra.solvers import Progress, SolveResult, admm, proximal_gradient
-from slra.svd import SVDResult, randomized_svd, truncated_svd
+from slra.svd import (
+    EighResult,
+    ErrorEstimate,
+    MatrixOperator,
+    SVDResult,
+    estimate_error,
+    randomized_eigh,
+    randomized_svd,
+    truncated_svd,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EighResult",
+    "ErrorEstimate",
+    "MatrixOperator",
     "Progress",
     "RobustPCAResult",
     "SVDResult",
@@ -27,10 +39,12 @@ __all__ = [
     "attention",
     "attention_vjp",
     "compress",
+    "estimate_error",
     "low_rank_attention",
     "merge_attention",
     "prox",
     "proximal_gradient",
+    "randomized_eigh",
     "randomized_svd",
     "robust_pca",
     "soft_threshold",

@@ -23,14 +23,19 @@ __all__ = [
     "check_bound",
     "check_choice",
     "check_count",
+    "check_factors",
     "check_finite",
+    "check_hermitian",
     "check_matrix",
+    "check_operator",
     "check_positive",
+    "check_positive_semidefinite",
+    "check_product",
     "check_rank",
     "check_rng",
+    "check_rtol",
     "check_tau",
     "promote",
-    "real_dtype",
     "resolve",
 ]
 
@@ -79,7 +84,7 @@ def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Arr
 
 
 def _namespace(x: Array, name: str) -> Any:
-    if not compat.is_array_api_obj(x) or np.isscalar(x):
+    if isinstance(x, np.generic) or not compat.is_array_api_obj(x):
         raise TypeError(
             f"{name} must be an array of a library that follows the array API standard, "
             f"got {type(x).__name__}"
@@ -171,6 +176,80 @@ def check_matrix(x: Array, name: str) -> None:
         raise ValueError(f"{name} must have no empty axis, got shape {tuple(x.shape)}")
 
 
+def check_operator(table: Primitives, shape: Any, like: Array, name: str = "x") -> None:
+    """Raise unless a sparse matrix or operator has two axes, none empty, and 32 or 64 bits a component."""
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(
+            f"{name} must have 2 dimensions, (m, n), and no empty axis, got shape {tuple(shape)}"
+        )
+    _check_floating(table.xp, like, name, allow_complex=True)
+    if table.xp.finfo(like.dtype).bits == _HALF_BITS:
+        raise TypeError(
+            f"{name} must have 32 or 64 bits a component where it is not a dense array, got {like.dtype}"
+        )
+
+
+def check_product(
+    table: Primitives, product: Array, shape: tuple[int, ...], name: str = "x"
+) -> None:
+    """Raise ValueError unless a product with an operator has the shape that follows from its own, and is finite."""
+    if tuple(product.shape) != shape:
+        raise ValueError(
+            f"{name}.matmat must return an array of shape {shape}, got {tuple(product.shape)}"
+        )
+    if not bool(table.xp.all(table.xp.isfinite(product))):
+        raise ValueError(f"{name} must be finite, got NaN or infinity in a product with it")
+
+
+def check_hermitian(
+    table: Primitives, shape: tuple[int, ...], dense: Array | None, name: str = "x"
+) -> None:
+    """Raise ValueError unless a matrix is square and, where entries can be looked at, Hermitian to rounding."""
+    if shape[-1] != shape[-2]:
+        raise ValueError(f"{name} must be square in its last two axes, got shape {tuple(shape)}")
+    if dense is None or not table.is_eager(dense):
+        return
+    xp = table.xp
+    skew = table.max_abs(dense - table.conj(xp.matrix_transpose(dense)))
+    allowed = 100 * xp.finfo(dense.dtype).eps * table.max_abs(dense)
+    if not bool(xp.all(skew <= allowed)):
+        raise ValueError(
+            f"{name} must be Hermitian, got a matrix that differs from its conjugate transpose"
+        )
+
+
+def check_positive_semidefinite(table: Primitives, factor: Array, name: str = "x") -> None:
+    """Raise ValueError if a Cholesky factor of ``x`` on a subspace came out as NaN, where it can be looked at."""
+    if table.is_eager(factor) and not bool(table.xp.all(table.xp.isfinite(factor))):
+        raise ValueError(
+            f"{name} must be positive semidefinite for method='nystrom', got a matrix with a negative eigenvalue; "
+            "use method='krylov'"
+        )
+
+
+def check_factors(
+    table: Primitives, shape: tuple[int, ...], like: Array, approx: Any, name: str = "approx"
+) -> tuple[Array, Array]:
+    """Return ``(U, S, Vh)`` or ``(left, right)`` as two factors of a matrix of this shape, in the dtype of ``like``."""
+    if not isinstance(approx, tuple) or len(approx) not in (2, 3):
+        raise TypeError(
+            f"{name} must be a tuple (U, S, Vh) or (left, right), got {type(approx).__name__}"
+        )
+    named = {f"{name}[{i}]": factor for i, factor in enumerate(approx)}
+    resolve(x=like, **named)
+    promote(table, allow_complex=table.is_complex(like), **named)
+    *batch, m, n = shape
+    k = approx[0].shape[-1] if approx[0].ndim else 0
+    expected = [(*batch, m, k), (*batch, k), (*batch, k, n)]
+    if len(approx) == 2:
+        del expected[1]
+    got = [tuple(factor.shape) for factor in approx]
+    if got != expected:
+        raise ValueError(f"{name} must have shapes {expected} to fit x, got {got}")
+    left, *middle, right = (table.xp.astype(x, like.dtype, copy=False) for x in approx)
+    return left * middle[0][..., None, :] if middle else left, right
+
+
 def check_finite(table: Primitives, x: Array, name: str) -> None:
     """Raise ValueError on NaN and infinities, where values can be looked at."""
     if table.is_eager(x) and not bool(table.xp.all(table.xp.isfinite(x))):
@@ -214,6 +293,26 @@ def check_positive(value: Any, name: str, *, allow_zero: bool = False) -> float:
     return number
 
 
+def check_rtol(table: Primitives, x: Array, rtol: Any, *, by_products: bool = False) -> float:
+    """Return a relative tolerance between what rounding allows in the dtype of ``x`` and 1.
+
+    ``by_products``: the residual is known from products only, which loses half of the digits.
+    """
+    value = check_positive(rtol, "rtol")
+    eps = float(table.xp.finfo(x.dtype).eps)
+    least = 16 * (math.sqrt(eps) if by_products else eps)
+    if not least <= value < 1:
+        raise ValueError(
+            f"rtol must be at least {least:.1e} for {x.dtype} and less than 1, got {rtol!r}"
+        )
+    if not table.is_eager(x):
+        raise ValueError(
+            "rtol must be None where values cannot be looked at (traced and lazy arrays): "
+            "the rank of the result would depend on them; pass rank"
+        )
+    return value
+
+
 def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -252,7 +351,7 @@ def check_tau(
 
     An array has length one along ``axes``, those of the vectors or matrices that share one threshold.
     """
-    if not compat.is_array_api_obj(tau) or np.isscalar(tau):
+    if isinstance(tau, np.generic) or not compat.is_array_api_obj(tau):
         return check_positive(tau, name, allow_zero=True)
     tau = check_bound(table, x, tau, name, axes=axes)
     if table.is_eager(tau) and not bool(table.xp.all((tau >= 0) & table.xp.isfinite(tau))):
@@ -263,8 +362,8 @@ def check_tau(
 def check_bound(
     table: Primitives, x: Array, bound: Any, name: str, *, axes: tuple[int, ...] = ()
 ) -> Any:
-    """Return a real number as a float, or an array of the real dtype of ``x`` that broadcasts to it."""
-    if not compat.is_array_api_obj(bound) or np.isscalar(bound):
+    """Return a real number as a float, or an array that broadcasts to ``x``, of the real dtype it is computed in."""
+    if isinstance(bound, np.generic) or not compat.is_array_api_obj(bound):
         if isinstance(bound, (bool, np.bool_)) or not isinstance(bound, numbers.Real):
             raise TypeError(f"{name} must be a real number or array, got {type(bound).__name__}")
         return float(bound)
@@ -279,16 +378,11 @@ def check_bound(
             f"{name} must broadcast to x, whose shape is {tuple(x.shape)}{where}, "
             f"got {tuple(bound.shape)}"
         )
-    real = real_dtype(table, x)
-    return bound if bound.dtype == real else table.xp.astype(bound, real)
-
-
-def real_dtype(table: Primitives, x: Array) -> DType:
-    """Return the dtype that the real and imaginary parts of ``x`` are computed in."""
-    bits = table.xp.finfo(x.dtype).bits
-    if not table.is_complex(x) and bits != _HALF_BITS:
-        return x.dtype
-    return table.xp.float64 if bits == _WIDEST_BITS else table.xp.float32
+    xp = table.xp
+    real = table.real_dtype(x.dtype)
+    if xp.finfo(real).bits == _HALF_BITS:
+        real = xp.float32
+    return bound if bound.dtype == real else xp.astype(bound, real)
 
 
 def check_rng(rng: Any, name: str = "rng") -> np.random.Generator:

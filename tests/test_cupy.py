@@ -157,6 +157,16 @@ def test_every_kernel_is_compared_with_a_reference_and_reached_by_a_public_call(
     assert names == set().union(*(kernels for _, kernels in CALLS.values()))
 
 
+def test_cholesky_asks_cupy_to_say_when_it_fails(cupy_table):
+    import cupyx
+
+    cupyx.asked.clear()
+    good, bad = np.eye(2), np.diag([1.0, -1.0])
+    factors = cupy_table.cholesky(np.stack([good, bad]))
+    assert {"linalg": "raise"} in cupyx.asked
+    np.testing.assert_array_equal(factors, np.stack([good, np.full((2, 2), np.nan)]))
+
+
 @needs_compiler
 def test_attention_in_several_tiles(cupy_table, monkeypatch):
     monkeypatch.setattr(type(cupy_table), "tile_shape", lambda *_: (3, 4))

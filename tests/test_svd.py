@@ -134,6 +134,6 @@ def test_batch_elements_meet_different_test_matrices():
 
 def test_a_draw_inside_jit_must_be_repeatable():
     jax = pytest.importorskip("jax")
-    a = jax.numpy.ones((30, 30))
+    a = jax.numpy.ones((200, 100))
     with pytest.raises(ValueError, match="test_matrix must be given, or rng be an int"):
         jax.jit(lambda x: slra.randomized_svd(x, 2))(a)

@@ -27,6 +27,8 @@ __all__ = ["Primitives", "ScoreOptions", "gaussian_blocks", "matrix_h"]
 
 # Test matrices are drawn in blocks of rows, a stream each, so that a chunked array can draw its own.
 TEST_MATRIX_ROWS = 4096
+# Entries widened to double precision at once: 2 MB, which stays in the second-level cache.
+SLAB = 1 << 18
 
 
 def matrix_h(x: Array, xp: Namespace) -> Array:
@@ -91,6 +93,62 @@ class Primitives(SparseRows):
         w, v = self.xp.linalg.eigh(g)
         return w, v
 
+    def small_eigvalsh(self, g: Array) -> Array:
+        """Eigenvalues (ascending) of a small Hermitian matrix."""
+        return self.xp.linalg.eigvalsh(g)
+
+    def cholesky(self, g: Array) -> Array:
+        """Lower Cholesky factor of a Hermitian matrix; NaN for each matrix that has none."""
+        try:
+            return self.xp.linalg.cholesky(g)
+        except Exception as error:
+            if "LinAlgError" not in type(error).__name__:
+                raise
+        if g.ndim == 2:
+            return self.xp.full_like(g, math.nan)
+        return self.xp.stack([self.cholesky(g[i, ...]) for i in range(g.shape[0])])
+
+    def wide(self, like: Array) -> DType:
+        """Dtype to accumulate sums over ``like`` in: double precision where the library has it."""
+        return self.xp.complex128 if self.is_complex(like) else self.xp.float64
+
+    def gram(self, x: Array, y: Array | None = None) -> Array:
+        """``x^H y`` (``x^H x`` without ``y``), accumulated in the `wide` dtype."""
+        wide = self.wide(x)
+        x = self.xp.astype(x, wide, copy=False)
+        y = x if y is None else self.xp.astype(y, wide, copy=False)
+        return matrix_h(x, self.xp) @ y
+
+    def gram_by_slabs(self, x: Array, y: Array | None = None) -> Array:
+        """`gram` without a wide copy of ``x``: a slab of rows, or a few matrices of a batch, at a time."""
+        if x.dtype == self.wide(x) or math.prod(x.shape) <= SLAB:
+            return Primitives.gram(self, x, y)
+        step = SLAB // math.prod(x.shape[1:])
+        if x.ndim > 2 and step < 2:
+            rest = (None if y is None else y[i, ...] for i in range(x.shape[0]))
+            return self.xp.stack([self.gram_by_slabs(x[i, ...], b) for i, b in enumerate(rest)])
+        step = max(1, step)
+        slabs = [slice(i, i + step) for i in range(0, x.shape[0], step)]
+        parts = [Primitives.gram(self, x[s, ...], None if y is None else y[s, ...]) for s in slabs]
+        return self.xp.concat(parts, axis=0) if x.ndim > 2 else sum(parts[1:], parts[0])
+
+    def adjoint_product(self, x: Array, y: Array) -> Array:
+        """``x^H y`` for a large ``x``, which is not copied to be conjugated."""
+        return self.conj(self.xp.matrix_transpose(x) @ self.conj(y))
+
+    def norm_squared(self, x: Array) -> Array:
+        """Squared Frobenius norm of each matrix, accumulated in the real `wide` dtype."""
+        xp = self.xp
+        wide = xp.astype(x, self.wide(x), copy=False)
+        return xp.sum(self.real_part(wide * self.conj(wide)), axis=(-2, -1))
+
+    def max_abs(self, x: Array) -> Array:
+        """Largest modulus in each matrix (of a complex number, the larger of its two parts)."""
+        xp = self.xp
+        parts = [xp.real(x), xp.imag(x)] if self.is_complex(x) else [x]
+        sizes = [xp.max(xp.abs(part), axis=(-2, -1)) for part in parts]
+        return sizes[0] if len(sizes) == 1 else xp.maximum(*sizes)
+
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve ``a @ x = b`` for triangular ``a``; only that triangle of ``a`` is read."""
         a = self.xp.tril(a) if lower else self.xp.triu(a)
@@ -108,7 +166,23 @@ class Primitives(SparseRows):
         """Whether ``x`` has a complex dtype."""
         return bool(self.xp.isdtype(x.dtype, "complex floating"))
 
+    def real_dtype(self, dtype: DType) -> DType:
+        """Real dtype of the same precision."""
+        xp = self.xp
+        # By comparison: a NumPy dtype and its scalar type are equal, but do not hash alike.
+        if dtype == xp.complex64:
+            return xp.float32
+        return xp.float64 if dtype == xp.complex128 else dtype
+
     # Elementwise
+
+    def real_part(self, x: Array) -> Array:
+        """Real part, of a real array too."""
+        return self.xp.real(x) if self.is_complex(x) else x
+
+    def conj(self, x: Array) -> Array:
+        """Complex conjugate, of a real array too."""
+        return self.xp.conj(x) if self.is_complex(x) else x
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Shrink the modulus of each entry by ``tau``, to no less than zero."""

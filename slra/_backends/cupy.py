@@ -5,6 +5,8 @@ Needs: cupy (``pip install "slra[cupy]"``) and, to allocate anything, a CUDA dev
 
 from typing import Any
 
+import cupyx
+
 from slra._backends.agnostic import Primitives
 from slra._backends.agnostic_attention import SoftmaxState, TileBounds
 from slra._backends.cupy_kernels import kernel
@@ -20,6 +22,11 @@ class CupyPrimitives(Primitives):
     """Overrides for CuPy."""
 
     takes_half = True
+
+    def cholesky(self, g: Array) -> Array:
+        """Wait for the device to say whether it failed, which CuPy does not unless told to."""
+        with cupyx.errstate(linalg="raise"):
+            return super().cholesky(g)
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Shrink in one pass."""

@@ -24,10 +24,6 @@ def _thin_svd(b: Any) -> tuple[Any, Any, Any]:
     return u, s, vh
 
 
-def _real_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return np.empty(0, dtype).real.dtype
-
-
 def _draw(block: GaussianBlock, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     return block.draw().astype(dtype)
 
@@ -80,7 +76,7 @@ class DaskPrimitives(Primitives):
 
     def small_svd(self, b: Array) -> tuple[Array, Array, Array]:
         """LAPACK on one worker, each matrix whole."""
-        dtypes = [b.dtype, _real_dtype(b.dtype), b.dtype]
+        dtypes = [b.dtype, self.real_dtype(b.dtype), b.dtype]
         k = min(b.shape[-2:])
         u, s, vh = _by_matrix(_thin_svd, "(m,n)->(m,k),(k),(k,n)", b, dtypes=dtypes, k=k)
         return u, s, vh
@@ -88,7 +84,7 @@ class DaskPrimitives(Primitives):
     def small_eigh(self, g: Array) -> tuple[Array, Array]:
         """LAPACK on one worker, each matrix whole."""
         w, v = _by_matrix(
-            np.linalg.eigh, "(n,n)->(n),(n,n)", g, dtypes=[_real_dtype(g.dtype), g.dtype]
+            np.linalg.eigh, "(n,n)->(n),(n,n)", g, dtypes=[self.real_dtype(g.dtype), g.dtype]
         )
         return w, v
 

@@ -40,6 +40,10 @@ class JaxPrimitives(Primitives):
             return None
         return like.device
 
+    def wide(self, like: Array) -> Any:
+        """Stay in single precision unless double is enabled."""
+        return super().wide(like) if jax.config.jax_enable_x64 else like.dtype
+
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve by substitution."""
         return jax.scipy.linalg.solve_triangular(a, b, lower=lower)

@@ -5,6 +5,7 @@ Needs: torch. Results carry gradients wherever the operations they are made of d
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -53,6 +54,33 @@ class TorchPrimitives(Primitives):
         if x.layout != torch.strided or x.is_quantized:
             return f"a tensor of layout {x.layout}; call to_dense() first"
         return None
+
+    def cholesky(self, g: Array) -> Array:
+        """Factor without raising, and mark what failed."""
+        factor, info = torch.linalg.cholesky_ex(g)
+        return torch.where((info == 0)[..., None, None], factor, torch.nan)
+
+    def gram(self, x: Array, y: Array | None = None) -> Array:
+        """Widen a slab at a time, which stays in the cache of a CPU."""
+        return self.gram_by_slabs(x, y) if x.device.type == "cpu" else super().gram(x, y)
+
+    def max_abs(self, x: Array) -> Array:
+        """Take extremes, not moduli: nothing as large as ``x`` is allocated."""
+        x = torch.view_as_real(x).flatten(-2) if self.is_complex(x) else x
+        return torch.maximum(torch.amax(x, dim=(-2, -1)), -torch.amin(x, dim=(-2, -1)))
+
+    def small_eigh(self, g: Array) -> tuple[Array, Array]:
+        """Split a batch over threads, which torch does not do on a CPU."""
+        n_threads = min(torch.get_num_threads(), g.shape[0] if g.ndim > 2 else 1)
+        if g.device.type != "cpu" or n_threads == 1 or not self.is_eager(g) or g.requires_grad:
+            return super().small_eigh(g)
+        with ThreadPoolExecutor(n_threads) as pool:
+            parts = list(pool.map(torch.linalg.eigh, torch.tensor_split(g, n_threads)))
+        return torch.cat([w for w, _ in parts]), torch.cat([v for _, v in parts])
+
+    def wide(self, like: Array) -> Any:
+        """Stay in single precision on a device that has no double."""
+        return like.dtype if like.device.type == "mps" else super().wide(like)
 
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve by substitution."""

@@ -14,7 +14,6 @@ from slra._validate import (
     check_positive,
     check_rank,
     promote,
-    real_dtype,
     resolve,
 )
 from slra.solvers._loop import inner
@@ -207,7 +206,9 @@ def _descend(
     # Any dual matrix gives a bound; the second one is the better where the result is close to zero.
     duals = (tangent.dual, x - table.soft_threshold(x, l1))
     bound = max(_lower_bound(x, dual, rank, table) for dual in duals)
-    objective = xp.asarray(history, dtype=real_dtype(table, x), device=table.creation_device(x))
+    objective = xp.asarray(
+        history, dtype=table.real_dtype(x.dtype), device=table.creation_device(x)
+    )
     return SparseLowRankResult(
         point.x, point.left, point.Vh, objective, stationarity, stationarity <= tol, bound
     )

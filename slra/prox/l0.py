@@ -1,7 +1,7 @@
 """Hard thresholding, for the number of nonzero entries."""
 
 from slra._typing import Array
-from slra._validate import check_tau, promote, real_dtype, resolve
+from slra._validate import check_tau, promote, resolve
 
 __all__ = ["norm_l0", "prox_l0"]
 
@@ -88,4 +88,4 @@ def norm_l0(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
     """
     table = resolve(x=x)
     (x,) = promote(table, x=x).arrays
-    return table.xp.sum(table.xp.astype(x != 0, real_dtype(table, x)), axis=axis)
+    return table.xp.sum(table.xp.astype(x != 0, table.real_dtype(x.dtype)), axis=axis)

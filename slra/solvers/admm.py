@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from slra._backends import Primitives
 from slra._typing import Array
-from slra._validate import check_finite, check_positive, promote, real_dtype, resolve
+from slra._validate import check_finite, check_positive, promote, resolve
 from slra.solvers._loop import Callback, SolveResult, Step, check_limits, norm, run
 
 __all__ = ["admm"]
@@ -114,7 +114,7 @@ def admm(
         raise ValueError(f"balance must be 1 or more, got {balance}")
     if (operator is None) != (adjoint is None):
         raise ValueError("operator and adjoint must be given both or neither")
-    like: dict[str, Any] = {"dtype": real_dtype(table, z), "device": table.creation_device(z)}
+    like: dict[str, Any] = {"dtype": table.real_dtype(z.dtype), "device": table.creation_device(z)}
     penalty = table.xp.full((), rho, **like)
 
     def advance(state: _State) -> Step:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from slra._backends import Primitives
 from slra._typing import Array
-from slra._validate import check_finite, check_tau, promote, real_dtype, resolve
+from slra._validate import check_finite, check_tau, promote, resolve
 from slra.prox.l1 import prox_l1
 from slra.solvers._loop import Callback, SolveResult, Step, check_limits, inner, norm, run
 
@@ -119,7 +119,7 @@ def proximal_gradient(
     else:
         step = check_tau(table, x, step, "step", axes=tuple(range(x.ndim)))
         searches = False
-    like: dict[str, Any] = {"dtype": real_dtype(table, x), "device": table.creation_device(x)}
+    like: dict[str, Any] = {"dtype": table.real_dtype(x.dtype), "device": table.creation_device(x)}
     start = _State(x, x, table.xp.ones((), **like), step, table.xp.zeros((), **like))
 
     def advance(state: _State) -> Step:

@@ -1,31 +1,33 @@
-"""Randomized SVD: a range finder, then the exact SVD of what it found."""
+"""Randomized SVD: read the input, choose a method, run it, put the answer in order."""
 
-import numpy as np
+from collections.abc import Callable
+from typing import Any, Literal
 
-from slra._backends import Primitives
 from slra._backends.agnostic import matrix_h
 from slra._typing import RNG, Array
-from slra._validate import (
-    check_count,
-    check_finite,
-    check_matrix,
-    check_rank,
-    check_rng,
-    promote,
-    resolve,
-)
+from slra._validate import check_choice, check_count, check_rank, check_rng, check_rtol
+from slra.svd import krylov, subspace
+from slra.svd._inputs import Problem, draw, read
+from slra.svd._linear_map import LinearMap
 from slra.svd._result import SVDResult, fix_signs
-from slra.svd.truncated import thin_svd
+from slra.svd.gram import exact_svd
+from slra.svd.tolerance import tolerance_svd
 
-__all__ = ["randomized_svd"]
+__all__ = ["check_test_matrix", "randomized_svd"]
+
+# A flop of a small eigenproblem takes as long as this many of a large product.
+_EIGH_COST = 40
 
 
 def randomized_svd(
-    x: Array,
-    rank: int,
+    x: Any,
+    rank: int | None = None,
     *,
+    rtol: float | None = None,
     n_oversamples: int = 8,
-    n_iter: int = 4,
+    n_iter: int | Literal["auto"] = "auto",
+    method: Literal["auto", "krylov", "subspace", "gram"] = "auto",
+    center: bool = False,
     rng: RNG = None,
     test_matrix: Array | None = None,
 ) -> SVDResult:
@@ -33,14 +35,26 @@ def randomized_svd(
 
     Parameters
     ----------
-    x : array, shape (..., m, n)
-        Real or complex floating; half precision is computed in float32.
-    rank : int
-        Number of triplets, between 1 and ``min(m, n)``.
+    x : array, shape (..., m, n), or a matrix of shape (m, n)
+        Real or complex floating array; half precision is computed in float32. Or a scipy or cupyx sparse matrix, a
+        ``LinearOperator`` of theirs, or a `MatrixOperator`: of these only products are taken.
+    rank : int, optional
+        Number of triplets, between 1 and ``min(m, n)``; with ``rtol`` a cap on it, ``min(m, n)`` by default.
+    rtol : float, optional
+        Take about the smallest rank with ``||x - U S Vh||_F <= rtol * ||x||_F`` for each matrix. The residual is
+        verified before the result is returned. A batch gets the largest of the ranks, with exact zeros in ``S`` beyond
+        the rank of each matrix. Not under jit or on Dask.
     n_oversamples : int
-        Columns sampled beyond ``rank``.
-    n_iter : int
-        Subspace iterations; each costs two products with ``x``.
+        Columns sampled beyond ``rank``; not used with ``rtol``.
+    n_iter : int or "auto"
+        Number of iterations; each costs two products with ``x``. "auto" stops once the Ritz values have settled where
+        values can be looked at, and is 3 ("krylov") or 4 ("subspace") where not.
+    method : {"auto", "krylov", "subspace", "gram"}
+        "krylov" keeps every block of the iteration: the most accurate for its products. "subspace" keeps one: the
+        least memory. "gram" is exact and fast where one side is short. "auto" counts flops.
+    center : bool
+        Subtract the mean of each column first (principal components of the rows). Of a matrix that is not an array
+        the products are corrected instead.
     rng : int, numpy.random.Generator or None
         Where the test matrix is drawn from. The same seed gives the same numbers on every backend.
     test_matrix : array, shape (..., n, rank + n_oversamples), optional
@@ -50,27 +64,32 @@ def randomized_svd(
     Returns
     -------
     SVDResult
-        ``U`` (..., m, rank), ``S`` (..., rank) and ``Vh`` (..., rank, n), in the dtype of ``x`` (``S`` real), on its
-        device. The entry of largest modulus in each column of ``U`` is real and positive.
+        ``U`` (..., m, k), ``S`` (..., k) and ``Vh`` (..., k, n), in the dtype of ``x`` (``S`` real), on its device.
+        ``U`` and ``Vh`` are orthonormal to rounding, whatever ``x``. The entry of largest modulus in each column of
+        ``U`` is real and positive.
 
     Raises
     ------
     TypeError
-        If ``x`` is not a floating array; if ``rank``, ``n_oversamples``, ``n_iter`` or ``rng`` is of a wrong type;
-        if ``x`` and ``test_matrix`` come from different libraries.
+        If ``x`` is not a floating array; if an option is of a wrong type; if ``x`` and ``test_matrix`` come from
+        different libraries.
     ValueError
         If ``x`` has fewer than two axes, an empty axis, or NaN or infinity where values can be looked at; if a number
-        is out of range, ``test_matrix`` has the wrong shape, or ``x`` is traced and the draw would not be repeatable.
+        is out of range; if neither ``rank`` nor ``rtol`` is given; if ``rtol`` comes with an option that it decides
+        itself, with values that cannot be looked at, or with an operator whose norm is not known; if ``test_matrix``
+        has the wrong shape, or ``x`` is traced and the draw would not be repeatable.
 
     Notes
     -----
-    With ``Y = x @ test_matrix``, ``Q = orth(Y)`` and ``n_iter`` times ``Q = orth(x @ orth(x^H @ Q))``, the SVD of the
-    short matrix ``Q^H x`` gives the answer. Where the sample would be as wide as the matrix, the exact SVD is taken.
+    "krylov" takes the best approximation in the span of ``x^H x W, (x^H x)^2 W, ...`` for a test matrix ``W``,
+    "subspace" in the last block alone. Blocks are orthonormalised by Cholesky-QR, and by Householder's QR for each
+    matrix of a batch where that fails. Where the blocks would fill the matrix, its exact decomposition is taken.
 
     References
     ----------
-    N. Halko, P. G. Martinsson, J. A. Tropp, Finding structure with randomness, SIAM Review 53 (2011), 217-288,
-    Algorithms 4.4 and 5.1.
+    N. Halko, P. G. Martinsson, J. A. Tropp, Finding structure with randomness, SIAM Review 53 (2011), 217-288.
+    C. Musco, C. Musco, Randomized block Krylov methods for stronger and faster approximate singular value
+    decomposition, NeurIPS 2015.
 
     Examples
     --------
@@ -80,60 +99,114 @@ def randomized_svd(
     >>> U, S, Vh = slra.randomized_svd(x, 1, rng=0)
     >>> bool(np.allclose((U * S) @ Vh, x))
     True
+    >>> slra.randomized_svd(np.diag([1.0, 0.1, 0.001]), rtol=0.01, rng=0).S.shape
+    (2,)
     """
-    table = resolve(x=x, optional={"test_matrix": test_matrix})
-    check_matrix(x, "x")
-    limit = min(x.shape[-2:])
-    rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
-    n_sampled = min(rank + check_count(n_oversamples, "n_oversamples"), limit)
-    n_iter = check_count(n_iter, "n_iter")
-    generator = check_rng(rng)
+    check_choice(method, ("auto", "krylov", "subspace", "gram"), "method")
+    problem = read(x, test_matrix, center=center)
+    A = problem.A
+    limit = min(A.shape[-2:])
+    if rank is None and rtol is None:
+        raise ValueError("rank or rtol must be given, got neither")
+    if rank is not None:
+        rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
+    width = (rank or 1) + check_count(n_oversamples, "n_oversamples")
+    depth = None if _is_auto(n_iter) else check_count(n_iter, "n_iter")
+    generator = check_rng(rng) if test_matrix is None else None
     if test_matrix is not None:
-        n_sampled = _check_test_matrix(x, test_matrix, rank)
-    promoted = promote(table, x=x, test_matrix=test_matrix)
-    work, sketch = promoted.arrays
-    check_finite(table, work, "x")
-    if n_sampled >= limit:
-        U, S, Vh = thin_svd(work, table)
+        width = check_test_matrix(A, test_matrix, rank or 1)
+
+    def sample(n_columns: int) -> Array:
+        omega = problem.test_matrix
+        return A.matmat(draw(A, n_columns, rng, generator) if omega is None else omega)
+
+    if rtol is None and rank is not None:
+        U, S, V = _fixed_rank(A, sample, rank, min(width, limit), depth, method)
     else:
-        if sketch is None:
-            sketch = _draw(work, n_sampled, rng, generator, table)
-        Q = subspace_iteration(work, sketch, n_iter, table)
-        U, S, Vh = thin_svd(matrix_h(Q, table.xp) @ work, table)
-        U = Q @ U
-    factors = fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :], table)
-    return SVDResult(*promoted.answer(table, *factors))
+        rtol = _check_tolerance(A, rtol, method, n_iter, test_matrix)
+        U, S, V = tolerance_svd(A, sample, rtol, rank or limit)
+    return _finished(problem, U, S, V)
 
 
-def _check_test_matrix(x: Array, test_matrix: Array, rank: int) -> int:
-    """Return the number of columns of a test matrix that fits ``x``."""
+def _fixed_rank(
+    A: LinearMap,
+    sample: Callable[[int], Array],
+    rank: int,
+    width: int,
+    depth: int | None,
+    method: str,
+) -> tuple[Array, Array, Array]:
+    if method == "auto":
+        method = _cheapest(A, width, depth)
+    basis = width * (krylov.MIN_ITER if depth is None else depth)
+    limit = min(A.shape[-2:])
+    if method == "gram" or width == limit or (method == "krylov" and basis >= limit):
+        return exact_svd(A, rank)
+    if method == "krylov" and depth != 0:
+        return krylov.krylov_svd(A, sample(width), rank, depth)
+    depth = subspace.DEFAULT_ITER if depth is None else depth
+    return subspace.subspace_svd(A, sample(width), rank, depth)
+
+
+def _cheapest(A: LinearMap, width: int, depth: int | None) -> str:
+    """Choose by counting flops; those of eigenproblems, which run slowly, count `_EIGH_COST` times.
+
+    With short side n, long side m and a Krylov basis of L = depth * width columns:
+
+    - gram:   2 m n^2 + cost n^3
+    - krylov: 2 m n width (2 depth + 1) + 2 L^2 (m + 2 n) + cost L^3
+    """
+    short, long = sorted(A.shape[-2:])
+    depth = max(1, krylov.MIN_ITER if depth is None else depth)
+    basis = depth * width
+    if A.dense is None:
+        return "krylov"
+    gram = 2 * long * short**2 + _EIGH_COST * short**3
+    products = 2 * long * short * width * (2 * depth + 1)
+    iterated = products + 2 * basis**2 * (long + 2 * short) + _EIGH_COST * basis**3
+    return "gram" if gram <= iterated else "krylov"
+
+
+def _finished(problem: Problem, U: Array, S: Array, V: Array) -> SVDResult:
+    """Fix signs, undo the scaling, and answer in the caller's dtype."""
+    table = problem.A.table
+    factors = fix_signs(U, problem.unscaled(S), matrix_h(V, table.xp), table)
+    return SVDResult(*problem.promoted.answer(table, *factors))
+
+
+def _is_auto(n_iter: int | str) -> bool:
+    return isinstance(n_iter, str) and n_iter == "auto"
+
+
+def _check_tolerance(
+    A: LinearMap, rtol: Any, method: str, n_iter: int | str, test_matrix: Array | None
+) -> float:
+    """Check what goes together with ``rtol``."""
+    if not _is_auto(n_iter):
+        raise ValueError(f"n_iter must be 'auto' where rtol is given, got {n_iter!r}")
+    if method not in ("auto", "krylov"):
+        raise ValueError(
+            f"method must be 'auto' or 'krylov' where rtol is given, got {method!r}; "
+            "for a deterministic answer use truncated_svd"
+        )
+    if test_matrix is not None:
+        raise ValueError("test_matrix must be None where rtol is given: the width is not known")
+    if A.norm is None:
+        raise ValueError(
+            "rtol needs the Frobenius norm of x, which products do not tell; "
+            "pass a slra.MatrixOperator with frobenius_norm"
+        )
+    return check_rtol(A.table, A.like, rtol, by_products=A.dense is None)
+
+
+def check_test_matrix(A: LinearMap, test_matrix: Array, rank: int) -> int:
+    """Return the number of columns of a test matrix that fits ``A``."""
     shape = tuple(test_matrix.shape)
     n_columns = shape[-1] if shape else 0
-    fits = shape[:-1] in {(x.shape[-1],), (*x.shape[:-2], x.shape[-1])}
+    fits = shape[:-1] in {(A.shape[-1],), (*A.shape[:-2], A.shape[-1])}
     if not fits or n_columns < rank:
         raise ValueError(
-            f"test_matrix must have shape (..., {x.shape[-1]}, {rank} or more) for x of shape "
-            f"{tuple(x.shape)} and rank {rank}, got {shape}"
+            f"test_matrix must have shape (..., {A.shape[-1]}, {rank} or more) for x of shape "
+            f"{A.shape} and rank {rank}, got {shape}"
         )
     return n_columns
-
-
-def _draw(
-    x: Array, n_columns: int, rng: RNG, generator: np.random.Generator, table: Primitives
-) -> Array:
-    """Draw a test matrix for each element of the batch."""
-    if table.freezes_draws(x) and not isinstance(rng, (int, np.integer)):
-        raise ValueError(
-            "test_matrix must be given, or rng be an int, inside a traced function: "
-            "anything else drawn there would become a constant of the compiled code"
-        )
-    return table.test_matrix((*x.shape[:-2], x.shape[-1], n_columns), generator, x)
-
-
-def subspace_iteration(x: Array, test_matrix: Array, n_iter: int, table: Primitives) -> Array:
-    """Orthonormal basis of the leading part of the range of ``x``."""
-    xh = matrix_h(x, table.xp)
-    Q = table.orthonormalize(x @ test_matrix)
-    for _ in range(n_iter):
-        Q = table.orthonormalize(x @ table.orthonormalize(xh @ Q))
-    return Q

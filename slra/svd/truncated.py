@@ -3,13 +3,14 @@
 from slra._backends import Primitives
 from slra._backends.agnostic import matrix_h
 from slra._typing import Array
-from slra._validate import check_finite, check_matrix, check_rank, promote, resolve
+from slra._validate import check_finite, check_matrix, check_rank, check_rtol, promote, resolve
+from slra.svd._cut import cut_values
 from slra.svd._result import SVDResult, fix_signs
 
 __all__ = ["thin_svd", "truncated_svd"]
 
 
-def truncated_svd(x: Array, rank: int | None = None) -> SVDResult:
+def truncated_svd(x: Array, rank: int | None = None, *, rtol: float | None = None) -> SVDResult:
     """Leading singular triplets, by a deterministic method.
 
     Parameters
@@ -17,7 +18,10 @@ def truncated_svd(x: Array, rank: int | None = None) -> SVDResult:
     x : array, shape (..., m, n)
         Real or complex floating; half precision is computed in float32.
     rank : int, optional
-        Number of triplets, at most ``min(m, n)``, which is the default.
+        Number of triplets, at most ``min(m, n)``, which is the default; with ``rtol`` a cap on it.
+    rtol : float, optional
+        Take the smallest rank with ``||x - U S Vh||_F <= rtol * ||x||_F`` for each matrix. A batch gets the largest of
+        these, with exact zeros in ``S`` beyond the rank of each matrix. Needs values: not under jit or on Dask.
 
     Returns
     -------
@@ -27,10 +31,10 @@ def truncated_svd(x: Array, rank: int | None = None) -> SVDResult:
     Raises
     ------
     TypeError
-        If ``x`` is not a floating array, or ``rank`` not an int.
+        If ``x`` is not a floating array, ``rank`` not an int, or ``rtol`` not a number.
     ValueError
         If ``x`` has fewer than two axes, an empty axis, or NaN or infinity where values can be looked at; if ``rank``
-        is out of range.
+        or ``rtol`` is out of range, or ``rtol`` is given where values cannot be looked at.
 
     Notes
     -----
@@ -56,9 +60,12 @@ def truncated_svd(x: Array, rank: int | None = None) -> SVDResult:
         rank = limit
     rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
     promoted = promote(table, x=x)
-    (work,) = promoted.arrays
-    check_finite(table, work, "x")
-    U, S, Vh = thin_svd(work, table)
+    check_finite(table, promoted.arrays[0], "x")
+    if rtol is not None:
+        rtol = check_rtol(table, x, rtol)
+    U, S, Vh = thin_svd(promoted.arrays[0], table)
+    if rtol is not None:
+        S, rank = cut_values(S, rtol, rank, table)
     factors = fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :], table)
     return SVDResult(*promoted.answer(table, *factors))
 

@@ -231,6 +231,19 @@ class HostCupy(ModuleType):
         return getattr(np, name)
 
 
+class HostCupyx(ModuleType):
+    """In the place of ``cupyx``: where CuPy only then raises what NumPy always does, and what asked it to."""
+
+    def __init__(self) -> None:
+        super().__init__("cupyx")
+        self.asked: list[dict[str, str]] = []
+
+    def errstate(self, **options: str) -> contextlib.AbstractContextManager[None]:
+        """Note the options; NumPy raises by itself."""
+        self.asked.append(options)
+        return contextlib.nullcontext()
+
+
 class _Namespace(ModuleType):
     """Looks like CuPy to whoever asks for its name, and computes with NumPy."""
 
@@ -239,18 +252,19 @@ class _Namespace(ModuleType):
 
 
 namespace = _Namespace("array_api_compat.cupy")
+_ROOTS = {"cupy", "cupyx"}
 _PREFIX = "slra._backends.cupy"
 _modules: dict[str, ModuleType] = {}
 
 
 def _replace(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
     """Put these in the place of CuPy and the modules that use it; return what was there."""
-    before = {n: m for n, m in sys.modules.items() if n == "cupy" or n.startswith(_PREFIX)}
+    before = {n: m for n, m in sys.modules.items() if n in _ROOTS or n.startswith(_PREFIX)}
     for name in before:
         del sys.modules[name]
     sys.modules.update(modules)
     package = importlib.import_module("slra._backends")
-    for name in {*before, *modules} - {"cupy"}:
+    for name in {*before, *modules} - _ROOTS:
         child = name.rpartition(".")[2]
         if name in modules:
             setattr(package, child, modules[name])
@@ -267,7 +281,7 @@ def why_not() -> str | None:
 @contextlib.contextmanager
 def cupy_on_host() -> Iterator[Any]:
     """Let ``slra`` take every array for CuPy's, and load its CuPy table over `HostCupy`."""
-    before = _replace(_modules or {"cupy": HostCupy()})
+    before = _replace(_modules or {"cupy": HostCupy(), "cupyx": HostCupyx()})
     array_namespace = compat.array_namespace
 
     def as_cupy(*xs: Any, **options: Any) -> Any:

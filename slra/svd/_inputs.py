@@ -1,0 +1,151 @@
+"""From what the caller has (array, sparse matrix, operator) to a `LinearMap`, and back to what they expect."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slra._backends import Primitives
+from slra._backends.sparse import SparseProducts, sparse_products
+from slra._typing import RNG, Array
+from slra._validate import (
+    Promoted,
+    check_finite,
+    check_matrix,
+    check_operator,
+    check_positive,
+    check_product,
+    promote,
+    resolve,
+)
+from slra.svd._linear_map import LinearMap, dense_map, power_of_two, scaling_exponent
+from slra.svd.operator import MatrixOperator
+
+__all__ = ["Problem", "draw", "read"]
+
+
+class Problem(NamedTuple):
+    """A matrix in the dtype to compute in, scaled so that squares stay in range.
+
+    ``A`` is the matrix times ``2**exponent`` (None: as it came); ``test_matrix`` is in the dtype of ``A``.
+    """
+
+    A: LinearMap
+    exponent: Array | None
+    test_matrix: Array | None
+    promoted: Promoted
+
+    def unscaled(self, S: Array) -> Array:
+        """Bring singular values or norms, shape (..., k), back to the scale of the input."""
+        if self.exponent is None:
+            return S
+        return power_of_two(S, -self.exponent[..., None], self.A.table)
+
+
+def read(x: Any, test_matrix: Array | None = None, *, center: bool = False) -> Problem:
+    """Validate ``x`` and wrap it, less the means of its columns where ``center`` says so."""
+    found = sparse_products(x)
+    if found is not None or isinstance(x, MatrixOperator):
+        A, promoted = _wrap(x, found, test_matrix)
+        largest = _largest(A, found) if A.is_eager else None
+    else:
+        table = resolve(x=x, optional={"test_matrix": test_matrix})
+        check_matrix(x, "x")
+        promoted = promote(table, x=x, test_matrix=test_matrix)
+        A = dense_map(promoted.arrays[0], table)
+        largest = table.max_abs(A.dense) if A.is_eager else None
+        if largest is not None:
+            # NaN or infinite if any entry is.
+            check_finite(table, largest, "x")
+    exponent = None if largest is None else scaling_exponent(largest, A.table)
+    if exponent is not None:
+        A = A.scaled(exponent)
+    if center:
+        A = _centered(A)
+    return Problem(A, exponent, promoted.arrays[1], promoted)
+
+
+def _wrap(
+    x: Any, found: SparseProducts | None, test_matrix: Array | None
+) -> tuple[LinearMap, Promoted]:
+    """Wrap a sparse matrix or an operator."""
+    source = x if found is None else found
+    like = source.like
+    named = {"x.like" if found is None else "x": like}
+    table = resolve(**named, optional={"test_matrix": test_matrix})
+    check_operator(table, x.shape, like)
+    promoted = promote(table, x=like, test_matrix=test_matrix)
+    A = LinearMap(table, tuple(x.shape), like, source.matmat, source.rmatmat, _norm(source, table))
+    return A, promoted
+
+
+def _norm(source: MatrixOperator | SparseProducts, table: Primitives) -> Callable[[], Array] | None:
+    """Give a function for the Frobenius norm, if there is a way to know it."""
+    xp, device = table.xp, table.creation_device(source.like)
+    real = table.real_dtype(table.wide(source.like))
+    if isinstance(source, MatrixOperator):
+        if source.frobenius_norm is None:
+            return None
+        given = check_positive(source.frobenius_norm, "x.frobenius_norm", allow_zero=True)
+        return lambda: xp.asarray(given, dtype=real, device=device)
+    if source.values is None:
+        return None
+    values = source.values[None, :]
+    if values.shape[-1] == 0:
+        return lambda: xp.asarray(0.0, dtype=real, device=device)
+
+    def norm() -> Array:
+        largest = table.max_abs(values)
+        largest = xp.where(largest > 0, largest, xp.ones_like(largest))
+        return xp.astype(largest, real) * xp.sqrt(table.norm_squared(values / largest))
+
+    return norm
+
+
+def _largest(A: LinearMap, source: Any) -> Array:
+    """Size of the entries; of an operator, that of its product with one Gaussian vector."""
+    table = A.table
+    values = source.values if isinstance(source, SparseProducts) else None
+    if values is not None:
+        check_finite(table, values, "x")
+        if values.shape[0] == 0:
+            return table.xp.zeros((), dtype=table.real_dtype(A.like.dtype))
+        return table.max_abs(values[None, :])
+    vector = table.test_matrix((A.shape[-1], 1), np.random.default_rng(0), A.like)
+    product = A.matmat(vector)
+    check_product(table, product, (A.shape[-2], 1))
+    return table.max_abs(product)
+
+
+def _centered(A: LinearMap) -> LinearMap:
+    """Take ``1 mean^H`` from an array, in a copy; from a map, in every product."""
+    table = A.table
+    xp, m = table.xp, A.shape[-2]
+    if A.dense is not None:
+        return dense_map(A.dense - xp.mean(A.dense, axis=-2, keepdims=True), table)
+    ones = xp.ones((m, 1), dtype=A.like.dtype, device=table.creation_device(A.like))
+    mean, whole = A.rmatmat(ones) / m, A.norm
+
+    def norm() -> Array:
+        assert whole is not None
+        square = whole() ** 2 - m * table.norm_squared(mean)
+        return xp.sqrt(xp.maximum(square, xp.zeros_like(square)))
+
+    return replace(
+        A,
+        matmat=lambda v: A.matmat(v) - table.adjoint_product(mean, v),
+        rmatmat=lambda u: A.rmatmat(u) - mean @ xp.sum(u, axis=-2, keepdims=True),
+        norm=None if whole is None else norm,
+    )
+
+
+def draw(A: LinearMap, width: int, rng: RNG, generator: np.random.Generator | None) -> Array:
+    """Draw a test matrix for each element of the batch."""
+    if A.table.freezes_draws(A.like) and not isinstance(rng, (int, np.integer)):
+        raise ValueError(
+            "test_matrix must be given, or rng be an int, inside a traced function: "
+            "anything else drawn there would become a constant of the compiled code"
+        )
+    assert generator is not None
+    return A.table.test_matrix((*A.shape[:-2], A.shape[-1], width), generator, A.like)

@@ -1,0 +1,185 @@
+"""Leading eigenpairs of a Hermitian matrix: Krylov and Rayleigh-Ritz, or Nystrom where no eigenvalue is negative."""
+
+from typing import Any, Literal, NamedTuple
+
+from slra._backends import Primitives
+from slra._backends.agnostic import matrix_h
+from slra._typing import RNG, Array
+from slra._validate import (
+    check_choice,
+    check_count,
+    check_hermitian,
+    check_positive_semidefinite,
+    check_rank,
+    check_rng,
+)
+from slra.svd._inputs import draw, read
+from slra.svd._linear_map import LinearMap
+from slra.svd._result import fix_signs
+from slra.svd.cholesky_qr import orthonormal
+from slra.svd.gram import by_qr, combine, spectrum, tall_svd
+from slra.svd.krylov import LAZY_ITER, MAX_ITER, MIN_ITER, RITZ_TOLERANCE, KrylovSpace
+from slra.svd.randomized import check_test_matrix
+from slra.svd.subspace import DEFAULT_ITER
+
+__all__ = ["EighResult", "randomized_eigh"]
+
+
+class EighResult(NamedTuple):
+    """Leading eigenpairs, ``x ~ (V * w) @ V^H``.
+
+    Attributes
+    ----------
+    w : array, shape (..., k)
+        Eigenvalues, real, by descending modulus.
+    V : array, shape (..., n, k)
+        Eigenvectors, orthonormal columns.
+    """
+
+    w: Array
+    V: Array
+
+
+def randomized_eigh(
+    x: Any,
+    rank: int,
+    *,
+    n_oversamples: int = 8,
+    n_iter: int | Literal["auto"] = "auto",
+    method: Literal["krylov", "nystrom"] = "krylov",
+    rng: RNG = None,
+    test_matrix: Array | None = None,
+) -> EighResult:
+    """Eigenpairs of largest modulus of a Hermitian matrix or a batch of them.
+
+    Parameters
+    ----------
+    x : array, shape (..., n, n), or a matrix of shape (n, n)
+        Hermitian, real or complex floating; or a sparse matrix, linear operator or `MatrixOperator`, as in
+        `randomized_svd`. Symmetry is checked where entries can be looked at.
+    rank : int
+        Number of pairs, between 1 and ``n``.
+    n_oversamples : int
+        Columns sampled beyond ``rank``.
+    n_iter : int or "auto"
+        Number of iterations, of two products ("krylov") or one ("nystrom"). "auto" stops once the Ritz values have
+        settled where values can be looked at ("krylov"), and is 3 or 4 otherwise.
+    method : {"krylov", "nystrom"}
+        "nystrom" needs ``x`` positive semidefinite and takes less memory.
+    rng : int, numpy.random.Generator or None
+        Where the test matrix is drawn from.
+    test_matrix : array, shape (..., n, rank + n_oversamples), optional
+        Used instead of drawing one.
+
+    Returns
+    -------
+    EighResult
+        ``w`` (..., rank) and ``V`` (..., n, rank). The entry of largest modulus in each column of ``V`` is real and
+        positive.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is not a floating array, or an option is of a wrong type.
+    ValueError
+        If ``x`` is not square, Hermitian and finite; if with "nystrom" it has a negative eigenvalue on the sample; if a
+        number is out of range, or ``x`` is traced and the draw would not be repeatable.
+
+    References
+    ----------
+    J. A. Tropp, A. Yurtsever, M. Udell, V. Cevher, Fixed-rank approximation of a positive-semidefinite matrix from
+    streaming data, NeurIPS 2017, Algorithm 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> w, V = slra.randomized_eigh(np.diag([1.0, -3.0, 2.0]), 2, rng=0)
+    >>> w.tolist()
+    [-3.0, 2.0]
+    """
+    check_choice(method, ("krylov", "nystrom"), "method")
+    problem = read(x, test_matrix)
+    A, table = problem.A, problem.A.table
+    check_hermitian(table, A.shape, A.dense)
+    rank = check_rank(rank, A.shape[-1], limit_is="the last axis of x")
+    width = min(rank + check_count(n_oversamples, "n_oversamples"), A.shape[-1])
+    depth = None if n_iter == "auto" else check_count(n_iter, "n_iter")
+    generator = check_rng(rng) if test_matrix is None else None
+    if test_matrix is not None:
+        width = check_test_matrix(A, test_matrix, rank)
+    if width * 2 * (MIN_ITER if depth is None else max(1, depth)) >= A.shape[-1]:
+        w, V = _leading(*table.small_eigh(A.materialize()), rank, table)
+    else:
+        omega = problem.test_matrix
+        sample = A.matmat(draw(A, width, rng, generator) if omega is None else omega)
+        solve = _nystrom if method == "nystrom" else _krylov
+        w, V = solve(A, sample, rank, depth)
+    w = problem.unscaled(table.xp.astype(w, table.real_dtype(V.dtype), copy=False))
+    V = fix_signs(V, w, matrix_h(V, table.xp), table).U
+    return EighResult(*problem.promoted.answer(table, w, V))
+
+
+def _leading(w: Array, V: Array, rank: int, table: Primitives) -> tuple[Array, Array]:
+    """Pick the pairs of largest modulus."""
+    xp = table.xp
+    order = xp.argsort(-xp.abs(w), axis=-1, stable=True)[..., :rank]
+    # A product with columns of the identity gathers along the last axis, batch or not, in any library.
+    index = xp.arange(w.shape[-1], device=table.creation_device(w))
+    pick = xp.astype(index[:, None] == order[..., None, :], w.dtype)
+    return (w[..., None, :] @ pick)[..., 0, :], V @ xp.astype(pick, V.dtype, copy=False)
+
+
+def _krylov(A: LinearMap, sample: Array, rank: int, n_iter: int | None) -> tuple[Array, Array]:
+    """Rayleigh-Ritz on the span of ``A W, A^2 W, ...``, two blocks an iteration."""
+    space = KrylovSpace(A)
+    space.append(sample)
+    fixed = n_iter if n_iter is not None or A.is_eager else LAZY_ITER
+    deepest = 2 * max(1, MAX_ITER if fixed is None else fixed)
+    before = None
+    for depth in range(2, min(deepest, A.shape[-1] // space.dimension) + 1):
+        space.append(space.W[-1])
+        if fixed is not None or depth < 2 * MIN_ITER - 1:
+            continue
+        sizes = A.table.xp.abs(_leading(*_ritz_pairs(space), rank, A.table)[0])
+        if before is not None and _settled(before, sizes, A.table):
+            break
+        before = sizes
+    w, E = _leading(*_ritz_pairs(space), rank, A.table)
+    return w, combine(space.V, A.table.xp.astype(E, sample.dtype, copy=False))
+
+
+def _ritz_pairs(space: KrylovSpace) -> tuple[Array, Array]:
+    """Eigenpairs of ``V^H A V``, in the wide dtype."""
+    table = space.A.table
+    xp = table.xp
+    V, W = xp.concat(space.V, axis=-1), xp.concat(space.W, axis=-1)
+    H = table.gram(V, W)
+    return table.small_eigh((H + matrix_h(H, xp)) / 2)
+
+
+def _settled(before: Array, after: Array, table: Primitives) -> bool:
+    return bool(table.xp.all(after - before <= RITZ_TOLERANCE * after))
+
+
+def _nystrom(A: LinearMap, sample: Array, rank: int, n_iter: int | None) -> tuple[Array, Array]:
+    """Decompose ``A Q (Q^H A Q)^-1 Q^H A`` by Cholesky of a slightly shifted core; take the shift off again."""
+    table = A.table
+    xp = table.xp
+    Q = orthonormal(sample, table)
+    for _ in range(DEFAULT_ITER if n_iter is None else n_iter):
+        Q = orthonormal(A.matmat(Q), table)
+    Y = A.matmat(Q)
+    eps = xp.finfo(Y.dtype).eps
+    shift = eps * xp.sqrt(table.norm_squared(Y))[..., None, None]
+    Y = Y + xp.astype(shift, Y.dtype) * Q
+    core = table.gram(Q, Y)
+    L = table.cholesky((core + matrix_h(core, xp)) / 2)
+    check_positive_semidefinite(table, L)
+    B = Y @ xp.astype(matrix_h(xp.linalg.inv(L), xp), Y.dtype, copy=False)
+    if A.is_eager:
+        V, S, _ = tall_svd([B], spectrum(table.gram(B), table), rank, table)
+    else:
+        V, S, _ = by_qr([B], rank, table)
+    w = S**2 - xp.astype(shift[..., 0], S.dtype)
+    return xp.maximum(w, xp.zeros_like(w)), V

@@ -1,0 +1,101 @@
+"""How far an approximation is from its matrix, by a few products with both."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from slra._typing import RNG, Array
+from slra._validate import check_factors, check_rank, check_rng
+from slra.svd._inputs import draw, read
+from slra.svd._linear_map import power_of_two
+
+__all__ = ["ErrorEstimate", "estimate_error"]
+
+_CONFIDENCE = 0.99
+
+
+class ErrorEstimate(NamedTuple):
+    """Estimated norms of ``x - approx``, one for each matrix of a batch, real.
+
+    Attributes
+    ----------
+    frobenius : array, shape (...,)
+        Estimate of the Frobenius norm; the mean of its square is exact.
+    spectral : array, shape (...,)
+        Upper bound of the spectral norm, with probability 0.99 or more.
+    """
+
+    frobenius: Array
+    spectral: Array
+
+
+def estimate_error(
+    x: Any, approx: Sequence[Array], *, n_probes: int = 10, rng: RNG = None
+) -> ErrorEstimate:
+    """Estimate the norms of ``x - approx`` from products with Gaussian vectors.
+
+    Parameters
+    ----------
+    x : array of shape (..., m, n), sparse matrix, linear operator or MatrixOperator
+        As in `randomized_svd`.
+    approx : SVDResult, or a pair of arrays
+        ``(U, S, Vh)``, or ``(left, right)`` of shapes (..., m, k) and (..., k, n), in the dtype of ``x``.
+    n_probes : int
+        Number of Gaussian vectors, each multiplied by ``x`` and by the approximation.
+    rng : int, numpy.random.Generator or None
+        Where they are drawn from; not the seed of the approximation, whose error is small on its own test matrix.
+
+    Returns
+    -------
+    ErrorEstimate
+        ``frobenius`` and ``spectral``, each of the batch's shape, in the real dtype of ``x`` (float32 for half).
+
+    Raises
+    ------
+    TypeError
+        If ``x`` or a factor is not a floating array, or the two come from different libraries or in different dtypes.
+    ValueError
+        If shapes do not match, ``x`` is not finite, or ``n_probes`` is less than 1; inside a traced function, unless
+        ``rng`` is an int.
+
+    Notes
+    -----
+    With ``E = x - approx`` and ``p`` probes ``w``: ``frobenius = sqrt(mean ||E w||^2)``. In the worst case, an error of
+    rank one, its square is ``||E||_F^2`` times a chi-squared variable with ``p`` degrees of freedom over ``p``: for
+    p = 10, between 0.46 and 1.6 times the norm with probability 0.99; an error of high rank is estimated far better.
+    ``spectral = a * sqrt(2/pi) * max ||E w||`` with ``a = 100**(1/p)`` is too small with probability ``a**-p = 0.01``.
+
+    References
+    ----------
+    N. Halko, P. G. Martinsson, J. A. Tropp, Finding structure with randomness, SIAM Review 53 (2011), 217-288,
+    Lemma 4.1. H. Avron, S. Toledo, Randomized algorithms for estimating the trace of an implicit symmetric positive
+    semi-definite matrix, J. ACM 58 (2011), 8.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> x = np.diag(1 / np.arange(1.0, 101))
+    >>> found = slra.estimate_error(x, slra.truncated_svd(x, 10), rng=0)
+    >>> exact = np.linalg.norm(1 / np.arange(11.0, 101))
+    >>> bool(0.5 * exact < found.frobenius < 1.6 * exact), bool(found.spectral > 1 / 11)
+    (True, True)
+    """
+    problem = read(x)
+    A, table = problem.A, problem.A.table
+    xp = table.xp
+    n_probes = check_rank(n_probes, 1 << 30, "n_probes")
+    generator = check_rng(rng)
+    left, right = check_factors(table, A.shape, A.like, approx)
+    if problem.exponent is not None:
+        left = power_of_two(left, problem.exponent[..., None, None], table)
+    omega = draw(A, n_probes, rng, generator)
+    difference = A.matmat(omega) - left @ (right @ omega)
+    wide = xp.astype(difference, table.wide(difference), copy=False)
+    squares = xp.sum(table.real_part(wide * table.conj(wide)), axis=-2)
+    factor = (1 / (1 - _CONFIDENCE)) ** (1 / n_probes) * math.sqrt(2 / math.pi)
+    norms = xp.stack(
+        [xp.sqrt(xp.mean(squares, axis=-1)), factor * xp.sqrt(xp.max(squares, axis=-1))], axis=-1
+    )
+    norms = problem.unscaled(xp.astype(norms, table.real_dtype(A.like.dtype)))
+    return ErrorEstimate(norms[..., 0], norms[..., 1])

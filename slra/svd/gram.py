@@ -1,0 +1,100 @@
+"""Singular values of a tall matrix from its Gram matrix, made safe.
+
+A bare Gram matrix squares the condition number: singular values below sqrt(eps) * sigma_1 are lost, and left vectors
+miss orthogonality long before. Three things repair that: single precision is accumulated in double; the left vectors
+are orthonormalised again, and in double precision the small factor that falls out is decomposed once more; where
+the wanted values are too small even for this, QR takes over, for the elements of the batch that need it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from slra._backends import Primitives
+from slra._backends.agnostic import matrix_h
+from slra._typing import Array
+from slra.svd._elements import redo
+from slra.svd._linear_map import LinearMap
+from slra.svd.cholesky_qr import tall_qr
+from slra.svd.truncated import thin_svd
+
+__all__ = ["Spectrum", "by_qr", "combine", "exact_svd", "spectrum", "tall_svd"]
+
+
+class Spectrum(NamedTuple):
+    """Singular values and right vectors of a tall matrix, descending, in the wide dtype."""
+
+    values: Array
+    vectors: Array
+
+
+def spectrum(gram: Array, table: Primitives) -> Spectrum:
+    """Spectrum of a matrix whose Gram matrix this is."""
+    xp = table.xp
+    squares, vectors = table.small_eigh(gram)
+    squares = xp.flip(squares, axis=-1)
+    values = xp.sqrt(xp.maximum(squares, xp.zeros_like(squares)))
+    return Spectrum(values, xp.flip(vectors, axis=-1))
+
+
+def tall_svd(
+    blocks: Sequence[Array], known: Spectrum, rank: int, table: Primitives
+) -> tuple[Array, Array, Array]:
+    """Leading ``rank`` singular triplets of ``[W_1, W_2, ...]``, a tall matrix in blocks of columns.
+
+    Returns ``U`` (..., m, rank), ``S`` (..., rank) and ``V`` (..., n, rank), not its transpose.
+
+    Where the Gram matrix could not be accumulated in a wider dtype, it is off by eps * sigma_1^2, and so is the square
+    of the k-th value if others crowd around it (far less if not). The eps * sigma_1^2 / sigma_k that this makes of
+    sigma_k is kept below 1e-12 * sigma_1 in double and 10 * eps * sigma_1 in single precision; beyond that QR is used.
+    """
+    xp = table.xp
+    values, vectors = known.values[..., :rank], known.vectors[..., :rank]
+    V = xp.astype(vectors, blocks[0].dtype, copy=False)
+    X = combine(blocks, V)
+    Q, R = tall_qr(X, table)
+    if table.wide(X) != X.dtype:
+        # R is diagonal to working precision, and the values are better than it could give.
+        return _with_phases(Q, R, table), xp.astype(values, table.real_dtype(X.dtype)), V
+    U, S, Vh = table.small_svd(R)
+    fast = Q @ U, S, V @ matrix_h(Vh, xp)
+    limit = 1e-3 if xp.finfo(X.dtype).bits == 64 else 0.1
+    ok = (values[..., -1] > limit * values[..., 0]) | (values[..., 0] == 0)
+    return redo(ok, fast, lambda *parts: by_qr(parts, rank, table), tuple(blocks), table)
+
+
+def exact_svd(A: LinearMap, rank: int) -> tuple[Array, Array, Array]:
+    """Leading triplets ``U, S, V`` of a map whose short side is short."""
+    if A.shape[-2] < A.shape[-1]:
+        V, S, U = exact_svd(A.H, rank)
+        return U, S, V
+    x, table = A.materialize(), A.table
+    if not A.is_eager:
+        return by_qr((x,), rank, table)
+    return tall_svd([x], spectrum(table.gram(x), table), rank, table)
+
+
+def by_qr(blocks: Sequence[Array], rank: int, table: Primitives) -> tuple[Array, Array, Array]:
+    """Take the safe way to what `tall_svd` gives."""
+    xp = table.xp
+    U, S, Vh = thin_svd(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1), table)
+    return U[..., :rank], S[..., :rank], matrix_h(Vh[..., :rank, :], xp)
+
+
+def combine(blocks: Sequence[Array], V: Array) -> Array:
+    """``[W_1, W_2, ...] @ V`` without joining the blocks."""
+    total, top = None, 0
+    for block in blocks:
+        part = block @ V[..., top : top + block.shape[-1], :]
+        total = part if total is None else total + part
+        top += block.shape[-1]
+    return total
+
+
+def _with_phases(Q: Array, R: Array, table: Primitives) -> Array:
+    """Turn each column of ``Q`` by the phase of its entry on the diagonal of ``R``."""
+    xp = table.xp
+    diagonal = xp.linalg.diagonal(R)
+    size = xp.abs(diagonal)
+    one = xp.ones_like(diagonal)
+    phase = xp.where(size > 0, diagonal / xp.where(size > 0, size, xp.ones_like(size)), one)
+    return Q * phase[..., None, :]

@@ -1,0 +1,74 @@
+"""Compiled, mapped and chunked: nothing may depend on values, and nothing is computed early."""
+
+import numpy as np
+import pytest
+
+import slra
+from tests.backends import to_numpy
+from tests.test_svd_never_wrong import check, make, reference_error
+
+OMEGA = np.random.default_rng(0).standard_normal((90, 11))
+
+
+@pytest.fixture
+def a():
+    return make("exponential", (120, 90), "float64")
+
+
+def test_jit_of_vmap():
+    jax = pytest.importorskip("jax")
+    a = make("exponential", (2, 120, 90), "float64")
+    run = jax.jit(
+        jax.vmap(lambda x, o: slra.randomized_svd(x, 4, test_matrix=o), in_axes=(0, None))
+    )
+    check(a, 4, run(jax.numpy.asarray(a), jax.numpy.asarray(OMEGA)), 1.01, reference_error(a, 4, 3))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo warns of every lru_cache that it meets.
+@pytest.mark.parametrize("method", ["krylov", "subspace"])
+def test_torch_compile_in_one_graph(a, method):
+    torch = pytest.importorskip("torch")
+
+    def run(x, o):
+        return slra.randomized_svd(x, 4, test_matrix=o, method=method)
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    result = compiled(torch.from_numpy(a), torch.from_numpy(OMEGA))
+    check(a, 4, result, 1.01, reference_error(a, 4, 3))
+
+
+def test_torch_vmap():
+    torch = pytest.importorskip("torch")
+    a = make("exponential", (2, 120, 90), "float64")
+    omega = torch.from_numpy(OMEGA)
+    result = torch.vmap(lambda x: slra.randomized_svd(x, 4, test_matrix=omega))(torch.from_numpy(a))
+    check(a, 4, result, 1.01, reference_error(a, 4, 3))
+
+
+@pytest.mark.parametrize("chunks", [(40, 90), (120, 30), (50, 40)], ids=["rows", "columns", "both"])
+@pytest.mark.parametrize("method", ["krylov", "subspace", "gram"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dask_stays_lazy(a, chunks, method, transposed):
+    dask = pytest.importorskip("dask")
+    da = pytest.importorskip("dask.array")
+    x = da.from_array(a, chunks=chunks)
+    x, a = (x.T, a.T) if transposed else (x, a)
+
+    def never(*args, **kwargs):
+        raise AssertionError("computed")
+
+    with dask.config.set(scheduler=never):
+        result = slra.randomized_svd(x, 4, n_oversamples=4, method=method, rng=0)
+    with dask.config.set(scheduler="synchronous"):
+        result = [to_numpy(x) for x in result]
+    check(a, 4, result, 1.01, reference_error(a, 4, 3, 4))
+    # The draw does not depend on the chunks.
+    depth = 4 if method == "subspace" else 3
+    plain = slra.randomized_svd(a, 4, n_oversamples=4, n_iter=depth, method=method, rng=0)
+    np.testing.assert_allclose(result[1], plain.S, atol=1e-12)
+
+
+def test_deferred_zero_matrix_has_orthonormal_vectors():
+    jax = pytest.importorskip("jax")
+    run = jax.jit(lambda x: slra.randomized_svd(x, 4, rng=0))
+    check(np.zeros((120, 90)), 4, run(jax.numpy.zeros((120, 90))))

@@ -1,0 +1,156 @@
+"""Sparse matrices, operators, centring: against the dense array that they stand for."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from scipy.sparse.linalg import aslinearoperator
+
+import slra
+from tests.backends import to_numpy, to_xp
+from tests.test_svd_never_wrong import check, make, reference_error
+
+
+def sparse(dtype="float64", kind="csr_matrix", seed=0):
+    rng = np.random.default_rng(seed)
+    a = sp.random(400, 300, density=0.05, random_state=seed, format="csr").toarray()
+    if np.issubdtype(dtype, np.complexfloating):
+        a = a * np.exp(1j * rng.uniform(0, 6, a.shape))
+    # Rows and columns that fade give a spectrum that decays.
+    a = a * (0.97 ** np.arange(400))[:, None]
+    return getattr(sp, kind)(a.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("kind", ["csr_matrix", "csc_array", "coo_array"])
+@pytest.mark.parametrize("method", ["auto", "subspace"])
+def test_sparse(dtype, kind, method):
+    s = sparse(dtype, kind)
+    for x in (s, s.T):
+        a = x.toarray()
+        result = slra.randomized_svd(x, 8, method=method, rng=0)
+        check(a, 8, result, 1.01, reference_error(a, 8, 3))
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_low_rank_plus_sparse(center):
+    rng = np.random.default_rng(1)
+    s, left, right = sparse(), rng.standard_normal((400, 3)), rng.standard_normal((3, 300))
+    x = aslinearoperator(s) + aslinearoperator(left) @ aslinearoperator(right)
+    a = s.toarray() + left @ right
+    a = a - a.mean(axis=0) if center else a
+    check(a, 6, slra.randomized_svd(x, 6, center=center, rng=0), 1.01, reference_error(a, 6, 3))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scales(scale):
+    s = sparse("float32") * np.float32(scale)
+    a = s.toarray()
+    for x in (s, aslinearoperator(s)):
+        check(a, 8, slra.randomized_svd(x, 8, rng=0), 1.01, reference_error(a, 8, 3))
+
+
+def test_operator_on_every_backend(xp):
+    a = make("exponential", (120, 100), "complex128")
+    x = to_xp(xp, a)
+
+    def run(x):
+        xh = xp.conj(xp.matrix_transpose(x))
+        operator = slra.MatrixOperator(lambda v: x @ v, lambda u: xh @ u, x.shape, x)
+        return slra.randomized_svd(operator, 5, n_oversamples=3, rng=0)
+
+    # The harness sees no array inside the operator, so this runs eagerly where it can.
+    check(a, 5, run(x), 1.01, reference_error(a, 5, 3, 3))
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_tolerance_by_products(center):
+    s = sparse()
+    a = s.toarray()
+    a = a - a.mean(axis=0) if center else a
+    for x in (
+        s,
+        slra.MatrixOperator(s.__matmul__, s.T.__matmul__, s.shape, s.data, sp.linalg.norm(s)),
+    ):
+        U, S, Vh = slra.randomized_svd(x, rtol=0.1, center=center, rng=0)
+        assert np.linalg.norm(a - (U * S) @ Vh) <= 0.1 * np.linalg.norm(a)
+        exact = np.linalg.svd(a, compute_uv=False)
+        tails = np.sqrt(np.cumsum(exact[::-1] ** 2)[::-1])
+        best = 1 + np.sum(tails[1:] > 0.1 * tails[0])
+        assert len(S) <= 1.05 * best + 1
+    with pytest.raises(ValueError, match=r"rtol must be at least 5\.5e-03 for float32"):
+        slra.randomized_svd(s.astype("float32"), rtol=1e-3)
+    with pytest.raises(ValueError, match="rtol needs the Frobenius norm of x"):
+        slra.randomized_svd(aslinearoperator(s), rtol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(120, 40), (300, 200), (40, 120)], ids=str)
+def test_centering(xp, shape):
+    a = make("exponential", shape, "float64") + 10 * np.linspace(-1, 1, shape[1])
+    result = slra.randomized_svd(to_xp(xp, a), 4, n_oversamples=3, center=True, rng=0)
+    c = a - a.mean(axis=0)
+    # The means are known to eps times the entries they cancel.
+    S = to_numpy(result.S)
+    exact = np.linalg.svd(c, compute_uv=False)[:4]
+    allowed = 10 * reference_error(c, 4, 3, 3) + 20 * np.finfo("float64").eps * np.linalg.norm(a)
+    assert np.all(np.abs(S - exact) <= allowed)
+
+
+def test_centering_agrees_with_pca():
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    a = make("polynomial", (300, 80), "float64") + np.arange(80.0)
+    pca = decomposition.PCA(5, svd_solver="full").fit(a)
+    _, S, Vh = slra.randomized_svd(a, 5, center=True, method="gram")
+    np.testing.assert_allclose(S, pca.singular_values_, rtol=1e-10)
+    np.testing.assert_allclose(S**2 / 299, pca.explained_variance_, rtol=1e-10)
+    np.testing.assert_allclose(np.abs(np.sum(Vh * pca.components_, axis=1)), 1, rtol=1e-10)
+
+
+def test_explained_variance_of_sparse_text():
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+    rng = np.random.default_rng(0)
+    # Zipf's law over words, and topics that prefer some of them.
+    weights = 1 / np.arange(1, 801)
+    topics = weights * rng.gamma(0.3, size=(12, 800))
+    topics /= topics.sum(axis=1, keepdims=True)
+    documents = [
+        " ".join(f"w{w:03}" for w in rng.choice(800, 60, p=topics[i % 12])) for i in range(600)
+    ]
+    tfidf = text.TfidfVectorizer().fit_transform(documents)
+    assert sp.issparse(tfidf)
+    dense = tfidf.toarray()
+    dense = dense - dense.mean(axis=0)
+    for rank in (5, 20):
+        S = slra.randomized_svd(tfidf, rank, center=True, n_iter=8, rng=0).S
+        exact = np.linalg.svd(dense, compute_uv=False)[:rank]
+        ours, theirs = np.sum(S**2), np.sum(exact**2)
+        total = np.linalg.norm(dense) ** 2
+        assert abs(ours - theirs) <= 1e-6 * total
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (sp.csr_matrix((3, 0)), ValueError, "no empty axis"),
+        (sp.csr_matrix(np.eye(4, dtype="int64")), TypeError, "must have a floating dtype"),
+        (sp.csr_matrix(np.diag([1.0, np.nan])), ValueError, "x must be finite"),
+        (aslinearoperator(np.diag([1.0, np.inf])), ValueError, "x must be finite"),
+        ([[1.0]], TypeError, "x must be an array"),
+    ],
+)
+def test_refusals(x, error, message):
+    with pytest.raises(error, match=message), np.errstate(invalid="ignore"):
+        slra.randomized_svd(x, 1, rng=0)
+
+
+def test_stored_zeros_and_duplicates():
+    x = sp.coo_matrix(([1.0, 1.0, 2.0, 0.0], ([0, 0, 1, 2], [0, 0, 1, 2])), shape=(5, 4))
+    np.testing.assert_allclose(slra.randomized_svd(x, 2, rng=0).S, [2, 2])
+    assert slra.randomized_svd(sp.csr_matrix((5, 4)), 2, rng=0).S.tolist() == [0, 0]
+
+
+def test_inputs_are_left_alone():
+    s = sparse()
+    before = s.data.copy(), s.indices.copy()
+    slra.randomized_svd(s, 4, center=True, rng=0)
+    np.testing.assert_array_equal(s.data, before[0])
+    np.testing.assert_array_equal(s.indices, before[1])

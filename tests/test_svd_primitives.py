@@ -1,0 +1,93 @@
+"""Overrides of the linear-algebra primitives against the reference in the array API."""
+
+import numpy as np
+import pytest
+
+from slra._backends import Primitives, primitives
+from slra.svd.cholesky_qr import tall_qr
+from tests.backends import to_numpy, to_xp
+
+SHAPES = [(700, 40), (3, 9000, 40), (5, 700, 40), (1, 1)]
+
+
+def arrays(xp, shape, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal(shape)
+    if np.issubdtype(dtype, np.complexfloating):
+        a = a + 1j * rng.standard_normal(shape)
+    a = a.astype(dtype)
+    return a, to_xp(xp, a)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "float64"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gram(xp, shape, dtype):
+    table = primitives(xp)
+    a, x = arrays(xp, shape, dtype)
+    b, y = arrays(xp, shape, dtype, seed=1)
+    wide_a, wide_b = (z.astype(np.result_type(dtype, "float64")) for z in (a, b))
+    for found, reference in (
+        (table.gram(x), np.conj(wide_a).swapaxes(-1, -2) @ wide_a),
+        (table.gram(x, y), np.conj(wide_a).swapaxes(-1, -2) @ wide_b),
+    ):
+        found = to_numpy(found)
+        assert found.dtype == wide_a.dtype
+        # Accumulated in double precision, whatever came.
+        np.testing.assert_allclose(found, reference, atol=1e-13 * shape[-2] * 40)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_sizes(xp, dtype):
+    table, reference = primitives(xp), Primitives(xp)
+    a, x = arrays(xp, (3, 50, 40), dtype)
+    parts = np.maximum(np.abs(a.real), np.abs(a.imag)).max(axis=(-2, -1))
+    for one in (table, reference):
+        np.testing.assert_array_equal(to_numpy(one.max_abs(x)), parts)
+        np.testing.assert_allclose(
+            to_numpy(one.norm_squared(x)), np.sum(np.abs(a.astype("complex128")) ** 2, axis=(1, 2))
+        )
+        np.testing.assert_allclose(
+            to_numpy(one.adjoint_product(x, x)),
+            np.conj(a).swapaxes(-1, -2) @ a,
+            rtol=1e-3,
+            atol=1e-4,
+        )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_largest_modulus_shows_what_is_not_finite(xp, value):
+    a = np.zeros((20, 10))
+    a[7, 3] = value
+    assert not np.isfinite(to_numpy(primitives(xp).max_abs(to_xp(xp, a))))
+
+
+@pytest.mark.eager_only("Cholesky-QR is for eager arrays; lazily it is QR")
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_tall_qr(xp, dtype):
+    eps = np.finfo(dtype).eps
+    a, _ = arrays(xp, (4, 300, 12), dtype)
+    a[1, :, 3] = a[1, :, 2]
+    a[2, :, 5] = 0
+    a[3] *= 10.0 ** -np.arange(12)
+    Q, R = (to_numpy(x) for x in tall_qr(to_xp(xp, a), primitives(xp)))
+    gram = np.conj(Q).swapaxes(-1, -2) @ Q
+    np.testing.assert_allclose(gram, np.broadcast_to(np.eye(12), gram.shape), atol=50 * eps)
+    size = np.linalg.norm(a, axis=(-2, -1))[:, None, None]
+    assert np.all(np.abs(Q @ R - a) <= 50 * eps * size)
+
+
+@pytest.mark.eager_only("not called on lazy arrays")
+def test_cholesky_marks_what_has_none(xp):
+    g = np.stack([np.eye(3), -np.eye(3), 4 * np.eye(3)])
+    L = to_numpy(primitives(xp).cholesky(to_xp(xp, g)))
+    np.testing.assert_array_equal(L[[0, 2]], np.stack([np.eye(3), 2 * np.eye(3)]))
+    assert np.all(np.isnan(np.diagonal(L[1])))
+
+
+@pytest.mark.parametrize("batch", [(), (7,)], ids=str)
+def test_small_eigh(xp, batch):
+    a, _ = arrays(xp, (*batch, 9, 9), "complex128")
+    g = a @ np.conj(a).swapaxes(-1, -2)
+    w, v = (to_numpy(x) for x in primitives(xp).small_eigh(to_xp(xp, g)))
+    np.testing.assert_allclose(w, np.linalg.eigvalsh(g), atol=1e-11)
+    np.testing.assert_allclose((v * w[..., None, :]) @ np.conj(v).swapaxes(-1, -2), g, atol=1e-11)

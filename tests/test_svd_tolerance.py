@@ -1,0 +1,120 @@
+"""The residual is within the tolerance, always, and the rank is about the smallest that does it."""
+
+import numpy as np
+import pytest
+
+import slra
+from tests.backends import to_numpy, to_xp
+from tests.test_svd_never_wrong import make
+
+
+def smallest_ranks(a, rtol):
+    squares = np.linalg.svd(a.astype(np.result_type(a.dtype, "float64")), compute_uv=False) ** 2
+    tails = np.cumsum(squares[..., ::-1], axis=-1)[..., ::-1]
+    return 1 + np.sum(tails[..., 1:] > rtol**2 * tails[..., :1], axis=-1)
+
+
+def check_tolerance(a, rtol, result):
+    U, S, Vh = (to_numpy(x) for x in result)
+    wide = a.astype(np.result_type(a.dtype, "float64"))
+    error = np.linalg.norm(wide - (U.astype(wide.dtype) * S[..., None, :]) @ Vh, axis=(-2, -1))
+    assert np.all(error <= rtol * np.linalg.norm(wide, axis=(-2, -1)))
+    ranks, best = np.sum(S > 0, axis=-1), smallest_ranks(a, rtol)
+    assert np.all(ranks <= 1.05 * best + 1)
+    assert S.shape[-1] == np.max(ranks)
+    for Q in (U, np.conj(Vh).swapaxes(-1, -2)):
+        gram = np.conj(Q).swapaxes(-1, -2) @ Q
+        k = S.shape[-1]
+        assert np.max(np.abs(gram - np.eye(k))) <= 50 * np.finfo(a.dtype).eps * np.sqrt(k)
+
+
+CASES = [("float32", 0.3), ("float32", 0.1), ("float32", 1e-2), ("float64", 1e-6)]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rtol"),
+    [
+        ("polynomial", "float32", 0.3),
+        ("exponential", "float32", 0.1),
+        ("polynomial", "float32", 0.01),
+        ("exponential", "float64", 1e-6),
+    ],
+)
+def test_a_hundred_seeds(dtype, rtol, name):
+    # Ranks from 7 to nearly full: Krylov spaces that settle, and the exact way.
+    a = make(name, (180, 150), dtype)
+    for seed in range(100):
+        check_tolerance(a, rtol, slra.randomized_svd(a, rtol=rtol, rng=seed))
+
+
+@pytest.mark.parametrize(
+    "name", ["polynomial", "slow", "exponential", "step", "gaussian", "rank 7"]
+)
+@pytest.mark.parametrize(("dtype", "rtol"), [*CASES, ("complex128", 1e-10), ("complex64", 1e-5)])
+@pytest.mark.parametrize("shape", [(250, 160), (160, 250)], ids=str)
+def test_spectra(shape, dtype, rtol, name):
+    a = make(name, shape, dtype)
+    check_tolerance(a, rtol, slra.randomized_svd(a, rtol=rtol, rng=0))
+    check_tolerance(a, rtol, slra.truncated_svd(a, rtol=rtol))
+
+
+@pytest.mark.eager_only("rtol needs values")
+@pytest.mark.parametrize("function", ["randomized_svd", "truncated_svd"])
+def test_batch_is_padded_with_zeros(xp, function):
+    a = np.stack([make(name, (130, 110), "float64") for name in ("rank 7", "zero", "exponential")])
+    options = {"rng": 0} if function == "randomized_svd" else {}
+    result = getattr(slra, function)(to_xp(xp, a), rtol=0.01, **options)
+    check_tolerance(a[2], 0.01, [x[2, ...] for x in result])
+    S = to_numpy(result.S)
+    assert np.all(S[0, 7:] == 0)
+    assert np.all(S[1] == 0)
+    U = to_numpy(result.U)
+    np.testing.assert_allclose(
+        U.swapaxes(-1, -2) @ U,
+        np.broadcast_to(np.eye(S.shape[1]), (3, *[S.shape[1]] * 2)),
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scales(scale):
+    a = make("exponential", (200, 150), "float32") * np.float32(scale)
+    check_tolerance(a, 0.05, slra.randomized_svd(a, rtol=0.05, rng=0))
+
+
+def test_rank_is_a_cap():
+    a = make("polynomial", (400, 300), "float64")
+    S = slra.randomized_svd(a, 12, rtol=1e-3, rng=0).S
+    exact = np.linalg.svd(a, compute_uv=False)[:12]
+    assert S.shape == (12,)
+    np.testing.assert_allclose(S, exact, rtol=1e-3)
+    assert slra.truncated_svd(a, 12, rtol=1e-3).S.shape == (12,)
+    assert slra.randomized_svd(a, 300, rtol=0.3, rng=0).S.shape[0] < 12
+
+
+@pytest.mark.parametrize("function", ["randomized_svd", "truncated_svd"])
+def test_what_cannot_be_promised_is_an_error(function):
+    a = make("polynomial", (60, 40), "float32")
+    run = getattr(slra, function)
+    with pytest.raises(ValueError, match=r"rtol must be at least 1\.9e-06 for float32"):
+        run(a, rtol=1e-7)
+    with pytest.raises(ValueError, match="less than 1"):
+        run(a, rtol=1.0)
+
+
+def test_options_that_contradict_a_tolerance():
+    a = np.ones((60, 40))
+    with pytest.raises(ValueError, match="rank or rtol must be given"):
+        slra.randomized_svd(a)
+    with pytest.raises(ValueError, match="n_iter must be 'auto' where rtol is given, got 3"):
+        slra.randomized_svd(a, rtol=0.1, n_iter=3)
+    with pytest.raises(ValueError, match="method must be 'auto' or 'krylov'"):
+        slra.randomized_svd(a, rtol=0.1, method="gram")
+    with pytest.raises(ValueError, match="test_matrix must be None"):
+        slra.randomized_svd(a, rtol=0.1, test_matrix=np.ones((40, 3)))
+
+
+def test_rtol_is_refused_where_values_cannot_be_looked_at():
+    jax = pytest.importorskip("jax")
+    with pytest.raises(ValueError, match="rtol must be None where values cannot be looked at"):
+        jax.jit(lambda x: slra.randomized_svd(x, rtol=0.1, rng=0))(jax.numpy.ones((30, 20)))
