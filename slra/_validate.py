@@ -115,8 +115,16 @@ class Promoted(NamedTuple):
         return tuple(table.xp.astype(x, self.narrow) for x in xs)
 
 
-def promote(table: Primitives, *, allow_complex: bool = True, **arrays: Array | None) -> Promoted:
+def promote(
+    table: Primitives,
+    *,
+    allow_complex: bool = True,
+    keep_half: bool = False,
+    **arrays: Array | None,
+) -> Promoted:
     """Bring arrays to their common floating dtype; half precision is computed in single.
+
+    With ``keep_half`` it is left for the primitives to convert.
 
     Raises
     ------
@@ -133,7 +141,7 @@ def promote(table: Primitives, *, allow_complex: bool = True, **arrays: Array | 
     except Exception as error:
         named = " and ".join(f"{name} ({x.dtype})" for name, x in given.items())
         raise TypeError(f"{named} must have a common floating dtype: {error}") from error
-    is_half = xp.finfo(dtype).bits == _HALF_BITS
+    is_half = xp.finfo(dtype).bits == _HALF_BITS and not keep_half
     work = xp.float32 if is_half else dtype
     cast = [x if x is None or x.dtype == work else xp.astype(x, work) for x in arrays.values()]
     return Promoted(cast, dtype if is_half else None)
@@ -354,7 +362,7 @@ def check_tau(
 def check_bound(
     table: Primitives, x: Array, bound: Any, name: str, *, axes: tuple[int, ...] = ()
 ) -> Any:
-    """Return a real number as a float, or an array of the real dtype of ``x`` that broadcasts to it."""
+    """Return a real number as a float, or an array that broadcasts to ``x``, of the real dtype it is computed in."""
     if isinstance(bound, np.generic) or not compat.is_array_api_obj(bound):
         if isinstance(bound, (bool, np.bool_)) or not isinstance(bound, numbers.Real):
             raise TypeError(f"{name} must be a real number or array, got {type(bound).__name__}")
@@ -370,8 +378,11 @@ def check_bound(
             f"{name} must broadcast to x, whose shape is {tuple(x.shape)}{where}, "
             f"got {tuple(bound.shape)}"
         )
+    xp = table.xp
     real = table.real_dtype(x.dtype)
-    return bound if bound.dtype == real else table.xp.astype(bound, real)
+    if xp.finfo(real).bits == _HALF_BITS:
+        real = xp.float32
+    return bound if bound.dtype == real else xp.astype(bound, real)
 
 
 def check_rng(rng: Any, name: str = "rng") -> np.random.Generator:

@@ -15,6 +15,8 @@ import array_api_compat as compat
 import numpy as np
 import pytest
 
+from tests.cuda_host import host
+
 
 def _plain(function: Callable[..., Any], request: Any) -> Callable[..., Any]:
     return function
@@ -38,7 +40,7 @@ class Backend:
             import cupy
 
             return None if cupy.is_available() else "no usable CUDA device"
-        return None
+        return host.why_not() if self.enter is host.cupy_on_host else None
 
 
 @contextlib.contextmanager
@@ -176,6 +178,13 @@ BACKENDS = {
         Backend("jax-jit", "jax", _jax, _jitted, _LAZY),
         Backend("dask", "dask", _dask, _counted, _LAZY),
         Backend("cupy", "cupy", _cupy),
+        # The CuPy path without a GPU: NumPy's arrays, and the kernels compiled by g++.
+        Backend(
+            "cupy-on-host",
+            "numpy",
+            host.cupy_on_host,
+            lacks={"own arrays": "its arrays are NumPy's, which is what the test tells apart"},
+        ),
     )
 }
 

@@ -20,7 +20,11 @@ if importlib.util.find_spec("jax") is not None:
     jax.config.update("jax_enable_x64", True)
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.gpu) if name == "cupy" else name for name in BACKENDS
+    ]
+)
 def xp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Array namespace of each backend in turn; `slra` is wrapped as the backend asks."""
     backend = BACKENDS[request.param]

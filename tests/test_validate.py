@@ -111,6 +111,7 @@ def test_bad_rank(xp, bad, error):
         slra.low_rank_attention(x, x, x, bad)
 
 
+@pytest.mark.needs("own arrays")
 def test_two_namespaces(xp):
     other = (
         np.ones((4, 3)) if "numpy" not in xp.__name__ else pytest.importorskip("torch").ones(4, 3)

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from slra._backends.agnostic_attention import ScoreOptions, tiled_attention, tiled_attention_vjp
+from slra._backends.agnostic_attention import (
+    ScoreOptions,
+    SoftmaxState,
+    TileBounds,
+    masked_scores,
+    tiled_attention,
+    tiled_attention_vjp,
+    weights_and_gradients,
+)
 from slra._backends.agnostic_sparse import SparseRows
 from slra._typing import Array, DType, Namespace
 
@@ -31,6 +39,9 @@ def matrix_h(x: Array, xp: Namespace) -> Array:
 
 class Primitives(SparseRows):
     """Primitives for one namespace, ``xp``."""
+
+    # Whether the thresholds and sums of moduli take half precision as it is, and convert as they read.
+    takes_half = False
 
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
@@ -182,6 +193,28 @@ class Primitives(SparseRows):
         shrunk = xp.maximum(modulus - tau, xp.zeros_like(modulus))
         return x * (shrunk / xp.where(modulus == 0, xp.ones_like(modulus), modulus))
 
+    def soft_threshold_step(
+        self, x: Array, grad: Array, step: Array | float, tau: Array | float
+    ) -> Array:
+        """Step against a gradient, then soft-threshold by ``step * tau``."""
+        return self.soft_threshold(x - step * grad, step * tau)
+
+    def nonneg_threshold(self, x: Array, tau: Array | float) -> Array:
+        """Take ``tau`` off each entry, down to no less than zero."""
+        return self.xp.maximum(x - tau, 0.0)
+
+    def elastic_threshold(self, x: Array, tau: Array | float, l2: float) -> Array:
+        """Soft-threshold by ``tau``, then divide by ``1 + tau * l2``."""
+        return self.soft_threshold(x, tau) / (1 + tau * l2)
+
+    def extrapolate(self, x: Array, move: Array, factor: Array | float) -> Array:
+        """Go from ``x`` by ``factor`` times ``move``."""
+        return x + factor * move
+
+    def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
+        """Sum of moduli along ``axis``."""
+        return self.xp.sum(self.xp.abs(x), axis=axis)
+
     # Control flow
 
     def scan(
@@ -221,6 +254,25 @@ class Primitives(SparseRows):
     ) -> tuple[Array, Array, Array]:
         """Gradients of attention; ``delta`` is rowsum(grad_out * out) - grad_lse."""
         return tiled_attention_vjp(self, q, k, v, mask, options, lse, delta, grad_out)
+
+    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
+        """Height and width of a tile of scores, which is held for ``n_matrices`` pairs of q and k at once."""
+        # 2 MB in float32 for each, which stays in the second-level cache.
+        return 512, 1024
+
+    def tile_scores(self, products: Array, bounds: TileBounds) -> Array:
+        """Scores of one tile, after softcap and mask, from the products of scaled queries and keys."""
+        return masked_scores(self, products, bounds)
+
+    def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
+        """Take one tile of scores, and the values that belong to it, into the online softmax."""
+        return state.add(self, scores, v)
+
+    def tile_gradients(
+        self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array
+    ) -> tuple[Array, Array]:
+        """Softmax weights of one tile, and the gradient with respect to its products."""
+        return weights_and_gradients(self, products, grad_weights, bounds, lse, delta)
 
     def constant(self, x: Array) -> Array:
         """Return ``x``, through which no gradient passes."""

@@ -18,15 +18,14 @@ __all__ = [
     "ScoreOptions",
     "SoftmaxState",
     "Tile",
-    "capped",
+    "TileBounds",
+    "masked_scores",
     "scores_batch_shape",
     "sum_to",
     "tiled_attention",
     "tiled_attention_vjp",
+    "weights_and_gradients",
 ]
-
-# One tile of scores is 512 x 1024: 2 MB in float32, which stays in the second-level cache.
-QUERY_TILE, KEY_TILE = 512, 1024
 
 
 class ScoreOptions(NamedTuple):
@@ -67,6 +66,21 @@ class Tile(NamedTuple):
         return self.right - 1 > self.top + diagonal
 
 
+class TileBounds(NamedTuple):
+    """What decides which scores of one tile count."""
+
+    mask: Array | None
+    options: ScoreOptions
+    tile: Tile
+    # Query i may attend to keys up to and including i + this, where attention is causal.
+    diagonal: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the causal bound passes through the tile."""
+        return self.options.is_causal and self.tile.crosses(self.diagonal)
+
+
 def scores_batch_shape(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[int, ...]:
     """Shape of the leading axes of the result of attention."""
     shapes = [x.shape[:-2] for x in (q, k, v, mask) if x is not None]
@@ -78,23 +92,46 @@ def tiled_attention(
 ) -> tuple[Array, Array]:
     """Exact attention and its log-sum-exp."""
     rows = table.recomputed(_attention_rows)
-    parts = [rows(table, q, k, v, mask, options, top) for top in range(0, q.shape[-2], QUERY_TILE)]
+    n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
+    tiling = Tiling(*table.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
+    parts = [rows(table, q, k, v, mask, tiling, queries) for queries in tiling.rows()]
     outs, lses = zip(*parts, strict=True)
     if len(parts) == 1:
         return outs[0], lses[0]
     return table.xp.concat(outs, axis=-2), table.xp.concat(lses, axis=-1)
 
 
+class Tiling(NamedTuple):
+    """The matrix of scores in tiles of this height and width."""
+
+    height: int
+    width: int
+    n_queries: int
+    n_keys: int
+    options: ScoreOptions
+
+    def bounds(self, mask: Array | None, tile: Tile) -> TileBounds:
+        """Bounds of one of the tiles."""
+        diagonal = self.options.diagonal(self.n_queries, self.n_keys)
+        return TileBounds(mask, self.options, tile, diagonal)
+
+    def rows(self) -> list[slice]:
+        """Cut the queries into rows of tiles."""
+        return _slices(self.n_queries, self.height)
+
+    def columns(self) -> list[slice]:
+        """Cut the keys into columns of tiles."""
+        return _slices(self.n_keys, self.width)
+
+    def row(self, queries: slice) -> list[Tile]:
+        """Tiles of the keys that these queries attend to."""
+        end = self.options.last_key(queries.stop, self.n_queries, self.n_keys)
+        row = (queries.start, queries.stop)
+        return [Tile(*row, keys.start, keys.stop) for keys in self.columns() if keys.start < end]
+
+
 def _slices(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-def _row_tiles(top: int, n_queries: int, n_keys: int, options: ScoreOptions) -> list[Tile]:
-    """Tiles of the keys that the queries from ``top`` attend to."""
-    bottom = min(top + QUERY_TILE, n_queries)
-    end = options.last_key(bottom, n_queries, n_keys)
-    key_tiles = _slices(n_keys, KEY_TILE)
-    return [Tile(top, bottom, keys.start, keys.stop) for keys in key_tiles if keys.start < end]
 
 
 def _attention_rows(
@@ -103,8 +140,8 @@ def _attention_rows(
     k: Array,
     v: Array,
     mask: Array | None,
-    options: ScoreOptions,
-    top: int,
+    tiling: Tiling,
+    queries: slice,
 ) -> tuple[Array, Array]:
     """Attention of one tile of queries, by online softmax over the tiles of keys.
 
@@ -112,9 +149,7 @@ def _attention_rows(
     Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 1.
     """
     xp = table.xp
-    diagonal = options.diagonal(q.shape[-2], k.shape[-2])
-    row = _row_tiles(top, q.shape[-2], k.shape[-2], options)
-    q = q[..., top : min(top + QUERY_TILE, q.shape[-2]), :] * options.scale
+    q = q[..., queries, :] * tiling.options.scale
     shape = (*scores_batch_shape(q, k, v, mask), q.shape[-2])
     like = {"dtype": q.dtype, "device": table.creation_device(q)}
     state = SoftmaxState(
@@ -122,11 +157,11 @@ def _attention_rows(
         xp.zeros(shape, **like),
         xp.zeros((*shape, v.shape[-1]), **like),
     )
-    for tile in row:
+    for tile in tiling.row(queries):
         keys = slice(tile.left, tile.right)
-        scores = capped(table, q @ xp.matrix_transpose(k[..., keys, :]), options)
-        scores = masked(table, scores, mask, options, tile, diagonal)
-        state = state.add(table, scores, v[..., keys, :])
+        products = q @ xp.matrix_transpose(k[..., keys, :])
+        scores = table.tile_scores(products, tiling.bounds(mask, tile))
+        state = table.softmax_step(state, scores, v[..., keys, :])
     return state.result(table)
 
 
@@ -157,35 +192,34 @@ class SoftmaxState(NamedTuple):
         return self.out / total[..., None], xp.where(empty, self.peak, self.peak + xp.log(total))
 
 
-def capped(table: "Primitives", products: Array, options: ScoreOptions) -> Array:
+def _capped(table: "Primitives", products: Array, options: ScoreOptions) -> Array:
     """Scores from the products of scaled queries and keys."""
     if options.softcap is None:
         return products
     return options.softcap * table.xp.tanh(products / options.softcap)
 
 
-def masked(
-    table: "Primitives",
-    scores: Array,
-    mask: Array | None,
-    options: ScoreOptions,
-    tile: Tile,
-    diagonal: int,
-) -> Array:
+def _masked(table: "Primitives", scores: Array, bounds: TileBounds) -> Array:
     """Apply the mask and the causal bound to one tile of scores."""
     xp = table.xp
+    mask, _, tile, diagonal = bounds
     if mask is not None:
         part = tile.of(mask)
         if xp.isdtype(mask.dtype, "bool"):
             scores = xp.where(part, scores, xp.full_like(scores, -math.inf))
         else:
             scores = scores + xp.astype(part, scores.dtype)
-    if options.is_causal and tile.crosses(diagonal):
+    if bounds.is_cut:
         device = table.creation_device(scores)
         rows = xp.arange(tile.top, tile.bottom, device=device)[:, None]
         columns = xp.arange(tile.left, tile.right, device=device)[None, :]
         scores = xp.where(columns <= rows + diagonal, scores, xp.full_like(scores, -math.inf))
     return scores
+
+
+def masked_scores(table: "Primitives", products: Array, bounds: TileBounds) -> Array:
+    """Scores of one tile, after softcap and mask, from the products of scaled queries and keys."""
+    return _masked(table, _capped(table, products, bounds.options), bounds)
 
 
 def tiled_attention_vjp(
@@ -205,21 +239,24 @@ def tiled_attention_vjp(
     Source: Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 4.
     """
     xp = table.xp
-    key_tiles = _slices(k.shape[-2], KEY_TILE)
-    dk = [xp.zeros_like(k[..., keys, :]) for keys in key_tiles]
-    dv = [xp.zeros_like(v[..., keys, :]) for keys in key_tiles]
+    n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
+    tiling = Tiling(*table.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
+    dk = [xp.zeros_like(k[..., keys, :]) for keys in tiling.columns()]
+    dv = [xp.zeros_like(v[..., keys, :]) for keys in tiling.columns()]
     dq = []
-    for rows in _slices(q.shape[-2], QUERY_TILE):
+    for rows in tiling.rows():
         q_rows, grad_rows = q[..., rows, :] * options.scale, grad_out[..., rows, :]
         dq_rows = xp.zeros_like(q_rows)
-        for i, tile in enumerate(_row_tiles(rows.start, q.shape[-2], k.shape[-2], options)):
+        for i, tile in enumerate(tiling.row(rows)):
             k_tile = k[..., tile.left : tile.right, :]
             v_tile = v[..., tile.left : tile.right, :]
-            weights, slope = _weights_and_slope(
-                table, q_rows, k_tile, mask, options, tile, lse, k.shape[-2]
+            weights, grad_scores = table.tile_gradients(
+                q_rows @ xp.matrix_transpose(k_tile),
+                grad_rows @ xp.matrix_transpose(v_tile),
+                tiling.bounds(mask, tile),
+                lse[..., rows, None],
+                delta[..., rows, None],
             )
-            grad_weights = grad_rows @ xp.matrix_transpose(v_tile)
-            grad_scores = slope * (grad_weights - delta[..., rows, None])
             dq_rows = dq_rows + sum_to(grad_scores @ k_tile, q_rows.shape, xp)
             dk[i] = dk[i] + sum_to(xp.matrix_transpose(grad_scores) @ q_rows, k_tile.shape, xp)
             dv[i] = dv[i] + sum_to(xp.matrix_transpose(weights) @ grad_rows, v_tile.shape, xp)
@@ -227,27 +264,25 @@ def tiled_attention_vjp(
     return xp.concat(dq, axis=-2), xp.concat(dk, axis=-2), xp.concat(dv, axis=-2)
 
 
-def _weights_and_slope(
+def weights_and_gradients(
     table: "Primitives",
-    q: Array,
-    k: Array,
-    mask: Array | None,
-    options: ScoreOptions,
-    tile: Tile,
+    products: Array,
+    grad_weights: Array,
+    bounds: TileBounds,
     lse: Array,
-    n_keys: int,
+    delta: Array,
 ) -> tuple[Array, Array]:
-    """Return the softmax weights of one tile, and their product with the derivative of the softcap."""
+    """Softmax weights of one tile, and the gradient with respect to its products."""
     xp = table.xp
-    scores = capped(table, q @ xp.matrix_transpose(k), options)
-    diagonal = options.diagonal(lse.shape[-1], n_keys)
-    lse = lse[..., tile.top : tile.bottom, None]
+    softcap = bounds.options.softcap
+    scores = _capped(table, products, bounds.options)
     # The log-sum-exp of an empty row is -inf, like all its scores.
     shift = xp.where(lse == -math.inf, xp.zeros_like(lse), lse)
-    weights = xp.exp(masked(table, scores, mask, options, tile, diagonal) - shift)
-    if options.softcap is None:
-        return weights, weights
-    return weights, weights * (1 - (scores / options.softcap) ** 2)
+    weights = xp.exp(_masked(table, scores, bounds) - shift)
+    if softcap is None:
+        return weights, weights * (grad_weights - delta)
+    slope = weights * (1 - (scores / softcap) ** 2)
+    return weights, slope * (grad_weights - delta)
 
 
 def sum_to(x: Array, shape: tuple[int, ...], xp: Namespace) -> Array:

@@ -56,7 +56,7 @@ def prox_l1(x: Array, tau: float | Array) -> Array:
     [-2.0, 0.0, 1.0]
     """
     table = resolve(x=x)
-    promoted = promote(table, x=x)
+    promoted = promote(table, keep_half=table.takes_half, x=x)
     tau = check_tau(table, promoted.arrays[0], tau)
     return promoted.answer(table, table.soft_threshold(promoted.arrays[0], tau))[0]
 
@@ -93,8 +93,8 @@ def norm_l1(x: Array, *, axis: Axis = None) -> Array:
     5.5
     """
     table = resolve(x=x)
-    (x,) = promote(table, x=x).arrays
-    return table.xp.sum(table.xp.abs(x), axis=axis)
+    (x,) = promote(table, keep_half=table.takes_half, x=x).arrays
+    return table.sum_abs(x, axis)
 
 
 def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
@@ -135,9 +135,9 @@ def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
     [0.0, 0.0, 1.0]
     """
     table = resolve(x=x)
-    promoted = promote(table, allow_complex=False, x=x)
+    promoted = promote(table, allow_complex=False, keep_half=table.takes_half, x=x)
     tau = check_tau(table, promoted.arrays[0], tau)
-    return promoted.answer(table, table.xp.maximum(promoted.arrays[0] - tau, 0.0))[0]
+    return promoted.answer(table, table.nonneg_threshold(promoted.arrays[0], tau))[0]
 
 
 def norm_nonneg_l1(x: Array, *, axis: Axis = None) -> Array:
@@ -217,11 +217,10 @@ def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
     [-1.0, 0.0, 0.5]
     """
     table = resolve(x=x)
-    promoted = promote(table, x=x)
+    promoted = promote(table, keep_half=table.takes_half, x=x)
     tau = check_tau(table, promoted.arrays[0], tau)
     l2 = check_positive(l2, "l2", allow_zero=True)
-    shrunk = table.soft_threshold(promoted.arrays[0], tau)
-    return promoted.answer(table, shrunk / (1 + tau * l2))[0]
+    return promoted.answer(table, table.elastic_threshold(promoted.arrays[0], tau, l2))[0]
 
 
 def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:

@@ -197,7 +197,7 @@ def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array
     (along,) = check_axis(x, (axis,))
     radius = check_tau(table, x, radius, "radius", axes=(along,))
     theta = _simplex_level(x, radius, along, table)
-    return promoted.answer(table, table.xp.maximum(x - theta, 0.0))[0]
+    return promoted.answer(table, table.nonneg_threshold(x, theta))[0]
 
 
 def _simplex_level(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:

@@ -160,7 +160,7 @@ def shrink_singular_values(
         found = None
     U, S, Vh = masked_svd(x, table) if found is None else found
     level = tau if isinstance(tau, float) or tau.ndim == 0 else tau[..., 0]
-    S = xp.maximum(S - level, 0.0)
+    S = table.nonneg_threshold(S, level)
     if eager:
         rank = int(xp.max(xp.count_nonzero(S, axis=-1))) if S.size else 0
         U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]

@@ -1,0 +1,239 @@
+"""What the CuPy table is tested with: arguments for each primitive that has kernels, and how far results may be off."""
+
+import array_api_compat.numpy as np_xp
+import numpy as np
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from slra._backends import Primitives
+from slra._backends.agnostic_attention import ScoreOptions, SoftmaxState, Tile, TileBounds
+
+__all__ = ["check_values", "device_slack", "primitives_and_dtypes"]
+
+
+class Rounded:
+    """NumPy's namespace with the nearest numbers to exp and tanh; its own are up to 3 ulp off."""
+
+    def __getattr__(self, name):
+        return getattr(np_xp, name)
+
+    def exp(self, x):
+        return np.exp(x.astype(np.longdouble)).astype(x.dtype)
+
+    def tanh(self, x):
+        return np.tanh(x.astype(np.longdouble)).astype(x.dtype)
+
+
+REFERENCE = Primitives(Rounded())
+
+
+def specials(dtype):
+    """Numbers at which a kernel may go wrong, besides those that hypothesis thinks of."""
+    info = np.finfo(dtype)
+    tiny, huge = float(info.smallest_subnormal), float(info.max)
+    return [0.0, -0.0, 0.5, -0.5, tiny, -tiny, huge, -huge, np.nan, np.inf, -np.inf]
+
+
+def real_numbers(dtype, low=None, high=None):
+    width = np.dtype(dtype).itemsize * 8
+    drawn = st.floats(low, high, width=width)
+    return drawn if high is not None else drawn | st.sampled_from(specials(dtype))
+
+
+def arrays(dtype, low=None, high=None, shape=(4, 3)):
+    """Arrays of NaN, infinities, zeros of both signs, denormals and what lies between."""
+    real = np.finfo(dtype).dtype
+    parts = hnp.arrays(real, shape, elements=real_numbers(real, low, high))
+    if np.dtype(dtype).kind == "f":
+        return parts
+    return hnp.arrays(
+        dtype, shape, elements=st.builds(complex, *[real_numbers(real, low, high)] * 2)
+    )
+
+
+def thresholds(dtype):
+    """A number, or an array that broadcasts: finite and not negative, as the door lets through."""
+    real = np.result_type(np.finfo(dtype).dtype, np.float32)
+    numbers = st.sampled_from([0.0, 0.5, 1e-3]) | st.floats(0, 1e3)
+    return numbers | arrays(real, 0.0, 1024.0, shape=(4, 1))
+
+
+SIZE, TILE = 12, Tile(3, 10, 2, 7)
+
+
+def masks(dtype):
+    """No mask, or a boolean or additive one of the whole matrix of scores, or one row for all queries."""
+    shapes = st.sampled_from([(SIZE, SIZE), (2, 1, SIZE), (SIZE, 1)])
+    booleans = shapes.flatmap(lambda shape: hnp.arrays(np.bool_, shape))
+    biases = st.sampled_from([0.0, -1.5, -np.inf])
+    floats = shapes.flatmap(lambda shape: hnp.arrays(dtype, shape, elements=biases))
+    return st.none() | booleans | floats
+
+
+def bounds(dtype):
+    """The diagonal cuts the tile, or does not."""
+    options = st.builds(
+        ScoreOptions,
+        scale=st.just(1.0),
+        is_causal=st.booleans(),
+        softcap=st.none() | st.sampled_from([0.5, 30.0]),
+    )
+    diagonals = st.sampled_from([-9, -2, 0, 4])
+    return st.builds(TileBounds, masks(dtype), options, st.just(TILE), diagonals)
+
+
+def states(dtype):
+    peaks = arrays(dtype, -30.0, 30.0, shape=(2, 7)) | st.just(np.full((2, 7), -np.inf, dtype))
+    totals = arrays(dtype, 0.0, 64.0, shape=(2, 7))
+    return st.builds(SoftmaxState, peaks, totals, arrays(dtype, -8.0, 8.0, shape=(2, 7, 3)))
+
+
+def moderate(dtype, shape=(2, 7, 5)):
+    """Numbers whose exponential is finite, and some that have none; or minus infinity throughout."""
+    real = st.floats(-30.0, 30.0, width=np.dtype(dtype).itemsize * 8)
+    mixed = hnp.arrays(dtype, shape, elements=real | st.sampled_from([np.nan, -np.inf, -0.0]))
+    return mixed | st.just(np.full(shape, -np.inf, dtype))
+
+
+def gradient_arguments(dtype):
+    lse = moderate(dtype, (2, 7, 1))
+    return st.tuples(
+        moderate(dtype),
+        arrays(dtype, -8.0, 8.0, (2, 7, 5)),
+        bounds(dtype),
+        lse,
+        arrays(dtype, -8.0, 8.0, (2, 7, 1)),
+    )
+
+
+FLOATING = ["float32", "float64", "complex64", "complex128"]
+REAL, HALF = FLOATING[:2], ["float16"]
+# What each primitive with kernels is given: dtypes, and a strategy for its arguments.
+ARGUMENTS = {
+    "soft_threshold": (HALF + FLOATING, lambda t: st.tuples(arrays(t), thresholds(t))),
+    "soft_threshold_step": (
+        FLOATING,
+        lambda t: st.tuples(arrays(t), arrays(t), st.sampled_from([0.0, 0.5, 1e-3]), thresholds(t)),
+    ),
+    "nonneg_threshold": (HALF + REAL, lambda t: st.tuples(arrays(t), thresholds(t))),
+    "elastic_threshold": (
+        HALF + FLOATING,
+        lambda t: st.tuples(arrays(t), thresholds(t), st.floats(0, 100)),
+    ),
+    "extrapolate": (FLOATING, lambda t: st.tuples(arrays(t), arrays(t), st.floats(0, 1))),
+    "sum_abs": (
+        HALF + FLOATING,
+        lambda t: st.tuples(arrays(t), st.sampled_from([None, 0, 1, (0, 1)])),
+    ),
+    "tile_scores": (REAL, lambda t: st.tuples(arrays(t, shape=(2, 7, 5)), bounds(t))),
+    "softmax_step": (
+        REAL,
+        lambda t: st.tuples(states(t), moderate(t), arrays(t, -8.0, 8.0, shape=(2, 5, 3))),
+    ),
+    "tile_gradients": (REAL, gradient_arguments),
+}
+
+
+def primitives_and_dtypes():
+    """Each primitive that has kernels, with each dtype that it has them for."""
+    return [(name, dtype) for name, (dtypes, _) in ARGUMENTS.items() for dtype in dtypes]
+
+
+def slack(name, args, results):
+    """Difference that rounding explains, for each result; none where the operations are the same."""
+    result = results[0]
+    info = np.finfo(result.dtype)
+    eps = info.eps
+    if name == "sum_abs":
+        x, axis = args
+        return (2 * x.size * eps * np.sum(np.abs(x), axis=axis),)
+    if name == "tile_scores":
+        # glibc's tanh is good to 2 ulp; a product and a sum follow.
+        return (4 * eps * (args[1].options.softcap or 0.0),)
+    if name == "softmax_step":
+        # Each exponential is good to 1 ulp, and 5 + 1 terms are added in whichever order.
+        state, _, v = args
+        total = state.total + 5
+        out = np.abs(state.out) + np.sum(np.abs(v), axis=-2, keepdims=True)
+        return 0.0, 8 * eps * total, 8 * eps * out
+    if name == "tile_gradients":
+        grad_weights, cap, delta = args[1], args[2].options.softcap or 0.0, args[-1]
+        # The error of a score is a relative one of its exponential.
+        weights = (4 * cap + 2) * eps * results[0] + info.smallest_subnormal
+        return weights, (weights + 8 * eps * results[0]) * (np.abs(grad_weights) + np.abs(delta))
+    if result.dtype.kind == "f" or name == "extrapolate":
+        return (0.0,)
+    # A modulus is good to 2 ulp on either side, and its error comes back multiplied by x / |x|.
+    size = sum(np.abs(a) for a in args if isinstance(a, np.ndarray) and a.shape == result.shape)
+    return (8 * eps * size + 8 * info.smallest_subnormal,)
+
+
+def check_close(ours, reference, bound):
+    """Equal up to ``bound``; NaN and infinities where the reference has them."""
+    assert ours.dtype == reference.dtype
+    assert ours.shape == reference.shape
+    finite = np.isfinite(reference)
+    np.testing.assert_array_equal(np.isfinite(ours), finite)
+    if ours.dtype.kind == "f":
+        np.testing.assert_array_equal(ours[~finite], reference[~finite])
+    assert np.all((np.abs(ours - reference) <= bound) | ~finite)
+
+
+def device_slack(name, args, results):
+    """What a GPU may add: fused multiply-add, its own exp and tanh, denormals flushed to zero."""
+    info = np.finfo(results[0].dtype)
+    inputs = [a for a in args if isinstance(a, np.ndarray) and a.shape == results[0].shape]
+    # What is not finite, and yet no part of a finite result, was masked.
+    sizes = [np.where(np.isfinite(a), np.abs(a), 0) for a in inputs]
+    rounding = 8 * info.eps * sum(sizes)
+    return tuple(
+        4 * bound + rounding + 64 * float(info.smallest_normal)
+        for bound in slack(name, args, results)
+    )
+
+
+def unchanged(x):
+    return x
+
+
+def widened(x):
+    """Half precision as the references take it."""
+    return x.astype("float32") if isinstance(x, np.ndarray) and x.dtype == "float16" else x
+
+
+def check_values(
+    table,
+    name,
+    dtype,
+    *,
+    phases=(Phase.generate, Phase.shrink),
+    bring=unchanged,
+    fetch=unchanged,
+    allowed=slack,
+):
+    """Compare a primitive with its reference over many arguments; ``bring`` and ``fetch`` move arrays to ``table``."""
+
+    @settings(
+        max_examples=40,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=phases,
+        report_multiple_bugs=False,
+    )
+    @given(ARGUMENTS[name][1](dtype))
+    def check(args):
+        with np.errstate(all="ignore"):
+            ours = getattr(table, name)(*map(bring, args))
+            args = [widened(a) for a in args]
+            reference = getattr(REFERENCE, name)(*args)
+            if not isinstance(reference, tuple):
+                ours, reference = (ours,), (reference,)
+            bound = allowed(name, args, reference)
+            for result, expected, gap in zip(ours, reference, bound, strict=True):
+                result = fetch(result)
+                # A kernel for half precision computes in single and rounds once, as everything else here does.
+                check_close(result, expected.astype(result.dtype), gap)
+
+    check()

@@ -1,0 +1,297 @@
+"""A module in the place of ``cupy``: NumPy's arrays, and kernels compiled by g++.
+
+With it the whole CuPy path runs on a machine without a GPU: dispatch, loops, and the very text of the kernels. What it
+cannot show is what only the device does: fused multiply-add, flushed denormals, its own exp and tanh, and cuBLAS.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import itertools
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import array_api_compat as compat
+import array_api_compat.numpy
+import numpy as np
+
+__all__ = ["CompileError", "HostCupy", "cupy_on_host", "namespace", "why_not"]
+
+C_TYPES = {
+    "bool": "bool",
+    "int32": "int",
+    "float16": "float16",
+    "float32": "float",
+    "float64": "double",
+    "complex64": "complex<float>",
+    "complex128": "complex<double>",
+}
+COMPILER = "g++"
+# No contraction to fused multiply-add: the results are then NumPy's to the bit.
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared"]
+
+_SERIAL = itertools.count()
+
+
+class CompileError(Exception):
+    """The compiler refused a kernel."""
+
+
+class Parameter:
+    """One parameter of a kernel, written as CuPy has it: a type and a name."""
+
+    def __init__(self, text: str) -> None:
+        type_name, self.name = text.split()
+        self.dtype = np.dtype(type_name)
+        self.c_type = C_TYPES[type_name]
+
+
+class HostKernel:
+    """What elementwise and reduction kernels share: typed parameters, a name, a C function."""
+
+    def __init__(
+        self, library: "Library", inputs: str, outputs: str, name: str, preamble: str
+    ) -> None:
+        self.inputs = [Parameter(text) for text in inputs.split(",")]
+        self.outputs = [Parameter(text) for text in outputs.split(",")]
+        self.name, self.preamble, self.library = name, preamble, library
+        # Names and preambles repeat where a kernel is built twice.
+        self.symbol = f"{name}_{next(_SERIAL)}"
+        library.pending.append(self)
+
+    def body(self) -> str:
+        """Statements of the C function."""
+        raise NotImplementedError
+
+    def source(self) -> str:
+        """A C function that runs this kernel, in a C++ namespace of its own."""
+        parameters = [f"const {p.c_type}* _{p.name}" for p in self.inputs]
+        parameters += [f"{p.c_type}* _{p.name}" for p in self.outputs]
+        return f"""
+namespace in_{self.symbol} {{
+{self.preamble}
+extern "C" void {self.symbol}(ptrdiff_t n, ptrdiff_t width, {", ".join(parameters)}) {{
+{self.body()}
+}}
+}}
+"""
+
+    def run(self, n: int, width: int, arrays: list[Any]) -> None:
+        """Call the C function for ``n`` results, each from ``width`` entries."""
+        pointers = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
+        sizes = ctypes.c_ssize_t(n), ctypes.c_ssize_t(width)
+        self.library.function(self)(*sizes, *pointers)
+
+    def as_arrays(self, args: tuple[Any, ...]) -> list[Any]:
+        """Numbers take the type of the parameter; arrays must have it, as in CuPy."""
+        if len(args) != len(self.inputs):
+            raise TypeError(f"{self.name} takes {len(self.inputs)} arguments, got {len(args)}")
+        if not any(isinstance(a, np.ndarray | np.generic) for a in args):
+            raise ValueError("loop size is undecided")
+        for a, p in zip(args, self.inputs, strict=True):
+            if isinstance(a, np.ndarray) and a.dtype != p.dtype:
+                raise TypeError(f"{self.name}: {p.name} must be {p.dtype}, got {a.dtype}")
+        return [np.asarray(a, dtype=p.dtype) for a, p in zip(args, self.inputs, strict=True)]
+
+
+class HostElementwise(HostKernel):
+    """`cupy.ElementwiseKernel` over NumPy arrays, for parameters of stated types."""
+
+    def __init__(
+        self,
+        library: "Library",
+        inputs: str,
+        outputs: str,
+        operation: str,
+        name: str,
+        preamble: str,
+    ) -> None:
+        super().__init__(library, inputs, outputs, name, preamble)
+        self.operation = operation
+
+    def body(self) -> str:
+        names = [f"const {p.c_type}& {p.name} = _{p.name}[i];" for p in self.inputs]
+        names += [f"{p.c_type}& {p.name} = _{p.name}[i];" for p in self.outputs]
+        return f"for (ptrdiff_t i = 0; i < n; i++) {{ {' '.join(names)} {self.operation}; }}"
+
+    def __call__(self, *args: Any) -> Any:
+        """Broadcast, allocate the outputs, run."""
+        arrays = self.as_arrays(args)
+        shape = np.broadcast_shapes(*(a.shape for a in arrays))
+        arrays = [np.ascontiguousarray(np.broadcast_to(a, shape)) for a in arrays]
+        results = [np.empty(shape, dtype=p.dtype) for p in self.outputs]
+        self.run(results[0].size, 1, arrays + results)
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+class HostReduction(HostKernel):
+    """`cupy.ReductionKernel` over one NumPy array, in sequence."""
+
+    def __init__(
+        self,
+        library: "Library",
+        inputs: str,
+        outputs: str,
+        map_expr: str,
+        reduce_expr: str,
+        post_map_expr: str,
+        identity: str,
+        name: str,
+        preamble: str,
+    ) -> None:
+        super().__init__(library, inputs, outputs, name, preamble)
+        self.map_expr, self.reduce_expr = map_expr, reduce_expr
+        self.post_map_expr, self.identity = post_map_expr, identity
+
+    def body(self) -> str:
+        (x,), (out,) = self.inputs, self.outputs
+        return f"""
+for (ptrdiff_t i = 0; i < n; i++) {{
+    {out.c_type} a = {self.identity};
+    for (ptrdiff_t j = 0; j < width; j++) {{
+        const {x.c_type}& {x.name} = _{x.name}[i * width + j];
+        const {out.c_type} b = {self.map_expr};
+        a = {self.reduce_expr};
+    }}
+    {out.c_type}& {out.name} = _{out.name}[i];
+    {self.post_map_expr};
+}}"""
+
+    def __call__(self, *args: Any, axis: Any = None) -> Any:
+        """Bring the reduced axes to the end, run."""
+        (x,) = self.as_arrays(args)
+        axes = np.lib.array_utils.normalize_axis_tuple(
+            range(x.ndim) if axis is None else axis, x.ndim
+        )
+        kept = [a for a in range(x.ndim) if a not in axes]
+        result = np.empty([x.shape[a] for a in kept], dtype=self.outputs[0].dtype)
+        x = np.ascontiguousarray(np.transpose(x, (*kept, *axes)))
+        self.run(result.size, x.size // max(result.size, 1), [x, result])
+        return result
+
+
+class Library:
+    """Kernels that are compiled together, when the first of them is called."""
+
+    def __init__(self) -> None:
+        self.pending: list[HostKernel] = []
+        self.compiled: dict[HostKernel, Any] = {}
+
+    def function(self, kernel: HostKernel) -> Any:
+        """Return the C function of a kernel, compiled if need be with all that wait to be."""
+        if kernel not in self.compiled:
+            # A batch that was refused is tried again kernel by kernel.
+            batch, self.pending = [*self.pending] or [kernel], []
+            shim = (Path(__file__).parent / "shim.h").read_text()
+            handle = _compiled(shim + "".join(other.source() for other in batch))
+            self.compiled |= dict.fromkeys(batch, handle)
+        return getattr(self.compiled[kernel], kernel.symbol)
+
+
+def _compiled(source: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        text, library = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
+        text.write_text(source)
+        result = subprocess.run(
+            [COMPILER, *FLAGS, str(text), "-o", str(library)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode:
+            raise CompileError(result.stderr)
+        return ctypes.CDLL(str(library))
+
+
+class HostCupy(ModuleType):
+    """In the place of ``cupy``; what it does not define is NumPy's."""
+
+    def __init__(self) -> None:
+        super().__init__("cupy")
+        self.ndarray = type("ndarray", (), {})
+        library = Library()
+        self.ElementwiseKernel = partial(HostElementwise, library)
+        self.ReductionKernel = partial(HostReduction, library)
+        self.cuda = SimpleNamespace(
+            runtime=SimpleNamespace(getDeviceCount=lambda: 1),
+            get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
+        )
+        self.get_default_memory_pool = lambda: SimpleNamespace(
+            free_all_blocks=lambda: None, total_bytes=lambda: 0
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+class HostCupyx(ModuleType):
+    """In the place of ``cupyx``: where CuPy only then raises what NumPy always does, and what asked it to."""
+
+    def __init__(self) -> None:
+        super().__init__("cupyx")
+        self.asked: list[dict[str, str]] = []
+
+    def errstate(self, **options: str) -> contextlib.AbstractContextManager[None]:
+        """Note the options; NumPy raises by itself."""
+        self.asked.append(options)
+        return contextlib.nullcontext()
+
+
+class _Namespace(ModuleType):
+    """Looks like CuPy to whoever asks for its name, and computes with NumPy."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(array_api_compat.numpy, name)
+
+
+namespace = _Namespace("array_api_compat.cupy")
+_ROOTS = {"cupy", "cupyx"}
+_PREFIX = "slra._backends.cupy"
+_modules: dict[str, ModuleType] = {}
+
+
+def _replace(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
+    """Put these in the place of CuPy and the modules that use it; return what was there."""
+    before = {n: m for n, m in sys.modules.items() if n in _ROOTS or n.startswith(_PREFIX)}
+    for name in before:
+        del sys.modules[name]
+    sys.modules.update(modules)
+    package = importlib.import_module("slra._backends")
+    for name in {*before, *modules} - _ROOTS:
+        child = name.rpartition(".")[2]
+        if name in modules:
+            setattr(package, child, modules[name])
+        else:
+            delattr(package, child)
+    return before
+
+
+def why_not() -> str | None:
+    """Why kernels cannot be run on this machine, or None."""
+    return None if shutil.which(COMPILER) else f"{COMPILER} is not installed"
+
+
+@contextlib.contextmanager
+def cupy_on_host() -> Iterator[Any]:
+    """Let ``slra`` take every array for CuPy's, and load its CuPy table over `HostCupy`."""
+    before = _replace(_modules or {"cupy": HostCupy(), "cupyx": HostCupyx()})
+    array_namespace = compat.array_namespace
+
+    def as_cupy(*xs: Any, **options: Any) -> Any:
+        found = array_namespace(*xs, **options)
+        return namespace if compat.is_numpy_namespace(found) else found
+
+    compat.array_namespace = as_cupy
+    try:
+        importlib.import_module(_PREFIX)
+        yield namespace
+    finally:
+        compat.array_namespace = array_namespace
+        _modules.update(_replace(before))

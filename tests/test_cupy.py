@@ -1,0 +1,323 @@
+"""The CuPy path on a machine without a GPU: kernels compiled, kernels run, primitives dispatched, and mutants caught.
+
+- NVRTC compiles every kernel for every dtype to PTX, for each supported generation of GPUs.
+- g++ compiles the same text, and what it computes is compared with the array API reference.
+- A CuPy namespace gets the CuPy table, whose overrides run.
+- Deliberately broken kernels fail each of these checks that should see them.
+
+Beyond this file, every test that takes ``xp`` runs on the backend ``cupy-on-host``.
+"""
+
+from typing import NamedTuple
+
+import array_api_compat.numpy as np_xp
+import numpy as np
+import pytest
+from hypothesis import Phase
+
+import slra
+from slra._backends import primitives
+from tests.cuda_host import host, nvrtc
+from tests.cuda_host.cases import check_values, primitives_and_dtypes
+
+ARCHITECTURES = [75, 80, 90, 100]
+needs_compiler = pytest.mark.skipif(host.why_not() is not None, reason=str(host.why_not()))
+needs_nvrtc = pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
+
+
+def defined():
+    """Names and dtypes of all kernels, found without CuPy."""
+    with host.cupy_on_host():
+        from slra._backends.cupy_kernels import KERNELS
+
+        return list(KERNELS)
+
+
+# NVRTC
+
+
+def check_compiles(kernel, architecture, **options):
+    text = nvrtc.ptx(kernel, architecture, **options)
+    assert f".entry {kernel.name}(" in text
+    assert f".target sm_{architecture}" in text
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "dtype"), defined())
+def test_nvrtc_compiles(name, dtype, architecture):
+    from slra._backends.cupy_kernels import KERNELS
+
+    check_compiles(KERNELS[name, dtype], architecture)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("name", "dtype"), defined())
+def test_nvrtc_compiles_what_other_arguments_make_of_a_kernel(name, dtype):
+    from slra._backends.cupy_kernels import KERNELS
+
+    check_compiles(KERNELS[name, dtype], ARCHITECTURES[0], ndim=4)
+    check_compiles(KERNELS[name, dtype], ARCHITECTURES[0], scalars=True)
+
+
+# g++
+
+
+@pytest.fixture
+def cupy_table():
+    """The CuPy table over NumPy's arrays, with kernels compiled by g++."""
+    with host.cupy_on_host() as xp:
+        yield primitives(xp)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("name", "dtype"), primitives_and_dtypes())
+def test_values_are_the_reference_s(cupy_table, name, dtype):
+    check_values(cupy_table, name, dtype)
+
+
+# Dispatch
+
+X = np.linspace(-2.0, 2.0, 24).reshape(4, 6)
+
+
+def attend(**options):
+    return slra.attention(X, X, X, **options)
+
+
+def solve():
+    return slra.proximal_gradient(X, lambda x: (0.0, x), slra.prox.prox_l1, step=0.1, max_iter=2)
+
+
+def differentiate(**options):
+    row = np.zeros(4)
+    return slra.attention_vjp(X, X, X, X, row, X, **options)
+
+
+# A public call, and the kernels that must run in it.
+CALLS = {
+    "soft_threshold": (lambda: slra.soft_threshold(X, 0.5), {"soft_threshold"}),
+    "soft_threshold, complex": (lambda: slra.soft_threshold(X + 1j, 0.5), {"soft_threshold"}),
+    "soft_threshold, array tau": (lambda: slra.soft_threshold(X, abs(X)), {"soft_threshold"}),
+    "soft_threshold, half": (
+        lambda: slra.soft_threshold(X.astype("float16"), 0.5),
+        {"soft_threshold"},
+    ),
+    "prox_nonneg_l1": (lambda: slra.prox.prox_nonneg_l1(X, 0.5), {"nonneg_threshold"}),
+    "prox_elastic_net": (
+        lambda: slra.prox.prox_elastic_net(X, 0.5, l2=1.0),
+        {"elastic_threshold"},
+    ),
+    "norm_l1": (lambda: slra.prox.norm_l1(X), {"sum_abs"}),
+    "proximal_gradient": (solve, {"soft_threshold_step", "extrapolate"}),
+    "attention": (attend, {"weights", "rescale"}),
+    "attention, causal": (lambda: attend(is_causal=True), {"scores", "weights", "rescale"}),
+    "attention, softcap": (lambda: attend(softcap=2.0), {"scores", "weights", "rescale"}),
+    "attention, mask": (
+        lambda: attend(mask=np.eye(4, dtype=bool)),
+        {"scores", "weights", "rescale"},
+    ),
+    "attention, added mask": (
+        lambda: attend(mask=np.eye(4)),
+        {"biased_scores", "weights", "rescale"},
+    ),
+    "attention_vjp": (differentiate, {"gradients"}),
+    "attention_vjp, added mask": (lambda: differentiate(mask=np.eye(4)), {"biased_gradients"}),
+}
+
+
+def check_dispatch(call, expected, monkeypatch):
+    """Run a public call on CuPy's stand-in, and note which kernels are asked for."""
+    from slra._backends.cupy_kernels import KERNELS
+
+    used = set()
+
+    def noting(name, kernel):
+        return lambda *args, **options: used.add(name) or kernel(*args, **options)
+
+    for (name, dtype), kernel in list(KERNELS.items()):
+        monkeypatch.setitem(KERNELS, (name, dtype), noting(name, kernel))
+    call()
+    assert used == expected
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CALLS)
+def test_dispatch(cupy_table, monkeypatch, name):
+    check_dispatch(*CALLS[name], monkeypatch)
+
+
+def test_a_cupy_namespace_gets_the_cupy_table(cupy_table):
+    assert type(cupy_table).__name__ == "CupyPrimitives"
+    assert type(primitives(np_xp)).__name__ == "NumpyPrimitives"
+
+
+def test_every_kernel_is_compared_with_a_reference_and_reached_by_a_public_call():
+    names = {name for name, _ in defined()}
+    assert names == set().union(*(kernels for _, kernels in CALLS.values()))
+
+
+def test_cholesky_asks_cupy_to_say_when_it_fails(cupy_table):
+    import cupyx
+
+    cupyx.asked.clear()
+    good, bad = np.eye(2), np.diag([1.0, -1.0])
+    factors = cupy_table.cholesky(np.stack([good, bad]))
+    assert {"linalg": "raise"} in cupyx.asked
+    np.testing.assert_array_equal(factors, np.stack([good, np.full((2, 2), np.nan)]))
+
+
+@needs_compiler
+def test_attention_in_several_tiles(cupy_table, monkeypatch):
+    monkeypatch.setattr(type(cupy_table), "tile_shape", lambda *_: (3, 4))
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 5)) for n in (11, 13, 13))
+    options = {"is_causal": True, "softcap": 3.0, "return_lse": True}
+    ours = slra.attention(q, k, v, **options)
+    scores = 3 * np.tanh(q @ k.swapaxes(-1, -2) / np.sqrt(5) / 3)
+    scores[:, np.arange(13) > np.arange(11)[:, None] + 2] = -np.inf
+    weights = np.exp(scores)
+    total = np.sum(weights, axis=-1)
+    eps = np.finfo("float64").eps
+    np.testing.assert_allclose(ours[0], weights @ v / total[..., None], atol=50 * eps)
+    np.testing.assert_allclose(ours[1], np.log(total), atol=50 * eps)
+
+
+@needs_compiler
+def test_gradient_in_several_tiles(cupy_table, monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v, grad = (rng.standard_normal((2, n, 5)) for n in (11, 13, 13, 11))
+    options = {"is_causal": True, "softcap": 3.0}
+    out, lse = slra.attention(q, k, v, return_lse=True, **options)
+    whole = slra.attention_vjp(q, k, v, out, lse, grad, **options)
+    monkeypatch.setattr(type(cupy_table), "tile_shape", lambda *_: (3, 4))
+    tiled = slra.attention_vjp(q, k, v, out, lse, grad, **options)
+    for ours, expected in zip(tiled, whole, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=100 * np.finfo("float64").eps)
+
+
+@needs_compiler
+def test_the_benchmark_runs(cupy_table):
+    """On the stand-in and tiny, so that it is not first tried on a GPU."""
+    import cupy
+
+    from benchmarks import gpu
+
+    sizes = gpu.Sizes(n_entries=64, svd=(2, 12, 6), rank=2, heads=2, n=16, d=8, calls=1)
+    result = gpu.elementwise(cupy, cupy_table.xp, sizes)
+    assert set(result["seconds"]) == {"copy", "soft_threshold", "fused step", "unfused step"}
+    errors = gpu.batched_svd(cupy, None, sizes)["relative_error"]
+    assert errors["slra.randomized_svd"] <= 1.01 * errors["cupy.linalg.svd"]
+    assert "slra, exact" in gpu.attention(cupy, None, sizes)["bytes_held"]
+
+
+# Mutants
+
+
+class Mutant(NamedTuple):
+    """A kernel with one piece of its text replaced."""
+
+    name: str
+    dtype: str
+    old: str
+    new: str
+    # The primitive whose values it spoils, where that has another name.
+    primitive: str = ""
+    # Whether a compiler must refuse it; if not, its values must be wrong.
+    is_refused: bool = False
+
+    def build(self, monkeypatch):
+        """Make the kernel, on whichever CuPy is in place."""
+        from slra._backends import cupy_kernels
+
+        definition = cupy_kernels.DEFINITIONS[self.name]
+        text, source = definition[-1], cupy_kernels.SOURCE
+        if self.old in text:
+            text = text.replace(self.old, self.new)
+        else:
+            assert source.count(self.old) == 1
+            source = source.replace(self.old, self.new)
+        changed = definition._replace(**{definition._fields[-1]: text})
+        monkeypatch.setitem(cupy_kernels.DEFINITIONS, self.name, changed)
+        return cupy_kernels.build(self.name, self.dtype, source)
+
+
+CLIP = "x - (x < -tau ? -tau : x > tau ? tau : x)"
+PHASE = "x * (shrunk / (modulus == R(0) ? R(1) : modulus))"
+BOUND = "column <= limit ?"
+MUTANTS = {
+    "sign flipped": Mutant("soft_threshold", "float32", "x - (x <", "x + (x <"),
+    "clipped to one sign": Mutant("soft_threshold", "float64", "x < -tau ? -tau", "x < -tau ? tau"),
+    "NaN dropped": Mutant(
+        "soft_threshold", "float32", CLIP, "copysign(fmax(abs(x) - tau, R(0)), x)"
+    ),
+    "copysign on complex": Mutant(
+        "soft_threshold", "complex64", PHASE, "copysign(shrunk, x)", is_refused=True
+    ),
+    "conjugated": Mutant("soft_threshold", "complex128", "return x * (", "return conj(x) * ("),
+    "0/0": Mutant("soft_threshold", "complex64", PHASE, "x * (shrunk / modulus)"),
+    "uphill": Mutant("soft_threshold_step", "float32", "x - step * grad", "x + step * grad"),
+    "uphill, complex": Mutant("soft_threshold_step", "complex128", "x - step", "x + step"),
+    "excess below": Mutant("nonneg_threshold", "float64", "x <= tau ?", "x <= -tau ?"),
+    "NaN cut off": Mutant(
+        "nonneg_threshold", "float32", "x <= tau ? R(0) : x - tau", "x > tau ? x - tau : R(0)"
+    ),
+    "multiplied": Mutant("elastic_threshold", "complex64", "/ divisor", "* divisor"),
+    "backwards": Mutant("extrapolate", "float64", "x + factor", "x - factor"),
+    "sum without moduli": Mutant("sum_abs", "float32", "abs({X})", "{X}"),
+    "sum of real parts": Mutant("sum_abs", "complex64", "abs({X})", "abs(x.real())"),
+    "mask inverted": Mutant("scores", "float32", "attends ?", "!attends ?", "tile_scores"),
+    "mask subtracted": Mutant(
+        "biased_scores", "float64", "score + bias", "score - bias", "tile_scores"
+    ),
+    "own key lost": Mutant("scores", "float64", BOUND, "column < limit ?", "tile_scores"),
+    "softcap not multiplied back": Mutant(
+        "scores", "float32", "softcap * tanh", "tanh", "tile_scores"
+    ),
+    "exp(-inf - -inf)": Mutant(
+        "weights", "float32", "(peak == -R(CUDART_INF) ? R(0) : peak)", "peak", "softmax_step"
+    ),
+    "peak added": Mutant("weights", "float64", "exp(score - (", "exp(score + (", "softmax_step"),
+    "decay forgotten": Mutant(
+        "rescale", "float32", "total * decay + part", "total + part", "softmax_step"
+    ),
+    "delta added": Mutant("gradients", "float64", "- delta", "+ delta", "tile_gradients"),
+    "slope of softcap": Mutant(
+        "gradients", "float32", "R(1) - ratio * ratio", "R(1) - ratio", "tile_gradients"
+    ),
+    "mask dropped": Mutant(
+        "biased_gradients", "float32", "score + bias", "score", "tile_gradients"
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", MUTANTS)
+def test_a_mutant_has_wrong_values_or_no_compiler_takes_it(cupy_table, monkeypatch, which):
+    from slra._backends.cupy_kernels import KERNELS
+
+    mutant = MUTANTS[which]
+    monkeypatch.setitem(KERNELS, (mutant.name, mutant.dtype), mutant.build(monkeypatch))
+    with pytest.raises(host.CompileError if mutant.is_refused else AssertionError):
+        check_values(
+            cupy_table, mutant.primitive or mutant.name, mutant.dtype, phases=[Phase.generate]
+        )
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("which", MUTANTS)
+def test_nvrtc_refuses_the_mutants_that_are_not_c(monkeypatch, which):
+    mutant = MUTANTS[which]
+    kernel = mutant.build(monkeypatch)
+    if mutant.is_refused:
+        with pytest.raises(RuntimeError, match="copysign"):
+            check_compiles(kernel, ARCHITECTURES[0])
+    else:
+        check_compiles(kernel, ARCHITECTURES[0])
+
+
+@needs_compiler
+def test_dispatch_misses_an_override_that_is_gone(cupy_table, monkeypatch):
+    monkeypatch.delattr(type(cupy_table), "soft_threshold")
+    with pytest.raises(AssertionError):
+        check_dispatch(*CALLS["soft_threshold"], monkeypatch)
