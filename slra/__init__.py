@@ -1,15 +1,17 @@
 """Sparse and low-rank approximation, and attention on it, for every array library."""
 
 from slra import prox
-from slra.attn import attention, low_rank_attention
+from slra.attn import AttentionBasis, attention, fit_attention, low_rank_attention
 from slra.prox import prox_l1 as soft_threshold
 from slra.svd import SVDResult, randomized_svd, truncated_svd
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionBasis",
     "SVDResult",
     "attention",
+    "fit_attention",
     "low_rank_attention",
     "prox",
     "randomized_svd",

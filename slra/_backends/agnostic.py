@@ -67,6 +67,14 @@ class Primitives:
         """Device to create an array on that is to meet ``like``; None where the library finds out."""
         return compat.device(like)
 
+    def constant(self, x: Array) -> Array:
+        """Return ``x`` without the gradient it carries."""
+        return x
+
+    def record(self, kind: type, arrays: dict[str, Array], static: dict[str, Any]) -> Any:
+        """Make a dataclass of arrays and of plain values that a transformation must keep as they are."""
+        return kind(**arrays, **static)
+
     def from_numpy(self, a: np.ndarray[Any, Any], like: Array, dtype: DType | None = None) -> Array:
         """Bring a small NumPy array to the library, device and (unless given) dtype of ``like``."""
         return self.xp.asarray(a, dtype=dtype or like.dtype, device=self.creation_device(like))

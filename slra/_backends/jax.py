@@ -3,6 +3,7 @@
 Needs: jax. Under jit, grad and vmap nothing here looks at a value.
 """
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -12,6 +13,11 @@ from slra._backends.agnostic import Primitives
 from slra._typing import Array
 
 __all__ = ["JaxPrimitives"]
+
+
+@cache
+def _register(kind: type, arrays: tuple[str, ...], static: tuple[str, ...]) -> None:
+    jax.tree_util.register_dataclass(kind, data_fields=arrays, meta_fields=static)
 
 
 class JaxPrimitives(Primitives):
@@ -36,6 +42,15 @@ class JaxPrimitives(Primitives):
         if isinstance(like, jax.core.Tracer) or len(like.devices()) > 1:
             return None
         return like.device
+
+    def constant(self, x: Array) -> Array:
+        """Stop the gradient."""
+        return jax.lax.stop_gradient(x)
+
+    def record(self, kind: type, arrays: dict[str, Array], static: dict[str, Any]) -> Any:
+        """Make the dataclass a pytree, whose plain values are part of its structure."""
+        _register(kind, tuple(arrays), tuple(static))
+        return kind(**arrays, **static)
 
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve by substitution."""

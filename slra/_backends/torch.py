@@ -32,6 +32,10 @@ class TorchPrimitives(Primitives):
             return f"a tensor of layout {x.layout}; call to_dense() first"
         return None
 
+    def constant(self, x: Array) -> Array:
+        """Detach from the graph."""
+        return x.detach()
+
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve by substitution."""
         return torch.linalg.solve_triangular(a, b, upper=not lower)

@@ -3,7 +3,9 @@
 The folder is not called ``attention`` because ``slra.attention`` is a function.
 """
 
+from slra.attn.basis import AttentionBasis
 from slra.attn.exact import attention
+from slra.attn.fit import fit_attention
 from slra.attn.low_rank import low_rank_attention
 
-__all__ = ["attention", "low_rank_attention"]
+__all__ = ["AttentionBasis", "attention", "fit_attention", "low_rank_attention"]

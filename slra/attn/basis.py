@@ -1,0 +1,297 @@
+"""A fitted basis: the small linear maps that turn attention in D dimensions into attention in r."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slra._backends import Primitives
+from slra._typing import Array, CausalAlign, Namespace
+from slra._validate import resolve
+from slra.attn._inputs import Inputs, check_inputs
+from slra.attn.exact import attend
+
+__all__ = ["AttentionBasis", "attend_basis", "check_basis", "per_query_head"]
+
+# Heads whose ranks round up to the same multiple of this run together: a kernel's register holds as many numbers.
+RANK_STEP = 8
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBasis:
+    r"""Linear maps on the feature axis, made by `fit_attention`, under which attention runs in few dimensions.
+
+    .. math::
+        q' = q W_q, \quad k' = (k - c) W_k, \quad v' = (v - \mu) W_v, \qquad
+        \operatorname{softmax}(s\, q' k'^T)\, v' U_v + \mu
+
+    Attributes
+    ----------
+    wq : array, shape (..., Hq, D, r)
+        Map of the queries.
+    wk : array, shape (..., Hkv, D, r)
+        Map of the keys.
+    wv : array, shape (..., Hkv, Dv, r_v)
+        Map of the values.
+    uv : array, shape (..., Hkv, r_v, Dv)
+        Map of the output back to Dv dimensions.
+    c : array, shape (..., Hkv, 1, D)
+        Shift of the keys; it changes no softmax weight.
+    mu : array, shape (..., Hkv, 1, Dv)
+        Shift of the values; weights sum to one, so it comes back whole.
+    ranks : tuple of (int, int)
+        Rank of queries and keys, and rank of values, for each key head. Columns beyond a head's rank are zero.
+    error : array, shape (..., Hq)
+        Predicted relative Frobenius error of the output, on the data of the fit.
+
+    Notes
+    -----
+    The maps carry no gradient: they are constants of whatever is differentiated through them. On JAX the basis is a
+    pytree whose ``ranks`` are static.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 50, 8))
+    >>> basis = slra.fit_attention(q, k, v, (4, 6))
+    >>> basis.ranks
+    ((4, 6), (4, 6))
+    >>> [x.shape for x in basis.project(q, k, v)]
+    [(2, 50, 4), (2, 50, 4), (2, 50, 6)]
+    >>> basis.attend(q, k, v).shape
+    (2, 50, 8)
+    """
+
+    wq: Array
+    wk: Array
+    wv: Array
+    uv: Array
+    c: Array
+    mu: Array
+    ranks: tuple[tuple[int, int], ...]
+    error: Array
+
+    def attend(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        mask: Array | None = None,
+        is_causal: bool = False,
+        causal_align: CausalAlign = "bottom_right",
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        softcap: float | None = None,
+        return_lse: bool = False,
+    ) -> Array | tuple[Array, Array]:
+        """Attention on the projected queries, keys and values.
+
+        Parameters
+        ----------
+        q, k, v : array
+            As in `attention`, with the heads and widths the basis was fitted on; any lengths.
+        mask, is_causal, causal_align, scale, enable_gqa, softcap, return_lse
+            As in `attention`. The default scale is ``1/sqrt(D)`` of the original D.
+
+        Returns
+        -------
+        out : array, shape (..., Hq, Nq, Dv)
+            In the common dtype of ``q``, ``k`` and ``v``. A query that attends to nothing gets 0.
+        lse : array, shape (..., Hq, Nq)
+            Only with ``return_lse``: log-sum-exp of the approximate scores, the shift of the keys put back.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `attention`, and ValueError where heads or widths are not those of the basis.
+        """
+        inputs = check_inputs(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=is_causal,
+            causal_align=causal_align,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            softcap=softcap,
+        )
+        check_basis(self, inputs, enable_gqa=enable_gqa)
+        out, lse = attend_basis(self, inputs, enable_gqa=enable_gqa)
+        (out,) = inputs.promoted.answer(inputs.table, out)
+        return (out, lse) if return_lse else out
+
+    def project(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """Map queries, keys and values to the dimensions of the basis.
+
+        Parameters
+        ----------
+        q : array, shape (..., Hq, Nq, D)
+        k : array, shape (..., Hkv, Nk, D)
+        v : array, shape (..., Hkv, Nk, Dv)
+
+        Returns
+        -------
+        tuple of arrays
+            q' (..., Hq, Nq, r), k' (..., Hkv, Nk, r) and v' (..., Hkv, Nk, r_v), in the common dtype of the arguments.
+            ``attention(q', k', v', scale=1/sqrt(D)) @ uv + mu`` is what `attend` computes without softcap.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `attend`.
+        """
+        enable_gqa = _n_heads(self.wq) != _n_heads(self.wk)
+        inputs = check_inputs(
+            q,
+            k,
+            v,
+            mask=None,
+            is_causal=False,
+            causal_align="bottom_right",
+            scale=None,
+            enable_gqa=enable_gqa,
+            softcap=None,
+        )
+        check_basis(self, inputs, enable_gqa=enable_gqa)
+        maps = _Maps.of(self, inputs.q)
+        q, k, v = inputs.promoted.answer(inputs.table, *maps.project(inputs.q, inputs.k, inputs.v))
+        return q, k, v
+
+
+class _Maps(NamedTuple):
+    """The arrays of a basis, in the dtype to compute in, for all heads or for some."""
+
+    wq: Array
+    wk: Array
+    wv: Array
+    uv: Array
+    c: Array
+    mu: Array
+
+    @classmethod
+    def of(cls, basis: AttentionBasis, like: Array) -> "_Maps":
+        arrays = (basis.wq, basis.wk, basis.wv, basis.uv, basis.c, basis.mu)
+        if basis.wq.dtype == like.dtype:
+            return cls(*arrays)
+        xp = resolve(basis=basis.wq).xp
+        return cls(*(xp.astype(x, like.dtype) for x in arrays))
+
+    def project(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """Shifts are taken off after the map: r numbers a row instead of D."""
+        k = k @ self.wk - self.c @ self.wk
+        return q @ self.wq, k, v @ self.wv - self.mu @ self.wv
+
+    def cut(self, rank_qk: int, rank_v: int) -> "_Maps":
+        wq, wk = self.wq[..., :rank_qk], self.wk[..., :rank_qk]
+        return self._replace(wq=wq, wk=wk, wv=self.wv[..., :rank_v], uv=self.uv[..., :rank_v, :])
+
+
+def _n_heads(x: Array) -> int:
+    return int(x.shape[-3]) if x.ndim > 2 else 1
+
+
+def check_basis(basis: AttentionBasis, inputs: Inputs, *, enable_gqa: bool) -> None:
+    """Raise unless the inputs have the library, device, heads and widths of the basis."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    resolve(q=q, basis=basis.wq)
+    widths, expected = (q.shape[-1], v.shape[-1]), (basis.wq.shape[-2], basis.uv.shape[-1])
+    if widths != expected:
+        raise ValueError(
+            f"q and v must have the widths (D, Dv) of the basis, {expected}, got {widths}"
+        )
+    heads, expected = (_n_heads(q), _n_heads(k)), (_n_heads(basis.wq), _n_heads(basis.wk))
+    fits = heads == expected if enable_gqa else expected[0] == expected[1] == max(heads)
+    if not fits:
+        raise ValueError(
+            f"q and k must have the numbers of heads of the basis, {expected}, got {heads}"
+            + ("" if enable_gqa or expected[0] == expected[1] else "; pass enable_gqa=True")
+        )
+
+
+def per_query_head(x: Array, like: Array, xp: Namespace) -> Array:
+    """Repeat what belongs to a key head for the query heads of ``like`` that share it."""
+    repeats = _n_heads(like) // _n_heads(x)
+    return x if repeats <= 1 else xp.repeat(x, repeats, axis=-3)
+
+
+def attend_basis(basis: AttentionBasis, inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
+    """Attention under a basis that fits the inputs, and its log-sum-exp; heads of like rank together."""
+    maps = _Maps.of(basis, inputs.q)
+    buckets = list(_buckets(basis))
+    if len(buckets) == 1:
+        ((_, *ranks),) = buckets
+        return _attend(maps.cut(*ranks), inputs, enable_gqa=enable_gqa)
+    xp, table = inputs.table.xp, inputs.table
+    n_shared = _n_heads(basis.wq) // _n_heads(basis.wk)
+    parts, order = [], []
+    for heads, rank_qk, rank_v in buckets:
+        query_heads = [head * n_shared + i for head in heads for i in range(n_shared)]
+        some = _take_heads(maps, inputs, heads, query_heads, table)
+        parts.append(_attend(some[0].cut(rank_qk, rank_v), some[1], enable_gqa=enable_gqa))
+        order += query_heads
+    back = table.from_numpy(np.argsort(order), inputs.q, xp.int64)
+    outs, lses = zip(*parts, strict=True)
+    return (
+        xp.take(xp.concat(outs, axis=-3), back, axis=-3),
+        xp.take(xp.concat(lses, axis=-2), back, axis=-2),
+    )
+
+
+def _buckets(basis: AttentionBasis) -> Iterator[tuple[list[int], int, int]]:
+    """Key heads that run together, and the ranks they run at: padded to a multiple of RANK_STEP where mixed."""
+    if len(set(basis.ranks)) == 1:
+        yield list(range(len(basis.ranks))), *basis.ranks[0]
+        return
+    together: dict[tuple[int, int], list[int]] = {}
+    for head, ranks in enumerate(basis.ranks):
+        rank_qk, rank_v = (math.ceil(rank / RANK_STEP) * RANK_STEP for rank in ranks)
+        key = min(rank_qk, basis.wk.shape[-1]), min(rank_v, basis.wv.shape[-1])
+        together.setdefault(key, []).append(head)
+    for key in sorted(together):
+        yield together[key], *key
+
+
+def _take_heads(
+    maps: _Maps, inputs: Inputs, heads: list[int], query_heads: list[int], table: Primitives
+) -> tuple[_Maps, Inputs]:
+    """Cut some key heads, and the query heads that share them, out of a basis and its inputs."""
+    xp = table.xp
+    of_keys, of_queries = (
+        table.from_numpy(np.asarray(one), inputs.q, xp.int64) for one in (heads, query_heads)
+    )
+
+    def take(x: Any, indices: Array) -> Any:
+        shared = x is None or x.ndim < 3 or x.shape[-3] == 1
+        return x if shared else xp.take(x, indices, axis=-3)
+
+    small = _Maps(take(maps.wq, of_queries), *(take(x, of_keys) for x in maps[1:]))
+    return small, inputs._replace(
+        q=take(inputs.q, of_queries),
+        k=take(inputs.k, of_keys),
+        v=take(inputs.v, of_keys),
+        mask=take(inputs.mask, of_queries),
+    )
+
+
+def _attend(maps: _Maps, inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
+    """Exact attention in the dimensions of the basis, and back."""
+    xp, options = inputs.table.xp, inputs.options
+    q, k, v = maps.project(inputs.q, inputs.k, inputs.v)
+    shift = inputs.q @ xp.matrix_transpose(per_query_head(maps.c, inputs.q, xp))
+    if options.softcap is not None:
+        # tanh sees the shift of the scores, so it is carried as one more dimension.
+        q = xp.concat([q, xp.broadcast_to(shift, (*q.shape[:-1], 1))], axis=-1)
+        k = xp.concat([k, xp.ones_like(k[..., :1])], axis=-1)
+    out, lse = attend(inputs._replace(q=q, k=k, v=v), enable_gqa=enable_gqa)
+    uv, mu = (per_query_head(x, inputs.q, xp) for x in (maps.uv, maps.mu))
+    out = out @ uv + mu
+    if inputs.mask is not None or (
+        options.is_causal and options.diagonal(inputs.q.shape[-2], inputs.k.shape[-2]) < 0
+    ):
+        out = xp.where((lse == -math.inf)[..., None], xp.zeros_like(out), out)
+    return out, lse if options.softcap is not None else lse + options.scale * shift[..., 0]
