@@ -319,7 +319,7 @@ def test_a_basis_fits_what_it_was_fitted_on():
         basis.attend(q, k, k, enable_gqa=True)
     with pytest.raises(ValueError, match=r"heads of the basis, \(4, 2\), got \(2, 2\)"):
         basis.attend(q[:2], k, v, enable_gqa=True)
-    with pytest.raises(ValueError, match="rank and l1 must be left out"):
+    with pytest.raises(ValueError, match="rank, rtol and l1 must be left out"):
         slra.low_rank_attention(q, k, v, 3, basis=basis, enable_gqa=True)
 
 

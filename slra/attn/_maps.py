@@ -36,7 +36,9 @@ class Factors(NamedTuple):
     is_formula: bool = False
 
 
-def cut(factors: Factors, rank_qk: int, rank_v: int, table: Primitives) -> tuple[Array, ...]:
+def cut(
+    factors: Factors, rank_qk: int, rank_v: int, table: Primitives
+) -> tuple[Array, Array, Array]:
     """Return wq (..., H, G or 1, D, r), wk and wv for a rank of queries and keys, and one of values."""
     transposed = table.xp.matrix_transpose
     left, wk = factors.left[..., :rank_qk], factors.wk[..., :rank_qk]

@@ -13,7 +13,7 @@ from slra._validate import resolve
 from slra.attn._inputs import Inputs, check_inputs
 from slra.attn.exact import attend
 
-__all__ = ["AttentionBasis", "attend_basis", "check_basis", "per_query_head"]
+__all__ = ["AttentionBasis", "Maps", "attend_maps", "check_basis", "per_query_head"]
 
 # Heads whose ranks round up to the same multiple of this run together: a kernel's register holds as many numbers.
 RANK_STEP = 8
@@ -121,7 +121,7 @@ class AttentionBasis:
             softcap=softcap,
         )
         check_basis(self, inputs, enable_gqa=enable_gqa)
-        out, lse = attend_basis(self, inputs, enable_gqa=enable_gqa)
+        out, lse = attend_maps(Maps.of(self, inputs.q), inputs, enable_gqa=enable_gqa)
         (out,) = inputs.promoted.answer(inputs.table, out)
         return (out, lse) if return_lse else out
 
@@ -158,13 +158,13 @@ class AttentionBasis:
             softcap=None,
         )
         check_basis(self, inputs, enable_gqa=enable_gqa)
-        maps = _Maps.of(self, inputs.q)
+        maps = Maps.of(self, inputs.q)
         q, k, v = inputs.promoted.answer(inputs.table, *maps.project(inputs.q, inputs.k, inputs.v))
         return q, k, v
 
 
-class _Maps(NamedTuple):
-    """The arrays of a basis, in the dtype to compute in, for all heads or for some."""
+class Maps(NamedTuple):
+    """The maps of a basis, in the dtype to compute in, for all heads or for some."""
 
     wq: Array
     wk: Array
@@ -172,21 +172,26 @@ class _Maps(NamedTuple):
     uv: Array
     c: Array
     mu: Array
+    ranks: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, basis: AttentionBasis, like: Array) -> "_Maps":
-        arrays = (basis.wq, basis.wk, basis.wv, basis.uv, basis.c, basis.mu)
-        if basis.wq.dtype == like.dtype:
-            return cls(*arrays)
+    def of(cls, basis: AttentionBasis, like: Array) -> "Maps":
+        """Take the maps of a basis, in the dtype of ``like``."""
         xp = resolve(basis=basis.wq).xp
-        return cls(*(xp.astype(x, like.dtype) for x in arrays))
+        named = {name: getattr(basis, name) for name in cls._fields[:-1]}
+        cast = {
+            name: x if x.dtype == like.dtype else xp.astype(x, like.dtype)
+            for name, x in named.items()
+        }
+        return cls(**cast, ranks=basis.ranks)
 
     def project(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         """Shifts are taken off after the map: r numbers a row instead of D."""
         k = k @ self.wk - self.c @ self.wk
         return q @ self.wq, k, v @ self.wv - self.mu @ self.wv
 
-    def cut(self, rank_qk: int, rank_v: int) -> "_Maps":
+    def cut(self, rank_qk: int, rank_v: int) -> "Maps":
+        """Keep the leading columns."""
         wq, wk = self.wq[..., :rank_qk], self.wk[..., :rank_qk]
         return self._replace(wq=wq, wk=wk, wv=self.wv[..., :rank_v], uv=self.uv[..., :rank_v, :])
 
@@ -219,15 +224,14 @@ def per_query_head(x: Array, like: Array, xp: Namespace) -> Array:
     return x if repeats <= 1 else xp.repeat(x, repeats, axis=-3)
 
 
-def attend_basis(basis: AttentionBasis, inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
-    """Attention under a basis that fits the inputs, and its log-sum-exp; heads of like rank together."""
-    maps = _Maps.of(basis, inputs.q)
-    buckets = list(_buckets(basis))
+def attend_maps(maps: Maps, inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
+    """Attention under maps that fit the inputs, and its log-sum-exp; heads of like rank together."""
+    buckets = list(_buckets(maps))
     if len(buckets) == 1:
         ((_, *ranks),) = buckets
         return _attend(maps.cut(*ranks), inputs, enable_gqa=enable_gqa)
     xp, table = inputs.table.xp, inputs.table
-    n_shared = _n_heads(basis.wq) // _n_heads(basis.wk)
+    n_shared = _n_heads(maps.wq) // _n_heads(maps.wk)
     parts, order = [], []
     for heads, rank_qk, rank_v in buckets:
         query_heads = [head * n_shared + i for head in heads for i in range(n_shared)]
@@ -242,23 +246,23 @@ def attend_basis(basis: AttentionBasis, inputs: Inputs, *, enable_gqa: bool) -> 
     )
 
 
-def _buckets(basis: AttentionBasis) -> Iterator[tuple[list[int], int, int]]:
+def _buckets(maps: Maps) -> Iterator[tuple[list[int], int, int]]:
     """Key heads that run together, and the ranks they run at: padded to a multiple of RANK_STEP where mixed."""
-    if len(set(basis.ranks)) == 1:
-        yield list(range(len(basis.ranks))), *basis.ranks[0]
+    if len(set(maps.ranks)) == 1:
+        yield list(range(len(maps.ranks))), *maps.ranks[0]
         return
     together: dict[tuple[int, int], list[int]] = {}
-    for head, ranks in enumerate(basis.ranks):
+    for head, ranks in enumerate(maps.ranks):
         rank_qk, rank_v = (math.ceil(rank / RANK_STEP) * RANK_STEP for rank in ranks)
-        key = min(rank_qk, basis.wk.shape[-1]), min(rank_v, basis.wv.shape[-1])
+        key = min(rank_qk, maps.wk.shape[-1]), min(rank_v, maps.wv.shape[-1])
         together.setdefault(key, []).append(head)
     for key in sorted(together):
         yield together[key], *key
 
 
 def _take_heads(
-    maps: _Maps, inputs: Inputs, heads: list[int], query_heads: list[int], table: Primitives
-) -> tuple[_Maps, Inputs]:
+    maps: Maps, inputs: Inputs, heads: list[int], query_heads: list[int], table: Primitives
+) -> tuple[Maps, Inputs]:
     """Cut some key heads, and the query heads that share them, out of a basis and its inputs."""
     xp = table.xp
     of_keys, of_queries = (
@@ -269,7 +273,16 @@ def _take_heads(
         shared = x is None or x.ndim < 3 or x.shape[-3] == 1
         return x if shared else xp.take(x, indices, axis=-3)
 
-    small = _Maps(take(maps.wq, of_queries), *(take(x, of_keys) for x in maps[1:]))
+    ranks = tuple(maps.ranks[head] for head in heads)
+    small = Maps(
+        take(maps.wq, of_queries),
+        take(maps.wk, of_keys),
+        take(maps.wv, of_keys),
+        take(maps.uv, of_keys),
+        take(maps.c, of_keys),
+        take(maps.mu, of_keys),
+        ranks,
+    )
     return small, inputs._replace(
         q=take(inputs.q, of_queries),
         k=take(inputs.k, of_keys),
@@ -278,7 +291,7 @@ def _take_heads(
     )
 
 
-def _attend(maps: _Maps, inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
+def _attend(maps: Maps, inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
     """Exact attention in the dimensions of the basis, and back."""
     xp, options = inputs.table.xp, inputs.options
     q, k, v = maps.project(inputs.q, inputs.k, inputs.v)

@@ -7,9 +7,9 @@ from slra._typing import Array, CausalAlign
 from slra._validate import check_choice, check_finite, check_positive
 from slra.attn._inputs import Inputs, check_inputs
 from slra.attn._maps import METHODS
-from slra.attn.basis import AttentionBasis, attend_basis, check_basis
+from slra.attn.basis import AttentionBasis, Maps, attend_maps, check_basis
 from slra.attn.exact import attend
-from slra.attn.fit import check_ranks, fit_inputs
+from slra.attn.fit import check_ranks, fit_inputs, lay_out
 from slra.svd.truncated import thin_svd
 
 __all__ = ["low_rank_attention"]
@@ -21,6 +21,7 @@ def low_rank_attention(
     v: Array,
     rank: int | tuple[int, int] | None = None,
     *,
+    rtol: float | None = None,
     method: str = "output",
     l1: float | tuple[float, float, float] = 0.0,
     basis: AttentionBasis | None = None,
@@ -43,7 +44,9 @@ def low_rank_attention(
     v : array, shape (..., Hkv, Nk, Dv)
         Values.
     rank : int or (int, int)
-        Dimensions to keep; a pair gives that of queries and keys, and that of values.
+        Dimensions to keep; a pair gives that of queries and keys, and that of values. With ``rtol``, at most as many.
+    rtol : float, optional
+        Relative error of the output to stay within, by the smallest ranks that do, see `fit_attention`.
     method : {"output", "joint", "svd"}
         How the basis is fitted, see `fit_attention`. "svd" replaces Q, K and V each by its truncated SVD.
     l1 : float or (float, float, float)
@@ -108,18 +111,20 @@ def low_rank_attention(
     for name in ("q", "k", "v"):
         check_finite(inputs.table, getattr(inputs, name), name)
     if basis is not None:
-        if rank is not None or any(thresholds):
-            raise ValueError("rank and l1 must be left out where a basis is given")
+        if rank is not None or rtol is not None or any(thresholds):
+            raise ValueError("rank, rtol and l1 must be left out where a basis is given")
         check_basis(basis, inputs, enable_gqa=enable_gqa)
-        out, lse = attend_basis(basis, inputs, enable_gqa=enable_gqa)
+        out, lse = attend_maps(Maps.of(basis, inputs.q), inputs, enable_gqa=enable_gqa)
     elif any(thresholds):
-        if method != "svd":
-            raise ValueError(f'l1 must be 0 unless method is "svd", got {l1!r} and {method!r}')
+        if method != "svd" or rtol is not None:
+            raise ValueError(
+                f'l1 must be 0 unless method is "svd" and rank is given, got {l1!r} and {method!r}'
+            )
         ranks = check_ranks(inputs, rank)
         out, lse = _thresholded(inputs, ranks, thresholds, enable_gqa=enable_gqa)
     else:
-        fitted = fit_inputs(inputs, check_ranks(inputs, rank), method, enable_gqa=enable_gqa)
-        out, lse = attend_basis(fitted, inputs, enable_gqa=enable_gqa)
+        fitted = fit_inputs(inputs, rank, rtol=rtol, method=method, enable_gqa=enable_gqa)
+        out, lse = attend_maps(lay_out(fitted), inputs, enable_gqa=enable_gqa)
     (out,) = inputs.promoted.answer(inputs.table, out)
     return (out, lse) if return_lse else out
 
