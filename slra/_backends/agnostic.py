@@ -5,32 +5,19 @@ Arguments have been validated: matching namespaces, devices and a floating dtype
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
 import numpy as np
 
-from slra._typing import Array, CausalAlign, DType, Namespace
+from slra._backends.agnostic_attention import ScoreOptions, tiled_attention, tiled_attention_vjp
+from slra._typing import Array, DType, Namespace
 
 __all__ = ["Primitives", "ScoreOptions", "gaussian_blocks", "matrix_h"]
 
-# One tile of scores is 512 x 1024: 2 MB in float32, which stays in the second-level cache.
-QUERY_TILE, KEY_TILE = 512, 1024
 # Test matrices are drawn in blocks of rows, a stream each, so that a chunked array can draw its own.
 TEST_MATRIX_ROWS = 4096
-
-
-class ScoreOptions(NamedTuple):
-    """What is done to a score between the product of query and key and the softmax."""
-
-    scale: float
-    is_causal: bool = False
-    causal_align: CausalAlign = "bottom_right"
-    softcap: float | None = None
-
-    def diagonal(self, n_queries: int, n_keys: int) -> int:
-        """Query i may attend to keys up to and including i + this."""
-        return n_keys - n_queries if self.causal_align == "bottom_right" else 0
 
 
 def matrix_h(x: Array, xp: Namespace) -> Array:
@@ -133,102 +120,36 @@ class Primitives:
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
     ) -> tuple[Array, Array]:
-        """Exact attention and its log-sum-exp, tile by tile; leading axes broadcast.
+        """Exact attention and its log-sum-exp, in memory linear in the lengths."""
+        return tiled_attention(self, q, k, v, mask, options)
 
-        Shapes: q (..., Nq, D), k (..., Nk, D), v (..., Nk, Dv), mask broadcastable to (..., Nq, Nk);
-        returns (..., Nq, Dv) and (..., Nq).
-        """
-        rows = [
-            self._attention_rows(q, k, v, mask, options, start)
-            for start in range(0, q.shape[-2], QUERY_TILE)
-        ]
-        if len(rows) == 1:
-            return rows[0]
-        outs, lses = zip(*rows, strict=True)
-        return self.xp.concat(outs, axis=-2), self.xp.concat(lses, axis=-1)
+    def attention_output(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> Array:
+        """Exact attention, where nobody asks for the log-sum-exp."""
+        return self.attention(q, k, v, mask, options)[0]
 
-    def _attention_rows(
-        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions, top: int
-    ) -> tuple[Array, Array]:
-        """Attention of one tile of queries, by online softmax over the tiles of keys.
-
-        Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867;
-        Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 1.
-        """
-        xp = self.xp
-        n_keys = k.shape[-2]
-        diagonal = options.diagonal(q.shape[-2], n_keys)
-        bottom = min(top + QUERY_TILE, q.shape[-2])
-        if options.is_causal:
-            n_keys = max(0, min(n_keys, bottom + diagonal))
-        q = q[..., top:bottom, :] * options.scale
-        shape = (*scores_batch_shape(q, k, v, mask), bottom - top)
-        like = {"dtype": q.dtype, "device": self.creation_device(q)}
-        peak, total = xp.full(shape, -math.inf, **like), xp.zeros(shape, **like)
-        out = xp.zeros((*shape, v.shape[-1]), **like)
-        for left in range(0, n_keys, KEY_TILE):
-            tile = Tile(top, bottom, left, min(left + KEY_TILE, n_keys))
-            keys = slice(tile.left, tile.right)
-            scores = self._scores(q, k[..., keys, :], mask, options, tile, diagonal)
-            new_peak = xp.maximum(peak, xp.max(scores, axis=-1))
-            # A row that has met no key yet has the peak -inf, and exp(-inf - -inf) would be NaN.
-            shift = xp.where(new_peak == -math.inf, xp.zeros_like(new_peak), new_peak)
-            weights = xp.exp(scores - shift[..., None])
-            decay = xp.exp(peak - shift)
-            total = total * decay + xp.sum(weights, axis=-1)
-            out = out * decay[..., None] + weights @ v[..., keys, :]
-            peak = new_peak
-        empty = total == 0
-        total = xp.where(empty, xp.ones_like(total), total)
-        return out / total[..., None], xp.where(empty, peak, peak + xp.log(total))
-
-    def _scores(
+    def attention_vjp(
         self,
         q: Array,
         k: Array,
+        v: Array,
         mask: Array | None,
         options: ScoreOptions,
-        tile: "Tile",
-        diagonal: int,
-    ) -> Array:
-        """Scores of one tile, after softcap and mask; ``q`` is scaled already."""
-        xp = self.xp
-        scores = q @ xp.matrix_transpose(k)
-        if options.softcap is not None:
-            scores = options.softcap * xp.tanh(scores / options.softcap)
-        if mask is not None:
-            part = tile.of(mask)
-            if xp.isdtype(mask.dtype, "bool"):
-                scores = xp.where(part, scores, xp.full_like(scores, -math.inf))
-            else:
-                scores = scores + xp.astype(part, scores.dtype)
-        if options.is_causal and tile.right - 1 > tile.top + diagonal:
-            device = self.creation_device(scores)
-            rows = xp.arange(tile.top, tile.bottom, device=device)[:, None]
-            columns = xp.arange(tile.left, tile.right, device=device)[None, :]
-            scores = xp.where(columns <= rows + diagonal, scores, xp.full_like(scores, -math.inf))
-        return scores
+        lse: Array,
+        delta: Array,
+        grad_out: Array,
+    ) -> tuple[Array, Array, Array]:
+        """Gradients of attention; ``delta`` is rowsum(grad_out * out) - grad_lse."""
+        return tiled_attention_vjp(self, q, k, v, mask, options, lse, delta, grad_out)
 
+    def constant(self, x: Array) -> Array:
+        """Return ``x``, through which no gradient passes."""
+        return x
 
-class Tile(NamedTuple):
-    """A rectangle of the matrix of scores."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def of(self, mask: Array) -> Array:
-        """Cut this tile out of a mask, whose axes of length one stay as they are."""
-        if mask.shape[-2] > 1:
-            mask = mask[..., self.top : self.bottom, :]
-        return mask[..., self.left : self.right] if mask.shape[-1] > 1 else mask
-
-
-def scores_batch_shape(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[int, ...]:
-    """Shape of the leading axes of the result of attention."""
-    shapes = [x.shape[:-2] for x in (q, k, v, mask) if x is not None]
-    return np.broadcast_shapes(*shapes)
+    def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` such that a gradient recomputes its insides instead of keeping them."""
+        return function
 
 
 class GaussianBlock(NamedTuple):

@@ -12,7 +12,8 @@ import dask.array as da
 import numpy as np
 from dask import delayed
 
-from slra._backends.agnostic import GaussianBlock, Primitives, gaussian_blocks
+from slra._backends import numpy_attention
+from slra._backends.agnostic import GaussianBlock, Primitives, ScoreOptions, gaussian_blocks
 from slra._typing import Array
 
 __all__ = ["DaskPrimitives"]
@@ -43,7 +44,7 @@ def _by_matrix(
     # Meta rather than output_dtypes: Dask would cast a complex meta to the real dtype of S, with a warning.
     outputs = signature.split("->")[1].split("),(")
     metas = [
-        np.empty((0,) * (xs[0].ndim - 2 + output.count(",") + 1), dtype=dtype)
+        np.empty((0,) * (max(x.ndim for x in xs) - 2 + output.count(",") + 1), dtype=dtype)
         for output, dtype in zip(outputs, dtypes, strict=True)
     ]
     return da.apply_gufunc(
@@ -108,3 +109,16 @@ class DaskPrimitives(Primitives):
             for block in gaussian_blocks(shape, rng, is_complex=self.is_complex(like))
         ]
         return da.concatenate(blocks, axis=-2)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> tuple[Array, Array]:
+        """NumPy's kernel on each block of batches and heads, in which the lengths are whole."""
+        signature = "(q,d),(k,d),(k,e)" + ("" if mask is None else ",(m,n)")
+        arrays = (q, k, v) if mask is None else (q, k, v, mask)
+
+        def block(q: Any, k: Any, v: Any, mask: Any = None) -> tuple[Any, Any]:
+            return numpy_attention.attention(q, k, v, mask, options)
+
+        out, lse = _by_matrix(block, f"{signature}->(q,e),(q)", *arrays, dtypes=[q.dtype] * 2)
+        return out, lse

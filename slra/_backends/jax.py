@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.scipy.linalg
 
-from slra._backends.agnostic import Primitives
+from slra._backends.agnostic import Primitives, ScoreOptions
+from slra._backends.jax_attention import scanned_attention
 from slra._typing import Array
 
 __all__ = ["JaxPrimitives"]
@@ -55,3 +56,14 @@ class JaxPrimitives(Primitives):
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve by substitution."""
         return jax.scipy.linalg.solve_triangular(a, b, lower=lower)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> tuple[Array, Array]:
+        """Scan over the tiles: time to compile does not grow with the lengths."""
+        out, lse = scanned_attention(q, k, v, mask, options=options)
+        return out, lse
+
+    def constant(self, x: Array) -> Array:
+        """Stop the gradient."""
+        return jax.lax.stop_gradient(x)

@@ -6,7 +6,8 @@ Needs: numpy, scipy. Reads its input only, which may be read-only.
 import numpy as np
 import scipy.linalg
 
-from slra._backends.agnostic import Primitives
+from slra._backends import numpy_attention
+from slra._backends.agnostic import Primitives, ScoreOptions
 from slra._typing import Array
 
 __all__ = ["NumpyPrimitives"]
@@ -31,3 +32,9 @@ class NumpyPrimitives(Primitives):
             return super().soft_threshold(x, tau)
         out = np.clip(x, -tau, tau)
         return np.subtract(x, out, out=out)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> tuple[Array, Array]:
+        """Tiles in place, on several threads."""
+        return numpy_attention.attention(q, k, v, mask, options)

@@ -3,14 +3,23 @@
 Needs: torch. Results carry gradients wherever the operations they are made of do.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
-from slra._backends.agnostic import Primitives
+from slra._backends.agnostic import Primitives, ScoreOptions
+from slra._backends.torch_attention import expressible, sdpa_attention
 from slra._typing import Array
 
 __all__ = ["TorchPrimitives"]
+
+
+def _is_wrapped(x: Array) -> bool:
+    """Whether ``x`` is inside a torch.func transform."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 class TorchPrimitives(Primitives):
@@ -20,7 +29,7 @@ class TorchPrimitives(Primitives):
         """Values can be read outside torch.compile and torch.func transforms, off the meta device."""
         if torch.compiler.is_compiling() or x.device.type == "meta":
             return False
-        return not bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+        return not _is_wrapped(x)
 
     def freezes_draws(self, x: Array) -> bool:
         """Say whether torch.compile is tracing: a NumPy draw is not traced."""
@@ -49,3 +58,28 @@ class TorchPrimitives(Primitives):
     def device(self, x: Array) -> Any:
         """Torch spells out the index of a device everywhere but on the CPU."""
         return str(x.device)
+
+    def attention_output(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> Array:
+        """Torch's fused kernel, where it knows the options."""
+        if expressible(mask, options):
+            return sdpa_attention(q, k, v, mask, options)
+        return super().attention_output(q, k, v, mask, options)
+
+    def constant(self, x: Array) -> Array:
+        """Detach from the graph."""
+        return x.detach()
+
+    def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Checkpoint, where a gradient is being recorded; not under torch.func, which has no hooks for it."""
+
+        def call(table: Any, q: Array, *rest: Any) -> Any:
+            tensors = [x for x in (q, *rest) if isinstance(x, torch.Tensor)]
+            is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+            if not is_recorded or any(map(_is_wrapped, tensors)):
+                return function(table, q, *rest)
+            run = functools.partial(function, table)
+            return torch.utils.checkpoint.checkpoint(run, q, *rest, use_reentrant=False)
+
+        return call

@@ -19,7 +19,7 @@ from slra._validate import (
     resolve,
 )
 
-__all__ = ["Inputs", "check_inputs", "group_heads"]
+__all__ = ["Inputs", "check_inputs", "group_heads", "join_heads"]
 
 
 class Inputs(NamedTuple):
@@ -135,3 +135,9 @@ def group_heads(inputs: Inputs) -> Inputs:
         mask = xp.reshape(mask, (*mask.shape[:-3], *heads, *mask.shape[-2:]))
     k, v = inputs.k[..., None, :, :], inputs.v[..., None, :, :]
     return inputs._replace(q=q, k=k, v=v, mask=mask)
+
+
+def join_heads(x: Array, inputs: Inputs, n_trailing: int) -> Array:
+    """Undo `group_heads` on a result, whose heads are followed by ``n_trailing`` axes."""
+    *batch, n_heads, group = x.shape[: x.ndim - n_trailing]
+    return inputs.table.xp.reshape(x, (*batch, n_heads * group, *x.shape[x.ndim - n_trailing :]))

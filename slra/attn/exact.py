@@ -1,9 +1,9 @@
 """Exact attention, in memory linear in the length of the sequence."""
 
 from slra._typing import Array, CausalAlign
-from slra.attn._inputs import Inputs, check_inputs, group_heads
+from slra.attn._inputs import Inputs, check_inputs, group_heads, join_heads
 
-__all__ = ["attend", "attention"]
+__all__ = ["attend", "attend_output", "attention"]
 
 
 def attention(
@@ -88,9 +88,12 @@ def attention(
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
+    if not return_lse:
+        (out,) = inputs.promoted.answer(inputs.table, attend_output(inputs, enable_gqa=enable_gqa))
+        return out
     out, lse = attend(inputs, enable_gqa=enable_gqa)
     (out,) = inputs.promoted.answer(inputs.table, out)
-    return (out, lse) if return_lse else out
+    return out, lse
 
 
 def attend(inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
@@ -100,7 +103,12 @@ def attend(inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
     out, lse = inputs.table.attention(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.options)
     if not enable_gqa:
         return out, lse
-    xp = inputs.table.xp
-    *batch, n_heads, group, n_queries = lse.shape
-    shape = (*batch, n_heads * group, n_queries)
-    return xp.reshape(out, (*shape, out.shape[-1])), xp.reshape(lse, shape)
+    return join_heads(out, inputs, 2), join_heads(lse, inputs, 1)
+
+
+def attend_output(inputs: Inputs, *, enable_gqa: bool) -> Array:
+    """Attention of validated inputs where nobody asks for the log-sum-exp: some libraries are faster then."""
+    if enable_gqa:
+        inputs = group_heads(inputs)
+    out = inputs.table.attention_output(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.options)
+    return join_heads(out, inputs, 2) if enable_gqa else out

@@ -1,0 +1,148 @@
+"""Attention on JAX as a scan over tiles of keys, mapped over tiles of queries.
+
+Needs: jax. Both loops are checkpointed, so that a gradient recomputes tiles, and memory stays linear in the lengths
+backwards too. (``jax.nn.dot_product_attention`` is quadratic in memory on a CPU.)
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from slra._backends.agnostic_attention import ScoreOptions, scores_batch_shape
+from slra._typing import Array
+
+__all__ = ["scanned_attention"]
+
+QUERY_TILE, KEY_TILE = 512, 1024
+
+
+def _even(n: int, largest: int) -> tuple[int, int]:
+    """Return number and size of tiles that cover n with as little overlap as can be."""
+    number = math.ceil(n / largest)
+    return number, math.ceil(n / number)
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def scanned_attention(
+    q: Array, k: Array, v: Array, mask: Array | None, *, options: ScoreOptions
+) -> tuple[Array, Array]:
+    """Exact attention and its log-sum-exp."""
+    n_queries = q.shape[-2]
+    n_tiles, height = _even(n_queries, QUERY_TILE)
+    if n_tiles == 1:
+        return _rows(q, k, v, mask, 0, height, options)
+
+    # The last tile ends where the queries do, and so may begin before the one above it ends.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def rows(top: Array) -> tuple[Array, Array]:
+        return _rows(q, k, v, mask, top, height, options)
+
+    tops = jnp.minimum(jnp.arange(n_tiles) * height, n_queries - height)
+    out, lse = lax.map(rows, tops)
+    return _joined(out, n_queries, -2), _joined(lse, n_queries, -1)
+
+
+def _joined(tiles: Array, n: int, axis: int) -> Array:
+    """Lay tiles, stacked along the first axis, one after another along ``axis``."""
+    height = tiles.shape[axis]
+    n_whole = tiles.shape[0] - 1
+    whole = jnp.moveaxis(tiles[:-1], 0, axis - 1)
+    shape = list(tiles.shape[1:])
+    shape[axis] = n_whole * height
+    last = lax.slice_in_dim(
+        tiles[-1], (n_whole + 1) * height - n, height, axis=tiles.ndim - 1 + axis
+    )
+    return jnp.concatenate([whole.reshape(shape), last], axis=axis)
+
+
+def _rows(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    top: Any,
+    height: int,
+    options: ScoreOptions,
+) -> tuple[Array, Array]:
+    """Attention of one tile of queries, by online softmax as `agnostic_attention.SoftmaxState`."""
+    diagonal = options.diagonal(q.shape[-2], k.shape[-2])
+    n_tiles, width = _even(k.shape[-2], KEY_TILE)
+    shape = (*scores_batch_shape(q, k, v, mask), height)
+    q = lax.dynamic_slice_in_dim(q, top, height, axis=q.ndim - 2) * options.scale
+
+    def add(state: tuple[Array, Array, Array], start: Any) -> tuple[Array, Array, Array]:
+        left = jnp.minimum(start, k.shape[-2] - width)
+        keys, values = (lax.dynamic_slice_in_dim(x, left, width, axis=x.ndim - 2) for x in (k, v))
+        scores = q @ jnp.matrix_transpose(keys)
+        scores = _hidden(scores, mask, top, left, start, diagonal, options)
+        return _softmax_step(state, scores, values)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(state: tuple[Array, Array, Array], start: Array) -> tuple[Any, None]:
+        if not options.is_causal:
+            return add(state, start), None
+        is_seen = start <= top + height - 1 + diagonal
+        return lax.cond(is_seen, add, lambda state, _: state, state, start), None
+
+    state = (
+        jnp.full(shape, -jnp.inf, q.dtype),
+        jnp.zeros(shape, q.dtype),
+        jnp.zeros((*shape, v.shape[-1]), q.dtype),
+    )
+    if n_tiles == 1:
+        peak, total, out = add(state, 0)
+    else:
+        (peak, total, out), _ = lax.scan(step, state, jnp.arange(n_tiles) * width)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    return out / total[..., None], jnp.where(empty, peak, peak + jnp.log(total))
+
+
+def _hidden(
+    scores: Array,
+    mask: Array | None,
+    top: Any,
+    left: Any,
+    start: Any,
+    diagonal: int,
+    options: ScoreOptions,
+) -> Array:
+    """Apply softcap, mask and causal bound; hide keys before ``start``, which the tile before has seen."""
+    height, width = scores.shape[-2:]
+    if options.softcap is not None:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
+    if mask is not None:
+        part = mask
+        for axis, first, n in ((mask.ndim - 2, top, height), (mask.ndim - 1, left, width)):
+            if mask.shape[axis] > 1:
+                part = lax.dynamic_slice_in_dim(part, first, n, axis=axis)
+        is_bool = part.dtype == bool
+        scores = (
+            jnp.where(part, scores, -jnp.inf) if is_bool else scores + part.astype(scores.dtype)
+        )
+    columns = left + jnp.arange(width)
+    seen = columns >= start
+    if options.is_causal:
+        seen = seen & (columns <= (top + jnp.arange(height))[:, None] + diagonal)
+    return jnp.where(seen, scores, -jnp.inf)
+
+
+def _softmax_step(
+    state: tuple[Array, Array, Array], scores: Array, values: Array
+) -> tuple[Array, Array, Array]:
+    """Take in one tile of scores, and the values that belong to it."""
+    peak, total, out = state
+    # The result does not depend on the peak, so no gradient needs to pass through it.
+    new_peak = jnp.maximum(peak, lax.stop_gradient(scores).max(axis=-1))
+    shift = jnp.where(new_peak == -jnp.inf, 0, new_peak)
+    weights = jnp.exp(scores - shift[..., None])
+    decay = jnp.exp(peak - shift)
+    return (
+        new_peak,
+        total * decay + weights.sum(axis=-1),
+        out * decay[..., None] + weights @ values,
+    )

@@ -1,0 +1,244 @@
+"""Attention on NumPy: tiles computed in place, heads and tiles of queries on several threads.
+
+NumPy lets other threads run while it computes, and BLAS is limited to one thread each. Every thread owns its buffers:
+one tile of scores and a few rows, whatever the lengths.
+"""
+
+import functools
+import itertools
+import math
+import queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slra._backends.agnostic_attention import ScoreOptions, Tile, scores_batch_shape
+from slra._backends.blas_threads import workers
+from slra._typing import Array
+
+__all__ = ["attention"]
+
+# 512 x 512 scores: 1 MB in float32, which leaves room in the second-level cache for keys and values.
+QUERY_TILE, KEY_TILE = 512, 512
+# Below this many multiplications (about a millisecond) threads cost more than they save.
+WORTH_THREADS = 1 << 26
+
+
+# The shift of the softmax may stay this far below the largest score: weights then are at most exp(8), which costs no
+# accuracy, and most tiles need no rescaling of what was summed before.
+SLACK = 8
+
+
+class Power(NamedTuple):
+    """The exponential function to use, and what a score is multiplied by for it."""
+
+    function: np.ufunc
+    per_nat: float
+
+
+NATURAL, BINARY = Power(np.exp, 1.0), Power(np.exp2, math.log2(math.e))
+
+
+@functools.cache
+def _fastest() -> Power:
+    """Powers of two where NumPy computes them in vectors: then they take half the time of exp."""
+    try:
+        from numpy.lib.introspect import opt_func_info
+    except ImportError:
+        return NATURAL
+    found = opt_func_info(func_name="^exp2$", signature="^float32$").get("exp2", {})
+    is_vector = any(not one["current"].startswith("baseline") for one in found.values())
+    return BINARY if is_vector else NATURAL
+
+
+class Arguments(NamedTuple):
+    """What every tile needs; leading axes of the arrays broadcast to ``batch``."""
+
+    q: Array
+    k: Array
+    v: Array
+    mask: Array | None
+    options: ScoreOptions
+    batch: tuple[int, ...]
+
+    def power(self) -> Power:
+        """Natural beside an additive mask: its values may be the largest there are, and are not to be multiplied."""
+        is_additive = self.mask is not None and self.mask.dtype != bool
+        return NATURAL if is_additive else _fastest()
+
+    def rows(self, top: int, height: int) -> list[Tile]:
+        """Tiles of the keys that a tile of queries attends to."""
+        n_queries, n_keys = self.q.shape[-2], self.k.shape[-2]
+        bottom = min(top + height, n_queries)
+        end = self.options.last_key(bottom, n_queries, n_keys)
+        lefts = range(0, end, KEY_TILE)
+        return [Tile(top, bottom, left, min(left + KEY_TILE, end)) for left in lefts]
+
+
+def head(arguments: Arguments, index: tuple[int, ...]) -> Arguments:
+    """One head of each array."""
+    q, k, v = (at(x, index) for x in (arguments.q, arguments.k, arguments.v))
+    mask = None if arguments.mask is None else at(arguments.mask, index)
+    return arguments._replace(q=q, k=k, v=v, mask=mask, batch=())
+
+
+def at(x: Array, index: tuple[int, ...]) -> Array:
+    """View of one head of an array whose leading axes broadcast."""
+    leading = x.shape[:-2]
+    own = index[len(index) - len(leading) :]
+    return x[tuple(0 if n == 1 else i for i, n in zip(own, leading, strict=True))]
+
+
+class Buffers:
+    """Memory of one thread, reused from tile to tile."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+        self.held: dict[str, Array] = {}
+
+    def get(self, name: str, *shape: int) -> Array:
+        """Return an uninitialised contiguous array; the same memory whenever the name is the same."""
+        size = int(np.prod(shape))
+        if name not in self.held or self.held[name].size < size:
+            self.held[name] = np.empty(size, self.dtype)
+        return self.held[name][:size].reshape(shape)
+
+    def ones(self, n: int) -> Array:
+        """Return n ones."""
+        if "ones" not in self.held:
+            self.held["ones"] = np.ones(KEY_TILE, self.dtype)
+        return self.held["ones"][:n]
+
+
+def in_threads(
+    arguments: Arguments, height: int, task: Callable[[tuple[int, ...], int, Buffers], None]
+) -> None:
+    """Run ``task(one, top of the tile of queries, buffers)`` for all of them."""
+    q, k, v = arguments.q, arguments.k, arguments.v
+    # Under a causal mask the last tiles are the longest: they go first, so that no thread ends late.
+    tops = range(0, q.shape[-2], height)[::-1]
+    tasks = list(itertools.product(np.ndindex(*arguments.batch), tops))
+    n_products = len(tasks) * min(height, q.shape[-2]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+    if len(tasks) == 1 or n_products < WORTH_THREADS:
+        _drain(iter(tasks), task, q.dtype)
+        return
+    waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for one in tasks:
+        waiting.put(one)
+    with workers() as n_workers:
+        if n_workers == 1:
+            _drain(_taken(waiting), task, q.dtype)
+            return
+        with ThreadPoolExecutor(min(n_workers, len(tasks))) as pool:
+            running = [
+                pool.submit(_drain, _taken(waiting), task, q.dtype) for _ in range(n_workers)
+            ]
+            for future in running:
+                future.result()
+
+
+def _taken(waiting: "queue.SimpleQueue[Any]") -> Iterator[Any]:
+    while True:
+        try:
+            yield waiting.get_nowait()
+        except queue.Empty:
+            return
+
+
+def _drain(tasks: Iterator[Any], task: Callable[..., None], dtype: np.dtype[Any]) -> None:
+    buffers = Buffers(dtype)
+    # NaN and infinities of the input propagate as they do elsewhere: silently.
+    with np.errstate(all="ignore"):
+        for index, top in tasks:
+            task(index, top, buffers)
+
+
+def attention(
+    q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+) -> tuple[Array, Array]:
+    """Exact attention and its log-sum-exp."""
+    batch = scores_batch_shape(q, k, v, mask)
+    arguments = Arguments(q, k, v, mask, options, batch)
+    out = np.zeros((*batch, q.shape[-2], v.shape[-1]), q.dtype)
+    lse = np.full((*batch, q.shape[-2]), -np.inf, q.dtype)
+
+    def task(index: tuple[int, ...], top: int, buffers: Buffers) -> None:
+        row = arguments.rows(top, QUERY_TILE)
+        if row:
+            here: Any = (*index, slice(top, row[0].bottom))
+            _attend_rows(head(arguments, index), row, out[here], lse[here], buffers)
+
+    in_threads(arguments, QUERY_TILE, task)
+    return out, lse
+
+
+def _attend_rows(one: Arguments, row: list[Tile], out: Array, lse: Array, buffers: Buffers) -> None:
+    """Online softmax over the tiles of one row, as `agnostic_attention.SoftmaxState`, in place."""
+    q, power = scaled_transposed(one, row[0], buffers), one.power()
+    shift = np.full(q.shape[1], -np.inf, q.dtype)
+    total = np.zeros(q.shape[1], q.dtype)
+    for tile in row:
+        scores = scores_of(one, q, tile, buffers)
+        hide(one, scores, tile)
+        peak = scores.max(axis=0)
+        if np.any(peak > shift + SLACK):
+            raised = np.maximum(shift, peak)
+            decay = power.function(shift - finite(raised))
+            total *= decay
+            out *= decay[:, None]
+            shift = raised
+        np.subtract(scores, finite(shift), out=scores)
+        power.function(scores, out=scores)
+        # A product with ones is the fastest sum.
+        total += np.matmul(buffers.ones(scores.shape[0]), scores)
+        values = one.v[tile.left : tile.right]
+        out += np.matmul(scores.T, values, out=buffers.get("out", *out.shape))
+    empty = total == 0
+    total[empty] = 1
+    out /= total[:, None]
+    lse[...] = np.where(empty, -np.inf, shift / power.per_nat + np.log(total))
+
+
+def finite(shift: Array) -> Array:
+    """Replace the -inf of rows that have met no key yet: -inf - -inf would be NaN."""
+    return np.where(shift == -np.inf, 0, shift)
+
+
+def scaled_transposed(one: Arguments, tile: Tile, buffers: Buffers) -> Array:
+    """Return the queries of a tile, scaled as `scores_of` wants them, shape (D, queries)."""
+    q, softcap = one.q[tile.top : tile.bottom].T, one.options.softcap
+    factor = (
+        one.options.scale * one.power().per_nat if softcap is None else one.options.scale / softcap
+    )
+    return np.multiply(q, factor, out=buffers.get("q", *q.shape))
+
+
+def scores_of(one: Arguments, q: Array, tile: Tile, buffers: Buffers) -> Array:
+    """Scores of one tile in a buffer, after softcap, in the units of the power, shape (keys, queries).
+
+    Keys first: reductions over keys then run along whole vectors of queries, and are twice as fast.
+    """
+    scores = buffers.get("scores", tile.right - tile.left, q.shape[1])
+    np.matmul(one.k[tile.left : tile.right], q, out=scores)
+    if one.options.softcap is not None:
+        np.tanh(scores, out=scores)
+        scores *= one.options.softcap * one.power().per_nat
+    return scores
+
+
+def hide(one: Arguments, scores: Array, tile: Tile) -> None:
+    """Apply the mask and the causal bound to a tile of scores, shape (keys, queries), in place."""
+    if one.mask is not None:
+        part = tile.of(one.mask).T
+        if part.dtype == bool:
+            np.copyto(scores, -np.inf, where=~part)
+        else:
+            np.add(scores, part, out=scores, casting="same_kind")
+    diagonal = one.options.diagonal(one.q.shape[-2], one.k.shape[-2])
+    if one.options.is_causal and tile.crosses(diagonal):
+        # Keys up to the diagonal of the first query are seen by every query of the tile.
+        first = max(tile.left, tile.top + diagonal + 1)
+        hidden = np.arange(first, tile.right)[:, None] > np.arange(tile.top, tile.bottom) + diagonal
+        np.copyto(scores[first - tile.left :], -np.inf, where=hidden)
