@@ -44,10 +44,6 @@ class JaxPrimitives(Primitives):
             return None
         return like.device
 
-    def constant(self, x: Array) -> Array:
-        """Stop the gradient."""
-        return jax.lax.stop_gradient(x)
-
     def record(self, kind: type, arrays: dict[str, Array], static: dict[str, Any]) -> Any:
         """Make the dataclass a pytree, whose plain values are part of its structure."""
         _register(kind, tuple(arrays), tuple(static))

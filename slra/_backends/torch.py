@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 
@@ -41,10 +42,6 @@ class TorchPrimitives(Primitives):
             return f"a tensor of layout {x.layout}; call to_dense() first"
         return None
 
-    def constant(self, x: Array) -> Array:
-        """Detach from the graph."""
-        return x.detach()
-
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve by substitution."""
         return torch.linalg.solve_triangular(a, b, upper=not lower)
@@ -66,6 +63,11 @@ class TorchPrimitives(Primitives):
         if expressible(mask, options):
             return sdpa_attention(q, k, v, mask, options)
         return super().attention_output(q, k, v, mask, options)
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """Fetch the values from the device."""
+        values: np.ndarray[Any, Any] = x.detach().cpu().numpy()
+        return values
 
     def constant(self, x: Array) -> Array:
         """Detach from the graph."""

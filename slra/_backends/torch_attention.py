@@ -61,7 +61,9 @@ def _rows(
         else:
             part = torch.where(seen, part, -torch.inf)
     keys = slice(0, tile.right)
-    return _fused(q[..., top:bottom, :], k[..., keys, :], v[..., keys, :], part, scale=options.scale)
+    return _fused(
+        q[..., top:bottom, :], k[..., keys, :], v[..., keys, :], part, scale=options.scale
+    )
 
 
 def _fused(

@@ -22,7 +22,7 @@ class RowSample(NamedTuple):
 
     rows: list[int]
     pool_batch: bool = False
-    keep: Array | None = None  # (..., H, 1, Nk): 0 for keys that stay exact, 1 for the others
+    keep: Array | None = None  # (..., H, Nk): False for keys that stay exact
 
 
 class Factors(NamedTuple):
@@ -84,7 +84,7 @@ def fit_output(data: Grouped, sample: RowSample) -> Factors:
     rows = row_weights(data, take_rows(data.q, sample.rows, table), data.k, sample.rows)
     rows = _stacked(rows, xp)
     if sample.keep is not None:
-        rows = rows * sample.keep
+        rows = rows * xp.astype(sample.keep, rows.dtype)[..., None, :]
     received = xp.sum(rows, axis=-2)[..., None]
     k, v = _pooled(data.k, 3, sample, data), data.v
     out = _pooled(rows @ v, 3, sample, data)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,9 @@ from slra._backends import Primitives
 from slra._typing import Array, CausalAlign, Namespace
 from slra._validate import resolve
 from slra.attn._inputs import Inputs, check_inputs
-from slra.attn.exact import attend
+from slra.attn.exact import attend, attend_output
+from slra.attn.fold import FoldedProjections, fold_maps
+from slra.attn.storage import load_arrays, save_arrays
 
 __all__ = ["AttentionBasis", "Maps", "attend_maps", "check_basis", "per_query_head"]
 
@@ -121,7 +124,8 @@ class AttentionBasis:
             softcap=softcap,
         )
         check_basis(self, inputs, enable_gqa=enable_gqa)
-        out, lse = attend_maps(Maps.of(self, inputs.q), inputs, enable_gqa=enable_gqa)
+        maps = Maps.of(self, inputs.q)
+        out, lse = attend_maps(maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
         (out,) = inputs.promoted.answer(inputs.table, out)
         return (out, lse) if return_lse else out
 
@@ -161,6 +165,111 @@ class AttentionBasis:
         maps = Maps.of(self, inputs.q)
         q, k, v = inputs.promoted.answer(inputs.table, *maps.project(inputs.q, inputs.k, inputs.v))
         return q, k, v
+
+    def fold(
+        self,
+        w_q: Array,
+        w_k: Array,
+        w_v: Array,
+        w_o: Array,
+        *,
+        b_q: Array | None = None,
+        b_k: Array | None = None,
+        b_v: Array | None = None,
+        b_o: Array | None = None,
+    ) -> FoldedProjections:
+        r"""Absorb the maps into projection weights, where nothing position-dependent stands between.
+
+        Parameters
+        ----------
+        w_q : array, shape (Hq, E, D)
+            Weights with ``q[h] = x @ w_q[h] + b_q[h]``.
+        w_k : array, shape (Hkv, E, D)
+        w_v : array, shape (Hkv, E, Dv)
+        w_o : array, shape (Hq, Dv, E)
+            Weights with ``y = sum over h of out[h] @ w_o[h], plus b_o``.
+        b_q, b_k, b_v : array, optional, shapes (Hq, 1, D), (Hkv, 1, D), (Hkv, 1, Dv)
+        b_o : array, optional, shape (E,)
+
+        Returns
+        -------
+        FoldedProjections
+            The same with r and r_v in place of D and Dv. Attention on what they project needs the scale of the
+            original D, ``1/sqrt(D)``, given explicitly.
+
+        Raises
+        ------
+        TypeError
+            If an array is not real floating, or they come from different libraries.
+        ValueError
+            If shapes do not fit, or the basis has batch axes: fit it with ``pool_batch=True``.
+
+        Notes
+        -----
+        With rotary positions (or a norm of queries and keys) between projection and attention the maps of queries and
+        keys cannot be folded. A softcap sees the shift c, and a query that attends to nothing gets the share of
+        :math:`\mu`: neither is what `attend` computes.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import slra
+        >>> rng = np.random.default_rng(0)
+        >>> x, w_q, w_k, w_v = rng.standard_normal((50, 16)), *rng.standard_normal((3, 2, 16, 8))
+        >>> w_o = rng.standard_normal((2, 8, 16))
+        >>> basis = slra.fit_attention(x @ w_q, x @ w_k, x @ w_v, 4)
+        >>> small = basis.fold(w_q, w_k, w_v, w_o)
+        >>> q, k, v = x @ small.w_q, x @ small.w_k + small.b_k, x @ small.w_v + small.b_v
+        >>> y = np.sum(slra.attention(q, k, v, scale=8**-0.5) @ small.w_o, axis=0) + small.b_o
+        >>> unfolded = np.sum(basis.attend(x @ w_q, x @ w_k, x @ w_v) @ w_o, axis=0)
+        >>> bool(np.allclose(y, unfolded))
+        True
+        """
+        return fold_maps(
+            {name: getattr(self, name) for name in ("wq", "wk", "wv", "uv", "c", "mu")},
+            {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o},
+            {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o},
+        )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the basis to a file: an .npz archive of plain arrays.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Written as it is, no suffix is added. Lazy arrays are computed.
+        """
+        save_arrays(path, self)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, like: Array | None = None) -> "AttentionBasis":
+        """Read a basis written by `save`; nothing is unpickled.
+
+        Parameters
+        ----------
+        path : str or path-like
+        like : array, optional
+            Whose library, device and dtype the arrays get; NumPy, and the dtype saved, by default.
+
+        Returns
+        -------
+        AttentionBasis
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is damaged, or not what `save` writes.
+        """
+        arrays: dict[str, Array] = load_arrays(path)
+        ranks = tuple((int(qk), int(v)) for qk, v in arrays.pop("ranks"))
+        if like is None:
+            return cls(**arrays, ranks=ranks)
+        table = resolve(like=like)
+        arrays = {name: table.from_numpy(x, like) for name, x in arrays.items()}
+        basis: AttentionBasis = table.record(cls, arrays, {"ranks": ranks})
+        return basis
 
 
 class Maps(NamedTuple):
@@ -224,26 +333,27 @@ def per_query_head(x: Array, like: Array, xp: Namespace) -> Array:
     return x if repeats <= 1 else xp.repeat(x, repeats, axis=-3)
 
 
-def attend_maps(maps: Maps, inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
+def attend_maps(
+    maps: Maps, inputs: Inputs, *, enable_gqa: bool, with_lse: bool
+) -> tuple[Array, Array | None]:
     """Attention under maps that fit the inputs, and its log-sum-exp; heads of like rank together."""
     buckets = list(_buckets(maps))
     if len(buckets) == 1:
         ((_, *ranks),) = buckets
-        return _attend(maps.cut(*ranks), inputs, enable_gqa=enable_gqa)
+        return _attend(maps.cut(*ranks), inputs, enable_gqa=enable_gqa, with_lse=with_lse)
     xp, table = inputs.table.xp, inputs.table
     n_shared = _n_heads(maps.wq) // _n_heads(maps.wk)
-    parts, order = [], []
-    for heads, rank_qk, rank_v in buckets:
+    outs, lses, order = [], [], []
+    for heads, *ranks in buckets:
         query_heads = [head * n_shared + i for head in heads for i in range(n_shared)]
-        some = _take_heads(maps, inputs, heads, query_heads, table)
-        parts.append(_attend(some[0].cut(rank_qk, rank_v), some[1], enable_gqa=enable_gqa))
+        some, part = _take_heads(maps, inputs, heads, query_heads, table)
+        out, lse = _attend(some.cut(*ranks), part, enable_gqa=enable_gqa, with_lse=with_lse)
+        outs.append(out)
+        lses.append(lse)
         order += query_heads
     back = table.from_numpy(np.argsort(order), inputs.q, xp.int64)
-    outs, lses = zip(*parts, strict=True)
-    return (
-        xp.take(xp.concat(outs, axis=-3), back, axis=-3),
-        xp.take(xp.concat(lses, axis=-2), back, axis=-2),
-    )
+    out = xp.take(xp.concat(outs, axis=-3), back, axis=-3)
+    return out, xp.take(xp.concat(lses, axis=-2), back, axis=-2) if with_lse else None
 
 
 def _buckets(maps: Maps) -> Iterator[tuple[list[int], int, int]]:
@@ -291,20 +401,30 @@ def _take_heads(
     )
 
 
-def _attend(maps: Maps, inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
+def _attend(
+    maps: Maps, inputs: Inputs, *, enable_gqa: bool, with_lse: bool
+) -> tuple[Array, Array | None]:
     """Exact attention in the dimensions of the basis, and back."""
     xp, options = inputs.table.xp, inputs.options
     q, k, v = maps.project(inputs.q, inputs.k, inputs.v)
-    shift = inputs.q @ xp.matrix_transpose(per_query_head(maps.c, inputs.q, xp))
+    uv, mu, c = (per_query_head(x, inputs.q, xp) for x in (maps.uv, maps.mu, maps.c))
     if options.softcap is not None:
+        shift = inputs.q @ xp.matrix_transpose(c)
         # tanh sees the shift of the scores, so it is carried as one more dimension.
         q = xp.concat([q, xp.broadcast_to(shift, (*q.shape[:-1], 1))], axis=-1)
         k = xp.concat([k, xp.ones_like(k[..., :1])], axis=-1)
-    out, lse = attend(inputs._replace(q=q, k=k, v=v), enable_gqa=enable_gqa)
-    uv, mu = (per_query_head(x, inputs.q, xp) for x in (maps.uv, maps.mu))
-    out = out @ uv + mu
-    if inputs.mask is not None or (
+    may_be_empty = inputs.mask is not None or (
         options.is_causal and options.diagonal(inputs.q.shape[-2], inputs.k.shape[-2]) < 0
-    ):
-        out = xp.where((lse == -math.inf)[..., None], xp.zeros_like(out), out)
-    return out, lse if options.softcap is not None else lse + options.scale * shift[..., 0]
+    )
+    if may_be_empty:
+        # A row that attends to nothing must not get mu: one more value counts what is attended to.
+        v = xp.concat([v, xp.ones_like(v[..., :1])], axis=-1)
+        uv = xp.concat([uv, mu], axis=-2)
+    small = inputs._replace(q=q, k=k, v=v)
+    if with_lse:
+        out, lse = attend(small, enable_gqa=enable_gqa)
+        if options.softcap is None:
+            lse = lse + options.scale * (inputs.q @ xp.matrix_transpose(c))[..., 0]
+    else:
+        out, lse = attend_output(small, enable_gqa=enable_gqa), None
+    return out @ uv if may_be_empty else out @ uv + mu, lse

@@ -14,7 +14,7 @@ from slra.attn._predict import GroupedMaps, output_error
 from slra.attn._rows import Grouped, group, sample_rows
 from slra.attn.basis import AttentionBasis, Maps
 
-__all__ = ["check_ranks", "fit_attention", "fit_inputs", "lay_out"]
+__all__ = ["N_ROWS", "check_ranks", "constant_inputs", "fit_attention", "fit_inputs", "lay_out"]
 
 # Rows of the attention matrix that a fit looks at, at least, over the query heads that share a key head.
 N_ROWS = 128
@@ -156,17 +156,18 @@ def fit_inputs(
     enable_gqa: bool,
     pool_batch: bool = False,
     rng: np.random.Generator | None = None,
+    keep: Array | None = None,
 ) -> Fitted:
-    """Fit validated inputs; raise where rank or rtol is wrong."""
+    """Fit validated inputs, to the keys that are to be kept; raise where rank or rtol is wrong."""
     table = inputs.table
     limits = check_ranks(inputs, rank, rtol)
-    data = group(_constant(inputs), enable_gqa=enable_gqa)
+    data = group(constant_inputs(inputs), enable_gqa=enable_gqa)
     n_rows = max(N_ROWS if rtol is None else N_TEST_ROWS, 2 * max(limits))
     rows, test_rows = (
         sample_rows(data.q.shape[-2], -(-n_rows // data.q.shape[-3]), rng, offset=offset)
         for offset in (0.0, 0.5)
     )
-    factors = METHODS[method](data, RowSample(rows, pool_batch))
+    factors = METHODS[method](data, RowSample(rows, pool_batch, keep))
     if rtol is None:
         ranks = [limits] * factors.wk.shape[-3]
     else:
@@ -174,11 +175,11 @@ def fit_inputs(
         factors = mask_ranks(factors, ranks, data)
     widest = max(qk for qk, _ in ranks), max(v for _, v in ranks)
     maps = GroupedMaps(*cut(factors, *widest, table), factors.c, factors.mu)
-    has_heads = max(x.ndim for x in (inputs.q, inputs.k, inputs.v)) > 2
+    has_heads = any(x.ndim > 2 for x in (inputs.q, inputs.k, inputs.v))
     return Fitted(data, maps, tuple(ranks), test_rows, pool_batch, has_heads)
 
 
-def _constant(inputs: Inputs) -> Inputs:
+def constant_inputs(inputs: Inputs) -> Inputs:
     """Cut gradients off."""
     named = {name: getattr(inputs, name) for name in ("q", "k", "v", "mask")}
     constant = {name: inputs.table.constant(x) for name, x in named.items() if x is not None}

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from slra._typing import Array, CausalAlign
-from slra._validate import check_choice, check_finite, check_positive
-from slra.attn._inputs import Inputs, check_inputs
+from slra._validate import check_choice, check_count, check_finite, check_positive, check_rank
+from slra.attn._inputs import Inputs, check_inputs, join_heads
 from slra.attn._maps import METHODS
+from slra.attn._rows import group, sample_rows
+from slra.attn.baselines import BASELINES
 from slra.attn.basis import AttentionBasis, Maps, attend_maps, check_basis
 from slra.attn.exact import attend
-from slra.attn.fit import check_ranks, fit_inputs, lay_out
+from slra.attn.exact_keys import ExactKeys, attend_with_exact_keys, find_exact_keys
+from slra.attn.fit import N_ROWS, check_ranks, constant_inputs, fit_inputs, lay_out
 from slra.svd.truncated import thin_svd
 
 __all__ = ["low_rank_attention"]
@@ -24,6 +27,7 @@ def low_rank_attention(
     rtol: float | None = None,
     method: str = "output",
     l1: float | tuple[float, float, float] = 0.0,
+    n_exact: int = 0,
     basis: AttentionBasis | None = None,
     mask: Array | None = None,
     is_causal: bool = False,
@@ -47,11 +51,16 @@ def low_rank_attention(
         Dimensions to keep; a pair gives that of queries and keys, and that of values. With ``rtol``, at most as many.
     rtol : float, optional
         Relative error of the output to stay within, by the smallest ranks that do, see `fit_attention`.
-    method : {"output", "joint", "svd"}
-        How the basis is fitted, see `fit_attention`. "svd" replaces Q, K and V each by its truncated SVD.
+    method : {"output", "joint", "svd", "nystrom", "linformer", "favor", "topk"}
+        How the basis is fitted, see `fit_attention`: "svd" replaces Q, K and V each by its truncated SVD. The others
+        are for comparison; what ``rank`` counts is, in this order, landmarks, random combinations of the keys,
+        random features (from fixed seeds), and the dimensions in which the ``n_exact`` keys of each query are chosen.
     l1 : float or (float, float, float)
         Only with "svd": thresholds of the l1 proximal step on Q^, K^ and V^, in the units of their entries. 0 leaves
         it out. A thresholded matrix is sparse but no longer of low rank: attention then runs in all D dimensions.
+    n_exact : int
+        Number of keys, per key head, that keep exact scores and values: those that receive most attention. They are
+        left out of the fit, and both parts meet in one softmax. Not with ``rtol`` or ``l1``.
     basis : AttentionBasis, optional
         A basis fitted before, instead of ``rank`` and ``method``.
     mask, is_causal, causal_align, scale, enable_gqa, softcap, return_lse
@@ -106,16 +115,21 @@ def low_rank_attention(
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
-    check_choice(method, tuple(METHODS), "method")
-    thresholds = _check_l1(l1)
+    check_choice(method, (*METHODS, *BASELINES), "method")
     for name in ("q", "k", "v"):
         check_finite(inputs.table, getattr(inputs, name), name)
+    thresholds = _check_l1(l1)
+    n_exact = _check_n_exact(inputs, n_exact, rtol, thresholds)
+    if method in BASELINES:
+        others = {"rtol": rtol is not None, "l1": any(thresholds), "basis": basis is not None}
+        _check_baseline(inputs, method, {**others, "return_lse": return_lse}, n_exact)
+        out = _baseline(inputs, method, rank, n_exact, enable_gqa=enable_gqa)
+        return inputs.promoted.answer(inputs.table, out)[0]
     if basis is not None:
         if rank is not None or rtol is not None or any(thresholds):
             raise ValueError("rank, rtol and l1 must be left out where a basis is given")
         check_basis(basis, inputs, enable_gqa=enable_gqa)
-        out, lse = attend_maps(Maps.of(basis, inputs.q), inputs, enable_gqa=enable_gqa)
-    elif any(thresholds):
+    if any(thresholds):
         if method != "svd" or rtol is not None:
             raise ValueError(
                 f'l1 must be 0 unless method is "svd" and rank is given, got {l1!r} and {method!r}'
@@ -123,8 +137,18 @@ def low_rank_attention(
         ranks = check_ranks(inputs, rank)
         out, lse = _thresholded(inputs, ranks, thresholds, enable_gqa=enable_gqa)
     else:
-        fitted = fit_inputs(inputs, rank, rtol=rtol, method=method, enable_gqa=enable_gqa)
-        out, lse = attend_maps(lay_out(fitted), inputs, enable_gqa=enable_gqa)
+        keys = _exact_keys(inputs, n_exact, enable_gqa=enable_gqa) if n_exact else None
+        if basis is not None:
+            maps = Maps.of(basis, inputs.q)
+        else:
+            keep = None if keys is None else keys.keep
+            maps = lay_out(
+                fit_inputs(inputs, rank, rtol=rtol, method=method, enable_gqa=enable_gqa, keep=keep)
+            )
+        if keys is None:
+            out, lse = attend_maps(maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
+        else:
+            out, lse = attend_with_exact_keys(maps, inputs, keys, enable_gqa=enable_gqa)
     (out,) = inputs.promoted.answer(inputs.table, out)
     return (out, lse) if return_lse else out
 
@@ -136,6 +160,57 @@ def _check_l1(l1: Any) -> tuple[float, float, float]:
         raise TypeError(f"l1 must be a number or a triple (l_q, l_k, l_v), got {l1!r}")
     l_q, l_k, l_v = (check_positive(one, "l1", allow_zero=True) for one in triple)
     return l_q, l_k, l_v
+
+
+def _check_n_exact(inputs: Inputs, n_exact: int, rtol: Any, thresholds: tuple[float, ...]) -> int:
+    n_exact, n_keys = check_count(n_exact, "n_exact"), int(inputs.k.shape[-2])
+    if n_exact >= n_keys:
+        raise ValueError(f"n_exact must be less than {n_keys}, the number of keys, got {n_exact}")
+    if n_exact and (rtol is not None or any(thresholds)):
+        raise ValueError(f"n_exact must be 0 with rtol or l1, got {n_exact}")
+    return n_exact
+
+
+def _exact_keys(inputs: Inputs, n_exact: int, *, enable_gqa: bool) -> ExactKeys:
+    data = group(constant_inputs(inputs), enable_gqa=enable_gqa)
+    rows = sample_rows(data.q.shape[-2], -(-N_ROWS // data.q.shape[-3]), None)
+    return find_exact_keys(data, rows, n_exact)
+
+
+def _check_baseline(inputs: Inputs, method: str, others: dict[str, bool], n_exact: int) -> None:
+    """Raise ValueError where a baseline is asked for what its paper does not define."""
+    options = inputs.options
+    if method != "topk":
+        others = {
+            **others,
+            "mask": inputs.mask is not None,
+            "is_causal": options.is_causal,
+            "softcap": options.softcap is not None,
+            "n_exact": n_exact > 0,
+        }
+    elif n_exact == 0:
+        raise ValueError(
+            'n_exact must be 1 or more with method "topk": the keys that a query attends to'
+        )
+    if given := [name for name, is_given in others.items() if is_given]:
+        raise ValueError(f"method {method!r} does not take {', '.join(given)}")
+
+
+def _baseline(inputs: Inputs, method: str, rank: Any, n_exact: int, *, enable_gqa: bool) -> Array:
+    """Run a method of others; the rank of those that shorten the sequence is limited by its length."""
+    q, k = inputs.q, inputs.k
+    limits = {
+        "nystrom": (min(q.shape[-2], k.shape[-2]), "min of Nq and Nk"),
+        "linformer": (k.shape[-2], "Nk"),
+        "favor": (2**31, "a number of features"),
+        "topk": (min(k.shape[-2:]), "min of Nk and D"),
+    }
+    limit, limit_is = limits[method]
+    data = group(inputs, enable_gqa=enable_gqa)
+    out = BASELINES[method](data, check_rank(rank, limit, limit_is=limit_is), n_exact)
+    if not any(x.ndim > 2 for x in (q, k, inputs.v)):
+        return out[0, 0, ...]
+    return join_heads(out, inputs, 2)
 
 
 def _thresholded(

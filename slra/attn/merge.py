@@ -92,7 +92,9 @@ def _check_shapes(outs: dict[str, Array], lses: dict[str, Array]) -> None:
     """Raise ValueError unless all outputs have one shape, and the log-sum-exps that without its last axis."""
     shape = tuple(next(iter(outs.values())).shape)
     if len(shape) < 2:
-        raise ValueError(f"outs[0] must have at least 2 dimensions, (..., Nq, Dv), got shape {shape}")
+        raise ValueError(
+            f"outs[0] must have at least 2 dimensions, (..., Nq, Dv), got shape {shape}"
+        )
     for arrays, right in ((outs, shape), (lses, shape[:-1])):
         for name, x in arrays.items():
             if tuple(x.shape) != right:

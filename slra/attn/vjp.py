@@ -1,8 +1,7 @@
 """The gradient of exact attention, for libraries that do not differentiate."""
 
 from slra._typing import Array, CausalAlign
-from slra._validate import promote, resolve
-from slra.attn._inputs import Inputs, check_inputs, group_heads, join_heads, split_heads
+from slra.attn._inputs import check_inputs, group_heads, join_heads, split_heads
 
 __all__ = ["attention_vjp"]
 
