@@ -207,7 +207,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "adaptive": adaptive(data, (0.2, 0.1, 0.05)),
         "adaptive_sampled": adaptive(
-            synthetic("power-law", n=2048, d=32, heads=24), (0.2, 0.1, 0.05)
+            synthetic("power-law", n=1024, d=32, heads=16), (0.2, 0.1, 0.05)
         ),
         "calibration_at_rank_16": calibration(data),
         "score_part": score_part(data),

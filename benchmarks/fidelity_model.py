@@ -4,7 +4,8 @@
 
 The forward pass is written out in torch and checked against transformers. "calibrated": one basis per layer, fitted
 with ``pool_batch=True`` on 32 passages that are not among those measured, as the exact model sees them. "own": each
-passage fits its own basis, as ``low_rank_attention`` does ("output" only). Passages have 96 tokens each, so nothing is padded.
+passage fits its own basis, as ``low_rank_attention`` does ("output" only). Passages have 96 tokens each, so nothing
+is padded.
 """
 
 from collections.abc import Callable

@@ -2,9 +2,9 @@
 
     python -m benchmarks.fidelity_speed     about three minutes on two cores; writes results/fidelity_speed.json
 
-Long: n = 8192, 4 heads, d = 128, rank 32, float32, singular values of Q, K and V decaying as 1/j, scores with a standard
-deviation of 3 over all heads; against naive NumPy attention and torch's fused kernel at full d. Short: the 72 heads of
-MiniLM on 512 tokens, every method in NumPy, against exact attention in NumPy.
+Long: n = 8192, 4 heads, d = 128, rank 32, float32, singular values of Q, K and V decaying as 1/j, scores with a
+standard deviation of 3 over all heads; against naive NumPy attention and torch's fused kernel at full d. Short: the 72
+heads of MiniLM on 512 tokens, every method in NumPy, against exact attention in NumPy.
 """
 
 from typing import Any

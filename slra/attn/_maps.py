@@ -96,7 +96,7 @@ def fit_output(data: Grouped, sample: RowSample) -> Factors:
     mu = xp.sum(out, axis=-2, keepdims=True) / total
     left, wk = _weighted_low_rank(
         _moment(_some_queries(data, sample), table),
-        _moment((k - c) * xp.sqrt(received), table),
+        _gram((k - c) * (xp.sqrt(received) / _peak(k, xp)), xp),
         table,
     )
     _, wv = table.small_eigh(_moment(out - mass * mu, table))
@@ -135,9 +135,17 @@ def _triangle(x: Array, table: Primitives) -> Array:
 
 def _moment(x: Array, table: Primitives) -> Array:
     """Gram matrix of the columns over the square of the largest entry, which might overflow."""
-    xp = table.xp
-    x = x / _positive(xp.max(xp.abs(x), axis=(-2, -1), keepdims=True), xp)
+    return _gram(x / _peak(x, table.xp), table.xp)
+
+
+def _gram(x: Array, xp: Namespace) -> Array:
     return xp.matrix_transpose(x) @ x
+
+
+def _peak(x: Array, xp: Namespace) -> Array:
+    """Largest modulus of each matrix, 1 for zero."""
+    highest, lowest = (f(x, axis=(-2, -1), keepdims=True) for f in (xp.max, xp.min))
+    return _positive(xp.maximum(highest, -lowest), xp)
 
 
 def _positive(x: Array, xp: Namespace) -> Array:

@@ -75,17 +75,16 @@ def row_weights(data: Grouped, q: Array, k: Array, rows: list[int]) -> Array:
     scores = (q * options.scale) @ xp.matrix_transpose(k)[..., None, :, :]
     if options.softcap is not None:
         scores = options.softcap * xp.tanh(scores / options.softcap)
-    lowest = xp.full_like(scores, -math.inf)
     if data.mask is not None:
         part = take_rows(data.mask, rows, table) if data.mask.shape[-2] > 1 else data.mask
         if xp.isdtype(part.dtype, "bool"):
-            scores = xp.where(part, scores, lowest)
+            scores = xp.where(part, scores, xp.full_like(scores, -math.inf))
         else:
             scores = scores + xp.astype(part, scores.dtype)
     if options.is_causal:
         last = _indices(rows, scores, table)[:, None] + options.diagonal(data.q.shape[-2], n_keys)
         columns = xp.arange(n_keys, device=table.creation_device(scores))[None, :]
-        scores = xp.where(columns <= last, scores, lowest)
+        scores = xp.where(columns <= last, scores, xp.full_like(scores, -math.inf))
     peak = xp.max(scores, axis=-1, keepdims=True)
     weights = xp.exp(scores - xp.where(peak == -math.inf, xp.zeros_like(peak), peak))
     total = xp.sum(weights, axis=-1, keepdims=True)
