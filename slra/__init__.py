@@ -1,7 +1,14 @@
 """Sparse and low-rank approximation, and attention on it, for every array library."""
 
 from slra import prox
-from slra.attn import AttentionBasis, attention, fit_attention, low_rank_attention
+from slra.attn import (
+    AttentionBasis,
+    attention,
+    attention_vjp,
+    fit_attention,
+    low_rank_attention,
+    merge_attention,
+)
 from slra.prox import prox_l1 as soft_threshold
 from slra.svd import SVDResult, randomized_svd, truncated_svd
 
@@ -11,8 +18,10 @@ __all__ = [
     "AttentionBasis",
     "SVDResult",
     "attention",
+    "attention_vjp",
     "fit_attention",
     "low_rank_attention",
+    "merge_attention",
     "prox",
     "randomized_svd",
     "soft_threshold",

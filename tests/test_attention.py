@@ -1,9 +1,16 @@
 """Exact attention against the formula, with the whole matrix of scores, in double precision."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
+import array_api_compat as compat
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import slra
+from slra._backends import agnostic, primitives
 from tests.backends import to_numpy, to_xp
 
 
@@ -132,3 +139,257 @@ def test_attention_stays_on_the_device_of_the_input(xp, device):
     q, k, v = (xp.asarray(x, device=device) for x in qkv((2, 3, 4), (2, 5, 4)))
     out, lse = slra.attention(q, k, v, is_causal=True, return_lse=True)
     assert out.device == lse.device == q.device
+
+
+def n_examples(xp):
+    """Few where every shape is compiled or becomes a graph."""
+    return 6 if compat.is_jax_namespace(xp) else 20 if compat.is_dask_namespace(xp) else 60
+
+
+@st.composite
+def calls(draw):
+    """Arguments of attention, all options against each other, as NumPy arrays."""
+    n_q, n_k = draw(st.integers(1, 200)), draw(st.integers(1, 200))
+    heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2]))
+    dtype = draw(st.sampled_from(["float32", "float64"]))
+    seed = draw(st.integers(0, 2**16))
+    batch = (2,) if draw(st.booleans()) else ()
+    d, d_v = draw(st.sampled_from([1, 3, 8])), draw(st.sampled_from([1, 4, 8]))
+    q, k, v = qkv((*batch, heads * group, n_q, d), (*batch, heads, n_k, d), d_v, dtype, seed)
+    options = {
+        "is_causal": draw(st.booleans()),
+        "causal_align": draw(st.sampled_from(["bottom_right", "top_left"])),
+        "enable_gqa": group > 1,
+        "scale": draw(st.sampled_from([None, None, 0.3, -1.5])),
+        "softcap": draw(st.sampled_from([None, None, 2.0])),
+    }
+    kind = draw(st.sampled_from([None, "bool", "float"]))
+    if kind is not None:
+        full = (*batch, heads * group, n_q, n_k)
+        shape = tuple(draw(st.sampled_from([1, n])) for n in full)[
+            draw(st.integers(0, len(full) - 2)) :
+        ]
+        rng = np.random.default_rng(seed + 1)
+        options["mask"] = rng.random(shape) < 0.6 if kind == "bool" else rng.standard_normal(shape)
+    return q, k, v, options
+
+
+def tolerance(q, k, options):
+    """Error allowed by rounding: that of the largest score, where it can exceed that of N(0, 1) input."""
+    eps = np.finfo(q.dtype).eps
+    bound = TOL[str(q.dtype)]
+    if options["scale"] is None and options["softcap"] is None and options.get("mask") is None:
+        return bound
+    scale = abs(options["scale"] or q.shape[-1] ** -0.5)
+    longest = max(np.max(np.linalg.norm(x.astype("float64"), axis=-1)) for x in (q, k))
+    return max(bound, 32 * eps * (scale * longest**2 + 4))
+
+
+def test_all_options_together(xp):
+    @settings(
+        max_examples=n_examples(xp),
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(calls())
+    def check(call):
+        q, k, v, options = call
+        expected, expected_lse = naive_attention(q, k, v, **options)
+        atol = tolerance(q, k, options)
+        if options.get("mask") is not None:
+            options = options | {"mask": to_xp(xp, options["mask"])}
+        arrays = [to_xp(xp, x) for x in (q, k, v)]
+        out, lse = slra.attention(*arrays, return_lse=True, **options)
+        np.testing.assert_allclose(to_numpy(out), expected, rtol=0, atol=atol)
+        np.testing.assert_allclose(to_numpy(lse), expected_lse, rtol=0, atol=atol)
+        alone = slra.attention(*arrays, **options)
+        np.testing.assert_allclose(to_numpy(alone), expected, rtol=0, atol=atol)
+
+    check()
+
+
+@pytest.mark.parametrize("n_keys", [30, 41], ids=["square", "rectangular"])
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}], ids=str
+)
+def test_the_reference_agrees_with_torch(options, n_keys):
+    torch = pytest.importorskip("torch")
+    heads = 2 if "enable_gqa" in options else 4
+    q, k, v = qkv((2, 4, 30, 8), (2, heads, n_keys, 8), 6)
+    expected, _ = naive_attention(q, k, v, causal_align="top_left", **options)
+    mask = np.random.default_rng(3).standard_normal((4, 30, n_keys))
+    with_mask, _ = naive_attention(q, k, v, mask=mask) if not options else (None, None)
+    arrays = [torch.from_numpy(x) for x in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    np.testing.assert_allclose(sdpa(*arrays, **options).numpy(), expected, rtol=0, atol=1e-14)
+    if with_mask is not None:
+        out = sdpa(*arrays, attn_mask=torch.from_numpy(mask))
+        np.testing.assert_allclose(out.numpy(), with_mask, rtol=0, atol=1e-14)
+
+
+# Longer than every library's tiles, and no multiple of them.
+@pytest.mark.parametrize("kind", [None, "bool", "float64"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_override_equals_the_agnostic_primitive(xp, is_causal, kind):
+    q, k, v = qkv((2, 1, 1100, 4), (2, 1100, 4), 3)
+    options = agnostic.ScoreOptions(0.5, is_causal)
+    rng = np.random.default_rng(1)
+    mask = {
+        None: None,
+        "bool": rng.random((1100, 1100)) < 0.5,
+        "float64": rng.standard_normal((2, 1, 1100)),
+    }[kind]
+    arrays = [None if x is None else to_xp(xp, x) for x in (q, k, v, mask)]
+    expected = agnostic.Primitives(xp).attention(*arrays, options)
+    got = primitives(xp).attention(*arrays, options)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=0, atol=1e-13)
+    alone = primitives(xp).attention_output(*arrays, options)
+    np.testing.assert_allclose(to_numpy(alone), to_numpy(expected[0]), rtol=0, atol=1e-13)
+
+
+EXTREMES = {
+    "large": lambda q, k: (q * 3e3, k),
+    "equal": lambda q, k: (np.full_like(q, 1e3), np.full_like(k, 1e3)),
+    "equal-negative": lambda q, k: (np.full_like(q, -1e3), np.full_like(k, 1e3)),
+    "denormal": lambda q, k: (q * np.finfo(q.dtype).smallest_subnormal * 9, k),
+    "rising": lambda q, k: (
+        np.abs(q),
+        np.abs(k) * np.linspace(-1e3, 1e3, k.shape[-2], dtype=k.dtype)[:, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", list(TOL))
+@pytest.mark.parametrize("change", EXTREMES.values(), ids=EXTREMES)
+def test_extreme_scores(xp, change, dtype):
+    q, k, v = qkv((2, 5, 4), (2, 1300, 4), dtype=dtype)
+    q, k = change(q, k)
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    mask = np.zeros((5, 1300), dtype=dtype)
+    mask[:, ::3] = -np.inf
+    mask[3] = -np.inf
+    mask[4] = np.finfo(dtype).min
+    for kwargs, masked in (({}, {}), ({"mask": mask}, {"mask": to_xp(xp, mask)})):
+        out, lse = slra.attention(*arrays, return_lse=True, **masked)
+        alone = slra.attention(*arrays, **masked)
+        with np.errstate(over="ignore"):
+            expected, expected_lse = naive_attention(q, k, v, **kwargs)
+        products = np.abs(q.astype("float64") @ k.astype("float64").swapaxes(-1, -2))
+        eps = np.finfo(dtype).eps
+        atol = 64 * eps * max(1, np.max(products))
+        rows = [0, 1, 2, 3] if kwargs else [0, 1, 2, 3, 4]
+        assert not np.any(np.isnan(to_numpy(alone)))
+        assert not np.any(np.isnan(to_numpy(lse)))
+        np.testing.assert_allclose(to_numpy(alone)[:, rows], expected[:, rows], rtol=0, atol=atol)
+        np.testing.assert_allclose(to_numpy(out)[:, rows], expected[:, rows], rtol=0, atol=atol)
+        np.testing.assert_allclose(
+            to_numpy(lse)[:, rows], expected_lse[:, rows], rtol=eps, atol=atol
+        )
+
+
+def test_numpy_needs_memory_linear_in_the_length():
+    tracemalloc = pytest.importorskip("tracemalloc")
+    q, k, v = qkv((1, 4096, 16), (1, 4096, 16), dtype="float32")
+    slra.attention(q, k, v)
+    tracemalloc.start()
+    slra.attention(q, k, v)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak - q.nbytes < 4096 * 4096 * 4 / 8
+
+
+@pytest.fixture
+def limits():
+    """Threads that each BLAS may use, now."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    if not controller.lib_controllers:
+        pytest.skip("no BLAS that threadpoolctl knows")
+    return lambda: [library.num_threads for library in controller.lib_controllers]
+
+
+def big():
+    return qkv((4, 1024, 16), (4, 1024, 16), dtype="float32")
+
+
+def test_blas_limits_are_put_back(limits):
+    before = limits()
+    slra.attention(*big())
+    assert limits() == before
+
+
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_no_more_threads_than_blas_was_allowed(limits, allowed, monkeypatch):
+    from threadpoolctl import threadpool_limits
+
+    from slra._backends import numpy_attention
+
+    started = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, n):
+            started.append((n, limits()))
+            super().__init__(n)
+
+    monkeypatch.setattr(numpy_attention, "ThreadPoolExecutor", Pool)
+    with threadpool_limits(allowed):
+        expected = limits()
+        slra.attention(*big())
+        assert limits() == expected
+    assert [n for n, _ in started] == ([] if allowed == 1 else [min(expected)])
+    assert all(set(inside) == {1} for _, inside in started)
+
+
+def test_calls_from_several_threads_at_once(limits):
+    before = limits()
+    q, k, v = big()
+    expected = slra.attention(q, k, v)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: slra.attention(q, k, v), range(8)))
+    assert all(np.array_equal(result, expected) for result in results)
+    assert limits() == before
+
+
+def test_blas_limits_are_put_back_after_an_error(limits):
+    from slra._backends import blas_threads
+
+    before = limits()
+    with contextlib.suppress(ZeroDivisionError), blas_threads.workers(), blas_threads.workers():
+        raise ZeroDivisionError
+    assert limits() == before
+
+
+def test_jax_compiles_as_much_for_long_sequences_as_for_short_ones():
+    jax = pytest.importorskip("jax")
+
+    def size(n):
+        x = jax.ShapeDtypeStruct((n, 4), "float32")
+        return len(
+            str(jax.make_jaxpr(lambda x: slra.attention(x, x, x, is_causal=True))(x)).split("\n")
+        )
+
+    assert size(64_000) == size(4_000)
+
+
+# array-api-compat caches its look-up of classes, which Dynamo mentions.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_torch_transforms():
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.from_numpy(x) for x in qkv((3, 2, 9, 4), (3, 2, 9, 4)))
+    expected = slra.attention(q, k, v, is_causal=True)
+
+    def call(q, k, v):
+        return slra.attention(q, k, v, is_causal=True)
+
+    mapped = torch.func.vmap(call)(q, k, v)
+    np.testing.assert_allclose(mapped, expected, rtol=0, atol=1e-14)
+    compiled = torch.compile(call, backend="eager")(q, k, v)
+    np.testing.assert_allclose(compiled, expected, rtol=0, atol=1e-14)
+    slope = torch.func.grad(lambda q: call(q, k, v).sum())(q)
+    by_lse = torch.func.grad(
+        lambda q: slra.attention(q, k, v, is_causal=True, return_lse=True)[0].sum()
+    )(q)
+    np.testing.assert_allclose(slope, by_lse, rtol=0, atol=1e-13)

@@ -38,3 +38,17 @@ class NumpyPrimitives(Primitives):
     ) -> tuple[Array, Array]:
         """Tiles in place, on several threads."""
         return numpy_attention.attention(q, k, v, mask, options)
+
+    def attention_vjp(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        lse: Array,
+        delta: Array,
+        grad_out: Array,
+    ) -> tuple[Array, Array, Array]:
+        """Tiles in place, on several threads."""
+        return numpy_attention.attention_vjp(q, k, v, mask, options, lse, delta, grad_out)

@@ -7,8 +7,9 @@ one tile of scores and a few rows, whatever the lengths.
 import functools
 import itertools
 import math
+import operator
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,10 +19,12 @@ from slra._backends.agnostic_attention import ScoreOptions, Tile, scores_batch_s
 from slra._backends.blas_threads import workers
 from slra._typing import Array
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_vjp"]
 
 # 512 x 512 scores: 1 MB in float32, which leaves room in the second-level cache for keys and values.
 QUERY_TILE, KEY_TILE = 512, 512
+# Under a single key head the gradients of keys and values are summed in so many parts, which run side by side.
+N_PARTS = 8
 # Below this many multiplications (about a millisecond) threads cost more than they save.
 WORTH_THREADS = 1 << 26
 
@@ -68,13 +71,17 @@ class Arguments(NamedTuple):
         is_additive = self.mask is not None and self.mask.dtype != bool
         return NATURAL if is_additive else _fastest()
 
-    def rows(self, top: int, height: int) -> list[Tile]:
+    def rows(self, top: int) -> list[Tile]:
         """Tiles of the keys that a tile of queries attends to."""
         n_queries, n_keys = self.q.shape[-2], self.k.shape[-2]
-        bottom = min(top + height, n_queries)
+        bottom = min(top + QUERY_TILE, n_queries)
         end = self.options.last_key(bottom, n_queries, n_keys)
         lefts = range(0, end, KEY_TILE)
         return [Tile(top, bottom, left, min(left + KEY_TILE, end)) for left in lefts]
+
+    def n_scores(self) -> int:
+        """Count the scores, seen or not."""
+        return math.prod((*self.batch, self.q.shape[-2], self.k.shape[-2]))
 
 
 def head(arguments: Arguments, index: tuple[int, ...]) -> Arguments:
@@ -113,46 +120,38 @@ class Buffers:
 
 
 def in_threads(
-    arguments: Arguments, height: int, task: Callable[[tuple[int, ...], int, Buffers], None]
+    tasks: list[Any], run: Callable[[Any, Buffers], None], dtype: np.dtype[Any], n_products: int
 ) -> None:
-    """Run ``task(one, top of the tile of queries, buffers)`` for all of them."""
-    q, k, v = arguments.q, arguments.k, arguments.v
-    # Under a causal mask the last tiles are the longest: they go first, so that no thread ends late.
-    tops = range(0, q.shape[-2], height)[::-1]
-    tasks = list(itertools.product(np.ndindex(*arguments.batch), tops))
-    n_products = len(tasks) * min(height, q.shape[-2]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-    if len(tasks) == 1 or n_products < WORTH_THREADS:
-        _drain(iter(tasks), task, q.dtype)
-        return
+    """Call ``run(task, buffers)`` for all tasks, which take ``n_products`` multiplications altogether."""
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    for one in tasks:
-        waiting.put(one)
+    for task in tasks:
+        waiting.put(task)
+    if len(tasks) == 1 or n_products < WORTH_THREADS:
+        _drain(waiting, run, dtype)
+        return
     with workers() as n_workers:
         if n_workers == 1:
-            _drain(_taken(waiting), task, q.dtype)
+            _drain(waiting, run, dtype)
             return
-        with ThreadPoolExecutor(min(n_workers, len(tasks))) as pool:
-            running = [
-                pool.submit(_drain, _taken(waiting), task, q.dtype) for _ in range(n_workers)
-            ]
+        with ThreadPoolExecutor(n_workers) as pool:
+            running = [pool.submit(_drain, waiting, run, dtype) for _ in range(n_workers)]
             for future in running:
                 future.result()
 
 
-def _taken(waiting: "queue.SimpleQueue[Any]") -> Iterator[Any]:
-    while True:
-        try:
-            yield waiting.get_nowait()
-        except queue.Empty:
-            return
-
-
-def _drain(tasks: Iterator[Any], task: Callable[..., None], dtype: np.dtype[Any]) -> None:
+def _drain(
+    waiting: "queue.SimpleQueue[Any]", run: Callable[..., None], dtype: np.dtype[Any]
+) -> None:
+    """Run tasks until none is left."""
     buffers = Buffers(dtype)
     # NaN and infinities of the input propagate as they do elsewhere: silently.
     with np.errstate(all="ignore"):
-        for index, top in tasks:
-            task(index, top, buffers)
+        while True:
+            try:
+                task = waiting.get_nowait()
+            except queue.Empty:
+                return
+            run(task, buffers)
 
 
 def attention(
@@ -164,13 +163,18 @@ def attention(
     out = np.zeros((*batch, q.shape[-2], v.shape[-1]), q.dtype)
     lse = np.full((*batch, q.shape[-2]), -np.inf, q.dtype)
 
-    def task(index: tuple[int, ...], top: int, buffers: Buffers) -> None:
-        row = arguments.rows(top, QUERY_TILE)
+    # Under a causal mask the last tiles are the longest: they go first, so that no thread ends late.
+    tops = range(0, q.shape[-2], QUERY_TILE)[::-1]
+
+    def run(task: Any, buffers: Buffers) -> None:
+        index, top = task
+        row = arguments.rows(top)
         if row:
-            here: Any = (*index, slice(top, row[0].bottom))
+            here = (*index, slice(top, row[0].bottom))
             _attend_rows(head(arguments, index), row, out[here], lse[here], buffers)
 
-    in_threads(arguments, QUERY_TILE, task)
+    tasks = list(itertools.product(np.ndindex(*batch), tops))
+    in_threads(tasks, run, q.dtype, arguments.n_scores() * (q.shape[-1] + v.shape[-1]))
     return out, lse
 
 
@@ -242,3 +246,97 @@ def hide(one: Arguments, scores: Array, tile: Tile) -> None:
         first = max(tile.left, tile.top + diagonal + 1)
         hidden = np.arange(first, tile.right)[:, None] > np.arange(tile.top, tile.bottom) + diagonal
         np.copyto(scores[first - tile.left :], -np.inf, where=hidden)
+
+
+def attention_vjp(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    options: ScoreOptions,
+    lse: Array,
+    delta: Array,
+    grad_out: Array,
+) -> tuple[Array, Array, Array]:
+    """Gradients of attention with respect to q, k and v, as `agnostic_attention.tiled_attention_vjp`.
+
+    Each task owns its rows of dq and a copy of dk and dv: sums are formed in one order, whatever the threads do.
+    """
+    batch = scores_batch_shape(q, k, v, mask)
+    arguments = Arguments(q, k, v, mask, options, batch)
+    apart = _unshared(arguments)
+    n_parts = max(1, N_PARTS // math.prod(apart))
+    dq, dk, dv = (
+        np.zeros_like(q),
+        np.zeros((n_parts, *k.shape), q.dtype),
+        np.zeros((n_parts, *v.shape), q.dtype),
+    )
+    tops = range(0, q.shape[-2], QUERY_TILE)
+    rest = [1 if alone == whole else whole for alone, whole in zip(apart, batch, strict=True)]
+
+    def run(task: Any, buffers: Buffers) -> None:
+        own, part = task
+        for other, top in itertools.product(np.ndindex(*rest), tops[part::n_parts]):
+            index = tuple(map(operator.add, own, other))
+            grads = (at(dq, index), at(dk[part], index), at(dv[part], index))
+            sums = (lse[index], delta[index], grad_out[index])
+            _pull_back_rows(head(arguments, index), arguments.rows(top), sums, grads, buffers)
+
+    tasks = list(itertools.product(np.ndindex(*apart), range(n_parts)))
+    n_products = arguments.n_scores() * (3 * q.shape[-1] + 2 * v.shape[-1])
+    in_threads(tasks, run, q.dtype, n_products)
+    return dq, dk.sum(axis=0) * options.scale, dv.sum(axis=0)
+
+
+def _unshared(arguments: Arguments) -> tuple[int, ...]:
+    """Lengths of the leading axes along which no gradient is summed; 1 for the others."""
+    batch = arguments.batch
+    leading = [
+        (1,) * (len(batch) + 2 - x.ndim) + x.shape[:-2]
+        for x in (arguments.q, arguments.k, arguments.v)
+    ]
+    return tuple(map(min, *leading)) if batch else ()
+
+
+def _pull_back_rows(
+    one: Arguments,
+    row: list[Tile],
+    sums: tuple[Array, Array, Array],
+    grads: tuple[Array, Array, Array],
+    buffers: Buffers,
+) -> None:
+    """Add to the gradients what one tile of queries contributes."""
+    if not row:
+        return
+    rows = slice(row[0].top, row[0].bottom)
+    dq, dk, dv = grads
+    lse, delta, grad_out = (x[rows] for x in sums)
+    q, plain_q, power = scaled_transposed(one, row[0], buffers), one.q[rows], one.power()
+    shift = finite(lse * power.per_nat)
+    dq_rows = buffers.get("dq", *plain_q.shape)
+    dq_rows.fill(0)
+    for tile in row:
+        keys = slice(tile.left, tile.right)
+        weights = scores_of(one, q, tile, buffers)
+        slope = None if one.options.softcap is None else _softcap_slope(weights, one, buffers)
+        hide(one, weights, tile)
+        np.subtract(weights, shift, out=weights)
+        power.function(weights, out=weights)
+        dv[keys] += np.matmul(weights, grad_out, out=buffers.get("dv", *dv[keys].shape))
+        d_scores = np.matmul(one.v[keys], grad_out.T, out=buffers.get("d_scores", *weights.shape))
+        d_scores -= delta
+        d_scores *= weights
+        if slope is not None:
+            d_scores *= slope
+        dk[keys] += np.matmul(d_scores, plain_q, out=buffers.get("dk", *dk[keys].shape))
+        dq_rows += np.matmul(d_scores.T, one.k[keys], out=buffers.get("dq part", *dq_rows.shape))
+    dq_rows *= one.options.scale
+    dq[rows] += dq_rows
+
+
+def _softcap_slope(scores: Array, one: Arguments, buffers: Buffers) -> Array:
+    """Return the derivative of the softcap, 1 - tanh^2, from its value."""
+    slope = buffers.get("slope", *scores.shape)
+    np.divide(scores, (one.options.softcap or 1) * one.power().per_nat, out=slope)
+    np.multiply(slope, slope, out=slope)
+    return np.subtract(1, slope, out=slope)

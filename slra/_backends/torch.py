@@ -23,6 +23,18 @@ def _is_wrapped(x: Array) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
+def _is_mapped(x: Array) -> bool:
+    """Whether ``x`` is inside torch.func.vmap, at any depth of transforms."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
 class TorchPrimitives(Primitives):
     """Overrides for PyTorch."""
 
@@ -59,8 +71,9 @@ class TorchPrimitives(Primitives):
     def attention_output(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
     ) -> Array:
-        """Torch's fused kernel, where it knows the options."""
-        if expressible(mask, options):
+        """Torch's fused kernel, where it knows the options; it has no rule for vmap."""
+        is_mapped = any(_is_mapped(x) for x in (q, k, v, mask) if x is not None)
+        if expressible(mask, options) and not is_mapped:
             return sdpa_attention(q, k, v, mask, options)
         return super().attention_output(q, k, v, mask, options)
 

@@ -7,5 +7,14 @@ from slra.attn.basis import AttentionBasis
 from slra.attn.exact import attention
 from slra.attn.fit import fit_attention
 from slra.attn.low_rank import low_rank_attention
+from slra.attn.merge import merge_attention
+from slra.attn.vjp import attention_vjp
 
-__all__ = ["AttentionBasis", "attention", "fit_attention", "low_rank_attention"]
+__all__ = [
+    "AttentionBasis",
+    "attention",
+    "attention_vjp",
+    "fit_attention",
+    "low_rank_attention",
+    "merge_attention",
+]

@@ -19,7 +19,7 @@ from slra._validate import (
     resolve,
 )
 
-__all__ = ["Inputs", "check_inputs", "group_heads", "join_heads"]
+__all__ = ["Inputs", "check_inputs", "group_heads", "join_heads", "split_heads"]
 
 
 class Inputs(NamedTuple):
@@ -135,6 +135,13 @@ def group_heads(inputs: Inputs) -> Inputs:
         mask = xp.reshape(mask, (*mask.shape[:-3], *heads, *mask.shape[-2:]))
     k, v = inputs.k[..., None, :, :], inputs.v[..., None, :, :]
     return inputs._replace(q=q, k=k, v=v, mask=mask)
+
+
+def split_heads(x: Array, inputs: Inputs, n_trailing: int) -> Array:
+    """Lay out a result or its gradient as `group_heads` did ``inputs``."""
+    n_heads, group = inputs.k.shape[-4], inputs.q.shape[-3]
+    at = x.ndim - n_trailing - 1
+    return inputs.table.xp.reshape(x, (*x.shape[:at], n_heads, group, *x.shape[at + 1 :]))
 
 
 def join_heads(x: Array, inputs: Inputs, n_trailing: int) -> Array:

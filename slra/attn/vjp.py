@@ -1,7 +1,9 @@
 """The gradient of exact attention, for libraries that do not differentiate."""
 
+from slra._backends.agnostic_attention import scores_batch_shape
 from slra._typing import Array, CausalAlign
-from slra.attn._inputs import check_inputs, group_heads, join_heads, split_heads
+from slra._validate import promote, resolve
+from slra.attn._inputs import Inputs, check_inputs, group_heads, join_heads, split_heads
 
 __all__ = ["attention_vjp"]
 
@@ -93,12 +95,60 @@ def attention_vjp(
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
-    out, lse, delta, grad_out = _check_results(inputs, out, lse, grad_out, grad_lse)
+    arrays = _check_results(inputs, out, lse, grad_out, grad_lse, enable_gqa=enable_gqa)
+    return _pull_back(inputs, *arrays, enable_gqa=enable_gqa)
+
+
+def _check_results(
+    inputs: Inputs,
+    out: Array,
+    lse: Array,
+    grad_out: Array,
+    grad_lse: Array | None,
+    *,
+    enable_gqa: bool,
+) -> list[Array]:
+    """Check what belongs to the output, and bring it to the dtype computed in."""
+    resolve(q=inputs.q, out=out, lse=lse, grad_out=grad_out, optional={"grad_lse": grad_lse})
+    given = {"out": out, "lse": lse, "grad_out": grad_out}
+    if grad_lse is not None:
+        given["grad_lse"] = grad_lse
+    shape = _lse_shape(inputs, enable_gqa=enable_gqa)
+    for name, x in given.items():
+        right = shape if name.endswith("lse") else (*shape, inputs.v.shape[-1])
+        if tuple(x.shape) != right:
+            raise ValueError(f"{name} must have shape {right}, got {tuple(x.shape)}")
+    xp, dtype = inputs.table.xp, inputs.q.dtype
+    arrays = promote(inputs.table, allow_complex=False, **given).arrays
+    return [x if x.dtype == dtype else xp.astype(x, dtype) for x in arrays]
+
+
+def _lse_shape(inputs: Inputs, *, enable_gqa: bool) -> tuple[int, ...]:
+    grouped = group_heads(inputs) if enable_gqa else inputs
+    batch = scores_batch_shape(grouped.q, grouped.k, grouped.v, grouped.mask)
+    if enable_gqa:
+        batch = (*batch[:-2], batch[-2] * batch[-1])
+    return (*batch, inputs.q.shape[-2])
+
+
+def _pull_back(
+    inputs: Inputs,
+    out: Array,
+    lse: Array,
+    grad_out: Array,
+    grad_lse: Array | None = None,
+    *,
+    enable_gqa: bool,
+) -> tuple[Array, Array, Array]:
+    """Form delta, lay out the heads, and call the primitive."""
+    table = inputs.table
+    delta = table.xp.sum(grad_out * out, axis=-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
     if enable_gqa:
         inputs = group_heads(inputs)
         lse, delta = (split_heads(x, inputs, 1) for x in (lse, delta))
         grad_out = split_heads(grad_out, inputs, 2)
-    table = inputs.table
     dq, dk, dv = table.attention_vjp(
         inputs.q, inputs.k, inputs.v, inputs.mask, inputs.options, lse, delta, grad_out
     )

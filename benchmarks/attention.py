@@ -1,0 +1,196 @@
+"""Exact attention: time and memory against naive NumPy, torch SDPA and jax.nn.dot_product_attention.
+
+`python -m benchmarks.attention` writes results/attention.json and attention.png. Memory is the growth of the peak
+resident set over the call, in a process of its own, and for NumPy also what tracemalloc sees.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import slra
+from benchmarks.common import RESULTS, interleaved, save
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+HEADS, WIDTH = 2, 64
+# Above this the matrices of the quadratic methods leave too little memory.
+LONGEST_QUADRATIC = 16384
+QUADRATIC = ("naive NumPy", "jax.nn.dot_product_attention")
+
+
+def inputs(heads: int, n: int, width: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((heads, n, width), dtype=np.float32) for _ in range(3)]
+
+
+def naive(q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+    """Scores and weights as two arrays, nothing in place."""
+    scores = q @ k.swapaxes(-1, -2) * np.float32(q.shape[-1] ** -0.5)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    return weights @ v, weights
+
+
+def naive_vjp(q: Any, k: Any, v: Any, grad: Any) -> tuple[Any, Any, Any]:
+    out, weights = naive(q, k, v)
+    d_weights = grad @ v.swapaxes(-1, -2)
+    d_scores = weights * (d_weights - (grad * out).sum(axis=-1, keepdims=True))
+    d_scores = d_scores * np.float32(q.shape[-1] ** -0.5)
+    return (
+        d_scores @ k,
+        d_scores.swapaxes(-1, -2) @ q,
+        weights.swapaxes(-1, -2) @ grad,
+    )
+
+
+def candidates(heads: int, n: int, width: int) -> dict[str, Callable[[], Any]]:
+    import jax
+    import torch
+
+    arrays = inputs(heads, n, width)
+    tensors = [torch.from_numpy(x)[None] for x in arrays]
+    jaxes = [jax.numpy.asarray(x) for x in arrays]
+    # jax.nn.dot_product_attention wants (batch, length, heads, width).
+    swapped = [jax.numpy.swapaxes(x, 0, 1)[None] for x in jaxes]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    native = jax.jit(jax.nn.dot_product_attention)
+    found = {
+        "naive NumPy": lambda: naive(*arrays)[0],
+        "slra, NumPy": lambda: slra.attention(*arrays),
+        "slra, NumPy, causal": lambda: slra.attention(*arrays, is_causal=True),
+        "torch SDPA": lambda: sdpa(*tensors),
+        "slra, torch": lambda: slra.attention(*tensors),
+        "slra, torch, with LSE": lambda: slra.attention(*tensors, return_lse=True),
+        "jax.nn.dot_product_attention": lambda: native(*swapped).block_until_ready(),
+        "slra, JAX": lambda: slra.attention(*jaxes).block_until_ready(),
+    }
+    return {
+        name: call
+        for name, call in found.items()
+        if n <= LONGEST_QUADRATIC or name not in QUADRATIC
+    }
+
+
+def vjps(heads: int, n: int, width: int) -> dict[str, Callable[[], Any]]:
+    q, k, v = inputs(heads, n, width)
+    grad = np.ones_like(v)
+    out, lse = slra.attention(q, k, v, return_lse=True)
+    return {
+        "naive NumPy": lambda: naive_vjp(q, k, v, grad),
+        "slra, NumPy": lambda: slra.attention_vjp(q, k, v, out, lse, grad),
+    }
+
+
+MAKERS = {"forward": candidates, "backward": vjps}
+
+
+def times(make: Callable[..., Any], shape: tuple[int, int, int], repeats: int) -> dict[str, float]:
+    seconds = interleaved(make(*shape), repeats)
+    return {name: statistics.median(runs) for name, runs in seconds.items()}
+
+
+def peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_one(direction: str, name: str, n: int) -> dict[str, int | None]:
+    """Bytes that one call needs at its peak, its output included; this process does nothing else."""
+    call = MAKERS[direction](HEADS, n, WIDTH)[name]
+    small = MAKERS[direction](HEADS, 64, WIDTH)[name]
+    small()
+    before = peak_rss()
+    call()
+    grown = peak_rss() - before
+    if "NumPy" not in name:
+        return {"rss": grown, "tracemalloc": None}
+    tracemalloc.start()
+    call()
+    return {"rss": grown, "tracemalloc": tracemalloc.get_traced_memory()[1]}
+
+
+def memory(direction: str, name: str, n: int) -> dict[str, int | None]:
+    command = [sys.executable, "-m", "benchmarks.attention", "--one", direction, name, str(n)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(found)
+
+
+def plot(by_length: dict[int, dict[str, float]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in by_length[min(by_length)]:
+        at = [n for n in by_length if name in by_length[n]]
+        axes.loglog(at, [by_length[n][name] for n in at], marker="o", label=name)
+    axes.set(xlabel="length", ylabel="seconds", title=f"{HEADS} heads, d = {WIDTH}, float32")
+    axes.legend(fontsize="small")
+    figure.savefig(RESULTS / "attention.png", dpi=120)
+
+
+def update(part: dict[str, Any]) -> None:
+    """Put one part into the results beside those that were measured before."""
+    path = RESULTS / "attention.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known.pop("machine", None)
+    common = {"heads": HEADS, "width": WIDTH, "dtype": "float32"}
+    print(save("attention", known | common | part))
+
+
+def run_lengths(lengths: list[int]) -> None:
+    path = RESULTS / "attention.json"
+    known = json.loads(path.read_text()).get("seconds", {}) if path.exists() else {}
+    for n in lengths:
+        known[str(n)] = times(candidates, (HEADS, n, WIDTH), 5 if n < 16384 else 3)
+    update({"seconds": known})
+    plot({int(n): known[n] for n in sorted(known, key=int)})
+
+
+def run_headline() -> None:
+    update({"seconds_4_heads_8192_128": times(candidates, (4, 8192, 128), 5)})
+
+
+def run_backward() -> None:
+    update({"seconds_vjp_8192": times(vjps, (HEADS, 8192, WIDTH), 3)})
+
+
+def run_memory() -> None:
+    longest = LONGEST_QUADRATIC
+    found = {
+        direction: {name: memory(direction, name, longest) for name in make(1, 64, 4)}
+        for direction, make in MAKERS.items()
+    }
+    update({f"bytes_{longest}": found})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", nargs=3, metavar=("DIRECTION", "NAME", "LENGTH"))
+    parser.add_argument("--parts", nargs="*", default=["lengths", "headline", "backward", "memory"])
+    parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS)
+    options = parser.parse_args()
+    if options.one is not None:
+        direction, name, n = options.one
+        print(json.dumps(measure_one(direction, name, int(n))))
+        return
+    runs = {
+        "lengths": lambda: run_lengths(options.lengths),
+        "headline": run_headline,
+        "backward": run_backward,
+        "memory": run_memory,
+    }
+    for part in options.parts:
+        runs[part]()
+
+
+if __name__ == "__main__":
+    main()
