@@ -129,5 +129,5 @@ def test_what_a_paper_does_not_define_is_refused(options, message):
 
 def test_baselines_stay_on_the_device_of_the_input(xp, device):
     q, k, v = (xp.asarray(x, device=device) for x in data())
-    for method in FORMULAS:
+    for method in ("nystrom", "favor"):
         assert slra.low_rank_attention(q, k, v, 3, method=method).device == q.device

@@ -32,8 +32,8 @@ def errors_of_all_pairs(q, k, v, basis, **options):
 
 
 @EAGER
-@pytest.mark.parametrize("rtol", [0.3, 0.1])
-def test_ranks_are_the_smallest_within_the_tolerance(xp, rtol):
+def test_ranks_are_the_smallest_within_the_tolerance(xp):
+    rtol = 0.1
     q, k, v = decaying(heads=4, heads_k=2)
     options = {"enable_gqa": True}
     arrays = [to_xp(xp, x) for x in (q, k, v)]

@@ -45,9 +45,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", list(EPS))
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_svd_is_the_formula(xp, options, dtype):
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((c, "float64") for c in OPTIONS), ("plain", "float32")]
+)
+def test_svd_is_the_formula(xp, case, dtype):
+    options = OPTIONS[case]
     q, k, v = decaying(dtype=dtype)
     out, lse = slra.low_rank_attention(
         *(to_xp(xp, x) for x in (q, k, v)), (3, 2), method="svd", return_lse=True, **options
@@ -73,8 +75,10 @@ def test_svd_with_l1_thresholds_each_low_rank_matrix(xp):
     np.testing.assert_allclose(to_numpy(out), expected, rtol=0, atol=1000 * EPS["float64"])
 
 
-@pytest.mark.parametrize("method", ["svd", "joint", "output"])
-@pytest.mark.parametrize("dtype", list(EPS))
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("svd", "float64"), ("joint", "float64"), ("output", "float64"), ("output", "float32")],
+)
 def test_full_rank_is_exact(xp, method, dtype):
     q, k, v = decaying(heads=4, dtype=dtype)
     mask = np.random.default_rng(1).random((40, 50)) < 0.7
@@ -216,8 +220,14 @@ def test_leading_axes_broadcast(xp, shapes):
     np.testing.assert_allclose(to_numpy(out), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", ["zero", "one key", "equal keys", "huge", "tiny"])
-@pytest.mark.parametrize("method", ["svd", "joint", "output"])
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        *((case, "output") for case in ("zero", "one key", "equal keys", "huge", "tiny")),
+        *((case, "joint") for case in ("zero", "equal keys", "huge")),
+        ("zero", "svd"),
+    ],
+)
 def test_degenerate_data_give_what_attention_gives(xp, case, method):
     q, k, v = decaying(dtype="float32")
     if case == "zero":
