@@ -93,7 +93,8 @@ def low_rank_attention(
     :math:`(Q V_Q V_Q^T V_K)(K V_K)^T`, exact attention in r dimensions.
 
     The fit sees all tokens. Under a causal mask an early output therefore depends, through the basis, on later
-    tokens; fit on a prefix and pass ``basis`` where that must not be. Gradients treat the basis as constant.
+    tokens; fit on a prefix and pass ``basis`` where that must not be. ``n_exact`` chooses its keys by the attention of
+    all tokens too, with ``basis`` or without. Gradients treat the basis, and this choice, as constant.
 
     Examples
     --------
