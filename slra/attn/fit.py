@@ -1,5 +1,6 @@
 """Fitting a basis to queries, keys and values."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -89,8 +90,9 @@ def fit_attention(
     and from at least twice the rank.
 
     With ``rtol`` the errors of all pairs of ranks are computed on up to 512 rows, others than those of the fit where
-    there are as many; what they predict for the whole output is off by the sampling of rows. ``error`` holds it. Where
-    no pair of ranks is within ``rtol``, the largest is taken.
+    there are as many. Where that is not all, but S of them, the target is lowered by the factor 1 + 2/sqrt(S), as the
+    error of all rows may exceed that of a sample; ``error`` holds what is predicted. Where no pair of ranks is within
+    ``rtol``, the largest is taken.
 
     A basis fitted on a whole sequence has seen all of it: under a causal mask fit on a prefix, or on other data, if
     no output may depend on later tokens.
@@ -171,7 +173,10 @@ def fit_inputs(
     if rtol is None:
         ranks = [limits] * factors.wk.shape[-3]
     else:
-        ranks = choose_ranks(data, factors, test_rows, rtol, limits, pool_batch=pool_batch)
+        # A norm over some of the rows is not that over all of them: leave room where not all are seen.
+        is_sample = len(test_rows) < data.q.shape[-2]
+        target = rtol / (1 + 2 / math.sqrt(len(test_rows))) if is_sample else rtol
+        ranks = choose_ranks(data, factors, test_rows, target, limits, pool_batch=pool_batch)
         factors = mask_ranks(factors, ranks, data)
     widest = max(qk for qk, _ in ranks), max(v for _, v in ranks)
     maps = GroupedMaps(*cut(factors, *widest, table), factors.c, factors.mu)
