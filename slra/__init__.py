@@ -1,7 +1,14 @@
 """Sparse and low-rank approximation, and attention on it, for every array library."""
 
 from slra import prox
-from slra.attn import attention, attention_vjp, low_rank_attention, merge_attention
+from slra.attn import (
+    AttentionBasis,
+    attention,
+    attention_vjp,
+    fit_attention,
+    low_rank_attention,
+    merge_attention,
+)
 from slra.decompose import (
     RobustPCAResult,
     SparseLowRank,
@@ -26,6 +33,7 @@ from slra.svd import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionBasis",
     "EighResult",
     "ErrorEstimate",
     "MatrixOperator",
@@ -40,6 +48,7 @@ __all__ = [
     "attention_vjp",
     "compress",
     "estimate_error",
+    "fit_attention",
     "low_rank_attention",
     "merge_attention",
     "prox",

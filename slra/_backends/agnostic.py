@@ -68,9 +68,17 @@ class Primitives(SparseRows):
         """Device to create an array on that is to meet ``like``; None where the library finds out."""
         return compat.device(like)
 
+    def record(self, kind: type, arrays: dict[str, Array], static: dict[str, Any]) -> Any:
+        """Make a dataclass of arrays and of plain values that a transformation must keep as they are."""
+        return kind(**arrays, **static)
+
     def from_numpy(self, a: np.ndarray[Any, Any], like: Array, dtype: DType | None = None) -> Array:
         """Bring a small NumPy array to the library, device and (unless given) dtype of ``like``."""
         return self.xp.asarray(a, dtype=dtype or like.dtype, device=self.creation_device(like))
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """Bring an array to NumPy; lazy ones are computed."""
+        return np.asarray(x)
 
     # Linear algebra
 
@@ -173,6 +181,21 @@ class Primitives(SparseRows):
         if dtype == xp.complex64:
             return xp.float32
         return xp.float64 if dtype == xp.complex128 else dtype
+
+    # Selection
+
+    def top_indices(self, x: Array, k: int) -> Array:
+        """Find the ``k`` largest entries along the last axis."""
+        return self.xp.argsort(x, axis=-1, descending=True)[..., :k]
+
+    def kth_largest(self, x: Array, k: int) -> Array:
+        """Find the ``k``-th largest entry along the last axis, (..., 1)."""
+        place = x.shape[-1] - k
+        return self.xp.sort(x, axis=-1)[..., place : place + 1]
+
+    def gather_rows(self, x: Array, indices: Array) -> Array:
+        """Rows of ``x`` (..., n, d) at ``indices`` (..., m), whose leading axes broadcast; (..., m, d)."""
+        return self.xp.take_along_axis(x, indices[..., None], axis=-2)
 
     # Elementwise
 

@@ -6,6 +6,7 @@ Needs: cupy (``pip install "slra[cupy]"``) and, to allocate anything, a CUDA dev
 from typing import Any
 
 import cupyx
+import numpy as np
 
 from slra._backends.agnostic import Primitives
 from slra._backends.agnostic_attention import SoftmaxState, TileBounds
@@ -102,3 +103,8 @@ class CupyPrimitives(Primitives):
             if not xp.isdtype(mask.dtype, "bool"):
                 prefix, part = "biased_", xp.astype(part, products.dtype)
         return prefix, (part, column, limit, options.softcap or 0.0)
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """Fetch the values from the device."""
+        values: np.ndarray[Any, Any] = x.get()
+        return values

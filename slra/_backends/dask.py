@@ -93,6 +93,31 @@ class DaskPrimitives(Primitives):
         solve = partial(_solve_triangular, lower=lower)
         return _by_matrix(solve, "(n,n),(n,k)->(n,k)", a, b, dtypes=[b.dtype])
 
+    def top_indices(self, x: Array, k: int) -> Array:
+        """Sort on one worker."""
+
+        def top(x: Any) -> Any:
+            return np.argsort(-x, axis=-1, stable=True)[..., :k]
+
+        return _by_matrix(top, "(n)->(k)", x, dtypes=[np.int64], k=k)
+
+    def kth_largest(self, x: Array, k: int) -> Array:
+        """Select on one worker."""
+        place = x.shape[-1] - k
+
+        def select(x: Any) -> Any:
+            return np.partition(x, place, axis=-1)[..., place : place + 1]
+
+        return _by_matrix(select, "(n)->(k)", x, dtypes=[x.dtype], k=1)
+
+    def gather_rows(self, x: Array, indices: Array) -> Array:
+        """Gather on one worker, each matrix whole."""
+
+        def gather(x: Any, indices: Any) -> Any:
+            return np.take_along_axis(x, indices[..., None], axis=-2)
+
+        return _by_matrix(gather, "(n,d),(m)->(m,d)", x, indices, dtypes=[x.dtype])
+
     def test_matrix(self, shape: tuple[int, ...], rng: np.random.Generator, like: Array) -> Array:
         """Draw each block where it is needed."""
         blocks = [

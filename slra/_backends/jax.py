@@ -4,6 +4,7 @@ Needs: jax. Under jit, grad and vmap nothing here looks at a value.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -15,6 +16,11 @@ from slra._backends.jax_attention import scanned_attention
 from slra._typing import Array
 
 __all__ = ["JaxPrimitives"]
+
+
+@cache
+def _register(kind: type, arrays: tuple[str, ...], static: tuple[str, ...]) -> None:
+    jax.tree_util.register_dataclass(kind, data_fields=arrays, meta_fields=static)
 
 
 class JaxPrimitives(Primitives):
@@ -43,6 +49,11 @@ class JaxPrimitives(Primitives):
     def wide(self, like: Array) -> Any:
         """Stay in single precision unless double is enabled."""
         return super().wide(like) if jax.config.jax_enable_x64 else like.dtype
+
+    def record(self, kind: type, arrays: dict[str, Array], static: dict[str, Any]) -> Any:
+        """Make the dataclass a pytree, whose plain values are part of its structure."""
+        _register(kind, tuple(arrays), tuple(static))
+        return kind(**arrays, **static)
 
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve by substitution."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 
@@ -104,6 +105,11 @@ class TorchPrimitives(Primitives):
         if expressible(mask, options) and not is_mapped:
             return sdpa_attention(q, k, v, mask, options)
         return super().attention_output(q, k, v, mask, options)
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """Fetch the values from the device."""
+        values: np.ndarray[Any, Any] = x.detach().cpu().numpy()
+        return values
 
     def constant(self, x: Array) -> Array:
         """Detach from the graph."""

@@ -1,14 +1,18 @@
-"""Attention on truncated singular value decompositions of Q, K and V."""
+"""Attention on low-rank approximations of the queries, keys and values."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from slra._backends import Primitives
-from slra._backends.agnostic import matrix_h
 from slra._typing import Array, CausalAlign
-from slra._validate import check_choice, check_finite, check_positive, check_rank
-from slra.attn._inputs import Inputs, check_inputs
+from slra._validate import check_choice, check_count, check_finite, check_positive, check_rank
+from slra.attn._inputs import Inputs, check_inputs, join_heads
+from slra.attn._maps import METHODS
+from slra.attn._rows import group, sample_rows
+from slra.attn.baselines import BASELINES
+from slra.attn.basis import AttentionBasis, Maps, attend_maps, check_basis
 from slra.attn.exact import attend
+from slra.attn.exact_keys import ExactKeys, attend_with_exact_keys, find_exact_keys
+from slra.attn.fit import N_ROWS, check_ranks, constant_inputs, fit_inputs, lay_out
 from slra.svd.truncated import thin_svd
 
 __all__ = ["low_rank_attention"]
@@ -18,10 +22,13 @@ def low_rank_attention(
     q: Array,
     k: Array,
     v: Array,
-    rank: int | tuple[int, int],
+    rank: int | tuple[int, int] | None = None,
     *,
-    method: str = "svd",
+    rtol: float | None = None,
+    method: str = "output",
     l1: float | tuple[float, float, float] = 0.0,
+    n_exact: int = 0,
+    basis: AttentionBasis | None = None,
     mask: Array | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign = "bottom_right",
@@ -41,12 +48,21 @@ def low_rank_attention(
     v : array, shape (..., Hkv, Nk, Dv)
         Values.
     rank : int or (int, int)
-        Rank of the approximations; a pair gives that of Q and K, and that of V.
-    method : {"svd"}
-        "svd": Q, K and V are each replaced by their truncated SVD, head by head.
+        Dimensions to keep; a pair gives that of queries and keys, and that of values. With ``rtol``, at most as many.
+    rtol : float, optional
+        Relative error of the output to stay within, by the smallest ranks that do, see `fit_attention`.
+    method : {"output", "joint", "svd", "nystrom", "linformer", "favor", "topk"}
+        How the basis is fitted, see `fit_attention`: "svd" replaces Q, K and V each by its truncated SVD. The others
+        are for comparison; what ``rank`` counts is, in this order, landmarks, random combinations of the keys,
+        random features (from fixed seeds), and the dimensions in which the ``n_exact`` keys of each query are chosen.
     l1 : float or (float, float, float)
-        Thresholds of the l1 proximal step on Q^, K^ and V^, in the units of their entries. 0 leaves it out. A
-        thresholded matrix is sparse but no longer of low rank: attention then runs in all D dimensions.
+        Only with "svd": thresholds of the l1 proximal step on Q^, K^ and V^, in the units of their entries. 0 leaves
+        it out. A thresholded matrix is sparse but no longer of low rank: attention then runs in all D dimensions.
+    n_exact : int
+        Number of keys, per key head, that keep exact scores and values: those that receive most attention. They are
+        left out of the fit, and both parts meet in one softmax. Not with ``rtol`` or ``l1``.
+    basis : AttentionBasis, optional
+        A basis fitted before, instead of ``rank`` and ``method``.
     mask, is_causal, causal_align, scale, enable_gqa, softcap, return_lse
         As in `attention`. The default scale is ``1/sqrt(D)`` of the original D.
 
@@ -67,15 +83,18 @@ def low_rank_attention(
 
     Notes
     -----
+    "svd" with ``l1`` is
+
     .. math::
-        \hat Q = U_r S_r V_r^T \;(\text{likewise } \hat K, \hat V), \qquad
-        \operatorname{softmax}(\hat Q \hat K^T / \sqrt{d}) \hat V
+        \operatorname{softmax}(S_{\lambda_q}(Q_r) S_{\lambda_k}(K_r)^T / \sqrt{d})\, S_{\lambda_v}(V_r)
 
-    Since :math:`\hat Q = Q V_Q V_Q^T`, the scores are :math:`(Q V_Q V_Q^T V_K)(K V_K)^T`: exact attention in r
-    dimensions.
+    with truncated SVDs :math:`Q_r, K_r, V_r` and soft thresholds S. Without ``l1`` nothing is computed in D
+    dimensions but the projections: since :math:`Q_r = Q V_Q V_Q^T`, the scores are
+    :math:`(Q V_Q V_Q^T V_K)(K V_K)^T`, exact attention in r dimensions.
 
-    The decomposition sees all tokens. Under a causal mask an early output therefore depends, through the basis, on
-    later tokens.
+    The fit sees all tokens. Under a causal mask an early output therefore depends, through the basis, on later
+    tokens; fit on a prefix and pass ``basis`` where that must not be. ``n_exact`` chooses its keys by the attention of
+    all tokens too, with ``basis`` or without. Gradients treat the basis, and this choice, as constant.
 
     Examples
     --------
@@ -86,7 +105,6 @@ def low_rank_attention(
     >>> bool(np.allclose(slra.low_rank_attention(q, k, v, 8), exact))
     True
     """
-    check_choice(method, ("svd",), "method")
     inputs = check_inputs(
         q,
         k,
@@ -98,29 +116,42 @@ def low_rank_attention(
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
-    rank_qk, rank_v = _check_ranks(inputs, rank)
-    thresholds = _check_l1(l1)
+    check_choice(method, (*METHODS, *BASELINES), "method")
     for name in ("q", "k", "v"):
         check_finite(inputs.table, getattr(inputs, name), name)
+    thresholds = _check_l1(l1)
+    n_exact = _check_n_exact(inputs, n_exact, rtol, thresholds)
+    if method in BASELINES:
+        others = {"rtol": rtol is not None, "l1": any(thresholds), "basis": basis is not None}
+        _check_baseline(inputs, method, {**others, "return_lse": return_lse}, n_exact)
+        out = _baseline(inputs, method, rank, n_exact, enable_gqa=enable_gqa)
+        return inputs.promoted.answer(inputs.table, out)[0]
+    if basis is not None:
+        if rank is not None or rtol is not None or any(thresholds):
+            raise ValueError("rank, rtol and l1 must be left out where a basis is given")
+        check_basis(basis, inputs, enable_gqa=enable_gqa)
     if any(thresholds):
-        out, lse = _thresholded(inputs, rank_qk, rank_v, thresholds, enable_gqa=enable_gqa)
+        if method != "svd" or rtol is not None:
+            raise ValueError(
+                f'l1 must be 0 unless method is "svd" and rank is given, got {l1!r} and {method!r}'
+            )
+        ranks = check_ranks(inputs, rank)
+        out, lse = _thresholded(inputs, ranks, thresholds, enable_gqa=enable_gqa)
     else:
-        out, lse = _projected(inputs, rank_qk, rank_v, enable_gqa=enable_gqa)
+        keys = _exact_keys(inputs, n_exact, enable_gqa=enable_gqa) if n_exact else None
+        if basis is not None:
+            maps = Maps.of(basis, inputs.q)
+        else:
+            keep = None if keys is None else keys.keep
+            maps = lay_out(
+                fit_inputs(inputs, rank, rtol=rtol, method=method, enable_gqa=enable_gqa, keep=keep)
+            )
+        if keys is None:
+            out, lse = attend_maps(maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
+        else:
+            out, lse = attend_with_exact_keys(maps, inputs, keys, enable_gqa=enable_gqa)
     (out,) = inputs.promoted.answer(inputs.table, out)
     return (out, lse) if return_lse else out
-
-
-def _check_ranks(inputs: Inputs, rank: Any) -> tuple[int, int]:
-    """Return the rank of queries and keys, and that of values."""
-    pair = rank if isinstance(rank, Sequence) and not isinstance(rank, str) else (rank, rank)
-    if len(pair) != 2:
-        raise TypeError(f"rank must be an int or a pair (rank_qk, rank_v), got {rank!r}")
-    limit_qk = min(inputs.q.shape[-2], inputs.k.shape[-2], inputs.q.shape[-1])
-    limit_v = min(inputs.v.shape[-2:])
-    return (
-        check_rank(pair[0], limit_qk, limit_is="min of Nq, Nk and D"),
-        check_rank(pair[1], limit_v, limit_is="min of Nk and Dv"),
-    )
 
 
 def _check_l1(l1: Any) -> tuple[float, float, float]:
@@ -132,39 +163,60 @@ def _check_l1(l1: Any) -> tuple[float, float, float]:
     return l_q, l_k, l_v
 
 
-def right_basis(x: Array, rank: int, table: Primitives) -> Array:
-    """Leading right singular vectors of ``x`` as columns, shape (..., D, rank)."""
-    return matrix_h(thin_svd(x, table)[2][..., :rank, :], table.xp)
+def _check_n_exact(inputs: Inputs, n_exact: int, rtol: Any, thresholds: tuple[float, ...]) -> int:
+    n_exact, n_keys = check_count(n_exact, "n_exact"), int(inputs.k.shape[-2])
+    if n_exact >= n_keys:
+        raise ValueError(f"n_exact must be less than {n_keys}, the number of keys, got {n_exact}")
+    if n_exact and (rtol is not None or any(thresholds)):
+        raise ValueError(f"n_exact must be 0 with rtol or l1, got {n_exact}")
+    return n_exact
 
 
-def _projected(
-    inputs: Inputs, rank_qk: int, rank_v: int, *, enable_gqa: bool
-) -> tuple[Array, Array]:
-    """Exact attention in ``rank`` dimensions."""
-    table, xp = inputs.table, inputs.table.xp
-    basis_q = right_basis(inputs.q, rank_qk, table)
-    basis_k = right_basis(inputs.k, rank_qk, table)
-    basis_v = right_basis(inputs.v, rank_v, table)
-    cross = _per_query_head(basis_k, inputs.q, xp) if enable_gqa else basis_k
-    small = inputs._replace(
-        q=inputs.q @ (basis_q @ (xp.matrix_transpose(basis_q) @ cross)),
-        k=inputs.k @ basis_k,
-        v=inputs.v @ basis_v,
-    )
-    out, lse = attend(small, enable_gqa=enable_gqa)
-    back = _per_query_head(basis_v, inputs.q, xp) if enable_gqa else basis_v
-    return out @ xp.matrix_transpose(back), lse
+def _exact_keys(inputs: Inputs, n_exact: int, *, enable_gqa: bool) -> ExactKeys:
+    data = group(constant_inputs(inputs), enable_gqa=enable_gqa)
+    rows = sample_rows(data.q.shape[-2], -(-N_ROWS // data.q.shape[-3]), None)
+    return find_exact_keys(data, rows, n_exact)
 
 
-def _per_query_head(basis: Array, q: Array, xp: Any) -> Array:
-    """Repeat the small basis of each key head for the query heads that share it."""
-    return xp.repeat(basis, q.shape[-3] // basis.shape[-3], axis=-3)
+def _check_baseline(inputs: Inputs, method: str, others: dict[str, bool], n_exact: int) -> None:
+    """Raise ValueError where a baseline is asked for what its paper does not define."""
+    options = inputs.options
+    if method != "topk":
+        others = {
+            **others,
+            "mask": inputs.mask is not None,
+            "is_causal": options.is_causal,
+            "softcap": options.softcap is not None,
+            "n_exact": n_exact > 0,
+        }
+    elif n_exact == 0:
+        raise ValueError(
+            'n_exact must be 1 or more with method "topk": the keys that a query attends to'
+        )
+    if given := [name for name, is_given in others.items() if is_given]:
+        raise ValueError(f"method {method!r} does not take {', '.join(given)}")
+
+
+def _baseline(inputs: Inputs, method: str, rank: Any, n_exact: int, *, enable_gqa: bool) -> Array:
+    """Run a method of others; the rank of those that shorten the sequence is limited by its length."""
+    q, k = inputs.q, inputs.k
+    limits = {
+        "nystrom": (min(q.shape[-2], k.shape[-2]), "min of Nq and Nk"),
+        "linformer": (k.shape[-2], "Nk"),
+        "favor": (2**31, "a number of features"),
+        "topk": (min(k.shape[-2:]), "min of Nk and D"),
+    }
+    limit, limit_is = limits[method]
+    data = group(inputs, enable_gqa=enable_gqa)
+    out = BASELINES[method](data, check_rank(rank, limit, limit_is=limit_is), n_exact)
+    if not any(x.ndim > 2 for x in (q, k, inputs.v)):
+        return out[0, 0, ...]
+    return join_heads(out, inputs, 2)
 
 
 def _thresholded(
     inputs: Inputs,
-    rank_qk: int,
-    rank_v: int,
+    ranks: tuple[int, int],
     thresholds: tuple[float, float, float],
     *,
     enable_gqa: bool,
@@ -172,8 +224,8 @@ def _thresholded(
     """Exact attention on soft-thresholded low-rank matrices, in all dimensions."""
     table, xp = inputs.table, inputs.table.xp
     hats = []
-    for name, rank, tau in zip("qkv", (rank_qk, rank_qk, rank_v), thresholds, strict=True):
+    for name, rank, tau in zip("qkv", (ranks[0], *ranks), thresholds, strict=True):
         x = getattr(inputs, name)
-        basis = right_basis(x, rank, table)
+        basis = xp.matrix_transpose(thin_svd(x, table)[2][..., :rank, :])
         hats.append(table.soft_threshold((x @ basis) @ xp.matrix_transpose(basis), tau))
     return attend(inputs._replace(q=hats[0], k=hats[1], v=hats[2]), enable_gqa=enable_gqa)

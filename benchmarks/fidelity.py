@@ -1,0 +1,229 @@
+"""Error of every low-rank method against rank and against stored numbers; ranks chosen by tolerance against an oracle.
+
+    python -m benchmarks.fidelity     about five minutes on two cores; writes results/fidelity.json and fidelity.png
+
+Data: all 72 heads of MiniLM-L6 on 512 tokens of English (`benchmarks.minilm`), d = 32, float32; and Gaussian Q, K and V
+with flat, power-law (singular values as 1/j) and outlier (flat, but two directions 20 times larger) spectra, d = 64.
+Errors are relative Frobenius errors of the output, per head, against float64. Stored numbers: what must be kept per key
+to answer more queries; 2d for exact attention. Times are in `benchmarks.fidelity_speed`.
+"""
+
+from typing import Any
+
+import numpy as np
+
+import slra
+from benchmarks.common import RESULTS, save
+from benchmarks.minilm import exact_attention, load_qkv
+
+Data = tuple[np.ndarray, np.ndarray, np.ndarray]
+OURS = ("svd", "joint", "output")
+RANKS = (4, 8, 12, 16, 20, 24, 28)
+
+
+def minilm() -> Data:
+    q, k, v = (x.reshape(-1, *x.shape[-2:]) for x in load_qkv())
+    return q, k, v
+
+
+def synthetic(kind: str, n: int = 1024, d: int = 64, heads: int = 8) -> Data:
+    """Q, K and V with a stated spectrum; scores have a standard deviation of about 3."""
+    rng = np.random.default_rng(0)
+    spectrum = {
+        "flat": np.ones(d),
+        "power-law": 1 / np.arange(1.0, d + 1),
+        "outlier": np.where(np.arange(d) < 2, 20.0, 1.0),
+    }[kind]
+    spectrum *= np.sqrt(d / np.sum(spectrum**2))
+
+    def draw() -> np.ndarray:
+        rotation = np.linalg.qr(rng.standard_normal((heads, d, d)))[0]
+        return rng.standard_normal((heads, n, d)) * spectrum @ rotation
+
+    q, k, v = draw(), draw(), draw()
+    spread = np.std(q @ k.swapaxes(-1, -2)) / np.sqrt(d)
+    return tuple((x * f).astype(np.float32) for x, f in ((q, 3 / spread), (k, 1), (v, 1)))
+
+
+def relative(out: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(out - exact, axis=(-2, -1)) / np.linalg.norm(exact, axis=(-2, -1))
+
+
+def summary(errors: np.ndarray) -> dict[str, float]:
+    low, median, high = np.quantile(errors, (0.1, 0.5, 0.9))
+    return {"p10": low, "median": median, "p90": high, "max": float(errors.max())}
+
+
+def configurations(n: int, d: int) -> list[dict[str, Any]]:
+    """Each method at each budget, with the numbers it stores per key."""
+    rows = [
+        {"method": method, "rank": rank, "stored": 2 * rank}
+        for method in OURS
+        for rank in RANKS
+        if rank < d
+    ]
+    for m in (n // 64, n // 32, n // 8):
+        rows += [
+            {
+                "method": "output",
+                "rank": rank,
+                "n_exact": m,
+                "stored": (m * 2 * d + (n - m) * 2 * rank) / n,
+            }
+            for rank in RANKS
+        ]
+    for rank in (8, 16, 32, 64, 128, 256):
+        rows.append({"method": "nystrom", "rank": rank, "stored": 3 * rank * d / n})
+        rows.append({"method": "linformer", "rank": rank, "stored": 2 * rank * d / n})
+        rows.append({"method": "favor", "rank": rank, "stored": rank * (d + 1) / n})
+    rows += [
+        {"method": "topk", "rank": d // 4, "n_exact": m, "stored": 2 * d + d // 4}
+        for m in (n // 64, n // 16, n // 4)
+    ]
+    return rows
+
+
+def measure(data: Data) -> list[dict[str, Any]]:
+    """Errors of every configuration."""
+    exact = exact_attention(*data)
+    rows = configurations(data[0].shape[-2], data[0].shape[-1])
+    for row in rows:
+        options = {name: row[name] for name in ("rank", "method", "n_exact") if name in row}
+        row |= summary(relative(slra.low_rank_attention(*data, **options), exact))
+    return rows
+
+
+def score_part(data: Data) -> list[dict[str, float]]:
+    """Error with V exact, and of the scores up to a constant per row: joint over svd, worst head."""
+    q, k, v = (x.astype(np.float64) for x in data)
+    exact, rows = exact_attention(q, k, v), []
+    scores = q @ (k - k.mean(-2, keepdims=True)).swapaxes(-1, -2)
+    for rank in (8, 16, 24):
+        outputs, distances = {}, {}
+        for method in OURS:
+            basis = slra.fit_attention(q, k, v, rank, method=method)
+            small_q, small_k = q @ basis.wq, (k - basis.c) @ basis.wk
+            width = q.shape[-1] / rank  # exact_attention scales by the width it sees
+            outputs[method] = relative(exact_attention(small_q / np.sqrt(width), small_k, v), exact)
+            approximate = small_q @ small_k.swapaxes(-1, -2)
+            approximate -= approximate.mean(-1, keepdims=True)
+            distances[method] = relative(approximate, scores)
+        rows.append(
+            {
+                "rank": rank,
+                **{f"median_{method}": float(np.median(x)) for method, x in outputs.items()},
+                "joint_over_svd_output_worst": float(np.max(outputs["joint"] / outputs["svd"])),
+                "joint_over_svd_scores_worst": float(np.max(distances["joint"] / distances["svd"])),
+            }
+        )
+    return rows
+
+
+def surface(data: Data, basis: slra.AttentionBasis) -> np.ndarray:
+    """True error of every pair of ranks, (heads, D, Dv), in float64."""
+    q, k, v = (x.astype(np.float64) for x in data)
+    exact, width = exact_attention(q, k, v), q.shape[-1]
+    norm = np.sum(exact**2, axis=(-2, -1))[:, None]
+    keys, values = (k - basis.c) @ basis.wk, v - basis.mu
+    wanted = (exact - basis.mu) @ basis.wv
+    errors = np.empty((len(q), width, v.shape[-1]))
+    for rank in range(1, width + 1):
+        small_q = q @ basis.wq[..., :rank] * np.sqrt(rank / width)
+        got = exact_attention(small_q, keys[..., :rank], values) @ basis.wv
+        kept = np.cumsum(np.sum((got - wanted) ** 2, axis=-2), axis=-1)
+        dropped = np.cumsum(np.sum(wanted**2, axis=-2)[:, ::-1], axis=-1)[:, ::-1]
+        dropped = np.concatenate([dropped[:, 1:], np.zeros((len(q), 1))], axis=-1)
+        errors[:, rank - 1] = np.sqrt((kept + dropped) / norm)
+    return errors
+
+
+def adaptive(data: Data, tolerances: tuple[float, ...]) -> list[dict[str, Any]]:
+    """Ranks chosen by rtol against an oracle that knows the true error of every pair, and against one rank for all."""
+    exact = exact_attention(*data)
+    errors = surface(data, slra.fit_attention(*data, rtol=1e-12))
+    total = np.add.outer(np.arange(1, errors.shape[1] + 1), np.arange(1, errors.shape[2] + 1))
+    rows = []
+    for rtol in tolerances:
+        basis = slra.fit_attention(*data, rtol=rtol)
+        error = relative(basis.attend(*data), exact)
+        mean_rank = np.mean(basis.ranks)
+        within = errors <= rtol
+        oracle = np.min(np.where(within, total, 2 * errors.shape[1]), axis=(1, 2))
+        enough = within.sum(0) >= np.sum(error <= rtol)
+        diagonal = np.flatnonzero(np.diagonal(enough)) + 1
+        rows.append(
+            {
+                "rtol": rtol,
+                "heads_within": float(np.mean(error <= rtol)),
+                "worst_over_rtol": float(np.max(error) / rtol),
+                "mean_rank": float(mean_rank),
+                "mean_rank_oracle": float(np.mean(oracle) / 2),
+                "over_oracle": float(mean_rank / (np.mean(oracle) / 2)),
+                "uniform_rank": int(diagonal[0]),
+                "over_uniform_rank": float(mean_rank / diagonal[0]),
+                "over_best_uniform_pair": float(2 * mean_rank / np.min(total[enough])),
+                "predicted_over_true": np.quantile(basis.error / error, (0, 0.5, 1)).tolist(),
+            }
+        )
+    return rows
+
+
+def calibration(data: Data) -> list[dict[str, Any]]:
+    """Predicted over true error at fixed rank, where the prediction sees 128 of the rows."""
+    exact, rows = exact_attention(*data), []
+    for method in OURS:
+        basis = slra.fit_attention(*data, 16, method=method)
+        ratio = basis.error / relative(basis.attend(*data), exact)
+        rows.append({"method": method, **summary(ratio), "min": float(ratio.min())})
+    return rows
+
+
+def plot(result: dict[str, Any]) -> None:
+    """Error against stored numbers, for each data set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9))
+    for axis, name in zip(axes.flat, ("minilm", "flat", "power-law", "outlier"), strict=True):
+        curves: dict[str, list[dict[str, Any]]] = {}
+        for row in result[name]:
+            exact_keys = f", {row['n_exact']} exact keys" if "n_exact" in row else ""
+            key = row["method"] + (exact_keys if row["method"] == "output" else "")
+            curves.setdefault(key, []).append(row)
+        for key, rows in curves.items():
+            stored, median = ([row[x] for row in rows] for x in ("stored", "median"))
+            axis.plot(stored, median, ".-", label=key)
+        axis.set(xscale="log", yscale="log", title=name)
+        axis.set(xlabel="stored numbers per key", ylabel="relative error of the output, median")
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "fidelity.png", dpi=110)
+
+
+def main() -> None:
+    data = minilm()
+    result: dict[str, Any] = {
+        "adaptive": adaptive(data, (0.2, 0.1, 0.05)),
+        "adaptive_sampled": adaptive(
+            synthetic("power-law", n=1024, d=32, heads=16), (0.2, 0.1, 0.05)
+        ),
+        "calibration_at_rank_16": calibration(data),
+        "score_part": score_part(data),
+        "minilm": measure(data),
+    }
+    for kind in ("flat", "power-law", "outlier"):
+        result[kind] = measure(synthetic(kind))
+    save("fidelity", result)
+    plot(result)
+    for name in ("adaptive", "adaptive_sampled", "calibration_at_rank_16", "score_part"):
+        print(name, *result[name], sep="\n  ")
+    for name in ("minilm", "flat", "power-law", "outlier"):
+        print(name)
+        for row in result[name]:
+            print("  ", {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()})
+
+
+if __name__ == "__main__":
+    main()

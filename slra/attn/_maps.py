@@ -1,0 +1,172 @@
+"""The three ways to find the linear maps: the formula, the best rank of the scores, the best rank of the output.
+
+Each takes grouped data and returns factors whose columns come in order of importance, so that a smaller rank is a
+prefix (`cut`).
+"""
+
+from typing import NamedTuple
+
+from slra._backends import Primitives
+from slra._typing import Array, Namespace
+from slra.attn._rows import Grouped, row_weights, sample_rows, take_rows
+from slra.svd.truncated import thin_svd
+
+__all__ = ["METHODS", "Factors", "RowSample", "cut", "fit_joint", "fit_output", "fit_svd"]
+
+# Query rows whose second moment stands for that of all of them.
+N_MOMENT_ROWS = 1024
+
+
+class RowSample(NamedTuple):
+    """What a fit may look at: rows of the attention matrix, and the keys that are not left to exact scores."""
+
+    rows: list[int]
+    pool_batch: bool = False
+    keep: Array | None = None  # (..., H, Nk): False for keys that stay exact
+
+
+class Factors(NamedTuple):
+    """Maps of all ranks: left (..., H, G or 1, D, p), wk (..., H, D, p), wv (..., H, Dv, p), c, mu (..., H, 1, .)."""
+
+    left: Array
+    wk: Array
+    wv: Array
+    c: Array
+    mu: Array
+    is_formula: bool = False
+
+
+def cut(
+    factors: Factors, rank_qk: int, rank_v: int, table: Primitives
+) -> tuple[Array, Array, Array]:
+    """Return wq (..., H, G or 1, D, r), wk and wv for a rank of queries and keys, and one of values."""
+    transposed = table.xp.matrix_transpose
+    left, wk = factors.left[..., :rank_qk], factors.wk[..., :rank_qk]
+    if factors.is_formula:
+        left = left @ (transposed(left) @ wk[..., None, :, :])
+    return left, wk, factors.wv[..., :rank_v]
+
+
+def fit_svd(data: Grouped, sample: RowSample) -> Factors:
+    """Right singular vectors of Q (per query head), K and V, uncentred: the formula to the letter."""
+    table, xp = data.table, data.table.xp
+    q, k, v = (_pooled(x, n, sample, data) for x, n in ((data.q, 4), (data.k, 3), (data.v, 3)))
+    left, wk, wv = (xp.matrix_transpose(thin_svd(x, table)[2]) for x in (q, k, v))
+    return Factors(left, wk, wv, xp.zeros_like(k[..., :1, :]), xp.zeros_like(v[..., :1, :]), True)
+
+
+def fit_joint(data: Grouped, sample: RowSample) -> Factors:
+    r"""Best low rank of :math:`Q (K - 1 c^T)^T`, with c the mean key, and principal components of V.
+
+    With the triangular factors of Q and K the scores have the singular values of a small core; its right singular
+    vectors Y give Wq = B Y and Wk = B^{-T} Y, where B B^T = (K - c)^T (K - c).
+    """
+    table, xp = data.table, data.table.xp
+    q = _triangle(_pooled(_stacked(data.q, xp), 3, sample, data), table)
+    k, v = _pooled(data.k, 3, sample, data), _pooled(data.v, 3, sample, data)
+    c, mu = xp.mean(k, axis=-2, keepdims=True), xp.mean(v, axis=-2, keepdims=True)
+    _, S, Vh = table.small_svd(_triangle(k - c, table))
+    root = _floored(S, k.shape[-1] * xp.finfo(k.dtype).eps, xp)[..., None, :]
+    V = xp.matrix_transpose(Vh)
+    Y = xp.matrix_transpose(thin_svd(q @ (V * root), table)[2])
+    wv = xp.matrix_transpose(thin_svd(v - mu, table)[2])
+    return Factors(((V * root) @ Y)[..., None, :, :], (V / root) @ Y, wv, c, mu)
+
+
+def fit_output(data: Grouped, sample: RowSample) -> Factors:
+    r"""Best low rank of the scores in the metric of the attention received, principal components of the output.
+
+    A change dS of the scores changes the output by :math:`\sum_j P_{ij} dS_{ij} (v_j - o_i)`. So a key counts by the
+    attention it receives, :math:`w_j = \sum_i P_{ij}` over the sampled rows, and the scores are approximated in
+    :math:`\sum_{ij} w_j (dS_{ij})^2`; V only matters where the output, P V, goes.
+    """
+    table, xp = data.table, data.table.xp
+    rows = row_weights(data, take_rows(data.q, sample.rows, table), data.k, sample.rows)
+    rows = _stacked(rows, xp)
+    if sample.keep is not None:
+        rows = rows * xp.astype(sample.keep, rows.dtype)[..., None, :]
+    received = xp.sum(rows, axis=-2)[..., None]
+    k, v = _pooled(data.k, 3, sample, data), data.v
+    out = _pooled(rows @ v, 3, sample, data)
+    mass = _pooled(xp.sum(rows, axis=-1, keepdims=True), 3, sample, data)
+    received = _pooled(received, 3, sample, data)
+    total = xp.sum(mass, axis=-2, keepdims=True)
+    total = xp.where(total == 0, xp.ones_like(total), total)
+    c = xp.matrix_transpose(received) @ k / total
+    mu = xp.sum(out, axis=-2, keepdims=True) / total
+    left, wk = _weighted_low_rank(
+        _moment(_some_queries(data, sample), table),
+        _gram((k - c) * (xp.sqrt(received) / _peak(k, xp)), xp),
+        table,
+    )
+    _, wv = table.small_eigh(_moment(out - mass * mu, table))
+    return Factors(left[..., None, :, :], wk, xp.flip(wv, axis=-1), c, mu)
+
+
+METHODS = {"svd": fit_svd, "joint": fit_joint, "output": fit_output}
+
+
+def _stacked(x: Array, xp: Namespace) -> Array:
+    """(..., H, G, S, D) to (..., H, G * S, D): the rows of all query heads that share a key head."""
+    return xp.reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1]))
+
+
+def _pooled(x: Array, n_core: int, sample: RowSample, data: Grouped) -> Array:
+    """Make the axes before the last ``n_core`` (the first of which is the head) into rows, where asked to pool."""
+    n_batch = x.ndim - n_core
+    if not sample.pool_batch or n_batch == 0:
+        return x
+    xp = data.table.xp
+    x = xp.permute_dims(x, (*range(n_batch, x.ndim - 2), *range(n_batch), x.ndim - 2, x.ndim - 1))
+    return xp.reshape(x, (*x.shape[: n_core - 2], -1, x.shape[-1]))
+
+
+def _some_queries(data: Grouped, sample: RowSample) -> Array:
+    """Take queries that stand for all, (..., H, rows, D)."""
+    rows = sample_rows(data.q.shape[-2], N_MOMENT_ROWS, None)
+    q = _stacked(take_rows(data.q, rows, data.table), data.table.xp)
+    return _pooled(q, 3, sample, data)
+
+
+def _triangle(x: Array, table: Primitives) -> Array:
+    """Return a matrix of at most D rows with the Gram matrix of ``x``."""
+    return table.qr(x)[1] if x.shape[-2] > x.shape[-1] else x
+
+
+def _moment(x: Array, table: Primitives) -> Array:
+    """Gram matrix of the columns over the square of the largest entry, which might overflow."""
+    return _gram(x / _peak(x, table.xp), table.xp)
+
+
+def _gram(x: Array, xp: Namespace) -> Array:
+    return xp.matrix_transpose(x) @ x
+
+
+def _peak(x: Array, xp: Namespace) -> Array:
+    """Largest modulus of each matrix, 1 for zero."""
+    highest, lowest = (f(x, axis=(-2, -1), keepdims=True) for f in (xp.max, xp.min))
+    return _positive(xp.maximum(highest, -lowest), xp)
+
+
+def _positive(x: Array, xp: Namespace) -> Array:
+    return xp.where(x > 0, x, xp.ones_like(x))
+
+
+def _floored(x: Array, relative: float, xp: Namespace) -> Array:
+    """Lift values along the last axis to a fraction of the largest: directions without data stay invertible."""
+    largest = _positive(xp.max(x, axis=-1, keepdims=True), xp)
+    return xp.maximum(x, largest * relative)
+
+
+def _weighted_low_rank(moment_q: Array, moment_k: Array, table: Primitives) -> tuple[Array, Array]:
+    r"""Minimise :math:`\|A^{1/2} (I - W_q W_k^T) B^{1/2}\|_F` at every rank at once, for the moments A and B.
+
+    With B = R R^T and Y the eigenvectors of R^T A R: Wq = R Y, Wk = R^{-T} Y.
+    """
+    xp = table.xp
+    w, U = table.small_eigh(moment_k)
+    root = xp.sqrt(_floored(w, w.shape[-1] * xp.finfo(w.dtype).eps, xp))[..., None, :]
+    R = U * root
+    _, Y = table.small_eigh(xp.matrix_transpose(R) @ moment_q @ R)
+    Y = xp.flip(Y, axis=-1)
+    return R @ Y, (U / root) @ Y

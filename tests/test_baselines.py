@@ -1,0 +1,133 @@
+"""The methods of others against their papers' formulas, written with whole matrices in double precision."""
+
+import numpy as np
+import pytest
+
+import slra
+from slra.attn.baselines.favor import orthogonal_features
+from tests.backends import to_numpy, to_xp
+from tests.test_attention import naive_attention
+
+TOL = 1e-11
+
+
+def data(heads=2, n=20):
+    rng = np.random.default_rng(3)
+    return [rng.standard_normal(shape) for shape in ((heads, n, 4), (2, n, 4), (2, n, 3))]
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def nystrom(q, k, v, rank):
+    q, k = q / 4**0.25, k / 4**0.25
+    groups = np.array_split(np.arange(q.shape[-2]), rank)
+    q_m, k_m = (np.stack([x[:, i].mean(1) for i in groups], axis=1) for x in (q, k))
+    left, middle, right = (
+        softmax(a @ b.swapaxes(1, 2)) for a, b in ((q, k_m), (q_m, k_m), (q_m, k))
+    )
+    z = middle.swapaxes(1, 2)
+    z = z / (abs(middle).sum(1).max(-1) * abs(middle).sum(2).max(-1))[:, None, None]
+    eye = np.eye(rank)
+    for _ in range(6):
+        z = z @ (13 * eye - middle @ z @ (15 * eye - middle @ z @ (7 * eye - middle @ z))) / 4
+    return left @ z @ right @ v
+
+
+def linformer(q, k, v, rank):
+    stream = np.random.default_rng(0).bit_generator.spawn(1)[0]
+    projection = np.random.Generator(stream).standard_normal((k.shape[-2], rank)).T / np.sqrt(rank)
+    return naive_attention(q, projection @ k, projection @ v)[0]
+
+
+def favor(q, k, v, rank):
+    omega = orthogonal_features(rank, 4)
+
+    def phi(x):
+        x = x / 4**0.25
+        return np.exp(x @ omega.T - np.sum(x**2, axis=-1, keepdims=True) / 2)
+
+    kernel = phi(q) @ phi(k).swapaxes(1, 2)
+    return kernel / kernel.sum(-1, keepdims=True) @ v
+
+
+FORMULAS = {"nystrom": nystrom, "linformer": linformer, "favor": favor}
+
+
+@pytest.mark.parametrize("method", list(FORMULAS))
+def test_baselines_are_their_formulas(xp, method):
+    q, k, v = data()
+    rank = 9 if method == "favor" else 5
+    out = slra.low_rank_attention(*(to_xp(xp, x) for x in (q, k, v)), rank, method=method)
+    np.testing.assert_allclose(to_numpy(out), FORMULAS[method](q, k, v, rank), atol=TOL)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["plain", "causal"])
+def test_topk_attends_to_the_keys_with_the_largest_low_rank_scores(xp, options):
+    q, k, v = data(heads=4)
+    out = slra.low_rank_attention(
+        *(to_xp(xp, x) for x in (q, k, v)), 2, method="topk", n_exact=6, enable_gqa=True, **options
+    )
+    k_all, v_all = (np.repeat(x, 2, axis=0) for x in (k, v))
+    centred = k_all - k_all.mean(1, keepdims=True)
+    components = np.linalg.svd(centred, full_matrices=False)[2][:, :2].swapaxes(1, 2)
+    scores = (q @ components) @ (centred @ components).swapaxes(1, 2)
+    if options:
+        scores = np.where(np.tri(20, dtype=bool), scores, -np.inf)
+    place = np.argsort(np.argsort(-scores, axis=-1), axis=-1)
+    mask = (place < 6) & np.isfinite(scores)
+    expected, _ = naive_attention(q, k_all, v_all, mask=mask)
+    np.testing.assert_allclose(to_numpy(out), expected, atol=TOL)
+
+
+def test_all_of_the_keys_are_exact_attention(xp):
+    q, k, v = data()
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    mask = np.random.default_rng(0).standard_normal((20, 20))
+    out = slra.low_rank_attention(*arrays, 1, method="topk", n_exact=19, mask=to_xp(xp, mask))
+    expected, _ = naive_attention(q, k, v, mask=mask)
+    # One key of 20 is left out, one of little weight: the output moves by no more than that weight.
+    assert 0 < np.max(np.abs(to_numpy(out) - expected)) < 1
+
+
+def test_landmarks_for_every_token_come_close():
+    q, k, v = data(n=40)
+    exact, _ = naive_attention(q, k, v)
+    out = slra.low_rank_attention(q, k, v, 39, method="nystrom")
+    few = slra.low_rank_attention(q, k, v, 2, method="nystrom")
+    assert np.linalg.norm(out - exact) < np.linalg.norm(few - exact)
+
+
+def test_random_features_are_unbiased():
+    omega = orthogonal_features(40_000, 4)
+    x, y = np.asarray([0.5, -0.2, 0.1, 0.3]), np.asarray([0.1, 0.4, -0.3, 0.2])
+    phi_x, phi_y = (np.exp(omega @ z - z @ z / 2) for z in (x, y))
+    terms = phi_x * phi_y
+    # Orthogonal features have no more variance than independent ones: five standard errors.
+    assert abs(terms.mean() - np.exp(x @ y)) < 5 * terms.std() / np.sqrt(len(terms))
+    gram = omega[:4] @ omega[:4].T
+    np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "favor", "is_causal": True}, "'favor' does not take is_causal"),
+        ({"method": "nystrom", "softcap": 1.0}, "'nystrom' does not take softcap"),
+        ({"method": "linformer", "return_lse": True}, "'linformer' does not take return_lse"),
+        ({"method": "topk"}, 'n_exact must be 1 or more with method "topk"'),
+        ({"method": "nystrom", "rank": 21}, r"between 1 and 20 \(min of Nq and Nk\), got 21"),
+    ],
+    ids=lambda x: x["method"] if isinstance(x, dict) else "",
+)
+def test_what_a_paper_does_not_define_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        slra.low_rank_attention(*data(), **{"rank": 2, **options})
+
+
+def test_baselines_stay_on_the_device_of_the_input(xp, device):
+    q, k, v = (xp.asarray(x, device=device) for x in data())
+    for method in ("nystrom", "favor"):
+        assert slra.low_rank_attention(q, k, v, 3, method=method).device == q.device

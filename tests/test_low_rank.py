@@ -1,0 +1,341 @@
+"""Low-rank attention against each method's own definition, written with whole matrices in double precision."""
+
+import numpy as np
+import pytest
+
+import slra
+from tests.backends import to_numpy, to_xp
+from tests.test_attention import naive_attention
+
+EPS = {"float32": np.finfo("float32").eps, "float64": np.finfo("float64").eps}
+SCALE = 8**-0.5
+
+
+def decaying(seed=0, heads=2, heads_k=2, n_q=40, n_k=50, d=8, d_v=6, batch=(), dtype="float64"):
+    """Q, K, V with decaying spectra, a common offset of the keys and of the values, and peaked attention."""
+    rng = np.random.default_rng(seed)
+
+    def draw(n_heads, n, width):
+        x = rng.standard_normal((*batch, n_heads, n, width)) * 0.75 ** np.arange(width)
+        return x @ np.linalg.qr(rng.standard_normal((n_heads, width, width)))[0]
+
+    q, k, v = 2 * draw(heads, n_q, d), 2 * draw(heads_k, n_k, d), draw(heads_k, n_k, d_v)
+    k, v = k + rng.standard_normal(d), v + rng.standard_normal(d_v)
+    return [x.astype(dtype) for x in (q, k, v)]
+
+
+def truncated(x, rank):
+    U, S, Vh = np.linalg.svd(x, full_matrices=False)
+    return (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
+
+
+def tail(x, rank):
+    """Frobenius distance to the best matrix of this rank (Eckart and Young)."""
+    return np.sqrt(np.sum(np.linalg.svd(x, compute_uv=False)[..., rank:] ** 2, axis=-1))
+
+
+def frobenius(x):
+    return np.linalg.norm(x, axis=(-2, -1))
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "softcap": {"softcap": 2.0, "scale": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((c, "float64") for c in OPTIONS), ("plain", "float32")]
+)
+def test_svd_is_the_formula(xp, case, dtype):
+    options = OPTIONS[case]
+    q, k, v = decaying(dtype=dtype)
+    out, lse = slra.low_rank_attention(
+        *(to_xp(xp, x) for x in (q, k, v)), (3, 2), method="svd", return_lse=True, **options
+    )
+    hats = (truncated(x.astype("float64"), r) for x, r in ((q, 3), (k, 3), (v, 2)))
+    expected, expected_lse = naive_attention(*hats, **options)
+    # Singular vectors move by eps over the relative gap, here about 0.1, and scores by that times their size.
+    atol = 1000 * EPS[dtype]
+    np.testing.assert_allclose(to_numpy(out), expected, rtol=0, atol=atol)
+    np.testing.assert_allclose(to_numpy(lse), expected_lse, rtol=0, atol=atol)
+
+
+def test_svd_with_l1_thresholds_each_low_rank_matrix(xp):
+    q, k, v = decaying()
+    out = slra.low_rank_attention(
+        *(to_xp(xp, x) for x in (q, k, v)), (3, 2), method="svd", l1=(0.1, 0.0, 0.3)
+    )
+    hats = [truncated(x, r) for x, r in ((q, 3), (k, 3), (v, 2))]
+    hats = [
+        np.sign(x) * np.maximum(abs(x) - t, 0) for x, t in zip(hats, (0.1, 0, 0.3), strict=True)
+    ]
+    expected, _ = naive_attention(*hats)
+    np.testing.assert_allclose(to_numpy(out), expected, rtol=0, atol=1000 * EPS["float64"])
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("svd", "float64"), ("joint", "float64"), ("output", "float64"), ("output", "float32")],
+)
+def test_full_rank_is_exact(xp, method, dtype):
+    q, k, v = decaying(heads=4, dtype=dtype)
+    mask = np.random.default_rng(1).random((40, 50)) < 0.7
+    mask[5] = False
+    options = {"enable_gqa": True, "softcap": 3.0 if method == "joint" else None}
+    out, lse = slra.low_rank_attention(
+        *(to_xp(xp, x) for x in (q, k, v)),
+        (8, 6),
+        method=method,
+        mask=to_xp(xp, mask),
+        return_lse=True,
+        **options,
+    )
+    expected, expected_lse = naive_attention(q, k, v, mask=mask, **options)
+    assert np.all(to_numpy(out)[:, 5] == 0)
+    # The largest score is about 30, each carries a few roundings of its terms.
+    np.testing.assert_allclose(to_numpy(out), expected, rtol=0, atol=500 * EPS[dtype])
+    np.testing.assert_allclose(to_numpy(lse), expected_lse, rtol=0, atol=500 * EPS[dtype])
+
+
+def test_joint_is_the_best_rank_of_the_scores(xp):
+    q, k, v = decaying()
+    basis = slra.fit_attention(*(to_xp(xp, x) for x in (q, k, v)), 3, method="joint")
+    wq, wk, c, wv, mu = (to_numpy(getattr(basis, name)) for name in ("wq", "wk", "c", "wv", "mu"))
+    np.testing.assert_allclose(c, k.mean(-2, keepdims=True), atol=1e-13)
+    centred = k - k.mean(-2, keepdims=True)
+    scores = q @ centred.swapaxes(-1, -2)
+    approximate = (q @ wq) @ (centred @ wk).swapaxes(-1, -2)
+    np.testing.assert_allclose(approximate, truncated(scores, 3), atol=1e-11)
+    centred = v - v.mean(-2, keepdims=True)
+    np.testing.assert_allclose(mu, v.mean(-2, keepdims=True), atol=1e-13)
+    np.testing.assert_allclose(
+        centred @ wv @ wv.swapaxes(-1, -2), truncated(centred, 3), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_output_is_the_best_rank_in_the_metric_of_the_attention(xp, options):
+    q, k, v = decaying()
+    basis = slra.fit_attention(*(to_xp(xp, x) for x in (q, k, v)), 3, **options)
+    wq, wk, c, wv, mu = (to_numpy(getattr(basis, name)) for name in ("wq", "wk", "c", "wv", "mu"))
+    # With an identity for V the output is the attention matrix; 40 queries are all looked at.
+    identity = np.broadcast_to(np.eye(50), (2, 50, 50))
+    weights, _ = naive_attention(q, k, identity, **options)
+    received = weights.sum(-2)[..., None]
+    np.testing.assert_allclose(c, (received * k).sum(-2, keepdims=True) / 40, atol=1e-12)
+    weighted = (k - c) * np.sqrt(received)
+    scores = q @ weighted.swapaxes(-1, -2)
+    error = frobenius((q @ wq) @ (weighted @ wk).swapaxes(-1, -2) - scores)
+    np.testing.assert_allclose(error, tail(scores, 3), rtol=1e-9)
+    out = weights @ v
+    np.testing.assert_allclose(mu, out.mean(-2, keepdims=True), atol=1e-12)
+    centred = out - mu
+    projected = centred @ wv @ wv.swapaxes(-1, -2)
+    np.testing.assert_allclose(frobenius(projected - centred), tail(centred, 3), rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["svd", "joint", "output"])
+def test_grouped_heads_share_the_basis_of_their_key_head(xp, method):
+    q, k, v = decaying(heads=4)
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    basis = slra.fit_attention(*arrays, (3, 2), method=method, enable_gqa=True)
+    assert [basis.wq.shape, basis.wk.shape, basis.uv.shape] == [(4, 8, 3), (2, 8, 3), (2, 2, 6)]
+    assert basis.error.shape == (4,)
+    assert basis.ranks == ((3, 2), (3, 2))
+    out = to_numpy(basis.attend(*arrays, enable_gqa=True))
+    if method == "svd":
+        hats = (truncated(x, r) for x, r in ((q, 3), (k, 3), (v, 2)))
+        expected, _ = naive_attention(*hats, enable_gqa=True)
+    else:  # as one head with the queries of two
+        stacked = q.reshape(2, 80, 8)
+        whole = slra.fit_attention(stacked, k, v, (3, 2), method=method)
+        expected = whole.attend(stacked, k, v).reshape(4, 40, 6)
+    np.testing.assert_allclose(out, expected, atol=1e-10)
+    expected, _ = naive_attention(q, k, v, enable_gqa=True)
+    error = frobenius(out - expected) / frobenius(expected)
+    np.testing.assert_allclose(to_numpy(basis.error), error, rtol=1e-9)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_error_is_that_of_the_output_where_all_rows_are_looked_at(xp, options):
+    q, k, v = decaying(batch=(2,))
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    basis = slra.fit_attention(*arrays, (3, 4), **options)
+    expected, _ = naive_attention(q, k, v, **options)
+    out = to_numpy(basis.attend(*arrays, **options))
+    error = frobenius(out - expected) / frobenius(expected)
+    np.testing.assert_allclose(to_numpy(basis.error), error, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["svd", "joint", "output"])
+def test_pooling_fits_one_basis_to_the_whole_batch(xp, method):
+    q, k, v = decaying(batch=(3,))
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    basis = slra.fit_attention(*arrays, 3, method=method, pool_batch=True)
+    assert basis.wq.shape == (2, 8, 3)
+    assert basis.error.shape == (2,)
+    out = to_numpy(basis.attend(*arrays))
+    if method == "output":  # the same data three times teach no more than once
+        tripled = [to_xp(xp, np.repeat(x[:1], 3, axis=0)) for x in (q, k, v)]
+        out = to_numpy(slra.fit_attention(*tripled, 3, pool_batch=True).attend(*arrays))
+        single = slra.fit_attention(*(x[0] for x in (q, k, v)), 3)
+    else:
+        single = slra.fit_attention(
+            *(np.concatenate(list(x), axis=-2) for x in (q, k, v)), 3, method=method
+        )
+    np.testing.assert_allclose(out, single.attend(q, k, v), atol=1e-10)
+
+
+def test_a_basis_of_the_past_knows_nothing_of_the_future(xp):
+    q, k, v = decaying(n_q=50)
+    later = [np.concatenate([x[:, :30], np.cos(x[:, 30:] * 7)], axis=-2) for x in (q, k, v)]
+    basis = slra.fit_attention(*(to_xp(xp, x[:, :30]) for x in (q, k, v)), 3, is_causal=True)
+    one, other = (
+        slra.low_rank_attention(*(to_xp(xp, x) for x in arrays), basis=basis, is_causal=True)
+        for arrays in ((q, k, v), later)
+    )
+    np.testing.assert_array_equal(to_numpy(one)[:, :30], to_numpy(other)[:, :30])
+    assert np.max(np.abs(to_numpy(one)[:, 30:] - to_numpy(other)[:, 30:])) > 0.1
+
+
+def test_masked_keys_do_not_count(xp):
+    q, k, v = decaying()
+    mask = np.arange(50) < 40
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    out = slra.low_rank_attention(*arrays, 3, mask=to_xp(xp, mask[None, :]))
+    short = slra.low_rank_attention(q, k[:, :40], v[:, :40], 3)
+    np.testing.assert_allclose(to_numpy(out), short, atol=1e-10)
+
+
+@pytest.mark.parametrize("shapes", ["no heads", "shared keys"])
+def test_leading_axes_broadcast(xp, shapes):
+    q, k, v = decaying(heads=3, heads_k=1)
+    if shapes == "no heads":
+        q, k, v = (x[0] for x in (q, k, v))
+    out = slra.low_rank_attention(*(to_xp(xp, x) for x in (q, k, v)), (8, 6))
+    expected, _ = naive_attention(q, k, v)
+    assert out.shape == expected.shape
+    np.testing.assert_allclose(to_numpy(out), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        *((case, "output") for case in ("zero", "one key", "equal keys", "huge", "tiny")),
+        *((case, "joint") for case in ("zero", "equal keys", "huge")),
+        ("zero", "svd"),
+    ],
+)
+def test_degenerate_data_give_what_attention_gives(xp, case, method):
+    q, k, v = decaying(dtype="float32")
+    if case == "zero":
+        q, k, v = 0 * q, 0 * k, 0 * v
+    elif case == "one key":
+        k, v = k[:, :1], v[:, :1]
+    elif case == "equal keys":
+        k = np.repeat(k[:, :1], 50, axis=-2)
+    else:
+        factor = np.float32(1e25 if case == "huge" else 1e-25)
+        q, k, v = q * factor, k / factor, v * factor
+    rank = 1 if case == "one key" else (8, 6)
+    out = slra.low_rank_attention(*(to_xp(xp, x) for x in (q, k, v)), rank, method=method)
+    if case == "one key":
+        q, k, v = (truncated(x.astype("float64"), 1) for x in (q, k, v))
+    expected, _ = naive_attention(q, k, v)
+    size = np.max(np.abs(expected))
+    np.testing.assert_allclose(to_numpy(out), expected, rtol=0, atol=500 * EPS["float32"] * size)
+
+
+def test_half_precision_is_computed_in_single(xp):
+    if not hasattr(xp, "float16"):
+        pytest.skip("no float16 here")
+    q, k, v = decaying(dtype="float16")
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    basis = slra.fit_attention(*arrays, 5)
+    assert basis.wq.dtype == xp.float32
+    out = basis.attend(*arrays)
+    assert out.dtype == xp.float16
+    reference = slra.low_rank_attention(*(x.astype("float64") for x in (q, k, v)), 5)
+    np.testing.assert_allclose(to_numpy(out), reference, atol=4 * np.finfo("float16").eps)
+
+
+def test_low_rank_attention_stays_on_the_device_of_the_input(xp, device):
+    q, k, v = (xp.asarray(x, device=device) for x in decaying())
+    basis = slra.fit_attention(q, k, v, 3, is_causal=True)
+    assert basis.attend(q, k, v).device == basis.error.device == q.device
+
+
+def test_the_formula_keeps_no_gradient_of_the_fit():
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.tensor(x, requires_grad=True) for x in decaying())
+    basis = slra.fit_attention(q, k, v, 3)
+    assert not basis.wq.requires_grad
+    through = torch.autograd.grad(slra.low_rank_attention(q, k, v, 3).sum(), (q, k, v))
+    fixed = torch.autograd.grad(basis.attend(q, k, v).sum(), (q, k, v))
+    for one, other in zip(through, fixed, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+
+
+def test_jax_differentiates_with_a_constant_basis():
+    jax = pytest.importorskip("jax")
+    arrays = [jax.numpy.asarray(x) for x in decaying()]
+    basis = slra.fit_attention(*arrays, 3)
+    through = jax.grad(lambda x: slra.low_rank_attention(*x, 3).sum())(arrays)
+    fixed = jax.grad(lambda x: basis.attend(*x).sum())(arrays)
+    for one, other in zip(through, fixed, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+
+
+def test_a_basis_is_a_pytree_with_static_ranks():
+    jax = pytest.importorskip("jax")
+    arrays = [jax.numpy.asarray(x) for x in decaying()]
+    basis = jax.jit(lambda x: slra.fit_attention(*x, (3, 2)))(arrays)
+    assert basis.ranks == ((3, 2), (3, 2))
+    assert len(jax.tree.leaves(basis)) == 7
+    out = jax.jit(lambda basis, x: basis.attend(*x))(basis, arrays)
+    np.testing.assert_allclose(out, basis.attend(*arrays), atol=1e-12)
+
+
+WRONG = {
+    "method": ({"rank": 3, "method": "best"}, "method must be one of 'svd', 'joint', 'output'"),
+    "rank": ({"rank": 9}, r"rank must be between 1 and 8 \(min of Nq, Nk and D\), got 9"),
+    "rank_v": ({"rank": (8, 7)}, r"rank must be between 1 and 6 \(min of Nk and Dv\), got 7"),
+    "l1": ({"rank": 3, "l1": 0.1}, 'l1 must be 0 unless method is "svd"'),
+    "negative": ({"rank": 3, "l1": -0.1, "method": "svd"}, "l1 must be finite and 0 or more"),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG))
+def test_wrong_values_are_named(xp, case):
+    options, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        slra.low_rank_attention(*(to_xp(xp, x) for x in decaying()), **options)
+
+
+@pytest.mark.parametrize(("rank", "message"), [("3", "int"), ((1, 2, 3), "pair"), (None, "int")])
+def test_wrong_ranks_are_named(rank, message):
+    with pytest.raises(TypeError, match=message):
+        slra.fit_attention(*decaying(), rank)
+
+
+def test_a_basis_fits_what_it_was_fitted_on():
+    q, k, v = decaying(heads=4)
+    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True)
+    with pytest.raises(ValueError, match="pass enable_gqa=True"):
+        basis.attend(q, q, q[..., :6])
+    with pytest.raises(ValueError, match=r"widths \(D, Dv\) of the basis, \(8, 6\), got \(8, 8\)"):
+        basis.attend(q, k, k, enable_gqa=True)
+    with pytest.raises(ValueError, match=r"heads of the basis, \(4, 2\), got \(2, 2\)"):
+        basis.attend(q[:2], k, v, enable_gqa=True)
+    with pytest.raises(ValueError, match="rank, rtol and l1 must be left out"):
+        slra.low_rank_attention(q, k, v, 3, basis=basis, enable_gqa=True)
+
+
+@pytest.mark.eager_only("values cannot be looked at here")
+def test_infinite_input_is_refused(xp):
+    q, k, v = decaying()
+    k[0, 0, 0] = np.inf
+    with pytest.raises(ValueError, match="k must be finite"):
+        slra.fit_attention(*(to_xp(xp, x) for x in (q, k, v)), 3)
