@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from slra._backends import Primitives
 from slra._backends.agnostic import matrix_h
-from slra._typing import Array
+from slra._typing import Array, Namespace
 from slra.svd._elements import redo
 from slra.svd._linear_map import LinearMap
 from slra.svd.cholesky_qr import tall_qr
@@ -89,10 +89,13 @@ def combine(blocks: Sequence[Array], V: Array, table: Primitives) -> Array:
     xp, n_rows = table.xp, blocks[0].shape[-2]
     step = _SLAB_ROWS if table.is_eager(blocks[0]) else n_rows
     slabs = [
-        xp.concat([block[..., top : top + step, :] for block in blocks], axis=-1) @ V
-        for top in range(0, n_rows, step)
+        _joined(blocks, top, min(top + step, n_rows), xp) @ V for top in range(0, n_rows, step)
     ]
     return slabs[0] if len(slabs) == 1 else xp.concat(slabs, axis=-2)
+
+
+def _joined(blocks: Sequence[Array], top: int, bottom: int, xp: Namespace) -> Array:
+    return xp.concat([block[..., top:bottom, :] for block in blocks], axis=-1)
 
 
 def _with_phases(Q: Array, R: Array, table: Primitives) -> Array:
