@@ -61,6 +61,8 @@ CASES = {
     "causal-top-left": {"is_causal": True, "causal_align": "top_left"},
     "scale": {"scale": 0.7},
     "softcap": {"softcap": 1.5},
+    "negative-scale": {"is_causal": True, "scale": -1.5},
+    "zero-scale": {"is_causal": True, "scale": 0.0},
     "everything": {"is_causal": True, "scale": 0.2, "softcap": 3.0},
 }
 

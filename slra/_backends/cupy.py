@@ -5,6 +5,7 @@ Needs: cupy (``pip install "slra[cupy]"``) and, to allocate anything, a CUDA dev
 
 from typing import Any
 
+import cupy
 import cupyx
 import numpy as np
 
@@ -106,5 +107,5 @@ class CupyPrimitives(Primitives):
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Fetch the values from the device."""
-        values: np.ndarray[Any, Any] = x.get()
+        values: np.ndarray[Any, Any] = cupy.asnumpy(x)
         return values

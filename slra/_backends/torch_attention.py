@@ -25,6 +25,9 @@ def sdpa_attention(
     q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
 ) -> Array:
     """Exact attention, by torch's kernel."""
+    if options.scale <= 0:
+        # The kernel hides keys by -inf before it scales, which would make +inf or NaN of it.
+        q, options = q * options.scale, options._replace(scale=1.0)
     n_queries, n_keys = q.shape[-2], k.shape[-2]
     diagonal = options.diagonal(n_queries, n_keys)
     is_causal = options.is_causal and diagonal < n_keys - 1

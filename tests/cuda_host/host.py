@@ -216,6 +216,7 @@ class HostCupy(ModuleType):
     def __init__(self) -> None:
         super().__init__("cupy")
         self.ndarray = type("ndarray", (), {})
+        self.asnumpy = np.asarray
         library = Library()
         self.ElementwiseKernel = partial(HostElementwise, library)
         self.ReductionKernel = partial(HostReduction, library)
