@@ -82,10 +82,6 @@ class Primitives(SparseRows):
 
     # Linear algebra
 
-    def orthonormalize(self, y: Array) -> Array:
-        """Orthonormal basis of the columns of ``y``, shape (..., m, l) with m >= l."""
-        return self.qr(y)[0]
-
     def qr(self, y: Array) -> tuple[Array, Array]:
         """Reduced QR of ``y``, shape (..., m, l) with m >= l."""
         q, r = self.xp.linalg.qr(y, mode="reduced")

@@ -19,6 +19,9 @@ from slra._typing import Array
 
 __all__ = ["TorchPrimitives"]
 
+# For fewer matrices than this, starting threads takes longer than they save.
+WORTH_THREADS = 256
+
 
 def _is_wrapped(x: Array) -> bool:
     """Whether ``x`` is inside a torch.func transform."""
@@ -72,7 +75,7 @@ class TorchPrimitives(Primitives):
 
     def small_eigh(self, g: Array) -> tuple[Array, Array]:
         """Split a batch over threads, which torch does not do on a CPU."""
-        n_threads = min(torch.get_num_threads(), g.shape[0] if g.ndim > 2 else 1)
+        n_threads = torch.get_num_threads() if g.ndim > 2 and g.shape[0] >= WORTH_THREADS else 1
         if g.device.type != "cpu" or n_threads == 1 or not self.is_eager(g) or g.requires_grad:
             return super().small_eigh(g)
         with ThreadPoolExecutor(n_threads) as pool:

@@ -93,7 +93,8 @@ def _table(comparison: Comparison) -> Table:
         title=f"Attention of {n_heads} MiniLM-L6 heads, {n_tokens} tokens, d = {d}, "
         f"float32, {comparison.backend}",
         caption="error: norm(out - exact) / norm(exact), Frobenius, median and worst over heads. "
-        "K, V: all heads; rank r keeps n x r coordinates and a d x r basis of each. "
+        "K, V: all heads; rank r keeps n x r coordinates and a d x r basis of each, "
+        "joint and output a shift too. "
         f"time: the whole call, factoring included, median of {N_ROUNDS} interleaved.",
         caption_justify="left",
     )

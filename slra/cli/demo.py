@@ -26,7 +26,7 @@ __all__ = [
     "count_calls",
 ]
 
-METHODS = ("svd",)
+METHODS = ("svd", "joint", "output")
 RANKS = (4, 8, 16, 24, 32)
 N_ROUNDS = 5
 # The map is drawn for the middle rank and, as the heads go from easy to hard, the middle head.
@@ -100,7 +100,7 @@ def compare(backend: Backend, sample: AttentionSample, advance: Callable[[], obj
 
     shape = sample.k.shape
     rows = [
-        Row(method, rank, relative_errors(out, exact), factor_bytes(shape, rank), spent)
+        Row(method, rank, relative_errors(out, exact), factor_bytes(shape, rank, method), spent)
         for (method, rank), out, spent in zip(cases, outs, seconds, strict=True)
     ]
     maps = attention_maps(backend, q[MAP_HEAD : MAP_HEAD + 1], k[MAP_HEAD : MAP_HEAD + 1])
@@ -131,10 +131,11 @@ def relative_errors(out: NDArray[Any], exact: NDArray[Any]) -> NDArray[np.float6
     return np.asarray(difference / np.linalg.norm(exact, axis=(-2, -1)))
 
 
-def factor_bytes(shape: tuple[int, int, int], rank: int, itemsize: int = 4) -> int:
-    """Bytes of rank-`rank` factors of K and V: n x r coordinates and a d x r basis of each."""
+def factor_bytes(shape: tuple[int, int, int], rank: int, method: str, itemsize: int = 4) -> int:
+    """Bytes of rank-`rank` factors of K and V: n x r coordinates, a d x r basis and a shift of each."""
     n_heads, n_tokens, d = shape
-    return 2 * n_heads * (n_tokens + d) * rank * itemsize
+    n_shift = 0 if method == "svd" else d
+    return 2 * n_heads * ((n_tokens + d) * rank + n_shift) * itemsize
 
 
 def attention_maps(backend: Backend, q: Any, k: Any) -> tuple[NDArray[Any], NDArray[Any]]:

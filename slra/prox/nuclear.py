@@ -14,6 +14,8 @@ from slra._validate import (
 )
 from slra.prox.rank import masked_svd
 from slra.svd import SVDResult
+from slra.svd._linear_map import scaling_exponent
+from slra.svd.cholesky_qr import orthonormal, tall_qr
 
 __all__ = ["norm_nuclear", "prox_nuclear", "shrink_singular_values"]
 
@@ -152,7 +154,7 @@ def shrink_singular_values(
     """Singular triplets of ``x`` above ``tau``, less ``tau``; ``tol`` is the residual allowed over sigma_1."""
     xp = table.xp
     eager = table.is_eager(x)
-    if eager and x.ndim == 2 and min(x.shape) >= MIN_PARTIAL and bool(xp.all(xp.isfinite(x))):
+    if eager and x.ndim == 2 and min(x.shape) >= MIN_PARTIAL and _is_harmless(x, table):
         if tol is None:
             tol = 10 * float(xp.finfo(x.dtype).eps) * max(x.shape) ** 0.5
         found = _partial_svd(x, float(tau), basis, rng, tol, table)
@@ -165,6 +167,12 @@ def shrink_singular_values(
         rank = int(xp.max(xp.count_nonzero(S, axis=-1))) if S.size else 0
         U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
     return SVDResult(U, S, Vh)
+
+
+def _is_harmless(x: Array, table: Primitives) -> bool:
+    """Whether ``x`` is finite and squares of its entries stay in range."""
+    largest = table.max_abs(x)
+    return bool(table.xp.isfinite(largest)) and scaling_exponent(largest, table) is None
 
 
 def _partial_svd(
@@ -192,8 +200,8 @@ def _partial_svd(
         image = x @ V
         if last is not None and _is_found(image, last, tau, tol, table):
             return last
-        Q = table.orthonormalize(image)
-        Z, R = table.qr(xh @ Q)
+        Q = orthonormal(image, table)
+        Z, R = tall_qr(xh @ Q, table)
         W, S, Th = table.small_svd(R)
         V = Z @ W
         last = SVDResult(Q @ matrix_h(Th, xp), S, matrix_h(V, xp))
