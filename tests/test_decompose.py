@@ -471,3 +471,18 @@ def test_candidates_of_equal_bytes():
         width = 4 + (1 if n <= 128 else 2)
         for r, k in splits:
             assert (m + n) * r * 4 + m * k * width <= (m + n) * rank * 4
+
+
+def test_archive_with_damaged_compressed_data(tmp_path):
+    """Damage inside a deflated member is reported by zlib rather than by zipfile."""
+    small = slra.compress(np.random.default_rng(0).standard_normal((30, 20)), 3, 2 / 20)
+    path = tmp_path / "damaged.npz"
+    with path.open("wb") as file:
+        np.savez_compressed(file, **small._asdict())
+    assert np.array_equal(slra.SparseLowRank.load(path).left, small.left)
+    content = bytearray(path.read_bytes())
+    for i in range(200, 400):
+        content[i] ^= 0xFF
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="does not hold a SparseLowRank"):
+        slra.SparseLowRank.load(path)

@@ -33,6 +33,11 @@ class Inputs(NamedTuple):
     options: ScoreOptions
     promoted: Promoted
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether any of q, k and v has a head axis."""
+        return any(x.ndim > 2 for x in (self.q, self.k, self.v))
+
 
 def check_inputs(
     q: Array,

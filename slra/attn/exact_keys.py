@@ -47,7 +47,7 @@ def _without(keys: ExactKeys, inputs: Inputs, *, enable_gqa: bool) -> Array:
     keep = keys.keep[..., None, :]
     if enable_gqa:
         keep = per_query_head(keep, inputs.q, xp)
-    elif not _has_heads(inputs):
+    elif not inputs.has_heads:
         keep = keep[0, ...]
     if mask is None:
         return keep
@@ -62,7 +62,7 @@ def _attend_exactly(inputs: Inputs, keys: ExactKeys, *, enable_gqa: bool) -> tup
     k, v = (table.gather_rows(x, keys.indices)[..., None, :, :] for x in (data.k, data.v))
     options = data.options._replace(is_causal=False)
     out, lse = table.attention(data.q, k, v, _mask(data, keys), options)
-    if not _has_heads(inputs):
+    if not inputs.has_heads:
         return out[0, 0, ...], lse[0, 0, ...]
     return join_heads(out, inputs, 2), join_heads(lse, inputs, 1)
 
@@ -85,7 +85,3 @@ def _mask(data: Grouped, keys: ExactKeys) -> Array | None:
     if xp.isdtype(mask.dtype, "bool"):
         return xp.logical_and(mask, seen)
     return xp.where(seen, mask, xp.full_like(mask, -xp.inf))
-
-
-def _has_heads(inputs: Inputs) -> bool:
-    return any(x.ndim > 2 for x in (inputs.q, inputs.k, inputs.v))

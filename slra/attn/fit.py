@@ -180,8 +180,7 @@ def fit_inputs(
         factors = mask_ranks(factors, ranks, data)
     widest = max(qk for qk, _ in ranks), max(v for _, v in ranks)
     maps = GroupedMaps(*cut(factors, *widest, table), factors.c, factors.mu)
-    has_heads = any(x.ndim > 2 for x in (inputs.q, inputs.k, inputs.v))
-    return Fitted(data, maps, tuple(ranks), test_rows, pool_batch, has_heads)
+    return Fitted(data, maps, tuple(ranks), test_rows, pool_batch, inputs.has_heads)
 
 
 def constant_inputs(inputs: Inputs) -> Inputs:

@@ -209,7 +209,7 @@ def _baseline(inputs: Inputs, method: str, rank: Any, n_exact: int, *, enable_gq
     limit, limit_is = limits[method]
     data = group(inputs, enable_gqa=enable_gqa)
     out = BASELINES[method](data, check_rank(rank, limit, limit_is=limit_is), n_exact)
-    if not any(x.ndim > 2 for x in (q, k, inputs.v)):
+    if not inputs.has_heads:
         return out[0, 0, ...]
     return join_heads(out, inputs, 2)
 

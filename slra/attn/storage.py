@@ -1,12 +1,11 @@
 """Bases in files: an .npz archive of plain arrays, read without unpickling."""
 
-import zipfile
-import zlib
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
+from slra._npz import read_npz
 from slra._validate import resolve
 
 __all__ = ["load_arrays", "save_arrays"]
@@ -25,20 +24,11 @@ def save_arrays(path: str | PathLike[str], basis: Any) -> None:
 def load_arrays(path: str | PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
     """Read them back; ValueError where the file is not what `save_arrays` writes."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        arrays = read_npz(path)
         _check(arrays)
     except FileNotFoundError:
         raise
-    except (
-        ValueError,
-        TypeError,
-        EOFError,
-        OSError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"path must be a file written by AttentionBasis.save, got {path}: {error}"
         ) from error

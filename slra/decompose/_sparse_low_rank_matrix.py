@@ -1,6 +1,5 @@
 """The compressed matrix: two factors and a few entries in every row."""
 
-import zipfile
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slra._backends import Primitives
+from slra._npz import read_npz
 from slra._typing import Array
 from slra._validate import resolve
 
@@ -113,7 +113,8 @@ class SparseLowRank(_Parts):
         ValueError
             If the suffix is another.
         """
-        arrays = {name: _to_numpy(x) for name, x in zip(self._fields, self, strict=True)}
+        table = resolve(left=self.left)
+        arrays = {name: table.to_numpy(x) for name, x in zip(self._fields, self, strict=True)}
         if _suffix(path) == ".npz":
             with Path(path).open("wb") as file:
                 np.savez(file, allow_pickle=False, **arrays)
@@ -166,26 +167,12 @@ def _suffix(path: str | PathLike[str]) -> str:
     return suffix
 
 
-def _to_numpy(x: Array) -> np.ndarray[Any, Any]:
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-    return np.asarray(x.get() if hasattr(x, "get") else x)
-
-
 def _read_npz(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        try:
-            with np.load(file, allow_pickle=False) as archive:
-                return {name: archive[name] for name in SparseLowRank._fields}
-        except (
-            ValueError,
-            KeyError,
-            EOFError,
-            OSError,
-            AttributeError,
-            zipfile.BadZipFile,
-        ) as error:
-            raise _not_one(path, error) from error
+    try:
+        loaded = read_npz(path)
+        return {name: loaded[name] for name in SparseLowRank._fields}
+    except (ValueError, KeyError) as error:
+        raise _not_one(path, error) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
