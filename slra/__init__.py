@@ -3,6 +3,7 @@
 from slra import prox
 from slra.attn import (
     AttentionBasis,
+    KVCache,
     attention,
     attention_vjp,
     fit_attention,
@@ -36,6 +37,7 @@ __all__ = [
     "AttentionBasis",
     "EighResult",
     "ErrorEstimate",
+    "KVCache",
     "MatrixOperator",
     "Progress",
     "RobustPCAResult",

@@ -20,6 +20,7 @@ from slra._backends.agnostic_attention import (
     tiled_attention_vjp,
     weights_and_gradients,
 )
+from slra._backends.agnostic_rows import Rows
 from slra._backends.agnostic_sparse import SparseRows
 from slra._typing import Array, DType, Namespace
 
@@ -37,9 +38,11 @@ def matrix_h(x: Array, xp: Namespace) -> Array:
     return xp.conj(x) if xp.isdtype(x.dtype, "complex floating") else x
 
 
-class Primitives(SparseRows):
+class Primitives(SparseRows, Rows):
     """Primitives for one namespace, ``xp``."""
 
+    # Whether an array cannot be written to: a function then returns a new one.
+    is_functional = False
     # Whether the thresholds and sums of moduli take half precision as it is, and convert as they read.
     takes_half = False
 
@@ -71,6 +74,9 @@ class Primitives(SparseRows):
     def record(self, kind: type, arrays: dict[str, Array], static: dict[str, Any]) -> Any:
         """Make a dataclass of arrays and of plain values that a transformation must keep as they are."""
         return kind(**arrays, **static)
+
+    def make_pytree(self, kind: type, take: Callable[[Any], Any], make: Callable[..., Any]) -> None:
+        """Let transformations take objects of a class apart, and make them again."""
 
     def from_numpy(self, a: np.ndarray[Any, Any], like: Array, dtype: DType | None = None) -> Array:
         """Bring a small NumPy array to the library, device and (unless given) dtype of ``like``."""
@@ -188,10 +194,6 @@ class Primitives(SparseRows):
         """Find the ``k``-th largest entry along the last axis, (..., 1)."""
         place = x.shape[-1] - k
         return self.xp.sort(x, axis=-1)[..., place : place + 1]
-
-    def gather_rows(self, x: Array, indices: Array) -> Array:
-        """Rows of ``x`` (..., n, d) at ``indices`` (..., m), whose leading axes broadcast; (..., m, d)."""
-        return self.xp.take_along_axis(x, indices[..., None], axis=-2)
 
     # Elementwise
 

@@ -19,12 +19,19 @@ __all__ = ["JaxPrimitives"]
 
 
 @cache
+def _register_node(kind: type, take: Callable[[Any], Any], make: Callable[..., Any]) -> None:
+    jax.tree_util.register_pytree_node(kind, take, make)
+
+
+@cache
 def _register(kind: type, arrays: tuple[str, ...], static: tuple[str, ...]) -> None:
     jax.tree_util.register_dataclass(kind, data_fields=arrays, meta_fields=static)
 
 
 class JaxPrimitives(Primitives):
     """Overrides for JAX."""
+
+    is_functional = True
 
     def is_eager(self, x: Array) -> bool:
         """Tracers (jit, grad, vmap) cannot be read."""
@@ -54,6 +61,19 @@ class JaxPrimitives(Primitives):
         """Make the dataclass a pytree, whose plain values are part of its structure."""
         _register(kind, tuple(arrays), tuple(static))
         return kind(**arrays, **static)
+
+    def make_pytree(self, kind: type, take: Callable[[Any], Any], make: Callable[..., Any]) -> None:
+        """Register the class, once."""
+        _register_node(kind, take, make)
+
+    def put_rows(self, buffer: Array, rows: Array, places: Array) -> Array:
+        """Scatter; in place where a compiled function owns the buffer."""
+        places = jax.numpy.asarray(places)
+        # A negative index would count from the end; one beyond it is dropped.
+        places = jax.numpy.where(places < 0, buffer.shape[-2], places)
+        element = jax.numpy.arange(buffer.shape[0])[:, None]
+        rows = jax.numpy.swapaxes(rows, 1, 2).astype(buffer.dtype)
+        return buffer.at[element, :, places, :].set(rows, mode="drop")
 
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve by substitution."""

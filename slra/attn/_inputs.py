@@ -19,7 +19,7 @@ from slra._validate import (
     resolve,
 )
 
-__all__ = ["Inputs", "check_inputs", "group_heads", "join_heads", "split_heads"]
+__all__ = ["Inputs", "check_inputs", "check_scale", "group_heads", "join_heads", "split_heads"]
 
 
 class Inputs(NamedTuple):
@@ -64,7 +64,7 @@ def check_inputs(
         if not isinstance(flag, (bool, np.bool_)):
             raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
     options = ScoreOptions(
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else _check_scale(scale),
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else check_scale(scale),
         is_causal=bool(is_causal),
         causal_align=causal_align,
         softcap=None if softcap is None else check_positive(softcap, "softcap"),
@@ -74,7 +74,7 @@ def check_inputs(
     return Inputs(table, work_q, work_k, work_v, mask, options, promoted)
 
 
-def _check_scale(scale: Any) -> float:
+def check_scale(scale: Any) -> float:
     negative = isinstance(scale, numbers.Real) and scale < 0
     magnitude = check_positive(-scale if negative else scale, "scale", allow_zero=True)
     return -magnitude if negative else magnitude

@@ -1,0 +1,50 @@
+"""Primitives that read and write rows of matrices at given places, in the array API standard alone."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from slra._typing import Array
+
+__all__ = ["Rows", "runs"]
+
+
+class Rows:
+    """What a library's table can do better with rows."""
+
+    xp: Any
+
+    def gather_rows(self, x: Array, indices: Array) -> Array:
+        """Rows of ``x`` (..., n, d) at ``indices`` (..., m), whose leading axes broadcast; (..., m, d)."""
+        return self.xp.take_along_axis(x, indices[..., None], axis=-2)
+
+    def put_rows(self, buffer: Array, rows: Array, places: Array) -> Array:
+        """Write ``rows`` (B, H, m, d) to a buffer (B, H, n, d) at places (B, m), in place where the library can.
+
+        Rows with a negative place are left out; the other places of an element of B differ, and are below n. A
+        library whose arrays cannot be written to leaves out those that are not. ``places`` is a NumPy array unless
+        values cannot be looked at.
+        """
+        rows = self.xp.astype(rows, buffer.dtype, copy=False)
+        together = bool(np.all(places == places[:1]))
+        for b in [slice(None)] if together else range(len(places)):
+            for source, target in runs(places[0] if together else places[b]):
+                buffer[b, :, target, :] = rows[b, :, source, :]
+        return buffer
+
+
+def runs(places: np.ndarray[Any, Any]) -> list[tuple[slice, slice]]:
+    """Pairs of slices, of the source and of the target, that take row i to ``places[i]`` unless that is negative."""
+    (kept,) = np.nonzero(places >= 0)
+    targets = places[kept]
+    (cuts,) = np.nonzero((np.diff(kept) != 1) | (np.diff(targets) != 1))
+    bounds = [0, *(int(cut) + 1 for cut in cuts), len(kept)]
+    return [
+        (
+            slice(int(kept[first]), int(kept[end - 1]) + 1),
+            slice(int(targets[first]), int(targets[end - 1]) + 1),
+        )
+        for first, end in itertools.pairwise(bounds)
+        if first < end
+    ]

@@ -1,0 +1,686 @@
+"""The cache against attention on whole matrices of what it stands for, in double precision."""
+
+import doctest
+import functools
+
+import array_api_compat as compat
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import slra
+from slra._backends import primitives
+from slra._backends.agnostic_rows import runs
+from slra.attn.cache import cache as module
+from tests.backends import to_numpy, to_xp
+from tests.test_attention import naive_attention
+from tests.test_low_rank import decaying
+
+EAGER = pytest.mark.eager_only("a cache is an object, whose methods are not compiled one by one")
+D, DV, HQ, HK = 8, 6, 4, 2
+FREQUENCIES = (1.0, 0.3, 0.05)
+
+
+def tokens(n=40, seed=0, batch=(), dtype="float64"):
+    return decaying(seed, heads=HQ, heads_k=HK, n_q=n, n_k=n, d=D, d_v=DV, batch=batch, dtype=dtype)
+
+
+@functools.cache
+def basis_of(rank, method="output"):
+    q, k, v = tokens(60, seed=9)
+    return slra.fit_attention(q, k, v, rank, method=method, enable_gqa=True)
+
+
+def moved(basis, xp):
+    """The basis with arrays of another library."""
+    arrays = {
+        name: to_xp(xp, getattr(basis, name))
+        for name in ("wq", "wk", "wv", "uv", "c", "mu", "error")
+    }
+    return slra.AttentionBasis(**arrays, ranks=basis.ranks)
+
+
+def rotated(x, frequencies=FREQUENCIES):
+    """Rotary embedding by complex numbers, features i and i + F as real and imaginary part."""
+    n = len(frequencies)
+    turn = np.exp(1j * np.arange(x.shape[-2])[:, None] * np.asarray(frequencies))
+    z = (x[..., :n] + 1j * x[..., n : 2 * n]) * turn
+    return np.concatenate([z.real, z.imag, x[..., 2 * n :]], axis=-1)
+
+
+def kept_entries(x, n):
+    """x with all but the n largest entries of each row set to zero."""
+    place = np.argsort(np.argsort(-np.abs(x), axis=-1), axis=-1)
+    return np.where(place < n, x, 0)
+
+
+def stood_for(k, v, basis, window, n_sink, n_sparse):
+    """Keys (one set for each query head) and values that a cache of these tokens stands for."""
+    k, v = (np.repeat(x, HQ // HK, axis=-3) for x in (k, v))
+    wk, wv, uv, c, mu = (
+        np.repeat(getattr(basis, x), HQ // HK, axis=0) for x in ("wk", "wv", "uv", "c", "mu")
+    )
+    low_k = (k - c) @ wk @ basis.wq.swapaxes(-1, -2) + c
+    low_v = (v - mu) @ wv @ uv + mu
+    low_k, low_v = (
+        low_k + kept_entries(k - low_k, n_sparse),
+        low_v + kept_entries(v - low_v, n_sparse),
+    )
+    place = np.arange(k.shape[-2])
+    is_exact = ((place < n_sink) | (place >= k.shape[-2] - window))[:, None]
+    return np.where(is_exact, k, low_k), np.where(is_exact, v, low_v)
+
+
+def expected(q, k, v, basis, *, n_queries, mask=None, is_causal=True, **options):
+    """Attention of the last queries of one sequence, on whole matrices."""
+    parts = [options.pop(name, 0) for name in ("window", "n_sink", "n_sparse")]
+    k, v = stood_for(k, v, basis, *parts)
+    if frequencies := options.pop("rotary", None):
+        q, k = rotated(q, frequencies), rotated(k, frequencies)
+    q = q[..., q.shape[-2] - n_queries :, :]
+    return naive_attention(q, k, v, mask=mask, is_causal=is_causal, **options)
+
+
+def appended(cache, k, v, sizes, q=None):
+    start = 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        more = {} if q is None else {"q": q[..., rows, :]}
+        cache = cache.append(k[..., rows, :], v[..., rows, :], **more)
+        start += size
+    return cache
+
+
+OPTIONS = {
+    "plain": {},
+    "window and sinks": {"window": 7, "n_sink": 3},
+    "softcap": {"window": 4, "softcap": 2.0, "scale": 0.5},
+    "sparse": {"n_sink": 2, "n_sparse": 3},
+    "sparse, softcap": {"window": 2, "n_sparse": 2, "softcap": 3.0},
+    "rotary": {"window": 5, "n_sink": 2, "rotary": FREQUENCIES},
+    "rotary, sparse, softcap": {"window": 5, "rotary": FREQUENCIES, "n_sparse": 2, "softcap": 2.0},
+}
+
+
+@EAGER
+@pytest.mark.parametrize("case", list(OPTIONS))
+def test_it_is_attention_to_what_it_stands_for(xp, case):
+    options = OPTIONS[case]
+    q, k, v = tokens()
+    basis = basis_of((4, 3))
+    cache = slra.KVCache(moved(basis, xp), **options)
+    cache = appended(cache, to_xp(xp, k), to_xp(xp, v), [20, 1, 0, 9, 1, 9])
+    rows = to_xp(xp, q[..., -9:, :])
+    out, lse = cache.attend(rows, return_lse=True)
+    right, right_lse = expected(q, k, v, basis, n_queries=9, **options)
+    np.testing.assert_allclose(to_numpy(out), right, atol=1e-12)
+    np.testing.assert_allclose(to_numpy(lse), right_lse, atol=1e-12)
+    assert compat.array_namespace(out) is compat.array_namespace(rows)
+
+
+@pytest.mark.parametrize("method", ["svd", "joint"])
+def test_query_heads_may_have_maps_of_their_own(method):
+    q, k, v = tokens()
+    basis = basis_of((4, 3), method)
+    cache = slra.KVCache(basis, window=5).append(k, v)
+    right, _ = expected(q, k, v, basis, n_queries=2, window=5)
+    np.testing.assert_allclose(cache.attend(q[:, -2:]), right, atol=1e-12)
+
+
+@st.composite
+def histories(draw):
+    """Options of a cache, sizes of the blocks appended, how many tokens of each a sequence has, and what is asked."""
+    batch = draw(st.sampled_from([(), (3,), (2, 1)]))
+    sizes = draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+    used = [
+        draw(
+            st.lists(
+                st.integers(0, size), min_size=int(np.prod(batch)), max_size=int(np.prod(batch))
+            )
+        )
+        for size in sizes
+    ]
+    options = {
+        "window": draw(st.integers(0, 8)),
+        "n_sink": draw(st.integers(0, 5)),
+        "n_sparse": draw(st.sampled_from([0, 0, 2])),
+        "softcap": draw(st.sampled_from([None, 2.0])),
+        "rotary": draw(st.sampled_from([None, None, FREQUENCIES])),
+        "capacity": draw(st.sampled_from([None, 64])),
+    }
+    ragged = draw(st.booleans()) and batch != ()
+    asked = {"mask": draw(st.sampled_from([None, bool, float])), "is_causal": draw(st.booleans())}
+    return batch, sizes, used if ragged else None, options, asked, draw(st.integers(0, 99))
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(histories(), st.sampled_from(["output", "joint", "svd"]))
+def test_at_full_rank_it_is_exact_whatever_was_appended(history, method):
+    batch, sizes, used, options, asked, seed = history
+    q, k, v = tokens(sum(sizes), seed=seed, batch=batch)
+    cache = slra.KVCache(basis_of((D, DV), method), batch=batch, **options)
+    start = 0
+    for i, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        counts = None if used is None else np.reshape(used[i], batch)
+        cache = cache.append(k[..., rows, :], v[..., rows, :], lengths=counts)
+        start += size
+    # What each sequence has, cut out of the blocks; its queries are those of the last block.
+    n_last = sizes[-1]
+    if n_last == 0:
+        return
+    lengths = np.broadcast_to(cache.lengths, batch)
+    rng = np.random.default_rng(seed)
+    longest = int(lengths.max()) if lengths.size else 0
+    mask = {
+        None: None,
+        bool: rng.random((HQ, n_last, longest)) < 0.7,
+        float: rng.standard_normal((n_last, longest)),
+    }[asked["mask"]]
+    counts = None if used is None else np.reshape(used[-1], batch)
+    out, lse = cache.attend(
+        q[..., start - n_last :, :],
+        mask=mask,
+        is_causal=asked["is_causal"],
+        lengths=counts,
+        return_lse=True,
+    )
+    bounds = np.cumsum([0, *sizes])
+    for at in np.ndindex(*batch):
+        flat = int(np.ravel_multi_index(at, batch)) if batch else 0
+        mine = [sizes[i] if used is None else used[i][flat] for i in range(len(sizes))]
+        own = np.concatenate(
+            [np.arange(b, b + n) for b, n in zip(bounds[:-1], mine, strict=True)]
+        ).astype(int)
+        assert len(own) == lengths[at]
+        here = [x[at][:, own] for x in (q, k, v)]
+        part = None if mask is None else mask[..., : mine[-1], : len(own)]
+        np.testing.assert_array_equal(out[at][:, mine[-1] :], 0)
+        if mine[-1] == 0:
+            continue
+        right, right_lse = _exactly(*here, mine[-1], options, part, asked["is_causal"])
+        np.testing.assert_allclose(out[at][:, : mine[-1]], right, atol=1e-6)
+        np.testing.assert_allclose(lse[at][:, : mine[-1]], right_lse, atol=1e-6)
+
+
+def _exactly(q, k, v, n_queries, options, mask, is_causal):
+    if options["rotary"]:
+        q, k = rotated(q), rotated(k)
+    return naive_attention(
+        q[:, q.shape[1] - n_queries :],
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        softcap=options["softcap"],
+        enable_gqa=True,
+    )
+
+
+@EAGER
+def test_sequences_of_different_length(xp):
+    q, k, v = tokens(12, batch=(3,))
+    basis = basis_of((4, 3))
+    cache = slra.KVCache(moved(basis, xp), batch=(3,), window=4, n_sink=1)
+    first, second = np.asarray([7, 2, 5]), np.asarray([5, 3, 0])
+    cache = cache.append(to_xp(xp, k[..., :7, :]), to_xp(xp, v[..., :7, :]), lengths=first)
+    cache = cache.append(to_xp(xp, k[..., 7:, :]), to_xp(xp, v[..., 7:, :]), lengths=second)
+    np.testing.assert_array_equal(to_numpy(cache.lengths), first + second)
+    rng = np.random.default_rng(0)
+    mask = rng.standard_normal((3, 1, 5, 12))
+    out = to_numpy(cache.attend(to_xp(xp, q[..., 7:, :]), mask=to_xp(xp, mask), lengths=second))
+    for b in range(3):
+        own = [*range(first[b]), *range(7, 7 + second[b])]
+        here = [x[b][:, own] for x in (q, k, v)]
+        part = mask[b, :, : second[b], : len(own)]
+        if second[b]:
+            right, _ = expected(*here, basis, n_queries=second[b], window=4, n_sink=1, mask=part)
+            np.testing.assert_allclose(out[b, :, : second[b]], right, atol=1e-12)
+        np.testing.assert_array_equal(out[b, :, second[b] :], 0)
+
+
+@EAGER
+@pytest.mark.parametrize("case", ["window and sinks", "rotary, sparse, softcap"])
+def test_decoded_tokens_are_those_it_stands_for(xp, case):
+    options = OPTIONS[case]
+    _, k, v = tokens()
+    basis = basis_of((4, 3))
+    cache = appended(
+        slra.KVCache(moved(basis, xp), **options), to_xp(xp, k), to_xp(xp, v), [30, 10]
+    )
+    low_k, low_v = (to_numpy(x) for x in cache.decode())
+    parts = [options.get(name, 0) for name in ("window", "n_sink", "n_sparse")]
+    right_k, right_v = (x[:: HQ // HK] for x in stood_for(k, v, basis, *parts))
+    np.testing.assert_allclose(low_k, right_k, atol=1e-12)
+    np.testing.assert_allclose(low_v, right_v, atol=1e-12)
+
+
+@EAGER
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_halves_the_bytes(xp, dtype):
+    if not hasattr(xp, dtype):
+        with pytest.raises(ValueError, match="dtype must be one that the library of the basis has"):
+            slra.KVCache(moved(basis_of((4, 3)), xp), dtype=dtype)
+        return
+    q, k, v = tokens(dtype="float32")
+    basis = basis_of((4, 3))
+    caches = [
+        appended(slra.KVCache(moved(basis, xp), dtype=d), to_xp(xp, k), to_xp(xp, v), [40])
+        for d in (dtype, "float32")
+    ]
+    assert caches[1].nbytes - caches[0].nbytes == HK * 40 * (4 + 3) * 2
+    out, right = (to_numpy(cache.attend(to_xp(xp, q[:, -1:]))) for cache in caches)
+    eps = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    # Scores move by eps times their size, which is below 20 here, and values by eps.
+    assert 0 < np.max(np.abs(out - right)) < 20 * eps * np.max(np.abs(v))
+    assert out.dtype == np.float32
+
+
+def test_appending_copies_each_row_a_few_times_at_most():
+    basis = basis_of((3, 2))
+    _, k, v = tokens(10_000)
+    cache = slra.KVCache(basis, window=8)
+    slope = HK * (3 + 2) * 8
+    fixed = cache.nbytes
+    copied, bytes_before, sizes = 0, fixed, []
+    for i in range(10_000):
+        cache = cache.append(k[:, i : i + 1], v[:, i : i + 1])
+        if cache.nbytes != bytes_before:
+            copied += bytes_before - fixed
+            bytes_before = cache.nbytes
+        sizes.append(cache.nbytes - fixed)
+    held = np.arange(1, 10_001) * slope
+    assert np.all(sizes >= held)
+    # No more room than a quarter, or what the first buffer has.
+    assert np.all(sizes <= np.maximum(1.25 * held + slope, 16 * slope))
+    # 1/(1.25 - 1) copies of all rows, and no growth with their number.
+    assert copied <= 4 * held[-1]
+
+
+def test_memory_is_what_it_says():
+    import tracemalloc
+
+    basis = basis_of((3, 2))
+    _, k, v = tokens(2000)
+    tracemalloc.start()
+    cache = slra.KVCache(basis, window=8, n_sink=2, n_sparse=1)
+    for i in range(2000):
+        cache = cache.append(k[:, i : i + 1], v[:, i : i + 1])
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # The rest is Python's own: objects, and the maps that belong to the basis.
+    assert cache.nbytes - 20_000 < held < cache.nbytes + 50_000
+
+
+@EAGER
+def test_with_a_capacity_memory_stays(xp):
+    _, k, v = tokens()
+    cache = slra.KVCache(moved(basis_of((4, 3)), xp), capacity=40, window=4)
+    before = cache.nbytes
+    cache = appended(cache, to_xp(xp, k), to_xp(xp, v), [30, 10])
+    assert cache.nbytes == before
+    if not compat.is_jax_namespace(xp):
+        with pytest.raises(ValueError, match="capacity must be at least 41"):
+            cache.append(to_xp(xp, k[:, :1]), to_xp(xp, v[:, :1]))
+
+
+# JAX: one structure, compiled once
+
+
+def jitted(cache, q, k, v, sizes, lengths=None):
+    """Append block by block and attend after each, in a compiled function."""
+    jax = pytest.importorskip("jax")
+    traces = 0
+
+    @jax.jit
+    def step(cache, q, k, v, counts):
+        nonlocal traces
+        traces += 1
+        cache = cache.append(k, v, lengths=counts)
+        return cache, cache.attend(q, lengths=counts)
+
+    outs, start = [], 0
+    for i, size in enumerate(sizes):
+        rows = [jax.numpy.asarray(x[..., start : start + size, :]) for x in (q, k, v)]
+        counts = None if lengths is None else jax.numpy.asarray(lengths[i])
+        cache, out = step(cache, *rows, counts)
+        outs.append(out)
+        start += size
+    assert traces == len(set(sizes))
+    return cache, outs
+
+
+@pytest.mark.parametrize("case", ["window and sinks", "rotary, sparse, softcap"])
+def test_under_jit_it_is_compiled_once_and_the_same(case):
+    jnp = pytest.importorskip("jax.numpy")
+    options = OPTIONS[case]
+    q, k, v = tokens(15)
+    basis = basis_of((4, 3))
+    cache = slra.KVCache(moved(basis, jnp), capacity=17, **options)
+    cache, outs = jitted(cache, q, k, v, [10, 1, 1, 1, 1, 1])
+    n = 10
+    for out, size in zip(outs, [10, 1, 1, 1, 1, 1], strict=True):
+        n += size - (10 if size == 10 else 0)
+        here = [x[:, :n] for x in (q, k, v)]
+        right, _ = expected(*here, basis, n_queries=size, **options)
+        np.testing.assert_allclose(out, right, atol=1e-12)
+    assert int(cache.lengths) == 15
+
+
+def test_under_jit_sequences_differ_in_length_and_an_overflow_shows():
+    jnp = pytest.importorskip("jax.numpy")
+    q, k, v = tokens(8, batch=(2,))
+    options = {"window": 2, "n_sink": 1, "batch": (2,)}
+    lengths = [np.asarray([4, 1]), np.asarray([2, 4])]
+    cache = slra.KVCache(moved(basis_of((4, 3)), jnp), capacity=6, **options)
+    cache, outs = jitted(cache, q, k, v, [4, 4], lengths)
+    host = slra.KVCache(basis_of((4, 3)), **options)
+    for i, out in enumerate(outs):
+        rows = slice(4 * i, 4 * i + 4)
+        host = host.append(k[..., rows, :], v[..., rows, :], lengths=lengths[i])
+        right = host.attend(q[..., rows, :], lengths=lengths[i])
+        np.testing.assert_allclose(out, right, atol=1e-12)
+    last = jnp.asarray(k[..., :1, :]), jnp.asarray(v[..., :1, :])
+    out = cache.append(*last, lengths=np.asarray([1, 0])).attend(jnp.asarray(q[..., :1, :]))
+    assert np.all(np.isnan(out[0]))
+    assert not np.any(np.isnan(out[1]))
+
+
+def test_a_cache_that_grows_does_not_pass_through_jit():
+    jax = pytest.importorskip("jax")
+    _, k, v = (jax.numpy.asarray(x) for x in tokens(4))
+    cache = slra.KVCache(moved(basis_of((4, 3)), jax.numpy))
+    with pytest.raises(ValueError, match="capacity must be given"):
+        jax.jit(lambda cache: cache.append(k, v))(cache)
+    grown = cache.append(k, v)
+    assert (int(cache.lengths), int(grown.lengths)) == (0, 4)
+
+
+# Drift
+
+
+def moving(n, seed=0):
+    """Tokens whose keys and values leave the subspace they were in, half way."""
+    rng = np.random.default_rng(seed)
+    first, second = np.linalg.qr(rng.standard_normal((D, D)))[0].reshape(2, D // 2, D)
+    is_late = np.arange(n)[:, None] >= n // 2
+
+    def draw(heads):
+        x = rng.standard_normal((heads, n, D // 2))
+        return np.where(is_late, x @ second, x @ first)
+
+    q, k, v = 2 * draw(HQ), 2 * draw(HK), draw(HK)
+    return q, k, v
+
+
+@EAGER
+def test_drift_is_noticed_and_followed(xp):
+    n, window, rank = 200, 20, 4
+    q, k, v = moving(n)
+    prefix = [to_xp(xp, x[:, :50]) for x in (q, k, v)]
+    basis = slra.fit_attention(*prefix, rank, enable_gqa=True)
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    sizes = [50, *[5] * 30]
+    caches = []
+    for update in ({"update": "fixed"}, {"update": "drift", "drift_bound": 0.1}):
+        cache = slra.KVCache(basis, window=window, **update)
+        caches.append(appended(cache, *arrays[1:], sizes, arrays[0]))
+    fixed, followed = caches
+    assert fixed.n_segments == 1
+    # Fitted to a window that straddles the change, it may be fitted once more.
+    assert 2 <= followed.n_segments <= 3
+    last = to_xp(xp, q[:, -1:])
+    exact, _ = naive_attention(q[:, -1:], k, v, enable_gqa=True)
+    errors = [np.linalg.norm(to_numpy(cache.attend(last)) - exact) for cache in caches]
+    # The ranks are those of the subspaces, so what is left is the tokens stored before it was noticed.
+    assert errors[1] < 0.2 * errors[0]
+    # Tokens of the beginning are in the first basis as they were.
+    for one, other in zip(fixed.decode(), followed.decode(), strict=True):
+        np.testing.assert_allclose(to_numpy(other)[:, :80], to_numpy(one)[:, :80], atol=1e-12)
+
+
+def test_segments_meet_in_one_softmax():
+    q, k, v = moving(120)
+    basis = slra.fit_attention(q[:, :30], k[:, :30], v[:, :30], (4, 4), enable_gqa=True)
+    cache = slra.KVCache(basis, window=10, update="drift", drift_bound=0.05, n_sparse=1)
+    cache = appended(cache, k, v, [30, *[3] * 30], q)
+    assert cache.n_segments > 1
+    low_k, low_v = cache.decode()
+    right, _ = naive_attention(q[:, -3:], low_k, low_v, is_causal=True, enable_gqa=True)
+    np.testing.assert_allclose(cache.attend(q[:, -3:]), right, atol=1e-10)
+
+
+# Prefix and error budget
+
+
+@EAGER
+@pytest.mark.parametrize("case", ["window and sinks", "softcap", "rotary"])
+def test_the_error_budget_is_kept(xp, case):
+    options = OPTIONS[case]
+    q, k, v = tokens(120, batch=(2,))
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    cache = slra.KVCache.from_prefix(*arrays, rtol=0.05, **options)
+    assert np.all(to_numpy(cache.error) <= 0.05)
+    assert cache._settings.rank < (D, DV)
+    given = {name: x for name, x in options.items() if name in ("softcap", "scale")}
+    seen_q, seen_k = (rotated(q), rotated(k)) if "rotary" in options else (q, k)
+    exact, _ = naive_attention(seen_q, seen_k, v, is_causal=True, enable_gqa=True, **given)
+    out = to_numpy(cache.attend(arrays[0]))
+    error = np.linalg.norm(out - exact, axis=(0, -2, -1)) / np.linalg.norm(exact, axis=(0, -2, -1))
+    # All steps, not only those of the check.
+    assert np.all(error <= 0.05 * 1.25)
+
+
+def test_a_budget_that_cannot_be_kept_is_an_error():
+    q, k, v = tokens(60, dtype="float32")
+    with pytest.raises(ValueError, match=r"rtol must be larger: at rank \(8, 6\)"):
+        slra.KVCache.from_prefix(q, k, v, rtol=1e-5, dtype="float16")
+
+
+def test_a_prefix_by_rank_is_a_fit_and_an_append():
+    q, k, v = tokens()
+    basis = slra.fit_attention(q, k, v, 3, is_causal=True, enable_gqa=True)
+    right = slra.KVCache(basis, window=4).append(k, v).attend(q[:, -1:])
+    cache = slra.KVCache.from_prefix(q, k, v, 3, window=4)
+    np.testing.assert_array_equal(cache.attend(q[:, -1:]), right)
+
+
+# Files
+
+
+@EAGER
+@pytest.mark.parametrize(
+    "case", ["window and sinks", "sparse, softcap", "half", "drift", "capacity"]
+)
+def test_a_saved_cache_goes_on_where_it_was(xp, case, tmp_path):
+    options = OPTIONS.get(case, {})
+    if case == "half":
+        options = {"dtype": "bfloat16" if hasattr(xp, "bfloat16") else "float32"}
+    if case == "drift":
+        options = {"update": "drift", "drift_bound": 0.01, "window": 8}
+    if case == "capacity":
+        options = {"capacity": 41, "n_sink": 1}
+    arrays = [to_xp(xp, x) for x in tokens(41)]
+    q, k, v = arrays
+    cache = appended(slra.KVCache(moved(basis_of((4, 3)), xp), **options), k, v, [20, 9, 10], q)
+    cache.save(tmp_path / "cache")
+    back = slra.KVCache.load(tmp_path / "cache", like=q)
+    assert back._settings == cache._settings
+    assert back.nbytes <= cache.nbytes
+    outs = []
+    for one in (cache, back):
+        one = one.append(k[..., 39:, :], v[..., 39:, :], q=q[..., 39:, :])
+        outs.append(to_numpy(one.attend(q[..., 39:, :])))
+    np.testing.assert_array_equal(*outs)
+
+
+def _changed(path, at, by):
+    content = bytearray(path.read_bytes())
+    content[at] ^= by
+    path.write_bytes(bytes(content))
+
+
+def _rewritten(path, change):
+    """Write again with a right checksum, so that only what was changed is wrong."""
+    import safetensors.numpy
+
+    from slra.attn.cache import files
+
+    content = path.read_bytes()
+    named, metadata = safetensors.numpy.load(content), files._metadata(content)
+    change(named, metadata)
+    metadata["checksum"] = files._checksum(named, metadata)
+    path.write_bytes(safetensors.numpy.save(named, metadata))
+
+
+TAMPERED = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a cache"),
+    "flipped bit of the content": lambda path: _changed(path, -5, 1),
+    "flipped bit of the settings": lambda path: _changed(
+        path, path.read_bytes().index(b"n_heads"), 1
+    ),
+    "another format": lambda path: _rewritten(
+        path, lambda named, meta: meta.update(format="other")
+    ),
+    "a missing array": lambda path: _rewritten(path, lambda named, meta: named.pop("segments.0.k")),
+    "another array": lambda path: _rewritten(path, lambda named, meta: named.update(x=np.zeros(1))),
+    "a wrong shape": lambda path: _rewritten(
+        path, lambda named, meta: named.update({"exact.k": named["exact.k"][:, :, :-1]})
+    ),
+    "a wrong dtype": lambda path: _rewritten(
+        path, lambda named, meta: named.update({"exact.k": named["exact.k"].astype("int32")})
+    ),
+    "a wrong length": lambda path: _rewritten(
+        path, lambda named, meta: named.update(lengths=named["lengths"] + 1000)
+    ),
+    "a missing setting": lambda path: _rewritten(
+        path, lambda named, meta: meta.update(settings=meta["settings"].replace("n_heads", "heads"))
+    ),
+    "a setting of a wrong type": lambda path: _rewritten(
+        path,
+        lambda named, meta: meta.update(
+            settings=meta["settings"].replace('"window": 7', '"window": "7"')
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(TAMPERED))
+def test_a_tampered_file_is_one_clear_error(case, tmp_path):
+    _, k, v = tokens()
+    path = tmp_path / "cache"
+    slra.KVCache(basis_of((4, 3)), window=7, n_sink=1).append(k, v).save(path)
+    slra.KVCache.load(path)
+    TAMPERED[case](path)
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path)
+
+
+def test_a_missing_file_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        slra.KVCache.load(tmp_path / "cache")
+
+
+# Arguments
+
+
+WRONG = {
+    "window must be 0 or more": {"window": -1},
+    "n_sink must be an int": {"n_sink": 1.5},
+    "n_sparse must be at most 6": {"n_sparse": 7},
+    "capacity must be greater than n_sink, 3": {"capacity": 3, "n_sink": 3},
+    "dtype must be one of": {"dtype": "int8"},
+    "rotary must be 1 to 4 frequencies": {"rotary": [1.0] * 5},
+    "update must be one of": {"update": "always"},
+    "drift_bound must be given": {"update": "drift"},
+    "window must be at least 4": {"update": "drift", "drift_bound": 0.1, "window": 3},
+    "batch must be a tuple": {"batch": 3},
+    "softcap must be finite": {"softcap": 0.0},
+    "method must be one of": {"method": "best"},
+}
+
+
+@pytest.mark.parametrize("message", list(WRONG))
+def test_wrong_options_are_one_clear_error(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        slra.KVCache(basis_of((4, 3)), **WRONG[message])
+
+
+def test_wrong_arguments_are_one_clear_error():
+    q, k, v = tokens(5)
+    cache = slra.KVCache(basis_of((4, 3)))
+    calls = {
+        r"k must have shape \(2, 5, 8\), got \(4, 5, 8\)": lambda: cache.append(q, v),
+        r"v must have shape \(2, 5, 6\), got \(2, 4, 6\)": lambda: cache.append(k, v[:, :4]),
+        r"q must have shape \(4, 5, 8\), got \(2, 5, 8\)": lambda: cache.attend(k),
+        "k must have a real floating dtype": lambda: cache.append(k.astype(int), v),
+        "mask must be boolean or real floating": lambda: cache.attend(q, mask=np.ones((5, 1), int)),
+        r"here \(4, 5, 0\)": lambda: cache.attend(q, mask=np.ones((5, 7), bool)),
+        "lengths must be integers": lambda: cache.append(k, v, lengths=np.asarray(1.0)),
+        "between 0 and 5": lambda: cache.append(k, v, lengths=np.asarray(6)),
+        "is_causal must be a bool": lambda: cache.attend(q, is_causal=1),
+    }
+    for message, call in calls.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+    assert int(cache.lengths) == 0
+    drifting = slra.KVCache(basis_of((4, 3)), window=4, update="drift", drift_bound=0.1)
+    with pytest.raises(ValueError, match="q must be given with update='drift'"):
+        drifting.append(k, v)
+    with pytest.raises(TypeError, match="basis must be an AttentionBasis"):
+        slra.KVCache(None)
+    flat = slra.fit_attention(q[0], k[0], v[0], 2)
+    with pytest.raises(ValueError, match="basis must have a head axis"):
+        slra.KVCache(flat)
+    with pytest.raises(ValueError, match=r"batch must be \(2,\)"):
+        slra.KVCache(slra.fit_attention(*tokens(9, batch=(2,)), 2, enable_gqa=True), batch=(3,))
+
+
+def test_lazy_arrays_are_refused():
+    da = pytest.importorskip("dask.array")
+    with pytest.raises(TypeError, match="basis must hold arrays in memory"):
+        slra.KVCache(moved(basis_of((4, 3)), da))
+
+
+def test_an_empty_cache_attends_to_nothing():
+    out, lse = slra.KVCache(basis_of((4, 3))).attend(tokens(2)[0], return_lse=True)
+    assert not np.any(out)
+    assert np.all(np.isneginf(lse))
+
+
+def test_what_was_appended_may_change_afterwards():
+    q, k, v = tokens()
+    cache = slra.KVCache(basis_of((4, 3)), window=4).append(k, v)
+    before = cache.attend(q[:, -1:])
+    k *= 0
+    np.testing.assert_array_equal(cache.attend(q[:, -1:]), before)
+
+
+def test_examples_run():
+    result = doctest.testmod(module)
+    assert (result.failed, result.attempted > 0) == (0, True)
+
+
+# Primitives
+
+
+@EAGER
+def test_rows_are_put_where_they_belong(xp):
+    rng = np.random.default_rng(0)
+    buffer, rows = rng.standard_normal((2, 3, 7, 2)), rng.standard_normal((2, 3, 4, 2))
+    for places in ([[0, 1, 2, 3]] * 2, [[5, 6, -1, 0]] * 2, [[-1, 3, 2, 6], [-2, -1, 0, 1]]):
+        places = np.asarray(places)
+        right = buffer.copy()
+        for b in range(2):
+            for i, place in enumerate(places[b]):
+                if place >= 0:
+                    right[b, :, place] = rows[b, :, i]
+        table = primitives(xp)
+        out = table.put_rows(to_xp(xp, buffer.copy()), to_xp(xp, rows), places)
+        np.testing.assert_array_equal(to_numpy(out), right)
+    assert [len(runs(np.asarray(x))) for x in ([], [-1, -1], [3, 4, 5], [5, 0, 1])] == [0, 0, 1, 2]
