@@ -106,7 +106,8 @@ def check_lengths(
         raise ValueError("lengths must be None with update='drift'")
     if not is_host(state.lengths):
         return _check_traced(lengths, state, settings, table)
-    counts = np.asarray(table.to_numpy(lengths) if compat.is_array_api_obj(lengths) else lengths)
+    is_foreign = compat.is_array_api_obj(lengths) and not isinstance(lengths, np.ndarray)
+    counts = np.asarray(table.to_numpy(lengths) if is_foreign else lengths)
     if counts.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {counts.dtype}")
     if counts.shape != settings.batch or np.any(counts < 0) or np.any(counts > n_rows):

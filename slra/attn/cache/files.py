@@ -11,6 +11,7 @@ import numpy as np
 from slra._backends import Primitives
 from slra._backends.agnostic import ScoreOptions
 from slra._typing import Array
+from slra.attn.cache.contents import check_contents
 from slra.attn.cache.state import (
     Exact,
     Recent,
@@ -22,7 +23,7 @@ from slra.attn.cache.state import (
     is_host,
 )
 
-__all__ = ["load_cache", "save_cache"]
+__all__ = ["flattened", "load_cache", "save_cache"]
 
 FORMAT = "slra.KVCache 1"
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -43,7 +44,7 @@ def save_cache(
 ) -> None:
     """Write what is in use to exactly this path."""
     library = _safetensors()
-    named = {name: _plain(x, table) for name, x in _flattened(_without_room(state, settings))}
+    named = {name: _plain(x, table) for name, x in flattened(_without_room(state, settings))}
     metadata = {
         "format": FORMAT,
         "settings": json.dumps(settings._asdict() | {"options": settings.options._asdict()}),
@@ -57,10 +58,10 @@ def save_cache(
 def _plain(x: Array, table: Primitives) -> np.ndarray[Any, Any]:
     """NumPy array of a dtype that NumPy has; bfloat16 becomes float32, which holds all its values."""
     if isinstance(x, np.ndarray):
-        return np.ascontiguousarray(x)
+        return np.asarray(x, order="C")
     if hasattr(table.xp, "bfloat16") and x.dtype == table.xp.bfloat16:
         x = table.xp.astype(x, table.xp.float32)
-    return np.ascontiguousarray(table.to_numpy(x))
+    return np.asarray(table.to_numpy(x), order="C")
 
 
 def _without_room(state: State, settings: Settings) -> State:
@@ -69,7 +70,8 @@ def _without_room(state: State, settings: Settings) -> State:
         return state
     segments = []
     for segment in state.segments:
-        n_rows = max(0, int(np.max(state.lengths - segment.start)))
+        n_used = max(0, int(np.max(state.lengths - segment.start)))
+        n_rows = min(n_used, segment.k.shape[2])
         segments.append(_map_rows(segment, lambda x, n=n_rows: x[:, :, :n, :]))
     return state._replace(segments=tuple(segments))
 
@@ -82,7 +84,7 @@ def _map_rows(segment: Segment, function: Any) -> Segment:
     return Segment(segment.maps, segment.start, function(segment.k), function(segment.v), *sparse)
 
 
-def _flattened(state: Any, name: str = "") -> list[tuple[str, Array]]:
+def flattened(state: Any, name: str = "") -> list[tuple[str, Array]]:
     """Arrays of nested tuples with their paths."""
     if state is None:
         return []
@@ -92,7 +94,7 @@ def _flattened(state: Any, name: str = "") -> list[tuple[str, Array]]:
     return [
         pair
         for field, part in zip(fields, state, strict=True)
-        for pair in _flattened(part, f"{name}.{field}".lstrip("."))
+        for pair in flattened(part, f"{name}.{field}".lstrip("."))
     ]
 
 
@@ -101,7 +103,7 @@ def _checksum(named: Arrays, metadata: dict[str, str]) -> str:
     digest = hashlib.sha256(repr(sorted((metadata | {"checksum": ""}).items())).encode())
     for name, x in sorted(named.items()):
         digest.update(f"{name} {x.shape} {x.dtype}".encode())
-        digest.update(np.ascontiguousarray(x).data)
+        digest.update(x.tobytes())
     return digest.hexdigest()
 
 
@@ -118,6 +120,9 @@ def load_cache(path: str | PathLike[str], like: Array, table: Primitives) -> tup
             raise ValueError("its checksum is not that of its content")
         settings = _settings(metadata["settings"])
         state = _unflattened(named, int(metadata["n_segments"]))
+        if extra := set(named) - {name for name, _ in flattened(state)}:
+            raise ValueError(f"it also holds {sorted(extra)}")
+        check_contents(state, settings)
     except (library.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"path must be a file written by KVCache.save, got {path}: {error}"

@@ -90,14 +90,14 @@ def attend_state(
     state: State, asked: Ask, settings: Settings, table: Primitives
 ) -> tuple[Array, Array]:
     """Attention to all tokens, and its log-sum-exp, (B, H * shared, M, .)."""
-    parts = []
+    parts: list[tuple[Array, Array]] = []
+    if is_host(state.lengths) and not np.any(state.lengths):
+        out = zeros((*asked.q.shape[:-1], settings.width_v), asked.q, table)
+        return out, table.xp.full_like(out[..., 0], -table.xp.inf)
     for segment, end in zip(state.segments, _ends(state, settings, table), strict=True):
         parts += attend_segment(segment, end, asked, settings, table)
     if state.exact is not None:
         parts.append(attend_exact(state.exact, state.lengths, asked, settings, table))
-    if not parts:
-        out = zeros((*asked.q.shape[:-1], settings.width_v), asked.q, table)
-        return out, table.xp.full_like(out[..., 0], -table.xp.inf)
     out, lse = merge_attention(*zip(*parts, strict=True))
     if settings.capacity is None or is_host(state.lengths):
         return out, lse

@@ -32,7 +32,7 @@ __all__ = [
     "zeros",
 ]
 
-# Buffers grow by this factor: at most so much is allocated in vain, and a row is copied four times on average.
+# Buffers grow by this factor: at most so much is allocated in vain, and a row is copied five times at most, on average.
 GROWTH = 1.25
 LEAST_ROWS = 16
 
