@@ -268,6 +268,21 @@ def test_decoded_tokens_are_those_it_stands_for(xp, case):
 
 
 @EAGER
+def test_sequences_can_be_selected(xp):
+    skip_most_on_jax(xp)
+    q, k, v = (to_xp(xp, x) for x in tokens(12, batch=(3,)))
+    cache = slra.KVCache(moved(basis_of((4, 3)), xp), batch=(3,), window=4, n_sparse=1)
+    cache = cache.append(k, v, lengths=np.asarray([12, 3, 8]))
+    some = cache.select([2, 0, 2])
+    np.testing.assert_array_equal(some.lengths, [8, 12, 8])
+    right = to_numpy(cache.attend(q[..., -1:, :]))
+    ordered = to_xp(xp, to_numpy(q[..., -1:, :])[[2, 0, 2]])
+    np.testing.assert_allclose(to_numpy(some.attend(ordered)), right[[2, 0, 2]], atol=1e-14)
+    with pytest.raises(ValueError, match="indices must be one or more from 0 to 2"):
+        cache.select([3])
+
+
+@EAGER
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_halves_the_bytes(xp, dtype):
     if not hasattr(xp, dtype):

@@ -14,7 +14,7 @@ from slra.attn.cache import checks
 from slra.attn.cache.ask import ask
 from slra.attn.cache.drift import follow, remember
 from slra.attn.cache.files import load_cache, save_cache
-from slra.attn.cache.flow import attend_state, empty_state, read_state, store
+from slra.attn.cache.flow import attend_state, empty_state, read_state, select_state, store
 from slra.attn.cache.prefix import fit_prefix
 from slra.attn.cache.settings import check_settings, maps_of
 from slra.attn.cache.state import Settings, State, arrays_of, is_host
@@ -327,6 +327,31 @@ class KVCache:
         lead = (*settings.batch, settings.n_heads)
         k, v = (table.xp.reshape(x, (*lead, *x.shape[2:])) for x in (k, v))
         return k, v
+
+    def select(self, indices: Array | Sequence[int]) -> "KVCache":
+        """Make a cache of some of the sequences, in any order and as often as wanted, as beam search does.
+
+        Parameters
+        ----------
+        indices : array or sequence of int, shape (n,)
+            Which sequences, along the one batch axis; known values, not traced ones.
+
+        Returns
+        -------
+        KVCache
+            Of batch ``(n,)``. This one is as it was.
+
+        Raises
+        ------
+        TypeError
+            If ``indices`` are not integers.
+        ValueError
+            If the cache does not have one batch axis, or an index is out of range.
+        """
+        table, settings = self._table(), self._settings
+        chosen = checks.check_selection(indices, settings, table)
+        state = select_state(self._state, chosen, settings, table)
+        return _made(state, settings._replace(batch=(len(chosen),)))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cache to a file, with a checksum (needs the package safetensors).

@@ -10,7 +10,14 @@ from slra._typing import Array
 from slra._validate import broadcasts_to, promote, resolve
 from slra.attn.cache.state import Settings, State, is_host
 
-__all__ = ["check_can_grow", "check_lengths", "check_queries", "check_room", "check_tokens"]
+__all__ = [
+    "check_can_grow",
+    "check_lengths",
+    "check_queries",
+    "check_room",
+    "check_selection",
+    "check_tokens",
+]
 
 
 def check_can_grow(state: State, settings: Settings) -> None:
@@ -106,10 +113,7 @@ def check_lengths(
         raise ValueError("lengths must be None with update='drift'")
     if not is_host(state.lengths):
         return _check_traced(lengths, state, settings, table)
-    is_foreign = compat.is_array_api_obj(lengths) and not isinstance(lengths, np.ndarray)
-    counts = np.asarray(table.to_numpy(lengths) if is_foreign else lengths)
-    if counts.dtype.kind not in "iu":
-        raise TypeError(f"lengths must be integers, got {counts.dtype}")
+    counts = _host_integers(lengths, "lengths", table)
     if counts.shape != settings.batch or np.any(counts < 0) or np.any(counts > n_rows):
         raise ValueError(
             f"lengths must have shape {settings.batch} and be between 0 and {n_rows}, got {counts.tolist()}"
@@ -127,6 +131,27 @@ def _check_traced(lengths: Array, state: State, settings: Settings, table: Primi
     if tuple(counts.shape) != settings.batch:
         raise ValueError(f"lengths must have shape {settings.batch}, got {tuple(counts.shape)}")
     return xp.astype(xp.reshape(counts, (-1,)), state.lengths.dtype)
+
+
+def check_selection(indices: Any, settings: Settings, table: Primitives) -> np.ndarray[Any, Any]:
+    """Return which elements of the batch are wanted."""
+    chosen = _host_integers(indices, "indices", table)
+    if len(settings.batch) != 1:
+        raise ValueError(
+            f"a cache must have one batch axis to select from, got batch {settings.batch}"
+        )
+    (n,) = settings.batch
+    if chosen.ndim != 1 or not chosen.size or np.any((chosen < 0) | (chosen >= n)):
+        raise ValueError(f"indices must be one or more from 0 to {n - 1}, got {chosen.tolist()}")
+    return chosen
+
+
+def _host_integers(x: Any, name: str, table: Primitives) -> np.ndarray[Any, Any]:
+    is_foreign = compat.is_array_api_obj(x) and not isinstance(x, np.ndarray)
+    values = np.asarray(table.to_numpy(x) if is_foreign else x)
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {values.dtype}")
+    return values
 
 
 def check_room(state: State, n_new: int, counts: Array | None, settings: Settings) -> None:

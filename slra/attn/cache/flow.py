@@ -1,5 +1,7 @@
 """What happens to tokens: stored when they come, attended to when asked, decoded when wanted back."""
 
+from typing import Any
+
 import numpy as np
 
 from slra._backends import Primitives
@@ -26,7 +28,7 @@ from slra.attn.cache.state import (
 )
 from slra.attn.merge import merge_attention
 
-__all__ = ["attend_state", "empty_state", "read_state", "store"]
+__all__ = ["attend_state", "empty_state", "read_state", "select_state", "store"]
 
 
 def empty_state(
@@ -126,3 +128,26 @@ def read_state(state: State, settings: Settings, table: Primitives) -> tuple[Arr
         places = ns.where((places >= low) & (places < high), places, 0 * places - 1)
         k, v = table.put_rows(k, state.exact.k, places), table.put_rows(v, state.exact.v, places)
     return k, v
+
+
+def select_state(
+    state: State, indices: np.ndarray[Any, Any], settings: Settings, table: Primitives
+) -> State:
+    """Take elements of the batch."""
+
+    def take(x: Any) -> Any:
+        if x is None:
+            return None
+        if isinstance(x, tuple):
+            return type(x)(*map(take, x))
+        if isinstance(x, np.ndarray):
+            return x[indices]
+        return table.xp.take(x, table.from_numpy(indices, x, table.xp.int64), axis=0)
+
+    segments = []
+    for segment in state.segments:
+        chosen = take(segment)
+        segments.append(chosen._replace(maps=segment.maps) if settings.pool_batch else chosen)
+    recent = state.recent and state.recent._replace(q=take(state.recent.q))
+    error = state.error if settings.pool_batch else take(state.error)
+    return State(take(state.lengths), tuple(segments), take(state.exact), recent, error)

@@ -1,0 +1,258 @@
+"""One decoding step on a compressed cache: time, bytes and error beside exact attention, on one thread.
+
+    python -m benchmarks.kv_cache     about four minutes; writes results/kv_cache.json and kv_cache.png
+
+Synthetic: n = 65536 tokens, d = 128, 8 key heads, 8 or 32 query heads, float32. K and V are Gaussian times s, Q is
+Gaussian times sqrt(s), all in one rotated frame, and Q is scaled so that scores have a standard deviation of 2.5. Real:
+the 72 heads of MiniLM on 512 tokens. Bases are fitted to all keys and values and to some queries; errors are those of
+other queries.
+
+Exact attention on NumPy is the fastest of three ways, torch's the faster of two: each is timed, and named.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch.nn.functional import scaled_dot_product_attention
+
+import slra
+from benchmarks.common import RESULTS, interleaved, save
+from benchmarks.minilm import load_qkv
+
+Array = np.ndarray
+N_TOKENS, WIDTH, N_HEADS = 65536, 128, 8
+N_FIT, N_TEST = 1024, 128
+
+
+class Data(NamedTuple):
+    fit: Array  # (Hq, queries, d): for the fit
+    test: Array  # (Hq, queries, d): for everything else
+    k: Array
+    v: Array
+
+
+def synthetic(power: float, n_query_heads: int, n: int = N_TOKENS) -> Data:
+    rng = np.random.default_rng(0)
+    s = np.arange(1, WIDTH + 1) ** -power
+    rotation = np.linalg.qr(rng.standard_normal((WIDTH, WIDTH)))[0]
+
+    def draw(heads: int, rows: int, scales: Array) -> Array:
+        return ((rng.standard_normal((heads, rows, WIDTH)) * scales) @ rotation).astype(np.float32)
+
+    k, v = draw(N_HEADS, n, s), draw(N_HEADS, n, s)
+    # The score of a query and a key has variance sum(s^2 * s) / d before Q is scaled.
+    factor = 2.5 * np.sqrt(WIDTH / np.sum(s**3))
+    q = draw(n_query_heads, N_FIT + N_TEST, np.sqrt(s) * factor)
+    return Data(q[:, :N_FIT], q[:, N_FIT:], k, v)
+
+
+def minilm() -> Data:
+    q, k, v = (np.ascontiguousarray(x.reshape(72, 512, 32)) for x in load_qkv())
+    return Data(q[:, ::2], q[:, 1::2], k, v)
+
+
+def by_columns(q: Array, k: Array, v: Array) -> Array:
+    """Exact attention, head by head: keys times queries, softmax, weights times values."""
+    out = np.empty((len(q), *v.shape[-1:]), np.float32)
+    shared = len(q) // len(k)
+    for h, (keys, values) in enumerate(zip(k, v, strict=True)):
+        heads = slice(h * shared, (h + 1) * shared)
+        scores = np.dot(keys, q[heads].T * np.float32(q.shape[-1] ** -0.5))
+        scores -= scores.max(0)
+        np.exp(scores, out=scores)
+        out[heads] = np.dot(scores.T, values) / scores.sum(0)[:, None]
+    return out
+
+
+def by_rows(q: Array, k: Array, v: Array) -> Array:
+    """Exact attention with queries times keys, one matrix-vector product for each query head."""
+    out = np.empty((len(q), *v.shape[-1:]), np.float32)
+    shared = len(q) // len(k)
+    for i, query in enumerate(q * np.float32(q.shape[-1] ** -0.5)):
+        scores = np.dot(k[i // shared], query)
+        scores -= scores.max()
+        np.exp(scores, out=scores)
+        np.dot(scores, v[i // shared], out=out[i])
+        out[i] /= scores.sum()
+    return out
+
+
+def steps(data: Data, cache: slra.KVCache) -> dict[str, Callable[[], Any]]:
+    """One decoding step each, with another query every time."""
+    gqa = len(data.test) > len(data.k)
+    queries = [np.ascontiguousarray(data.test[:, i : i + 1]) for i in range(32)]
+    tensors = [torch.from_numpy(x) for x in queries]
+    k, v = torch.from_numpy(data.k)[None], torch.from_numpy(data.v)[None]
+
+    def each(items: list[Any], function: Callable[[Any], Any]) -> Callable[[], Any]:
+        stream: Iterator[Any] = cycle(items)
+        return lambda: function(next(stream))
+
+    def folded(q: torch.Tensor) -> torch.Tensor:
+        rows = q.reshape(1, len(data.k), -1, q.shape[-1])
+        return scaled_dot_product_attention(rows, k, v)
+
+    return {
+        "numpy, keys @ queries": each(queries, lambda q: by_columns(q[:, 0], data.k, data.v)),
+        "numpy, key matrix @ query": each(queries, lambda q: by_rows(q[:, 0], data.k, data.v)),
+        "slra.attention": each(
+            queries, lambda q: slra.attention(q, data.k, data.v, enable_gqa=gqa)
+        ),
+        "torch sdpa": each(
+            tensors, lambda q: scaled_dot_product_attention(q[None], k, v, enable_gqa=gqa)
+        ),
+        "torch sdpa, shared heads as rows": each(tensors, folded),
+        "slra.KVCache": each(queries, cache.attend),
+    }
+
+
+def relative_errors(data: Data, cache: slra.KVCache) -> Array:
+    """Of each query head, over the queries that the fit has not seen."""
+    gqa = len(data.test) > len(data.k)
+    exact = slra.attention(data.test, data.k, data.v, enable_gqa=gqa)
+    out = cache.attend(data.test, is_causal=False)
+    return np.linalg.norm(out - exact, axis=(-2, -1)) / np.linalg.norm(exact, axis=(-2, -1))
+
+
+def fitted(data: Data, rank: int, **options: Any) -> tuple[slra.KVCache, dict[str, float]]:
+    start = time.perf_counter()
+    gqa = len(data.test) > len(data.k)
+    basis = slra.fit_attention(data.fit, data.k, data.v, rank, enable_gqa=gqa)
+    middle = time.perf_counter()
+    cache = slra.KVCache(basis, capacity=data.k.shape[-2], **options).append(data.k, data.v)
+    end = time.perf_counter()
+    return cache, {"fit": middle - start, "append": end - middle}
+
+
+def table(name: str, data: Data, rank: int, bound: float | None, **options: Any) -> dict[str, Any]:
+    """Row of the table: what the step takes, how far off it is, and when the fit has paid."""
+    cache, seconds = fitted(data, rank, **options)
+    timed = {
+        kind: statistics.median(one) for kind, one in interleaved(steps(data, cache), 7).items()
+    }
+    own = timed.pop("slra.KVCache")
+    best = {
+        library: min(
+            (t, kind) for kind, t in timed.items() if ("torch" in kind) == (library == "torch")
+        )
+        for library in ("numpy", "torch")
+    }
+    errors = relative_errors(data, cache)
+    exact_bytes = data.k.nbytes + data.v.nbytes
+    row = {
+        "data": name,
+        "query heads": len(data.test),
+        "key heads": len(data.k),
+        "n": data.k.shape[-2],
+        "d": data.k.shape[-1],
+        "rank": rank,
+        "error": {"median": float(np.median(errors)), "worst": float(errors.max()), "bound": bound},
+        "seconds": {"slra.KVCache": own, **timed},
+        "fastest exact": {library: kind for library, (_, kind) in best.items()},
+        "times faster": {library: t / own for library, (t, _) in best.items()},
+        "bytes": {"exact": exact_bytes, "cache": cache.nbytes, "ratio": exact_bytes / cache.nbytes},
+        "fit seconds": seconds,
+        "break-even tokens": {
+            library: sum(seconds.values()) / (t - own) if t > own else None
+            for library, (t, _) in best.items()
+        },
+    }
+    print(name, rank, {key: row[key] for key in ("error", "times faster", "bytes")}, flush=True)
+    return row
+
+
+def appends(n: int = 10_000) -> dict[str, Any]:
+    """Bytes, rows copied and time of ``n`` single appends: 8 heads, d = 128, rank 32."""
+    data = synthetic(1.0, N_HEADS, n)
+    basis = slra.fit_attention(data.fit, data.k, data.v, 32)
+    cache = slra.KVCache(basis, window=64)
+    empty, bytes_held, seconds, copied = cache.nbytes, [], [], 0
+    for i in range(n):
+        before = cache.nbytes
+        start = time.perf_counter()
+        cache = cache.append(data.k[:, i : i + 1], data.v[:, i : i + 1])
+        seconds.append(time.perf_counter() - start)
+        if cache.nbytes != before:
+            copied += before - empty
+        bytes_held.append(cache.nbytes)
+    slope = N_HEADS * 64 * 4
+    return {
+        "bytes of a token": slope,
+        "bytes of an empty cache": empty,
+        "bytes held": {str(i): bytes_held[i - 1] for i in (1000, 2000, 5000, 10_000)},
+        "most bytes over those in use": max(
+            b / (empty + slope * (i + 1)) for i, b in enumerate(bytes_held)
+        ),
+        "bytes copied over bytes in use": copied / (slope * n),
+        "median microseconds": {
+            "first 1000": 1e6 * statistics.median(seconds[:1000]),
+            "last 1000": 1e6 * statistics.median(seconds[-1000:]),
+            "mean of all": 1e6 * statistics.fmean(seconds),
+        },
+    }
+
+
+def against_length() -> list[dict[str, Any]]:
+    lengths = (2048, 8192, 32768, 65536)
+    return [table("s = 1/i", synthetic(1.0, N_HEADS, n), 32, None) for n in lengths]
+
+
+def plot(rows: list[dict[str, Any]], by_length: list[dict[str, Any]]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    n = [row["n"] for row in by_length]
+    for label, pick in {
+        "NumPy, exact": lambda row: row["seconds"][row["fastest exact"]["numpy"]],
+        "torch SDPA": lambda row: row["seconds"][row["fastest exact"]["torch"]],
+        "KVCache, rank 32": lambda row: row["seconds"]["slra.KVCache"],
+    }.items():
+        left.loglog(n, [1e3 * pick(row) for row in by_length], marker="o", label=label)
+    left.set(xlabel="tokens", ylabel="ms a step", title="8 heads, d = 128, float32, 1 thread")
+    left.legend()
+    for name in dict.fromkeys(row["data"] for row in rows):
+        mine = [row for row in rows if row["data"] == name and row["query heads"] != 32]
+        right.loglog(
+            [1 / row["bytes"]["ratio"] for row in mine],
+            [row["error"]["median"] for row in mine],
+            marker="o",
+            label=name,
+        )
+    right.set(
+        xlabel="bytes, of exact", ylabel="relative error, median head", title="error against bytes"
+    )
+    right.legend()
+    figure.savefig(RESULTS / "kv_cache.png", dpi=120)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with threadpool_limits(1), torch.inference_mode():
+        rows = []
+        for name, power, cases in (
+            ("s = 1/i", 1.0, {32: 0.05, 16: None, 64: None}),
+            ("s = i^-1.5", 1.5, {24: 0.01, 8: None, 16: None}),
+        ):
+            for heads in (8, 32):
+                data = synthetic(power, heads)
+                wanted = cases if heads == 8 else list(cases)[:1]
+                rows += [table(name, data, rank, cases[rank]) for rank in wanted]
+        real = minilm()
+        rows += [table("MiniLM", real, rank, None) for rank in (8, 16, 24)]
+        by_length = against_length()
+        result = {"rows": rows, "against length": by_length, "10000 appends": appends()}
+        save("kv_cache", result)
+    plot(sorted(rows, key=lambda row: row["rank"]), by_length)
+
+
+if __name__ == "__main__":
+    main()

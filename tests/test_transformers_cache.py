@@ -1,0 +1,98 @@
+"""The cache in generate: the same tokens at full rank, fewer bytes below."""
+
+import doctest
+
+import numpy as np
+import pytest
+
+import slra
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from slra.integrations import transformers_cache  # noqa: E402
+from slra.integrations.transformers_cache import LowRankCache  # noqa: E402
+
+LAYERS, WIDTH = 2, 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=40,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=1,
+    )
+    return transformers.LlamaForCausalLM(config).double().eval()
+
+
+def bases(rank):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn((heads, 60, WIDTH), generator=generator, dtype=torch.float64)
+        for heads in (4, 2, 2)
+    )
+    return [slra.fit_attention(q, k, v, rank, enable_gqa=True) for _ in range(LAYERS)]
+
+
+PROMPT = torch.arange(2, 26).reshape(2, 12)
+
+
+def generated(model, cache, **options):
+    mask = torch.ones_like(PROMPT)
+    mask[0, :4] = 0
+    options |= {"max_new_tokens": 12, "do_sample": False}
+    if cache is not None:
+        options["cache"] = cache
+    return model.generate(PROMPT, attention_mask=mask, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_at_full_rank_generate_gives_the_same_tokens(model, options):
+    cache = LowRankCache(bases(WIDTH), window=3, n_sink=2)
+    assert torch.equal(generated(model, cache, **options), generated(model, None, **options))
+    assert cache.get_seq_length() == 12 + 11
+
+
+def test_below_full_rank_it_takes_fewer_bytes_and_is_what_attend_gives(model):
+    cache = LowRankCache(bases(3), window=3)
+    generated(model, cache)
+    held = 2 * LAYERS * 2 * 23 * 2 * WIDTH * 8
+    assert cache.nbytes == sum(layer.cache.nbytes for layer in cache.layers)
+    fixed = LowRankCache(bases(3), window=3)
+    for layer in fixed.layers:
+        layer.lazy_initialization(torch.zeros(2, 2, 1, WIDTH), torch.zeros(2, 2, 1, WIDTH))
+    # Growing leaves a quarter of the room unused at most.
+    assert cache.nbytes - fixed.nbytes <= held * 3 / WIDTH * 1.25
+    layer = cache.layers[0]
+    q = torch.randn((2, 4, 1, WIDTH), dtype=torch.float64)
+    out = slra.attention(q, *layer.cache.decode(), enable_gqa=True)
+    np.testing.assert_allclose(layer.cache.attend(q), out, atol=1e-12)
+
+
+def test_it_can_be_used_again_after_a_reset(model):
+    cache = LowRankCache(bases(WIDTH))
+    first = generated(model, cache)
+    cache.reset()
+    assert torch.equal(generated(model, cache), first)
+    cache.reset()
+    # The older name of the argument, which is deprecated.
+    with pytest.warns(FutureWarning):
+        assert torch.equal(generated(model, None, past_key_values=cache), first)
+
+
+def test_options_that_need_queries_are_refused():
+    with pytest.raises(TypeError, match="options must be those of a cache with a fixed basis"):
+        LowRankCache(bases(3), update="drift")
+
+
+def test_examples_run():
+    result = doctest.testmod(transformers_cache)
+    assert (result.failed, result.attempted > 0) == (0, True)
