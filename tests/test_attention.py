@@ -54,6 +54,24 @@ def qkv(shape_q, shape_k, d_v=None, dtype="float64", seed=0):
     return [rng.standard_normal(shape).astype(dtype) for shape in (shape_q, shape_k, shape_v)]
 
 
+@pytest.mark.parametrize("n_q", [1, 3, 8, 9])
+def test_few_queries_and_many_keys(n_q):
+    q, k, v = qkv((2, n_q, 16), (2, 9000, 16), 5)
+    rng = np.random.default_rng(1)
+    masks = {
+        "bool": rng.random((n_q, 9000)) < 0.5,
+        "float": rng.standard_normal((1, 9000)),
+        "none": None,
+    }
+    masks["bool"][0] = False
+    for mask in masks.values():
+        for options in ({}, {"softcap": 2.0}, {"is_causal": True, "causal_align": "top_left"}):
+            out, lse = slra.attention(q, k, v, mask=mask, return_lse=True, **options)
+            right, right_lse = naive_attention(q, k, v, mask=mask, **options)
+            np.testing.assert_allclose(out, right, atol=TOL["float64"])
+            np.testing.assert_allclose(lse, right_lse, atol=TOL["float64"])
+
+
 TOL = {"float64": 1e-12, "float32": 4e-6}
 CASES = {
     "plain": {},

@@ -674,6 +674,16 @@ def test_lazy_arrays_are_refused():
         slra.KVCache(moved(basis_of((4, 3)), da))
 
 
+def test_results_have_the_dtype_of_the_queries():
+    q, k, v = tokens()
+    cache = slra.KVCache(basis_of((4, 3))).append(k.astype("float16"), v.astype("float32"))
+    out = cache.attend(q[:, -1:].astype("float16"))
+    assert out.dtype == np.float16
+    right, _ = expected(q, k, v, basis_of((4, 3)), n_queries=1)
+    # Scores, below 20 here, and values are off by 2^-11 of their size.
+    np.testing.assert_allclose(out, right, atol=60 * 2**-11)
+
+
 def test_an_empty_cache_attends_to_nothing():
     out, lse = slra.KVCache(basis_of((4, 3))).attend(tokens(2)[0], return_lse=True)
     assert not np.any(out)

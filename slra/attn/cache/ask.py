@@ -30,7 +30,7 @@ def ask(
     table: Primitives,
 ) -> Ask:
     """Place the queries at the end of their sequences; those beyond ``counts`` see nothing."""
-    ns, n_queries = namespace_of(lengths, table), q.shape[-2]
+    ns, n_queries = namespace_of(lengths), q.shape[-2]
     each = arange_like(lengths, 0, n_queries, table)
     used = lengths[:, None] * 0 + n_queries if counts is None else counts[:, None]
     positions = lengths[:, None] - used + each

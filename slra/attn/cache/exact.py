@@ -20,7 +20,7 @@ def keep_exact(
     """Write those of the new tokens that stay exact; ``tokens``: positions, which of them count, lengths after."""
     positions, counts, lengths = tokens
     n_sink, window = settings.n_sink, settings.window
-    ns = namespace_of(lengths, table)
+    ns = namespace_of(lengths)
     is_sink = positions < n_sink
     is_last = (positions >= lengths[:, None] - window) & ~is_sink
     ring = n_sink + (positions - n_sink) % max(1, window)
@@ -41,7 +41,7 @@ def exact_places(
     lengths: Array, settings: Settings, table: Primitives
 ) -> tuple[Array, Array, Array]:
     """Positions of all rows (B, n_sink + window), the least that a row may hold, and the end."""
-    ns = namespace_of(lengths, table)
+    ns = namespace_of(lengths)
     ring = ring_positions(lengths, settings, table)
     sinks = arange_like(lengths, 0, settings.n_sink, table) + 0 * lengths[:, None]
     positions = ns.concat([sinks, ring], axis=-1)

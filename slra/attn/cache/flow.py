@@ -64,7 +64,7 @@ def store(
     they have left it.
     """
     lengths, n_new = state.lengths, k.shape[-2]
-    ns = namespace_of(lengths, table)
+    ns = namespace_of(lengths)
     each = arange_like(lengths, 0, n_new, table)
     counts = 0 * lengths + n_new if counts is None else counts
     positions, is_used = lengths[:, None] + each, each < counts[:, None]
@@ -82,7 +82,7 @@ def store(
 
 def _ends(state: State, settings: Settings, table: Primitives) -> list[Array]:
     """Where each segment ends: where the next one or the window begins."""
-    ns = namespace_of(state.lengths, table)
+    ns = namespace_of(state.lengths)
     starts = [segment.start for segment in state.segments]
     ends = [*starts[1:], ns.maximum(starts[-1], state.lengths - settings.window)]
     return [ns.minimum(end, ends[-1]) for end in ends]
@@ -112,7 +112,7 @@ def attend_state(
 def read_state(state: State, settings: Settings, table: Primitives) -> tuple[Array, Array]:
     """Decode keys and values of all tokens, (B, H, n, .), zero beyond the length of a sequence."""
     n_tokens = int(state.lengths.max()) if is_host(state.lengths) else settings.capacity or 0
-    ns = namespace_of(state.lengths, table)
+    ns = namespace_of(state.lengths)
     like = state.segments[0].maps.wk
     lead = (settings.n_batch, settings.n_heads, n_tokens)
     k, v = (zeros((*lead, width), like, table) for width in (settings.width, settings.width_v))

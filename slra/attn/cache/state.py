@@ -9,7 +9,7 @@ Axes throughout: B batch (all leading axes as one), H key heads, M queries, n ke
 import math
 from typing import Any, NamedTuple
 
-import array_api_compat.numpy as host
+import array_api_compat as compat
 import numpy as np
 
 from slra._backends import Primitives
@@ -137,9 +137,9 @@ def is_host(lengths: Array) -> bool:
     return isinstance(lengths, np.ndarray)
 
 
-def namespace_of(lengths: Array, table: Primitives) -> Namespace:
+def namespace_of(lengths: Array) -> Namespace:
     """Namespace to compute positions in."""
-    return host if is_host(lengths) else table.xp
+    return compat.array_namespace(lengths)
 
 
 def arange_like(lengths: Array, start: int, stop: int, table: Primitives) -> Array:
