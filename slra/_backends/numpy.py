@@ -9,6 +9,7 @@ import scipy.linalg
 from slra._backends import numpy_attention
 from slra._backends.agnostic import Primitives, ScoreOptions
 from slra._backends.agnostic_sparse import index_dtype
+from slra._backends.numpy_decode import FEW_QUERIES, few_queries_attention
 from slra._typing import Array
 
 __all__ = ["NumpyPrimitives"]
@@ -60,7 +61,9 @@ class NumpyPrimitives(Primitives):
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
     ) -> tuple[Array, Array]:
-        """Tiles in place, on several threads."""
+        """Tiles in place, on several threads; without tiles where a few queries decode."""
+        if q.shape[-2] <= FEW_QUERIES:
+            return few_queries_attention(q, k, v, mask, options)
         return numpy_attention.attention(q, k, v, mask, options)
 
     def attention_vjp(

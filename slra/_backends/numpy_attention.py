@@ -23,8 +23,6 @@ __all__ = ["attention", "attention_vjp"]
 
 # 512 x 512 scores: 1 MB in float32, which leaves room in the second-level cache for keys and values.
 QUERY_TILE, KEY_TILE = 512, 512
-# So few queries take all their keys at once: reading keys and values is then all the time there is.
-FEW_QUERIES, CHUNK_BYTES = 8, 1 << 19
 # Under a single key head the gradients of keys and values are summed in so many parts, which run side by side.
 N_PARTS = 8
 # Below this many multiplications (about a millisecond) threads cost more than they save.
@@ -171,9 +169,7 @@ def attention(
     def run(task: Any, buffers: Buffers) -> None:
         index, top = task
         row = arguments.rows(top)
-        if row and q.shape[-2] <= FEW_QUERIES:
-            _attend_few(head(arguments, index), row, out[index], lse[index], buffers)
-        elif row:
+        if row:
             here = (*index, slice(top, row[0].bottom))
             _attend_rows(head(arguments, index), row, out[here], lse[here], buffers)
 
@@ -209,29 +205,6 @@ def _attend_rows(one: Arguments, row: list[Tile], out: Array, lse: Array, buffer
     lse[...] = np.where(empty, -np.inf, shift / power.per_nat + np.log(total))
 
 
-def _attend_few(one: Arguments, row: list[Tile], out: Array, lse: Array, buffers: Buffers) -> None:
-    """Softmax over all keys at once. A chunk of keys stays in the second-level cache for all queries."""
-    tile, power = row[0]._replace(right=row[-1].right), one.power()
-    q = np.ascontiguousarray(scaled_transposed(one, tile, buffers).T)
-    scores = buffers.get("scores", q.shape[0], tile.right)
-    step = max(1, CHUNK_BYTES // (q.shape[1] * q.itemsize))
-    for start in range(0, tile.right, step):
-        chunk = slice(start, min(start + step, tile.right))
-        for query, target in zip(q, scores, strict=True):
-            np.dot(one.k[chunk], query, out=target[chunk])
-    _cap(one, scores)
-    hide(one, scores.T, tile)
-    shift = scores.max(axis=1)
-    np.subtract(scores, finite(shift)[:, None], out=scores)
-    power.function(scores, out=scores)
-    total = scores.sum(axis=1)
-    empty = total == 0
-    total[empty] = 1
-    np.matmul(scores, one.v[: tile.right], out=out)
-    out /= total[:, None]
-    lse[...] = np.where(empty, -np.inf, shift / power.per_nat + np.log(total))
-
-
 def finite(shift: Array) -> Array:
     """Replace the -inf of rows that have met no key yet: -inf - -inf would be NaN."""
     return np.where(shift == -np.inf, 0, shift)
@@ -253,15 +226,15 @@ def scores_of(one: Arguments, q: Array, tile: Tile, buffers: Buffers) -> Array:
     """
     scores = buffers.get("scores", tile.right - tile.left, q.shape[1])
     np.matmul(one.k[tile.left : tile.right], q, out=scores)
-    _cap(one, scores)
+    cap(scores, one.options, one.power().per_nat)
     return scores
 
 
-def _cap(one: Arguments, scores: Array) -> None:
-    """Apply the softcap, to scores in its units, in place."""
-    if one.options.softcap is not None:
+def cap(scores: Array, options: ScoreOptions, per_nat: float) -> None:
+    """Apply the softcap to scores in its units, in place; they are in those of the power then."""
+    if options.softcap is not None:
         np.tanh(scores, out=scores)
-        scores *= one.options.softcap * one.power().per_nat
+        scores *= options.softcap * per_nat
 
 
 def hide(one: Arguments, scores: Array, tile: Tile) -> None:

@@ -18,6 +18,7 @@ from slra.attn.cache.segment import (
 from slra.attn.cache.state import (
     Exact,
     Recent,
+    Segment,
     SegmentMaps,
     Settings,
     State,
@@ -146,8 +147,8 @@ def select_state(
 
     segments = []
     for segment in state.segments:
-        chosen = take(segment)
-        segments.append(chosen._replace(maps=segment.maps) if settings.pool_batch else chosen)
+        maps = segment.maps if settings.pool_batch else take(segment.maps)
+        segments.append(Segment(maps, *map(take, segment[1:])))
     recent = state.recent and state.recent._replace(q=take(state.recent.q))
     error = state.error if settings.pool_batch else take(state.error)
     return State(take(state.lengths), tuple(segments), take(state.exact), recent, error)

@@ -1,0 +1,84 @@
+"""Attention of so few queries that reading keys and values is all the time there is, on NumPy.
+
+Matrix-vector products read each key and value once, and there is no tile to rescale.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from slra._backends.agnostic_attention import ScoreOptions, Tile, scores_batch_shape
+from slra._backends.numpy_attention import (
+    Arguments,
+    Buffers,
+    Power,
+    at,
+    cap,
+    finite,
+    head,
+    hide,
+    in_threads,
+)
+from slra._typing import Array
+
+__all__ = ["FEW_QUERIES", "few_queries_attention"]
+
+# From about so many on, products of matrices are faster.
+FEW_QUERIES = 8
+# A chunk of keys, and a group of scores, stay in a second-level cache of 1 MB.
+CHUNK_BYTES = 1 << 19
+
+
+def few_queries_attention(
+    q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+) -> tuple[Array, Array]:
+    """Exact attention and its log-sum-exp, softmax over all keys at once, in memory linear in their number."""
+    batch, n_queries, n_keys = scores_batch_shape(q, k, v, mask), q.shape[-2], k.shape[-2]
+    arguments = Arguments(q, k, v, mask, options, batch)
+    end, indices = options.last_key(n_queries, n_queries, n_keys), list(np.ndindex(*batch))
+    out = np.zeros((len(indices), n_queries, v.shape[-1]), q.dtype)
+    lse = np.full((len(indices), n_queries), -np.inf, q.dtype)
+    # Several heads go together, as many as their scores stay in the second-level cache.
+    size = max(1, CHUNK_BYTES // (n_queries * max(1, end) * q.itemsize))
+    groups = [slice(i, min(i + size, len(indices))) for i in range(0, len(indices), size)]
+
+    def run(group: Any, buffers: Buffers) -> None:
+        scores = buffers.get("scores", group.stop - group.start, n_queries, end)
+        for index, one in zip(indices[group], scores, strict=True):
+            _few_scores(arguments, index, one)
+        lse[group], total = _weigh(scores, arguments.power())
+        for index, weights, target in zip(indices[group], scores, out[group], strict=True):
+            np.matmul(weights, at(v, index)[:end], out=target)
+        out[group] /= total[..., None]
+
+    if end:
+        n_products = arguments.n_scores() * (q.shape[-1] + v.shape[-1])
+        in_threads(groups, run, q.dtype, n_products)
+    return out.reshape(*batch, *out.shape[1:]), lse.reshape(*batch, n_queries)
+
+
+def _few_scores(arguments: Arguments, index: tuple[int, ...], scores: Array) -> None:
+    """Scores of one head, (queries, keys): a chunk of keys stays in the second-level cache for all queries."""
+    q, k, options = at(arguments.q, index), at(arguments.k, index), arguments.options
+    per_nat = arguments.power().per_nat
+    factor = options.scale * (per_nat if options.softcap is None else 1 / options.softcap)
+    q, end = q * q.dtype.type(factor), scores.shape[1]
+    step = max(1, CHUNK_BYTES // (q.shape[1] * q.itemsize))
+    for left in range(0, end, step):
+        chunk = slice(left, min(left + step, end))
+        for query, target in zip(q, scores, strict=True):
+            np.dot(k[chunk], query, out=target[chunk])
+    cap(scores, options, per_nat)
+    if arguments.mask is not None or options.is_causal:
+        hide(head(arguments, index), scores.T, Tile(0, len(q), 0, end))
+
+
+def _weigh(scores: Array, power: Power) -> tuple[Array, Array]:
+    """Exponentiate scores in place, less the largest of each row; return log-sum-exps and sums, 1 for empty rows."""
+    shift = scores.max(axis=-1)
+    np.subtract(scores, finite(shift)[..., None], out=scores)
+    power.function(scores, out=scores)
+    total = scores.sum(axis=-1)
+    empty = total == 0
+    total[empty] = 1
+    return np.where(empty, -np.inf, shift / power.per_nat + np.log(total)), total
