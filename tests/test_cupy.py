@@ -108,18 +108,38 @@ CALLS = {
         lambda: slra.prox.prox_elastic_net(X, 0.5, l2=1.0),
         {"elastic_threshold"},
     ),
+    "prox_l2": (
+        lambda: slra.prox.prox_l2(X, 0.5, axis=-1),
+        {"max_abs", "norm", "group_threshold"},
+    ),
+    "prox_l21, complex, array tau": (
+        lambda: slra.prox.prox_l21(X + 1j, abs(X[:, :1]), axis=-1),
+        {"max_abs", "norm", "group_threshold"},
+    ),
+    "prox_l21, half": (
+        lambda: slra.prox.prox_l21(X.astype("float16"), 0.5, axis=-2),
+        {"max_abs", "norm", "group_threshold"},
+    ),
+    "norm_l2": (lambda: slra.prox.norm_l2(X, axis=-1), {"max_abs", "norm"}),
+    "prox_nuclear": (lambda: slra.prox.prox_nuclear(X, 0.5), {"nonneg_threshold"}),
     "norm_l1": (lambda: slra.prox.norm_l1(X), {"sum_abs"}),
     "proximal_gradient": (solve, {"soft_threshold_step", "extrapolate"}),
-    "attention": (attend, {"weights", "rescale"}),
-    "attention, causal": (lambda: attend(is_causal=True), {"scores", "weights", "rescale"}),
-    "attention, softcap": (lambda: attend(softcap=2.0), {"scores", "weights", "rescale"}),
+    "attention": (attend, {"row_sums", "join", "weights", "rescale"}),
+    "attention, causal": (
+        lambda: attend(is_causal=True),
+        {"scores", "row_sums", "join", "weights", "rescale"},
+    ),
+    "attention, softcap": (
+        lambda: attend(softcap=2.0),
+        {"scores", "row_sums", "join", "weights", "rescale"},
+    ),
     "attention, mask": (
         lambda: attend(mask=np.eye(4, dtype=bool)),
-        {"scores", "weights", "rescale"},
+        {"scores", "row_sums", "join", "weights", "rescale"},
     ),
     "attention, added mask": (
         lambda: attend(mask=np.eye(4)),
-        {"biased_scores", "weights", "rescale"},
+        {"biased_scores", "row_sums", "join", "weights", "rescale"},
     ),
     "attention_vjp": (differentiate, {"gradients"}),
     "attention_vjp, added mask": (lambda: differentiate(mask=np.eye(4)), {"biased_gradients"}),
@@ -230,20 +250,21 @@ class Mutant(NamedTuple):
         """Make the kernel, on whichever CuPy is in place."""
         from slra._backends import cupy_kernels
 
-        definition = cupy_kernels.DEFINITIONS[self.name]
-        text, source = definition[-1], cupy_kernels.SOURCE
-        if self.old in text:
-            text = text.replace(self.old, self.new)
-        else:
+        definition, source = cupy_kernels.DEFINITIONS[self.name], cupy_kernels.SOURCE
+        texts = definition._asdict()
+        del texts["dtypes"]
+        changed = definition._replace(
+            **{field: text.replace(self.old, self.new) for field, text in texts.items()}
+        )
+        if changed == definition:
             assert source.count(self.old) == 1
             source = source.replace(self.old, self.new)
-        changed = definition._replace(**{definition._fields[-1]: text})
         monkeypatch.setitem(cupy_kernels.DEFINITIONS, self.name, changed)
         return cupy_kernels.build(self.name, self.dtype, source)
 
 
 CLIP = "x - (x < -tau ? -tau : x > tau ? tau : x)"
-PHASE = "x * (shrunk / (modulus == R(0) ? R(1) : modulus))"
+SHORTER = "x * (shrunk / (size == R(0) ? R(1) : size))"
 BOUND = "column <= limit ?"
 MUTANTS = {
     "sign flipped": Mutant("soft_threshold", "float32", "x - (x <", "x + (x <"),
@@ -252,10 +273,10 @@ MUTANTS = {
         "soft_threshold", "float32", CLIP, "copysign(fmax(abs(x) - tau, R(0)), x)"
     ),
     "copysign on complex": Mutant(
-        "soft_threshold", "complex64", PHASE, "copysign(shrunk, x)", is_refused=True
+        "soft_threshold", "complex64", SHORTER, "copysign(shrunk, x)", is_refused=True
     ),
     "conjugated": Mutant("soft_threshold", "complex128", "return x * (", "return conj(x) * ("),
-    "0/0": Mutant("soft_threshold", "complex64", PHASE, "x * (shrunk / modulus)"),
+    "0/0": Mutant("soft_threshold", "complex64", SHORTER, "x * (shrunk / size)"),
     "uphill": Mutant("soft_threshold_step", "float32", "x - step * grad", "x + step * grad"),
     "uphill, complex": Mutant("soft_threshold_step", "complex128", "x - step", "x + step"),
     "excess below": Mutant("nonneg_threshold", "float64", "x <= tau ?", "x <= -tau ?"),
@@ -263,6 +284,14 @@ MUTANTS = {
         "nonneg_threshold", "float32", "x <= tau ? R(0) : x - tau", "x > tau ? x - tau : R(0)"
     ),
     "multiplied": Mutant("elastic_threshold", "complex64", "/ divisor", "* divisor"),
+    "0/0 in a group": Mutant("group_threshold", "float64", SHORTER, "x * (shrunk / size)"),
+    "longer": Mutant("group_threshold", "complex64", "size - tau", "size + tau"),
+    "negative length": Mutant("group_threshold", "float16", "size <= tau ? R(0) : ", ""),
+    "smallest": Mutant("max_abs", "float32", "a > b", "a < b", "group_norm"),
+    "largest without moduli": Mutant("max_abs", "float32", "abs({X})", "{X}", "group_norm"),
+    "squares overflow": Mutant("norm", "float32", "/ unit", "", "group_norm"),
+    "no squares": Mutant("norm", "complex128", "x * x", "x", "group_norm"),
+    "no root": Mutant("norm", "float64", "sqrt(a)", "a", "group_norm"),
     "backwards": Mutant("extrapolate", "float64", "x + factor", "x - factor"),
     "sum without moduli": Mutant("sum_abs", "float32", "abs({X})", "{X}"),
     "sum of real parts": Mutant("sum_abs", "complex64", "abs({X})", "abs(x.real())"),
@@ -278,6 +307,14 @@ MUTANTS = {
         "weights", "float32", "(peak == -R(CUDART_INF) ? R(0) : peak)", "peak", "softmax_step"
     ),
     "peak added": Mutant("weights", "float64", "exp(score - (", "exp(score + (", "softmax_step"),
+    "smallest on top": Mutant("row_sums", "float64", "a.peak >=", "a.peak <=", "softmax_step"),
+    "NaN below": Mutant("row_sums", "float32", " || a.peak != a.peak", "", "softmax_step"),
+    "total not shrunk": Mutant(
+        "join", "float64", " * slra_weight(low.peak, top.peak)", "", "softmax_step"
+    ),
+    "decay of the tile": Mutant(
+        "join", "float32", "slra_weight(peak, both", "slra_weight(tile_peak, both", "softmax_step"
+    ),
     "decay forgotten": Mutant(
         "rescale", "float32", "total * decay + part", "total + part", "softmax_step"
     ),

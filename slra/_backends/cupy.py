@@ -52,11 +52,22 @@ class CupyPrimitives(Primitives):
         """Scale and add in one pass."""
         return kernel("extrapolate", x)(x, move, factor)
 
+    def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """Read ``x`` twice, once for the largest modulus."""
+        xp = self.xp
+        peak = kernel("max_abs", x)(x, axis=axes, keepdims=True)
+        unit = xp.where((peak == 0) | xp.isinf(peak), xp.ones_like(peak), peak)
+        return unit * kernel("norm", x)(x, unit, axis=axes, keepdims=True)
+
+    def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
+        """Shorten in one pass, given the norms."""
+        return kernel("group_threshold", x)(x, self.group_norm(x, axes), tau)
+
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Add up moduli as they are read."""
         return kernel("sum_abs", x)(x, axis=axis)
 
-    # Attention: products by cuBLAS, maxima and sums by CUB, and a kernel for all that lies between
+    # Attention: products by cuBLAS, and kernels for all that lies between
 
     def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
         """Fill the device with each launch, in memory that does not grow with the length."""
@@ -71,13 +82,15 @@ class CupyPrimitives(Primitives):
         return kernel(f"{prefix}scores", products)(products, *arguments)
 
     def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
-        """Subtract the maximum and exponentiate in one pass, rescale and add in another."""
+        """Read the scores once for maxima and sums, once to exponentiate; rescale and add in one pass."""
         xp = self.xp
-        weigh, rescale = kernel("weights", scores), kernel("rescale", scores)
-        peak = xp.maximum(state.peak, xp.max(scores, axis=-1))
-        weights, decay = weigh(scores, peak[..., None]), weigh(state.peak, peak)
-        total = rescale(state.total, decay, xp.sum(weights, axis=-1))
-        return SoftmaxState(peak, total, rescale(state.out, decay[..., None], weights @ v))
+        tile_peak = xp.empty(scores.shape[:-1], dtype=scores.dtype)
+        tile_total = xp.empty_like(tile_peak)
+        kernel("row_sums", scores)(scores, tile_peak, tile_total, axis=-1)
+        peak, total, decay = kernel("join", scores)(state.peak, state.total, tile_peak, tile_total)
+        weights = kernel("weights", scores)(scores, peak[..., None])
+        out = kernel("rescale", scores)(state.out, decay[..., None], weights @ v)
+        return SoftmaxState(peak, total, out)
 
     def tile_gradients(
         self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array

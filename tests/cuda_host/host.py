@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import importlib
 import itertools
+import math
 import shutil
 import subprocess
 import sys
@@ -132,7 +133,7 @@ class HostElementwise(HostKernel):
 
 
 class HostReduction(HostKernel):
-    """`cupy.ReductionKernel` over one NumPy array, in sequence."""
+    """`cupy.ReductionKernel` over NumPy arrays, in sequence."""
 
     def __init__(
         self,
@@ -144,37 +145,47 @@ class HostReduction(HostKernel):
         post_map_expr: str,
         identity: str,
         name: str,
+        reduce_type: str | None,
         preamble: str,
     ) -> None:
         super().__init__(library, inputs, outputs, name, preamble)
         self.map_expr, self.reduce_expr = map_expr, reduce_expr
         self.post_map_expr, self.identity = post_map_expr, identity
+        self.reduce_type = reduce_type or self.outputs[0].c_type
 
     def body(self) -> str:
-        (x,), (out,) = self.inputs, self.outputs
+        inputs = [f"const {p.c_type}& {p.name} = _{p.name}[i * width + j];" for p in self.inputs]
+        outputs = [f"{p.c_type}& {p.name} = _{p.name}[i];" for p in self.outputs]
         return f"""
 for (ptrdiff_t i = 0; i < n; i++) {{
-    {out.c_type} a = {self.identity};
+    {self.reduce_type} a = {self.identity};
     for (ptrdiff_t j = 0; j < width; j++) {{
-        const {x.c_type}& {x.name} = _{x.name}[i * width + j];
-        const {out.c_type} b = {self.map_expr};
+        {" ".join(inputs)}
+        const {self.reduce_type} b = {self.map_expr};
         a = {self.reduce_expr};
     }}
-    {out.c_type}& {out.name} = _{out.name}[i];
+    {" ".join(outputs)}
     {self.post_map_expr};
 }}"""
 
-    def __call__(self, *args: Any, axis: Any = None) -> Any:
-        """Bring the reduced axes to the end, run."""
-        (x,) = self.as_arrays(args)
+    def __call__(self, *args: Any, axis: Any = None, keepdims: bool = False) -> Any:
+        """Broadcast, bring the reduced axes to the end, run; outputs may follow the inputs."""
+        arrays = self.as_arrays(args[: len(self.inputs)])
+        shape = np.broadcast_shapes(*(a.shape for a in arrays))
         axes = np.lib.array_utils.normalize_axis_tuple(
-            range(x.ndim) if axis is None else axis, x.ndim
+            range(len(shape)) if axis is None else axis, len(shape)
         )
-        kept = [a for a in range(x.ndim) if a not in axes]
-        result = np.empty([x.shape[a] for a in kept], dtype=self.outputs[0].dtype)
-        x = np.ascontiguousarray(np.transpose(x, (*kept, *axes)))
-        self.run(result.size, x.size // max(result.size, 1), [x, result])
-        return result
+        kept = [a for a in range(len(shape)) if a not in axes]
+        arrays = [np.transpose(np.broadcast_to(a, shape), (*kept, *axes)) for a in arrays]
+        lengths = [shape[a] for a in kept]
+        results = list(args[len(self.inputs) :])
+        results = results or [np.empty(lengths, dtype=p.dtype) for p in self.outputs]
+        for result, p in zip(results, self.outputs, strict=True):
+            if result.dtype != p.dtype or list(result.shape) != lengths:
+                raise ValueError(f"{self.name}: {p.name} must be {p.dtype} of shape {lengths}")
+        width = math.prod(shape[a] for a in axes)
+        self.run(results[0].size, width, [*map(np.ascontiguousarray, arrays), *results])
+        return np.expand_dims(results[0], axes) if keepdims else results[0]
 
 
 class Library:
