@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from types import FunctionType
@@ -11,6 +12,7 @@ import pytest
 
 import slra
 from tests.backends import BACKENDS, other_device
+from tests.cuda_host import host
 
 if importlib.util.find_spec("jax") is not None:
     import jax
@@ -43,6 +45,13 @@ def xp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Itera
                 monkeypatch.setattr(module, name, backend.wrap(function, request))
     with backend.enter() as namespace:
         yield namespace
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let the workers of pytest-xdist share what g++ made."""
+    folder = tmp_path_factory.getbasetemp()
+    host.folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture

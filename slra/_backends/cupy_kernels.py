@@ -221,9 +221,8 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
 }
 
 
-def build(name: str, dtype: str, source: str = SOURCE) -> Any:
+def build(definition: Elementwise | Reduction, name: str, dtype: str, source: str = SOURCE) -> Any:
     """Make one kernel; nothing is compiled yet."""
-    definition = DEFINITIONS[name]
     words = {
         "T": dtype,
         "R": definition.dtypes[dtype],
@@ -249,7 +248,7 @@ def build(name: str, dtype: str, source: str = SOURCE) -> Any:
 
 
 KERNELS = {
-    (name, dtype): build(name, dtype)
+    (name, dtype): build(definition, name, dtype)
     for name, definition in DEFINITIONS.items()
     for dtype in definition.dtypes
 }

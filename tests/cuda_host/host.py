@@ -6,15 +6,16 @@ cannot show is what only the device does: fused multiply-add, flushed denormals,
 
 import contextlib
 import ctypes
+import fcntl
+import functools
+import hashlib
 import importlib
-import itertools
 import math
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -37,8 +38,6 @@ C_TYPES = {
 COMPILER = "g++"
 # No contraction to fused multiply-add: the results are then NumPy's to the bit.
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared"]
-
-_SERIAL = itertools.count()
 
 
 class CompileError(Exception):
@@ -63,9 +62,13 @@ class HostKernel:
         self.inputs = [Parameter(text) for text in inputs.split(",")]
         self.outputs = [Parameter(text) for text in outputs.split(",")]
         self.name, self.preamble, self.library = name, preamble, library
-        # Names and preambles repeat where a kernel is built twice.
-        self.symbol = f"{name}_{next(_SERIAL)}"
         library.pending.append(self)
+
+    @functools.cached_property
+    def symbol(self) -> str:
+        """A name of its own for each text, the same in each process."""
+        text = self.preamble + self.body()
+        return f"{self.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def body(self) -> str:
         """Statements of the C function."""
@@ -195,30 +198,47 @@ class Library:
         self.pending: list[HostKernel] = []
         self.compiled: dict[HostKernel, Any] = {}
 
+    def compile(self) -> None:
+        """Compile all that wait to be."""
+        if self.pending:
+            batch, self.pending = self.pending, []
+            self._compile(batch)
+
     def function(self, kernel: HostKernel) -> Any:
-        """Return the C function of a kernel, compiled if need be with all that wait to be."""
+        """Return the C function of a kernel, compiled if need be."""
+        self.compile()
         if kernel not in self.compiled:
-            # A batch that was refused is tried again kernel by kernel.
-            batch, self.pending = [*self.pending] or [kernel], []
-            shim = (Path(__file__).parent / "shim.h").read_text()
-            handle = _compiled(shim + "".join(other.source() for other in batch))
-            self.compiled |= dict.fromkeys(batch, handle)
+            # It was in a batch that was refused.
+            self._compile([kernel])
         return getattr(self.compiled[kernel], kernel.symbol)
+
+    def _compile(self, batch: list[HostKernel]) -> None:
+        shim = (Path(__file__).parent / "shim.h").read_text()
+        handle = _compiled(shim + "".join(kernel.source() for kernel in batch))
+        self.compiled |= dict.fromkeys(batch, handle)
+
+
+# Where compiled kernels are kept, for the other processes of a run of tests to find; the tests say where.
+folder = Path(tempfile.gettempdir())
 
 
 def _compiled(source: str) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        text, library = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
-        text.write_text(source)
-        result = subprocess.run(
-            [COMPILER, *FLAGS, str(text), "-o", str(library)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if result.returncode:
-            raise CompileError(result.stderr)
-        return ctypes.CDLL(str(library))
+    """Load what a C++ compiler makes of a text, compiled by whichever process comes first."""
+    stem = folder / f"kernels-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    text, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
+    with stem.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            text.write_text(source)
+            result = subprocess.run(
+                [COMPILER, *FLAGS, str(text), "-o", str(library)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if result.returncode:
+                raise CompileError(result.stderr)
+    return ctypes.CDLL(str(library))
 
 
 class HostCupy(ModuleType):
@@ -228,9 +248,9 @@ class HostCupy(ModuleType):
         super().__init__("cupy")
         self.ndarray = type("ndarray", (), {})
         self.asnumpy = np.asarray
-        library = Library()
-        self.ElementwiseKernel = partial(HostElementwise, library)
-        self.ReductionKernel = partial(HostReduction, library)
+        self.library = Library()
+        self.ElementwiseKernel = functools.partial(HostElementwise, self.library)
+        self.ReductionKernel = functools.partial(HostReduction, self.library)
         self.cuda = SimpleNamespace(
             runtime=SimpleNamespace(getDeviceCount=lambda: 1),
             get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
