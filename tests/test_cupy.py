@@ -187,6 +187,20 @@ def test_cholesky_asks_cupy_to_say_when_it_fails(cupy_table):
     np.testing.assert_array_equal(factors, np.stack([good, np.full((2, 2), np.nan)]))
 
 
+@pytest.mark.parametrize(
+    ("shape", "is_batched"), [((2, 33, 33), True), ((2, 32, 32), False), ((1, 33, 33), False)]
+)
+def test_batches_of_svds_are_eigenvalue_problems(cupy_table, monkeypatch, shape, is_batched):
+    from slra._backends import cupy as module
+
+    calls, decompose = [], module.gram_svd
+    monkeypatch.setattr(module, "gram_svd", lambda *args: calls.append(args) or decompose(*args))
+    x = np.random.default_rng(0).standard_normal(shape)
+    U, S, Vh = slra.truncated_svd(x)
+    assert bool(calls) == is_batched
+    np.testing.assert_allclose((U * S[:, None, :]) @ Vh, x, atol=1e-12)
+
+
 @needs_compiler
 def test_attention_in_several_tiles(cupy_table, monkeypatch):
     monkeypatch.setattr(type(cupy_table), "tile_shape", lambda *_: (3, 4))

@@ -3,6 +3,7 @@
 Needs: cupy (``pip install "slra[cupy]"``) and, to allocate anything, a CUDA device.
 """
 
+import math
 from typing import Any
 
 import cupy
@@ -12,12 +13,15 @@ import numpy as np
 from slra._backends.agnostic import Primitives
 from slra._backends.agnostic_attention import SoftmaxState, TileBounds
 from slra._backends.cupy_kernels import kernel
+from slra._backends.gram_svd import gram_svd
 from slra._typing import Array
 
 __all__ = ["CupyPrimitives"]
 
 # One tile of scores over all matrices of a batch, and its width. Not tuned: that takes a GPU.
 TILE_BYTES, TILE_WIDTH = 1 << 26, 4096
+# Longest side of the matrices whose SVDs cuSOLVER computes in a batch.
+LARGEST_IN_BATCH = 32
 
 
 class CupyPrimitives(Primitives):
@@ -29,6 +33,12 @@ class CupyPrimitives(Primitives):
         """Wait for the device to say whether it failed, which CuPy does not unless told to."""
         with cupyx.errstate(linalg="raise"):
             return super().cholesky(g)
+
+    def small_svd(self, b: Array) -> tuple[Array, Array, Array]:
+        """Solve eigenvalue problems, which go in a batch, where CuPy would take the matrices one by one."""
+        if math.prod(b.shape[:-2]) < 2 or max(b.shape[-2:]) <= LARGEST_IN_BATCH:
+            return super().small_svd(b)
+        return gram_svd(b, self, super().small_svd)
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Shrink in one pass."""
