@@ -231,18 +231,28 @@ def test_gradient_in_several_tiles(cupy_table, monkeypatch):
 
 
 @needs_compiler
-def test_the_benchmark_runs(cupy_table):
+def test_the_benchmark_runs(capsys):
     """On the stand-in and tiny, so that it is not first tried on a GPU."""
-    import cupy
-
     from benchmarks import gpu
 
-    sizes = gpu.Sizes(n_entries=64, svd=(2, 12, 6), rank=2, heads=2, n=16, d=8, calls=1)
-    result = gpu.elementwise(cupy, cupy_table.xp, sizes)
-    assert set(result["seconds"]) == {"copy", "soft_threshold", "fused step", "unfused step"}
-    errors = gpu.batched_svd(cupy, None, sizes)["relative_error"]
+    assert gpu.main(["--dry-run"]) == 0
+    assert "everything ran" in capsys.readouterr().out
+
+
+@needs_compiler
+def test_the_benchmark_holds_what_was_asked_for():
+    from benchmarks import gpu
+
+    with gpu.on_host() as libraries:
+        result = gpu.measure(libraries, gpu.TINY)
+    errors = result["batched_svd"]["relative_error"]
     assert errors["slra.randomized_svd"] <= 1.01 * errors["cupy.linalg.svd"]
-    assert "slra, exact" in gpu.attention(cupy, None, sizes)["bytes_held"]
+    for t, found in result["small_svd"].items():
+        assert found["relative_error"]["slra"] < 100 * np.finfo(t).eps
+    ours, theirs = result["sparse_svd"]["leading_value"].values()
+    assert abs(ours - theirs) < 1e-4 * theirs
+    assert "slra, exact" in result["attention"]["float32"]["bytes_held"]
+    assert all(each["measured"] for each in result["asked"].values())
 
 
 # Mutants

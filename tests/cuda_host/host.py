@@ -252,7 +252,12 @@ class HostCupy(ModuleType):
         self.ElementwiseKernel = functools.partial(HostElementwise, self.library)
         self.ReductionKernel = functools.partial(HostReduction, self.library)
         self.cuda = SimpleNamespace(
-            runtime=SimpleNamespace(getDeviceCount=lambda: 1),
+            Device=lambda: SimpleNamespace(id=0),
+            runtime=SimpleNamespace(
+                getDeviceCount=lambda: 1,
+                getDeviceProperties=lambda _: {"name": b"none"},
+                runtimeGetVersion=lambda: 0,
+            ),
             get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
         )
         self.get_default_memory_pool = lambda: SimpleNamespace(
