@@ -51,7 +51,7 @@ def xp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Itera
 def _kernels_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Let the workers of pytest-xdist share what g++ made."""
     folder = tmp_path_factory.getbasetemp()
-    host.folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    host.shared_folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ cannot show is what only the device does: fused multiply-add, flushed denormals,
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import importlib
+import importlib.util
 import math
 import shutil
 import subprocess
@@ -218,12 +218,22 @@ class Library:
         self.compiled |= dict.fromkeys(batch, handle)
 
 
-# Where compiled kernels are kept, for the other processes of a run of tests to find; the tests say where.
-folder = Path(tempfile.gettempdir())
+# Where compiled kernels are kept, for all processes of a run of tests; None: for this process alone.
+shared_folder: Path | None = None
+
+
+@functools.cache
+def _own_folder() -> Any:
+    """Make a folder that goes with the process."""
+    return tempfile.TemporaryDirectory()
 
 
 def _compiled(source: str) -> Any:
     """Load what a C++ compiler makes of a text, compiled by whichever process comes first."""
+    # Not at the top: Windows has none, and is where these tests are skipped.
+    import fcntl
+
+    folder = shared_folder or Path(_own_folder().name)
     stem = folder / f"kernels-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     text, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
     with stem.with_suffix(".lock").open("w") as lock:
@@ -312,6 +322,8 @@ def _replace(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
 
 def why_not() -> str | None:
     """Why kernels cannot be run on this machine, or None."""
+    if importlib.util.find_spec("fcntl") is None:
+        return "no fcntl here"
     return None if shutil.which(COMPILER) else f"{COMPILER} is not installed"
 
 
