@@ -330,6 +330,9 @@ MUTANTS = {
         "weights", "float32", "(peak == -R(CUDART_INF) ? R(0) : peak)", "peak", "softmax_step"
     ),
     "peak added": Mutant("weights", "float64", "exp(score - (", "exp(score + (", "softmax_step"),
+    "zero among the scores": Mutant(
+        "row_sums", "float32", "slra_one(-{C}(CUDART_INF))", "slra_one({C}(0))", "softmax_step"
+    ),
     "smallest on top": Mutant("row_sums", "float64", "a.peak >=", "a.peak <=", "softmax_step"),
     "NaN below": Mutant("row_sums", "float32", " || a.peak != a.peak", "", "softmax_step"),
     "total not shrunk": Mutant(

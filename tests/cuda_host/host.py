@@ -4,6 +4,7 @@ With it the whole CuPy path runs on a machine without a GPU: dispatch, loops, an
 cannot show is what only the device does: fused multiply-add, flushed denormals, its own exp and tanh, and cuBLAS.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -38,6 +39,9 @@ C_TYPES = {
 COMPILER = "g++"
 # No contraction to fused multiply-add: the results are then NumPy's to the bit.
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared"]
+
+# Threads that share one result of a reduction; CuPy takes 512.
+LANES = 8
 
 
 class CompileError(Exception):
@@ -136,7 +140,7 @@ class HostElementwise(HostKernel):
 
 
 class HostReduction(HostKernel):
-    """`cupy.ReductionKernel` over NumPy arrays, in sequence."""
+    """`cupy.ReductionKernel` over NumPy arrays, in the order of a block of threads, some with nothing to do."""
 
     def __init__(
         self,
@@ -159,14 +163,23 @@ class HostReduction(HostKernel):
     def body(self) -> str:
         inputs = [f"const {p.c_type}& {p.name} = _{p.name}[i * width + j];" for p in self.inputs]
         outputs = [f"{p.c_type}& {p.name} = _{p.name}[i];" for p in self.outputs]
+        kind, combined = self.reduce_type, self.reduce_expr
         return f"""
 for (ptrdiff_t i = 0; i < n; i++) {{
-    {self.reduce_type} a = {self.identity};
+    {kind} lanes[{LANES}];
+    for (int t = 0; t < {LANES}; t++) lanes[t] = {self.identity};
     for (ptrdiff_t j = 0; j < width; j++) {{
         {" ".join(inputs)}
-        const {self.reduce_type} b = {self.map_expr};
-        a = {self.reduce_expr};
+        const {kind} a = lanes[j % {LANES}], b = {self.map_expr};
+        lanes[j % {LANES}] = {combined};
     }}
+    for (int block = {LANES} / 2; block > 0; block /= 2) {{
+        for (int t = 0; t < block; t++) {{
+            const {kind} a = lanes[t], b = lanes[t + block];
+            lanes[t] = {combined};
+        }}
+    }}
+    const {kind} a = lanes[0];
     {" ".join(outputs)}
     {self.post_map_expr};
 }}"""
@@ -223,9 +236,11 @@ shared_folder: Path | None = None
 
 
 @functools.cache
-def _own_folder() -> Any:
+def _own_folder() -> Path:
     """Make a folder that goes with the process."""
-    return tempfile.TemporaryDirectory()
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return Path(folder)
 
 
 def _compiled(source: str) -> Any:
@@ -233,7 +248,7 @@ def _compiled(source: str) -> Any:
     # Not at the top: Windows has none, and is where these tests are skipped.
     import fcntl
 
-    folder = shared_folder or Path(_own_folder().name)
+    folder = shared_folder or _own_folder()
     stem = folder / f"kernels-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
     text, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
     with stem.with_suffix(".lock").open("w") as lock:
