@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import slra
 from tests.backends import BACKENDS, other_device
+from tests.cuda_host import host
 
 if importlib.util.find_spec("jax") is not None:
     import jax
@@ -51,6 +52,13 @@ def xp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Itera
                 monkeypatch.setattr(module, name, backend.wrap(function, request))
     with backend.enter() as namespace:
         yield namespace
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let the workers of pytest-xdist share what g++ made."""
+    folder = tmp_path_factory.getbasetemp()
+    host.shared_folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture
