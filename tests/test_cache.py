@@ -539,6 +539,7 @@ def test_a_saved_cache_goes_on_where_it_was(xp, case, tmp_path):
     back = slra.KVCache.load(tmp_path / "cache", like=q)
     assert back._settings == cache._settings
     assert back.nbytes <= cache.nbytes
+    assert back.nbytes == cache.nbytes or case != "capacity"
     outs = []
     for one in (cache, back):
         one = one.append(k[..., 39:, :], v[..., 39:, :], q=q[..., 39:, :])
@@ -584,6 +585,12 @@ TAMPERED = {
     "a wrong dtype": lambda path: _rewritten(
         path, lambda named, meta: named.update({"exact.k": named["exact.k"].astype("int32")})
     ),
+    "another dtype": lambda path: _rewritten(
+        path, lambda named, meta: named.update({"exact.k": named["exact.k"].astype("float32")})
+    ),
+    "settings that are a list": lambda path: _rewritten(
+        path, lambda named, meta: meta.update(settings="[1]")
+    ),
     "a wrong length": lambda path: _rewritten(
         path, lambda named, meta: named.update(lengths=named["lengths"] + 1000)
     ),
@@ -627,6 +634,12 @@ WRONG = {
     "rotary must be 1 to 4 frequencies": {"rotary": [1.0] * 5},
     "update must be one of": {"update": "always"},
     "drift_bound must be given": {"update": "drift"},
+    "update must be 'fixed' with a capacity": {
+        "update": "drift",
+        "drift_bound": 0.1,
+        "window": 4,
+        "capacity": 9,
+    },
     "window must be at least 4": {"update": "drift", "drift_bound": 0.1, "window": 3},
     "batch must be a tuple": {"batch": 3},
     "softcap must be finite": {"softcap": 0.0},

@@ -43,8 +43,9 @@ class KVCache:
     n_sparse : int
         How many entries of each key and each value are stored beside the low rank: the largest of what it leaves.
     capacity : int, optional
-        Tokens to make room for. Then memory does not grow, and more tokens are an error. On JAX it makes the cache a
-        pytree of static shapes, to be used under ``jax.jit``, where tokens beyond it make every output NaN.
+        Tokens to make room for; not with "drift". Then memory does not grow, and more tokens are an error. On JAX it
+        makes the cache a pytree of static shapes, to be used under ``jax.jit``, where tokens beyond it make every
+        output NaN.
     dtype : {"float16", "bfloat16", "float32", "float64"}, optional
         What k', v' and sparse entries are stored in, by default the dtype of the basis. Computed is in the latter.
     scale, softcap : float, optional
@@ -58,7 +59,8 @@ class KVCache:
     drift_bound : float, optional
         With "drift": the relative error of the output, over the tokens of the window alone and for their own
         queries, beyond which the basis is fitted to the window. It is measured each time the window has been
-        replaced, on the worst head. The new basis serves the tokens of the window and those to come.
+        replaced, on the worst head, and with ``rotary`` before the rotation. The new basis serves the tokens of the
+        window and those to come.
     method : {"output", "joint", "svd"}
         How a refit is done, see `fit_attention`.
 

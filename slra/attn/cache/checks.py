@@ -112,7 +112,7 @@ def check_lengths(
     if state.recent is not None:
         raise ValueError("lengths must be None with update='drift'")
     if not is_host(state.lengths):
-        return _check_traced(lengths, state, settings, table)
+        return _check_traced(lengths, n_rows, state, settings, table)
     counts = _host_integers(lengths, "lengths", table)
     if counts.shape != settings.batch or np.any(counts < 0) or np.any(counts > n_rows):
         raise ValueError(
@@ -121,7 +121,10 @@ def check_lengths(
     return counts.reshape(-1).astype(np.int64)
 
 
-def _check_traced(lengths: Array, state: State, settings: Settings, table: Primitives) -> Array:
+def _check_traced(
+    lengths: Array, n_rows: int, state: State, settings: Settings, table: Primitives
+) -> Array:
+    """Values cannot be looked at: they are clipped to what is possible."""
     xp = table.xp
     counts = lengths if compat.is_array_api_obj(lengths) else np.asarray(lengths)
     if isinstance(counts, np.ndarray):
@@ -130,7 +133,7 @@ def _check_traced(lengths: Array, state: State, settings: Settings, table: Primi
         raise TypeError(f"lengths must be integers, got {counts.dtype}")
     if tuple(counts.shape) != settings.batch:
         raise ValueError(f"lengths must have shape {settings.batch}, got {tuple(counts.shape)}")
-    return xp.astype(xp.reshape(counts, (-1,)), state.lengths.dtype)
+    return xp.clip(xp.astype(xp.reshape(counts, (-1,)), state.lengths.dtype), 0, n_rows)
 
 
 def check_selection(indices: Any, settings: Settings, table: Primitives) -> np.ndarray[Any, Any]:

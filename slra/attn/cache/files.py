@@ -21,6 +21,7 @@ from slra.attn.cache.state import (
     SparseTokens,
     State,
     is_host,
+    with_rows,
 )
 
 __all__ = ["flattened", "load_cache", "save_cache"]
@@ -123,7 +124,7 @@ def load_cache(path: str | PathLike[str], like: Array, table: Primitives) -> tup
         if extra := set(named) - {name for name, _ in flattened(state)}:
             raise ValueError(f"it also holds {sorted(extra)}")
         check_contents(state, settings)
-    except (library.SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (library.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"path must be a file written by KVCache.save, got {path}: {error}"
         ) from error
@@ -180,8 +181,15 @@ def _brought(state: State, settings: Settings, like: Array, table: Primitives) -
         is_static = table.is_functional and settings.capacity is not None
         return bring(x) if is_static else x
 
+    def room(x: Any) -> Any:
+        return (
+            x
+            if settings.capacity is None
+            else with_rows(x, settings.capacity - settings.n_sink, table)
+        )
+
     segments = tuple(
-        _map_rows(segment, rows)._replace(
+        _map_rows(segment, lambda x: room(rows(x)))._replace(
             maps=SegmentMaps(*map(bring, segment.maps)), start=position(segment.start)
         )
         for segment in state.segments

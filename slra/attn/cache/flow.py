@@ -150,5 +150,7 @@ def select_state(
         maps = segment.maps if settings.pool_batch else take(segment.maps)
         segments.append(Segment(maps, *map(take, segment[1:])))
     recent = state.recent and state.recent._replace(q=take(state.recent.q))
-    error = state.error if settings.pool_batch else take(state.error)
+    error = state.error
+    if error is not None and error.ndim > 1:
+        error = take(error)
     return State(take(state.lengths), tuple(segments), take(state.exact), recent, error)

@@ -71,11 +71,11 @@ def check_settings(
         method=method,
     )
     check_choice(method, tuple(METHODS), "method")
-    _check_together(settings, table)
+    _check_together(settings)
     return table, settings
 
 
-def _check_together(settings: Settings, table: Primitives) -> None:
+def _check_together(settings: Settings) -> None:
     """Raise where options that are right by themselves do not go together."""
     if settings.capacity is not None and settings.capacity <= settings.n_sink:
         raise ValueError(
@@ -87,10 +87,8 @@ def _check_together(settings: Settings, table: Primitives) -> None:
                 f"window must be at least {max(settings.rank)}, the rank, with update='drift', which fits "
                 f"to the window; got {settings.window}"
             )
-        if table.is_functional and settings.capacity is not None:
-            raise ValueError(
-                "update must be 'fixed' with a static capacity: a new basis would change the structure"
-            )
+        if settings.capacity is not None:
+            raise ValueError("update must be 'fixed' with a capacity: a new basis takes more room")
 
 
 def _check_batch(batch: Any, own: tuple[int, ...]) -> tuple[int, ...]:

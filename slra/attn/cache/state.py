@@ -29,6 +29,7 @@ __all__ = [
     "grown",
     "is_host",
     "namespace_of",
+    "with_rows",
     "zeros",
 ]
 
@@ -161,8 +162,12 @@ def grown(buffer: Array, n_rows: int, table: Primitives) -> Array:
     held = buffer.shape[-2]
     if n_rows <= held:
         return buffer
-    n_rows = max(n_rows, math.ceil(held * GROWTH), LEAST_ROWS)
-    extra = (*buffer.shape[:-2], n_rows - held, buffer.shape[-1])
+    return with_rows(buffer, max(n_rows, math.ceil(held * GROWTH), LEAST_ROWS), table)
+
+
+def with_rows(buffer: Array, n_rows: int, table: Primitives) -> Array:
+    """Copy to a buffer with so many rows, no fewer than it has."""
+    extra = (*buffer.shape[:-2], n_rows - buffer.shape[-2], buffer.shape[-1])
     return table.xp.concat([buffer, zeros(extra, buffer, table)], axis=-2)
 
 
