@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from slra._typing import Array
+from slra._typing import Array, DType
 
 __all__ = ["Rows", "runs"]
 
@@ -18,6 +18,19 @@ class Rows:
     def gather_rows(self, x: Array, indices: Array) -> Array:
         """Rows of ``x`` (..., n, d) at ``indices`` (..., m), whose leading axes broadcast; (..., m, d)."""
         return self.xp.take_along_axis(x, indices[..., None], axis=-2)
+
+    def creation_device(self, like: Array) -> Any:
+        """Device to create an array on that is to meet ``like``."""
+        raise NotImplementedError
+
+    def key_buffer(self, shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
+        """Zeros (..., n, d) beside ``like``, for rows that are multiplied by a few vectors again and again."""
+        return self.xp.zeros(shape, dtype=dtype, device=self.creation_device(like))
+
+    def rows_like(self, buffer: Array, n: int) -> Array:
+        """Zeros (..., n, d) that lie in memory as ``buffer`` does."""
+        shape = (*buffer.shape[:-2], n, buffer.shape[-1])
+        return self.xp.zeros(shape, dtype=buffer.dtype, device=self.creation_device(buffer))
 
     def put_rows(self, buffer: Array, rows: Array, places: Array) -> Array:
         """Write ``rows`` (B, H, m, d) to a buffer (B, H, n, d) at places (B, m), in place where the library can.

@@ -67,7 +67,7 @@ def _few_scores(arguments: Arguments, index: tuple[int, ...], scores: Array) -> 
     for left in range(0, end, step):
         chunk = slice(left, min(left + step, end))
         for query, target in zip(q, scores, strict=True):
-            np.dot(k[chunk], query, out=target[chunk])
+            np.matmul(k[chunk], query, out=target[chunk])
     cap(scores, options, per_nat)
     if arguments.mask is not None or options.is_causal:
         hide(head(arguments, index), scores.T, Tile(0, len(q), 0, end))

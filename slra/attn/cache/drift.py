@@ -8,7 +8,7 @@ from slra.attn.cache.ask import fold, unfold
 from slra.attn.cache.exact import ring_positions
 from slra.attn.cache.segment import new_segment, store_tokens
 from slra.attn.cache.settings import maps_of
-from slra.attn.cache.state import Recent, Segment, SegmentMaps, Settings, State
+from slra.attn.cache.state import Recent, Segment, SegmentMaps, Settings, State, with_rows
 from slra.attn.fit import fit_attention
 
 __all__ = ["follow", "remember"]
@@ -90,7 +90,7 @@ def _trimmed(segment: Segment, n_rows: int, table: Primitives) -> Segment:
     """Give back what a segment will not need: it is complete."""
 
     def cut(x: Array) -> Array:
-        return table.xp.asarray(x[:, :, :n_rows, :], copy=True)
+        return with_rows(x[:, :, :n_rows, :], n_rows, table)
 
     sparse = (
         None if tokens is None else type(tokens)(*map(cut, tokens))

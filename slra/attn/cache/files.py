@@ -20,6 +20,7 @@ from slra.attn.cache.state import (
     Settings,
     SparseTokens,
     State,
+    copied,
     is_host,
     with_rows,
 )
@@ -182,18 +183,15 @@ def _brought(state: State, settings: Settings, like: Array, table: Primitives) -
         return bring(x) if is_static else x
 
     def room(x: Any) -> Any:
-        return (
-            x
-            if settings.capacity is None
-            else with_rows(x, settings.capacity - settings.n_sink, table)
-        )
+        n_rows = x.shape[2] if settings.capacity is None else settings.capacity - settings.n_sink
+        return with_rows(x, n_rows, table)
 
-    segments = tuple(
-        _map_rows(segment, lambda x: room(rows(x)))._replace(
-            maps=SegmentMaps(*map(bring, segment.maps)), start=position(segment.start)
-        )
-        for segment in state.segments
-    )
+    segments = []
+    for segment in state.segments:
+        maps = SegmentMaps(*map(bring, segment.maps))
+        held = _map_rows(segment, lambda x: room(rows(x)))
+        k = copied(held.k, table.key_buffer(held.k.shape, held.k.dtype, like), table)
+        segments.append(held._replace(maps=maps, start=position(segment.start), k=k))
     exact = None if state.exact is None else Exact(*map(bring, state.exact))
     recent = None if state.recent is None else state.recent._replace(q=bring(state.recent.q))
-    return State(position(state.lengths), segments, exact, recent, bring(state.error))
+    return State(position(state.lengths), tuple(segments), exact, recent, bring(state.error))

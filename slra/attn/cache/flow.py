@@ -101,7 +101,11 @@ def attend_state(
         parts += attend_segment(segment, end, asked, settings, table)
     if state.exact is not None:
         parts.append(attend_exact(state.exact, state.lengths, asked, settings, table))
-    out, lse = merge_attention(*zip(*parts, strict=True))
+    if len(parts) > 1:
+        out, lse = merge_attention(*zip(*parts, strict=True))
+    else:
+        ((out, lse),) = parts
+        out = table.xp.where(lse[..., None] == -table.xp.inf, table.xp.zeros_like(out), out)
     if settings.capacity is None or is_host(state.lengths):
         return out, lse
     # Tokens beyond a static capacity are lost: no number may look as if they were not.

@@ -30,7 +30,7 @@ def new_segment(
     lead = (settings.n_batch, settings.n_heads, n_rows)
     dtype = settings.storage_dtype(table, maps.wk.dtype)
     rank_qk, rank_v = settings.rank
-    k = zeros((*lead, rank_qk + settings.carries_shift), maps.wk, table, dtype)
+    k = table.key_buffer((*lead, rank_qk + settings.carries_shift), dtype, maps.wk)
     v = zeros((*lead, rank_v), maps.wk, table, dtype)
     if not settings.n_sparse:
         return Segment(maps, start, k, v, None, None)

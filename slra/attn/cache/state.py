@@ -26,6 +26,7 @@ __all__ = [
     "State",
     "arange_like",
     "arrays_of",
+    "copied",
     "grown",
     "is_host",
     "namespace_of",
@@ -167,8 +168,13 @@ def grown(buffer: Array, n_rows: int, table: Primitives) -> Array:
 
 def with_rows(buffer: Array, n_rows: int, table: Primitives) -> Array:
     """Copy to a buffer with so many rows, no fewer than it has."""
-    extra = (*buffer.shape[:-2], n_rows - buffer.shape[-2], buffer.shape[-1])
-    return table.xp.concat([buffer, zeros(extra, buffer, table)], axis=-2)
+    return copied(buffer, table.rows_like(buffer, n_rows), table)
+
+
+def copied(rows: Array, buffer: Array, table: Primitives) -> Array:
+    """Write rows to the beginning of a buffer."""
+    n_batch, n_rows = rows.shape[0], rows.shape[-2]
+    return table.put_rows(buffer, rows, np.broadcast_to(np.arange(n_rows), (n_batch, n_rows)))
 
 
 def arrays_of(state: Any) -> list[Array]:
