@@ -26,6 +26,7 @@ __all__ = [
     "check_factors",
     "check_finite",
     "check_hermitian",
+    "check_l1",
     "check_matrix",
     "check_operator",
     "check_positive",
@@ -295,6 +296,15 @@ def check_positive(value: Any, name: str, *, allow_zero: bool = False) -> float:
         bound = "0 or more" if allow_zero else "greater than 0"
         raise ValueError(f"{name} must be finite and {bound}, got {value!r}")
     return number
+
+
+def check_l1(l1: Any) -> tuple[float, float, float]:
+    """Return the weights or thresholds of Q^, K^ and V^, given as one number or three."""
+    triple = l1 if isinstance(l1, Sequence) and not isinstance(l1, str) else (l1, l1, l1)
+    if len(triple) != 3:
+        raise TypeError(f"l1 must be a number or a triple (l_q, l_k, l_v), got {l1!r}")
+    l_q, l_k, l_v = (check_positive(one, "l1", allow_zero=True) for one in triple)
+    return l_q, l_k, l_v
 
 
 def check_rtol(table: Primitives, x: Array, rtol: Any, *, by_products: bool = False) -> float:
