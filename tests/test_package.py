@@ -40,6 +40,14 @@ def test_import_needs_nothing_but_its_dependencies():
     assert site - set(bare.stdout.split()) <= allowed
 
 
+def test_integrations_import_no_framework_until_one_is_asked_for():
+    code = "import sys, slra.integrations; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {name.partition(".")[0] for name in result.stdout.split()} & FRAMEWORKS
+
+
 def test_numpy_calls_import_no_framework():
     code = (
         "import sys, numpy as np, slra; x = np.eye(9); slra.attention(x, x, x); "
@@ -91,7 +99,7 @@ def test_the_layering_check_sees_an_offence(tmp_path):
 def public_functions():
     return {
         f"{module.__name__}.{name}": getattr(module, name)
-        for module in (slra, slra.prox)
+        for module in (slra, slra.prox, slra.objective)
         for name in module.__all__
         if isinstance(getattr(module, name), FunctionType)
     }
@@ -128,7 +136,8 @@ def test_type_information_is_shipped():
 def test_every_public_name_has_a_page():
     pages = (PACKAGE.parent / "docs" / "api.md").read_text()
     listed = set(re.findall(r"^   (\w+)$", pages, flags=re.MULTILINE))
-    public = ({*slra.__all__} - {"prox"}) | {*slra.prox.__all__}
+    modules = {"objective", "prox"}
+    public = ({*slra.__all__} - modules) | {*slra.prox.__all__, *slra.objective.__all__}
     assert listed == public
 
 
