@@ -8,7 +8,8 @@ entries near zero, or with its proximal operator, which makes them exactly zero.
 
 from typing import Any
 
-from slra._typing import Array
+from slra._backends import Primitives
+from slra._typing import Array, Namespace
 from slra._validate import check_l1, check_positive, promote, resolve
 from slra.prox.l1 import norm_l1, prox_l1
 
@@ -25,7 +26,7 @@ def combined_objective(task: Any, q: Array, k: Array, v: Array, l1: L1) -> Array
     task : float or 0-d array
         Loss of the task, L_task.
     q, k, v : array
-        Q^, K^ and V^; real or complex floating, any shapes, of one library.
+        Q^, K^ and V^; real floating, any shapes, of one library.
     l1 : float or (float, float, float)
         Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
 
@@ -37,7 +38,7 @@ def combined_objective(task: Any, q: Array, k: Array, v: Array, l1: L1) -> Array
     Raises
     ------
     TypeError
-        If an array is not floating, two come from different libraries, or ``l1`` is not a number or three of them.
+        If an array is not real floating, two come from different libraries, or ``l1`` is not a number or three of them.
     ValueError
         If a weight is negative or not finite.
 
@@ -64,7 +65,7 @@ def l1_penalty(q: Array, k: Array, v: Array, l1: L1) -> Array:
     Parameters
     ----------
     q, k, v : array
-        Q^, K^ and V^; real or complex floating, any shapes, of one library.
+        Q^, K^ and V^; real floating, any shapes, of one library.
     l1 : float or (float, float, float)
         Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
 
@@ -76,7 +77,7 @@ def l1_penalty(q: Array, k: Array, v: Array, l1: L1) -> Array:
     Raises
     ------
     TypeError
-        If an array is not floating, two come from different libraries, or ``l1`` is not a number or three of them.
+        If an array is not real floating, two come from different libraries, or ``l1`` is not a number or three of them.
     ValueError
         If a weight is negative or not finite.
 
@@ -94,7 +95,7 @@ def l1_penalty(q: Array, k: Array, v: Array, l1: L1) -> Array:
     >>> float(objective.l1_penalty(q, k, v, (1.0, 2.0, 0.0)))
     4.0
     """
-    resolve(q=q, k=k, v=v)
+    _check(q, k, v)
     l_q, l_k, l_v = check_l1(l1)
     return l_q * norm_l1(q) + l_k * norm_l1(k) + l_v * norm_l1(v)
 
@@ -105,7 +106,7 @@ def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array,
     Parameters
     ----------
     q, k, v : array
-        Q^, K^ and V^; real or complex floating, any shapes, of one library.
+        Q^, K^ and V^; real floating, any shapes, of one library.
     l1 : float or (float, float, float)
         Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
 
@@ -117,15 +118,16 @@ def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array,
     Raises
     ------
     TypeError
-        If an array is not floating, two come from different libraries, or ``l1`` is not a number or three of them.
+        If an array is not real floating, two come from different libraries, or ``l1`` is not a number or three of them.
     ValueError
         If a weight is negative or not finite.
 
     Notes
     -----
-    .. math:: \lambda \operatorname{sign}(x), \quad \operatorname{sign}(x) = x / |x|, \quad \operatorname{sign}(0) = 0
+    .. math:: \lambda_Q \operatorname{sign}(\hat Q), \quad \operatorname{sign}(0) = 0
 
-    At 0 every number of modulus up to lambda is a subgradient; 0 is the smallest, and the one torch and JAX choose.
+    At 0 every number of modulus up to lambda is a subgradient; 0 is the smallest, and what differentiating `l1_penalty`
+    gives, on torch and on JAX (where ``jax.grad`` of ``abs`` alone is 1 at 0).
 
     Examples
     --------
@@ -135,12 +137,8 @@ def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array,
     >>> [x.tolist() for x in objective.l1_penalty_grad(q, k, v, (1.0, 2.0, 0.5))]
     [[-1.0, 0.0], [2.0], [0.5]]
     """
-    table = resolve(q=q, k=k, v=v)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        promote(table, **{name: x})
-    dq, dk, dv = (
-        weight * table.xp.sign(x) for x, weight in zip((q, k, v), check_l1(l1), strict=True)
-    )
+    xp = _check(q, k, v).xp
+    dq, dk, dv = (weight * _sign(x, xp) for x, weight in zip((q, k, v), check_l1(l1), strict=True))
     return dq, dk, dv
 
 
@@ -152,7 +150,7 @@ def l1_penalty_prox(
     Parameters
     ----------
     q, k, v : array
-        Q^, K^ and V^; real or complex floating, any shapes, of one library.
+        Q^, K^ and V^; real floating, any shapes, of one library.
     l1 : float or (float, float, float)
         Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
     step : float
@@ -166,7 +164,7 @@ def l1_penalty_prox(
     Raises
     ------
     TypeError
-        If an array is not floating, two come from different libraries, or ``l1`` is not a number or three of them.
+        If an array is not real floating, two come from different libraries, or ``l1`` is not a number or three of them.
     ValueError
         If a weight or ``step`` is negative or not finite.
 
@@ -187,10 +185,24 @@ def l1_penalty_prox(
     >>> objective.l1_penalty_prox(q - 1.0 * (q - b), none, none, 1.0)[0].tolist()
     [2.0, 0.0]
     """
-    resolve(q=q, k=k, v=v)
+    _check(q, k, v)
     step = check_positive(step, "step", allow_zero=True)
     q, k, v = (
         x if weight == 0 else prox_l1(x, step * weight)
         for x, weight in zip((q, k, v), check_l1(l1), strict=True)
     )
     return q, k, v
+
+
+def _check(q: Array, k: Array, v: Array) -> Primitives:
+    """Raise unless the three are real floating arrays of one library; they may differ in dtype."""
+    table = resolve(q=q, k=k, v=v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        promote(table, allow_complex=False, **{name: x})
+    return table
+
+
+def _sign(x: Array, xp: Namespace) -> Array:
+    """Sign of ``x``: 0 for 0, and NaN for NaN, which not every library's own gives."""
+    ones = xp.ones_like(x)
+    return xp.where(x > 0, ones, xp.where(x < 0, -ones, x))
