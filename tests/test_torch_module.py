@@ -1,6 +1,7 @@
 """The attention layer for PyTorch against torch.nn.MultiheadAttention."""
 
 import copy
+import doctest
 import itertools
 import pickle
 
@@ -303,6 +304,33 @@ def test_rows_that_attend_to_nothing_get_the_bias():
     out, weights = module(x, x, x, attn_mask=hidden)
     assert torch.equal(weights[:, 3], torch.zeros(BATCH, N_Q))
     assert_close(out[:, 3], module.out_proj.bias.expand(BATCH, -1))
+
+
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_half_precision_stays_half(l1_form):
+    wide, x = layer(rank=2, l1=0.1, l1_form=l1_form, refit_every=0), data()
+    half = copy.deepcopy(wide).half()
+    half.fit_basis(*(x.half() for _ in range(3)))
+    wide.load_state_dict({name: one.double() for name, one in half.state_dict().items()})
+    out, _ = half(*(x.half() for _ in range(3)))
+    assert out.dtype == torch.float16
+    # Entries near 1, rounded in each of half a dozen products.
+    assert_close(out.double(), wide(x, x, x)[0], 20 * float(np.finfo("float16").eps))
+
+
+def test_a_state_without_a_basis_leaves_none():
+    module, x = layer(rank=2), data()
+    module(x, x, x)
+    module.load_state_dict(layer(rank=2).state_dict())
+    with pytest.raises(RuntimeError, match="no basis yet"):
+        module.eval()(x, x, x)
+
+
+def test_examples_run():
+    from slra.integrations import torch as module
+
+    result = doctest.testmod(module)
+    assert result.failed == 0 < result.attempted
 
 
 def test_penalty_is_that_of_the_objective():

@@ -284,7 +284,7 @@ class Maps(NamedTuple):
     ranks: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, basis: AttentionBasis, like: Array) -> "Maps":
+    def of(cls, basis: "AttentionBasis | Maps", like: Array) -> "Maps":
         """Take the maps of a basis, in the dtype of ``like``."""
         xp = resolve(basis=basis.wq).xp
         named = {name: getattr(basis, name) for name in cls._fields[:-1]}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from slra._typing import Array
 from slra._validate import check_choice, check_l1
 from slra.attn._inputs import check_inputs
-from slra.attn.basis import attend_maps
+from slra.attn.basis import Maps, attend_maps
 from slra.attn.exact import attention
 from slra.attn.projections import Projections, Ranks
 from slra.objective import l1_penalty_prox
@@ -69,7 +69,8 @@ def attend(
         enable_gqa=False,
         softcap=None,
     )
-    out, _ = attend_maps(projections.maps(ranks), inputs, enable_gqa=False, with_lse=False)
+    maps = Maps.of(projections.maps(ranks), inputs.q)
+    out, _ = attend_maps(maps, inputs, enable_gqa=False, with_lse=False)
     return inputs.promoted.answer(inputs.table, out)[0], given
 
 

@@ -413,8 +413,9 @@ class LowRankAttention(nn.MultiheadAttention):  # type: ignore[misc]
         names = [prefix + name for name in self._buffers]
         if not any(name in state_dict for name in names):
             missing[:] = [name for name in missing if name not in names]
-        elif bool((self.ranks > 0).all()):
-            self._ranks = tuple((qk, v) for qk, v in self.ranks.tolist())
+        else:
+            ranks = tuple((qk, v) for qk, v in self.ranks.tolist())
+            self._ranks = ranks if all(map(all, ranks)) else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the last call: tensors of a graph can be neither copied nor pickled."""
