@@ -13,10 +13,9 @@ from tests.test_low_rank import decaying
 ATOL = 1e-9
 
 CASES = {
-    "svd": {"rank": (3, 2), "method": "svd"},
     "joint": {"rank": (3, 2), "method": "joint", "is_causal": True, "mask": "float64"},
     "output": {"rank": (3, 2), "softcap": 2.0, "scale": 0.5},
-    "heads shared": {"rank": 3, "enable_gqa": True, "mask": "bool"},
+    "svd": {"rank": (3, 2), "method": "svd", "enable_gqa": True, "mask": "bool"},
     "l1": {"rank": 3, "method": "svd", "l1": (0.1, 0, 0.3), "enable_gqa": True, "mask": "bool"},
     "exact keys": {
         "rank": 3,
@@ -88,7 +87,7 @@ def test_equals_autograd(xp, case):
     assert_close(gradients(xp, *problem(case)), expected_gradients(case))
 
 
-@pytest.mark.parametrize("case", ["output", "l1", "exact keys"])
+@pytest.mark.parametrize("case", ["output", "l1"])
 def test_equals_jax(case):
     jax = pytest.importorskip("jax")
     arrays, grads, options = problem(case)
@@ -112,22 +111,18 @@ def ragged(**options):
     return (q, k, v), (rng.standard_normal((4, 40, 6)), rng.standard_normal((4, 40))), options
 
 
-@pytest.mark.eager_only("values cannot be looked at here")
-def test_ranks_chosen_by_tolerance(xp):
+def test_ranks_chosen_by_tolerance():
     arrays, grads, options = ragged(rtol=0.2, enable_gqa=True)
-    basis = slra.fit_attention(*(to_xp(xp, x) for x in arrays), **options)
-    assert len(set(basis.ranks)) == 2
-    got = gradients(xp, arrays, grads, {"basis": basis, "enable_gqa": True})
-    assert_close(got, torch_gradients(arrays, grads, options))
+    assert len(set(slra.fit_attention(*arrays, **options).ranks)) == 2
+    assert_close(gradients(np, arrays, grads, options), torch_gradients(arrays, grads, options))
 
 
-def test_a_basis_is_not_fitted_again(xp, monkeypatch):
-    arrays, grads, _ = problem("joint")
-    basis = slra.fit_attention(
-        *(to_xp(xp, x) for x in arrays), (3, 2), method="joint", is_causal=True
-    )
+def test_a_basis_is_not_fitted_again(monkeypatch):
+    arrays, grads, options = problem("joint")
+    basis = slra.fit_attention(*arrays, **options)
+    del options["rank"], options["method"]
     monkeypatch.setattr("slra.attn._approximation.fit_inputs", None)
-    got = gradients(xp, arrays, grads, {"basis": basis, "is_causal": True})
+    got = gradients(np, arrays, grads, {**options, "basis": basis})
     monkeypatch.undo()
     assert_close(got, expected_gradients("joint"))
 
