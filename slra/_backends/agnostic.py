@@ -230,6 +230,20 @@ class Primitives(SparseRows):
         """Go from ``x`` by ``factor`` times ``move``."""
         return x + factor * move
 
+    def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """Euclidean norm along ``axes``, which are kept; scaled, because squares overflow."""
+        xp = self.xp
+        modulus = xp.abs(x)
+        peak = xp.max(modulus, axis=axes, keepdims=True)
+        unit = xp.where((peak == 0) | (peak == math.inf), 1.0, peak)
+        scaled = modulus / unit
+        return unit * xp.sqrt(xp.sum(scaled * scaled, axis=axes, keepdims=True))
+
+    def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
+        """Shorten each vector along ``axes`` by ``tau``, to no less than zero."""
+        norm = self.group_norm(x, axes)
+        return x * (self.xp.maximum(norm - tau, 0.0) / self.xp.where(norm == 0, 1.0, norm))
+
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Sum of moduli along ``axis``."""
         return self.xp.sum(self.xp.abs(x), axis=axis)
