@@ -16,7 +16,6 @@ CASES = {
     "joint": {"rank": (3, 2), "method": "joint", "is_causal": True, "mask": "float64"},
     "output": {"rank": (3, 2), "softcap": 2.0, "scale": 0.5},
     "svd": {"rank": (3, 2), "method": "svd", "enable_gqa": True, "mask": "bool"},
-    "l1": {"rank": 3, "method": "svd", "l1": (0.1, 0, 0.3), "enable_gqa": True, "mask": "bool"},
     "exact keys": {
         "rank": 3,
         "n_exact": 5,
@@ -26,6 +25,8 @@ CASES = {
         "causal_align": "top_left",
         "mask": "bool",
     },
+    # Last: the case that eager JAX gets, where it is the quickest to compile.
+    "l1": {"rank": 3, "method": "svd", "l1": (0.1, 0, 0.3), "enable_gqa": True, "mask": "bool"},
 }
 
 
@@ -87,7 +88,7 @@ def test_equals_autograd(xp, case):
     assert_close(gradients(xp, *problem(case)), expected_gradients(case))
 
 
-@pytest.mark.parametrize("case", ["output", "l1"])
+@pytest.mark.parametrize("case", ["output", "l1", "exact keys"])
 def test_equals_jax(case):
     jax = pytest.importorskip("jax")
     arrays, grads, options = problem(case)
