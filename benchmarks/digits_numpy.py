@@ -1,11 +1,10 @@
 """The NumPy-only training of examples/train_digits_numpy.py beside the same model in torch, by autograd.
 
-From the same initialisation, on the same batches, in float64: loss curves, accuracies, zeros and times.
+From the same initialisation, on the same batches, in float64: loss curves, accuracies and zeros.
 
 Run: python -m benchmarks.digits_numpy
 """
 
-import time
 from typing import Any
 
 import numpy as np
@@ -81,11 +80,8 @@ def accuracy_in_torch(model: Model, data: ours.Batch) -> float:
 
 def compare(config: ours.Config) -> dict[str, Any]:
     training, test = ours.digits()
-    start = time.perf_counter()
     params, losses = ours.train(ours.init(), training, config)
-    middle = time.perf_counter()
     model, torch_losses = train_in_torch(ours.init(), training, config)
-    end = time.perf_counter()
     apart = np.abs(np.subtract(losses, torch_losses))
     return {
         "config": config._asdict(),
@@ -97,7 +93,6 @@ def compare(config: ours.Config) -> dict[str, Any]:
         "loss_difference_first_50": float(apart[:N_FIRST].max()),
         "loss_difference_all": float(apart.max()),
         "zeros": ours.zeros(params, test, config),
-        "seconds": {"numpy": middle - start, "torch": end - middle},
         "losses": {"numpy": losses, "torch": torch_losses},
     }
 
