@@ -3,7 +3,7 @@
 Needs: torch. What the layer runs on hangs on its module: a basis, or, during calibration, a function that records.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -148,18 +148,12 @@ def _fit_and_attend(
     """Fit each sequence of the batch, without its padding, and attend."""
     mask = options["mask"]
     if mask is None or mask.dtype != torch.bool or torch.compiler.is_compiling():
-        basis = _fitted(q, k, v, options, settings)
-        return (
-            slra.attention(q, k, v, **options)
-            if basis is None
-            else basis.attend(q, k, v, **options)
-        )
+        return _fitted(q, k, v, options, settings)(q, k, v, **options)
     masks = mask.expand(q.shape[0], *mask.shape[1:])
     outs = []
     for one_q, one_k, one_v, own in zip(q, k, v, masks, strict=True):
         own_options = {**options, "mask": own}
-        basis = _fitted(*_without_padding(one_q, one_k, one_v, own_options), settings)
-        attend = slra.attention if basis is None else basis.attend
+        attend = _fitted(*_without_padding(one_q, one_k, one_v, own_options), settings)
         outs.append(attend(one_q, one_k, one_v, **own_options))
     return torch.stack(outs)
 
@@ -181,17 +175,18 @@ def _fitted(
     v: torch.Tensor,
     options: dict[str, Any],
     settings: Settings,
-) -> AttentionBasis | None:
-    """Fit a basis; None where there are so few tokens that exact attention needs no more dimensions."""
+) -> Callable[..., Any]:
+    """Fit, and return how to attend: exactly where there are so few tokens that it takes no more dimensions."""
     rank, n_queries, n_keys = settings.rank, q.shape[-2], k.shape[-2]
     if n_keys == 0:
-        return None
+        return slra.attention
     if rank is not None:
         pair = rank if isinstance(rank, Sequence) else (rank, rank)
         rank = min(pair[0], n_queries, n_keys), min(pair[1], n_keys)
         if rank == (min(n_queries, n_keys), n_keys):
-            return None
-    return slra.fit_attention(q, k, v, rank, rtol=settings.rtol, method=settings.method, **options)
+            return slra.attention
+    fit = {"rtol": settings.rtol, "method": settings.method, **options}
+    return slra.fit_attention(q, k, v, rank, **fit).attend
 
 
 class LayerBasis(torch.nn.Module):
