@@ -247,7 +247,7 @@ def block_threshold(
 ) -> Array:
     """Shorten each vector along ``axes`` by ``tau``, to no less than zero."""
     norm = euclidean_norm(x, axes, table)
-    return x * (table.xp.maximum(norm - tau, 0.0) / table.xp.where(norm == 0, 1.0, norm))
+    return x * (table.at_least(norm - tau, 0.0) / table.xp.where(norm == 0, 1.0, norm))
 
 
 def _check_group_axis(x: Array, axis: int) -> tuple[int, ...]:
