@@ -1,5 +1,7 @@
 """The scikit-learn transformer: scikit-learn's own checks, and agreement with TruncatedSVD and PCA."""
 
+import doctest
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -95,6 +97,11 @@ def test_names_pipelines_and_seeds():
     scores = model.transform(X)
     assert scores.dtype == np.float32
     np.testing.assert_array_equal(clone(model).fit(X).transform(X), scores)
+
+
+def test_the_example_runs():
+    (test,) = doctest.DocTestFinder(recurse=False).find(LowRank, "LowRank")
+    assert doctest.DocTestRunner().run(test).failed == 0
 
 
 def test_constant_features_explain_nothing():

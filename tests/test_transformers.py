@@ -1,5 +1,6 @@
 """Real and small models of transformers: masks, caches, calibration, and that nothing sees the future."""
 
+import doctest
 import importlib.util
 
 import numpy as np
@@ -339,3 +340,10 @@ def test_a_model_compiles_in_one_graph(hf):
         expected = model(ids).logits
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["register", "calibrate"])
+def test_the_examples_run(hf, name):
+    (test,) = doctest.DocTestFinder(recurse=False).find(getattr(hf, name), name)
+    assert test.examples
+    assert doctest.DocTestRunner().run(test).failed == 0
