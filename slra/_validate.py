@@ -23,6 +23,7 @@ __all__ = [
     "check_bound",
     "check_choice",
     "check_count",
+    "check_draws",
     "check_factors",
     "check_finite",
     "check_hermitian",
@@ -397,6 +398,16 @@ def check_bound(
     if xp.finfo(real).bits == _HALF_BITS:
         real = xp.float32
     return bound if bound.dtype == real else xp.astype(bound, real)
+
+
+def check_draws(table: Primitives, like: Array, rng: Any) -> np.random.Generator | int | None:
+    """Return what to draw from: a generator, or the seed where what is drawn becomes a constant of traced code."""
+    if table.freezes_draws(like):
+        if rng is None:
+            return None
+        if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
+            return int(rng)
+    return check_rng(rng)
 
 
 def check_rng(rng: Any, name: str = "rng") -> np.random.Generator:

@@ -15,7 +15,9 @@ import pytest
 import slra
 
 PACKAGE = Path(slra.__file__).parent
-FRAMEWORKS = {"cupy", "cupyx", "torch", "jax", "jaxlib", "dask", "array_api_strict"}
+FRAMEWORKS = {
+    "cupy", "cupyx", "torch", "jax", "jaxlib", "dask", "array_api_strict", "sklearn", "transformers",
+}  # fmt: skip
 # Where a library may be named: its table, its integration, and the command line that converts arrays.
 MAY_NAME_A_BACKEND = ("_backends", "integrations", "cli")
 
@@ -133,11 +135,22 @@ def test_type_information_is_shipped():
     assert (PACKAGE / "py.typed").is_file()
 
 
+def integrated_names():
+    """Names that the adapters declare, read without importing their frameworks."""
+    names = set()
+    for path in sorted((PACKAGE / "integrations").glob("[!_]*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
+                names |= set(ast.literal_eval(node.value))
+    return names
+
+
 def test_every_public_name_has_a_page():
     pages = (PACKAGE.parent / "docs" / "api.md").read_text()
     listed = set(re.findall(r"^   (\w+)$", pages, flags=re.MULTILINE))
     modules = {"objective", "prox"}
-    public = ({*slra.__all__} - modules) | {*slra.prox.__all__, *slra.objective.__all__}
+    functions = {*slra.prox.__all__, *slra.objective.__all__}
+    public = ({*slra.__all__} - modules) | functions | integrated_names()
     assert listed == public
 
 

@@ -1,3 +1,3 @@
-"""Modules for frameworks. Nothing is imported here: import the one that is wanted, `slra.integrations.torch` say."""
+"""Adapters to frameworks; each module is imported only by who asks for it, and this one imports nothing."""
 
 __all__: list[str] = []

@@ -33,7 +33,7 @@ class Sparsity(NamedTuple):
     v: float
 
 
-class LowRankAttention(nn.MultiheadAttention):  # type: ignore[misc]
+class LowRankAttention(nn.MultiheadAttention):
     r"""Multi-head attention on low-rank queries, keys and values, with an l1 penalty on them or a soft threshold.
 
     Takes the place of `torch.nn.MultiheadAttention`: the same arguments, parameters (its ``state_dict`` loads) and
