@@ -4,6 +4,7 @@ import numpy as np
 
 from slra._backends import Primitives
 from slra._backends.agnostic import matrix_h
+from slra._backends.cholesky_qr import orthonormal, tall_qr
 from slra._typing import RNG, Array
 from slra._validate import (
     check_draws,
@@ -15,7 +16,6 @@ from slra._validate import (
 from slra.prox.rank import masked_svd
 from slra.svd import SVDResult
 from slra.svd._linear_map import scaling_exponent
-from slra.svd.cholesky_qr import orthonormal, tall_qr
 
 __all__ = ["norm_nuclear", "prox_nuclear", "shrink_singular_values"]
 

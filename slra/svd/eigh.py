@@ -4,6 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 from slra._backends import Primitives
 from slra._backends.agnostic import matrix_h
+from slra._backends.cholesky_qr import orthonormal
 from slra._typing import RNG, Array
 from slra._validate import (
     check_choice,
@@ -16,7 +17,6 @@ from slra._validate import (
 from slra.svd._inputs import draw, read
 from slra.svd._linear_map import LinearMap
 from slra.svd._result import fix_signs
-from slra.svd.cholesky_qr import orthonormal
 from slra.svd.gram import by_qr, combine, spectrum, tall_svd
 from slra.svd.krylov import LAZY_ITER, MAX_ITER, MIN_ITER, RITZ_TOLERANCE, KrylovSpace
 from slra.svd.randomized import check_test_matrix

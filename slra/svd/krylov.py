@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from slra._backends.agnostic import matrix_h
+from slra._backends.cholesky_qr import flattened, orthonormal
+from slra._backends.elements import redo
 from slra._typing import Array
-from slra.svd._elements import redo
 from slra.svd._linear_map import LinearMap
-from slra.svd.cholesky_qr import flattened, orthonormal
 from slra.svd.gram import by_qr, combine, spectrum, tall_svd
 
 __all__ = ["LAZY_ITER", "MAX_ITER", "MIN_ITER", "KrylovSpace", "krylov_svd"]
