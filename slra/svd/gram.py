@@ -15,7 +15,7 @@ from slra._typing import Array, Namespace
 from slra.svd._elements import redo
 from slra.svd._linear_map import LinearMap
 from slra.svd.cholesky_qr import tall_qr
-from slra.svd.truncated import thin_svd
+from slra.svd.truncated import by_triangle, thin_svd
 
 __all__ = ["Spectrum", "by_qr", "combine", "exact_svd", "spectrum", "tall_svd"]
 
@@ -73,7 +73,7 @@ def exact_svd(A: LinearMap, rank: int) -> tuple[Array, Array, Array]:
         return U, S, V
     x, table = A.materialize(), A.table
     if not A.is_eager:
-        return by_qr((x,), rank, table)
+        return by_triangle(x, A.matmat, rank, table)
     return tall_svd([x], spectrum(table.gram(x), table), rank, table)
 
 
