@@ -25,7 +25,7 @@ from slra._typing import Array
 
 __all__ = ["DaskPrimitives"]
 
-# Results of as many chunks are added, or decomposed together, at once.
+# Results of as many chunks are added at once.
 SPLIT_EVERY = 8
 
 
@@ -168,7 +168,8 @@ class DaskPrimitives(Primitives):
             axis=0,
             keepdims=True,
             dtype=x.dtype,
-            split_every=SPLIT_EVERY,
+            # Two at a time: these are as large as chunks.
+            split_every=2,
             output_size=x.shape[1],
         )
 
