@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import slra
+from benchmarks.cosine_matrix import count, lazily
 from tests.backends import to_numpy
 from tests.test_svd_never_wrong import check, make, reference_error
 
@@ -72,3 +73,59 @@ def test_deferred_zero_matrix_has_orthonormal_vectors():
     jax = pytest.importorskip("jax")
     run = jax.jit(lambda x: slra.randomized_svd(x, 4, rng=0))
     check(np.zeros((120, 90)), 4, run(jax.numpy.zeros((120, 90))))
+
+
+def run(name, x):
+    if name == "wide":
+        return slra.randomized_svd(x.T, 5, method="krylov", rng=0)
+    if name == "centred":
+        return slra.randomized_svd(x, 5, method="krylov", center=True, rng=0)
+    if name == "truncated":
+        return slra.truncated_svd(x, 5)
+    if name == "prox_nuclear":
+        return [slra.prox.prox_nuclear(x, 0.1)]
+    if name == "project_rank":
+        return [slra.prox.project_rank(x, 3)]
+    return slra.randomized_svd(x, 5, method=name, rng=0)
+
+
+PASSES = {
+    "krylov": 4,
+    "wide": 5,
+    "centred": 5,
+    "subspace": 6,
+    "gram": 2,
+    "truncated": 2,
+    "prox_nuclear": 2,
+    "project_rank": 2,
+}
+
+
+@pytest.mark.parametrize("columns", [60, 15], ids=["rows", "both axes"])
+@pytest.mark.parametrize("name", PASSES)
+def test_passes_over_a_dask_array(name, columns, tmp_path):
+    dask = pytest.importorskip("dask")
+    x = lazily((600, 60), (100, columns), tmp_path / "log")
+    with dask.config.set(scheduler="synchronous"):
+        dask.compute(*run(name, x))
+    assert count(tmp_path / "log") / x.npartitions == PASSES[name]
+
+
+def test_long_rows_of_chunks_are_not_held_together(tmp_path):
+    dask = pytest.importorskip("dask")
+    x = lazily((600, 60), (100, 15), tmp_path / "log")
+    # Twice this is less than the 24 kB of a row of chunks.
+    with dask.config.set({"scheduler": "synchronous", "array.chunk-size": "10kB"}):
+        U, S, Vh = dask.compute(*run("krylov", x))
+    assert count(tmp_path / "log") / x.npartitions == 7
+    a = np.asarray(lazily((600, 60), (600, 60)))
+    check(a, 5, (U, S, Vh), 1.01, reference_error(a, 5, 3, 8))
+
+
+def test_pages_in_memory_are_used_as_they_are():
+    dask = pytest.importorskip("dask")
+    with dask.config.set(scheduler="synchronous"):
+        x = lazily((600, 60), (100, 60)).persist()
+        result = dask.compute(*run("krylov", x))
+        a = np.asarray(x)
+    check(a, 5, result, 1.01, reference_error(a, 5, 3, 8))

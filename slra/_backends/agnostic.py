@@ -140,6 +140,10 @@ class Primitives(SparseRows):
         """``x^H y`` for a large ``x``, which is not copied to be conjugated."""
         return self.conj(self.xp.matrix_transpose(x) @ self.conj(y))
 
+    def centered(self, x: Array) -> Array:
+        """``x`` less the mean of each column."""
+        return x - self.xp.mean(x, axis=-2, keepdims=True)
+
     def product(self, x: Array, v: Array) -> Array:
         """``x v`` for a large ``x`` that the caller gave."""
         return x @ v

@@ -17,11 +17,11 @@ import dask
 import dask.array as da
 import numpy as np
 from dask import delayed
-from dask.graph_manipulation import bind
+from dask.graph_manipulation import bind, clone
 
 from slra._backends import numpy_attention
 from slra._backends.agnostic import GaussianBlock, Primitives, ScoreOptions, gaussian_blocks
-from slra._typing import Array
+from slra._typing import Array, Namespace
 
 __all__ = ["DaskPrimitives"]
 
@@ -67,11 +67,6 @@ def _triangle(x: Any, axis: Any, keepdims: bool) -> Any:
     return np.linalg.qr(x, mode="r")
 
 
-def _again(x: Array, v: Array, use: str) -> Array:
-    """``x`` from a copy of its graph that starts no sooner than ``v``, which it is to meet, is there."""
-    return bind(x, v, seed=dask.base.tokenize(x.name, v.name, use))
-
-
 def _row_fits(x: Array) -> bool:
     """Whether a row of chunks is one chunk, or may stay in memory as one."""
     limit = 2 * dask.utils.parse_bytes(dask.config.get("array.chunk-size"))
@@ -102,6 +97,16 @@ def _by_matrix(
 class DaskPrimitives(Primitives):
     """Overrides for Dask."""
 
+    def __init__(self, xp: Namespace) -> None:
+        super().__init__(xp)
+        # Small arrays that a large one is made with, to be computed once and not for each pass.
+        self._kept: list[Array] = []
+
+    def _again(self, x: Array, v: Array, use: str) -> Array:
+        """``x`` from a copy of its graph that starts no sooner than ``v``, which it is to meet, is there."""
+        seed = dask.base.tokenize(x.name, v.name, use)
+        return bind(x, v, omit=self._kept, seed=seed)
+
     def is_eager(self, x: Array) -> bool:
         """Say no: reading a value would compute the graph."""
         return False
@@ -121,19 +126,25 @@ class DaskPrimitives(Primitives):
         q, r = _by_matrix(np.linalg.qr, "(m,n)->(m,k),(k,n)", y, dtypes=[y.dtype] * 2, k=k)
         return q, r
 
+    def centered(self, x: Array) -> Array:
+        """Take the means in a pass of their own, once."""
+        mean = da.mean(clone(x, seed="mean"), axis=-2, keepdims=True, split_every=SPLIT_EVERY)
+        self._kept.append(mean)
+        return x - mean
+
     def product(self, x: Array, v: Array) -> Array:
         """Multiply chunk by chunk, and add in a tree."""
-        return _again(x, v, "product") @ v
+        return self._again(x, v, "product") @ v
 
     def adjoint_product(self, x: Array, y: Array) -> Array:
         """Multiply chunk by chunk, and add in a tree."""
-        return super().adjoint_product(_again(x, y, "adjoint"), y)
+        return super().adjoint_product(self._again(x, y, "adjoint"), y)
 
     def normal_product(self, x: Array, v: Array) -> tuple[Array, Array]:
         """Both products with a row of chunks while it is there; without QR, which would have to wait for all rows."""
         if x.ndim > 2 or not _row_fits(x):
             return super().normal_product(x, v)
-        x, v, wide = _again(x, v, "normal"), v.rechunk(-1), self.wide(x)
+        x, v, wide = self._again(x, v, "normal"), v.rechunk(-1), self.wide(x)
         part = {"meta": np.empty((0, 0, 0), dtype=wide)}
         if x.numblocks[1] == 1:
             # One task generates or reads, and multiplies twice: Dask fuses where no index is summed over.
