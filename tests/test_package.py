@@ -15,7 +15,10 @@ import pytest
 import slra
 
 PACKAGE = Path(slra.__file__).parent
-FRAMEWORKS = {"cupy", "cupyx", "torch", "jax", "jaxlib", "dask", "array_api_strict"}
+FRAMEWORKS = {
+    *("cupy", "cupyx", "torch", "jax", "jaxlib", "dask", "distributed", "zarr"),
+    "array_api_strict",
+}
 # Where a library may be named: its table, its integration, and the command line that converts arrays.
 MAY_NAME_A_BACKEND = ("_backends", "integrations", "cli")
 
