@@ -11,6 +11,7 @@ it, which waits for the other factor: chunks are generated or read anew for each
 import operator
 from collections.abc import Callable
 from functools import partial
+from graphlib import TopologicalSorter
 from typing import Any
 
 import dask
@@ -21,7 +22,7 @@ from dask.graph_manipulation import bind, clone
 
 from slra._backends import numpy_attention
 from slra._backends.agnostic import GaussianBlock, Primitives, ScoreOptions, gaussian_blocks
-from slra._typing import Array, Namespace
+from slra._typing import Array
 
 __all__ = ["DaskPrimitives"]
 
@@ -67,6 +68,30 @@ def _triangle(x: Any, axis: Any, keepdims: bool) -> Any:
     return np.linalg.qr(x, mode="r")
 
 
+def _again(x: Array, v: Array, use: str) -> Array:
+    """``x`` from a copy of its graph that starts no sooner than ``v``, which it is to meet, is there.
+
+    What was reduced on the way, such as means, is not copied but computed once. What came out of other passes is
+    not copied at all: copies of copies would grow exponentially in a loop.
+    """
+    if any(name.startswith("checkpoint-") for name in x.dask.layers):
+        return x
+    return bind(x, v, omit=_reduced(x), seed=dask.base.tokenize(x.name, v.name, use))
+
+
+def _reduced(x: Array) -> list[Array]:
+    """Layers of the graph that have fewer pieces than ``x``, and fewer than a layer that they are made from."""
+    graph, found = x.dask, []
+    largest: dict[str, int] = {}
+    for name in TopologicalSorter(graph.dependencies).static_order():
+        size = len(graph.layers[name].get_output_keys())
+        before = max((largest[other] for other in graph.dependencies[name]), default=0)
+        largest[name] = max(size, before)
+        if name != x.name and size < min(before, x.npartitions):
+            found.append(da.Array(graph, name, chunks=((1,),), dtype=x.dtype))
+    return found
+
+
 def _row_fits(x: Array) -> bool:
     """Whether a row of chunks is one chunk, or may stay in memory as one."""
     limit = 2 * dask.utils.parse_bytes(dask.config.get("array.chunk-size"))
@@ -97,16 +122,6 @@ def _by_matrix(
 class DaskPrimitives(Primitives):
     """Overrides for Dask."""
 
-    def __init__(self, xp: Namespace) -> None:
-        super().__init__(xp)
-        # Small arrays that a large one is made with, to be computed once and not for each pass.
-        self._kept: list[Array] = []
-
-    def _again(self, x: Array, v: Array, use: str) -> Array:
-        """``x`` from a copy of its graph that starts no sooner than ``v``, which it is to meet, is there."""
-        seed = dask.base.tokenize(x.name, v.name, use)
-        return bind(x, v, omit=self._kept, seed=seed)
-
     def is_eager(self, x: Array) -> bool:
         """Say no: reading a value would compute the graph."""
         return False
@@ -127,24 +142,22 @@ class DaskPrimitives(Primitives):
         return q, r
 
     def centered(self, x: Array) -> Array:
-        """Take the means in a pass of their own, once."""
-        mean = da.mean(clone(x, seed="mean"), axis=-2, keepdims=True, split_every=SPLIT_EVERY)
-        self._kept.append(mean)
-        return x - mean
+        """Take the means in a pass of their own."""
+        return x - da.mean(clone(x, seed="mean"), axis=-2, keepdims=True, split_every=SPLIT_EVERY)
 
     def product(self, x: Array, v: Array) -> Array:
         """Multiply chunk by chunk, and add in a tree."""
-        return self._again(x, v, "product") @ v
+        return _again(x, v, "product") @ v
 
     def adjoint_product(self, x: Array, y: Array) -> Array:
         """Multiply chunk by chunk, and add in a tree."""
-        return super().adjoint_product(self._again(x, y, "adjoint"), y)
+        return super().adjoint_product(_again(x, y, "adjoint"), y)
 
     def normal_product(self, x: Array, v: Array) -> tuple[Array, Array]:
         """Both products with a row of chunks while it is there; without QR, which would have to wait for all rows."""
         if x.ndim > 2 or not _row_fits(x):
             return super().normal_product(x, v)
-        x, v, wide = self._again(x, v, "normal"), v.rechunk(-1), self.wide(x)
+        x, v, wide = _again(x, v, "normal"), v.rechunk(-1), self.wide(x)
         part = {"meta": np.empty((0, 0, 0), dtype=wide)}
         if x.numblocks[1] == 1:
             # One task generates or reads, and multiplies twice: Dask fuses where no index is summed over.
