@@ -18,7 +18,7 @@ da = pytest.importorskip("dask.array")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 
-SHAPE, CHUNKS, RANK, LIMIT = (80_000, 1000), (2000, 1000), 10, 256 * 2**20
+SHAPE, CHUNKS, RANK, LIMIT = (70_000, 1000), (2000, 1000), 10, 256 * 2**20
 EPS = float(np.finfo("float32").eps)
 
 
