@@ -80,26 +80,21 @@ def test_a_worker_is_killed_in_mid_run(client, tmp_path):
         np.testing.assert_allclose(Q.T @ Q, np.eye(RANK), atol=50 * EPS * np.sqrt(RANK))
 
 
-def test_everything_lazy_on_the_cluster(client):
-    rng = np.random.default_rng(0)
-    a = rng.standard_normal((300, 40)) * 0.8 ** np.arange(40)
-    x = da.from_array(a, chunks=(50, 20))
-    q = da.from_array(rng.standard_normal((4, 2, 60, 8)), chunks=(2, 1, 30, 8))
-    lazy = {
+def everything(x, q):
+    return {
         "truncated_svd": slra.truncated_svd(x, 5).S,
         "prox_nuclear": slra.prox.prox_nuclear(x, 0.5),
         "prox_l1": slra.prox.prox_l1(x, 0.5),
         "project_rank": slra.prox.project_rank(x, 3),
         "attention": slra.attention(q, q, q, is_causal=True),
     }
+
+
+def test_everything_lazy_on_the_cluster(client):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 40)) * 0.8 ** np.arange(40)
+    q = rng.standard_normal((4, 2, 60, 8))
+    lazy = everything(da.from_array(x, chunks=(50, 20)), da.from_array(q, chunks=(2, 1, 30, 8)))
     found = client.gather(client.compute(lazy))
-    b, (k,) = a, client.gather(client.compute([q]))
-    expected = {
-        "truncated_svd": slra.truncated_svd(b, 5).S,
-        "prox_nuclear": slra.prox.prox_nuclear(b, 0.5),
-        "prox_l1": slra.prox.prox_l1(b, 0.5),
-        "project_rank": slra.prox.project_rank(b, 3),
-        "attention": slra.attention(k, k, k, is_causal=True),
-    }
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, atol=1e-11, err_msg=name)
+    for name, expected in everything(x, q).items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-11, err_msg=name)
