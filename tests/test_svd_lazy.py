@@ -147,3 +147,31 @@ def test_the_graph_of_a_loop_grows_linearly():
         sizes.append(len(y.dask.layers))
     steps = np.diff(sizes)
     assert np.all(steps[2:] == steps[1])
+
+
+REFUSALS = {
+    "rtol must be None": lambda x: slra.randomized_svd(x, rtol=0.1),
+    "rtol must be None where": lambda x: slra.truncated_svd(x, rtol=0.1),
+    "rank must be given instead": lambda x: slra.fit_attention(x[None], x[None], x[None], rtol=0.1),
+    "robust_pca iterates": lambda x: slra.robust_pca(x),
+    "sparse_low_rank iterates": lambda x: slra.sparse_low_rank(x, 2, 0.1),
+    "unknown shape": lambda x: slra.randomized_svd(x[x[:, 0] > 0], 2),
+    "one array library": lambda x: slra.randomized_svd(x, 2, test_matrix=np.ones((60, 10))),
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_dask_arrays_are_refused_for(message, tmp_path):
+    pytest.importorskip("dask")
+    x = lazily((600, 60), (100, 60), tmp_path / "log")
+    with pytest.raises((TypeError, ValueError), match=message):
+        REFUSALS[message](x)
+    assert count(tmp_path / "log") == 0
+
+
+def test_nan_shows_when_the_graph_runs():
+    da = pytest.importorskip("dask.array")
+    x = da.full((600, 60), np.nan, chunks=(100, 60))
+    S = slra.randomized_svd(x, 2, method="krylov", rng=0).S
+    with pytest.raises(np.linalg.LinAlgError, match="did not converge"):
+        S.compute(scheduler="synchronous")
