@@ -16,8 +16,9 @@ import slra
 
 PACKAGE = Path(slra.__file__).parent
 FRAMEWORKS = {
-    "cupy", "cupyx", "torch", "jax", "jaxlib", "dask", "array_api_strict", "sklearn", "transformers",
-}  # fmt: skip
+    *("cupy", "cupyx", "torch", "jax", "jaxlib", "dask", "distributed", "zarr"),
+    *("array_api_strict", "sklearn", "transformers"),
+}
 # Where a library may be named: its table, its integration, and the command line that converts arrays.
 MAY_NAME_A_BACKEND = ("_backends", "integrations", "cli")
 

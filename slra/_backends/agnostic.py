@@ -139,6 +139,26 @@ class Primitives(SparseRows):
         """``x^H y`` for a large ``x``, which is not copied to be conjugated."""
         return self.conj(self.xp.matrix_transpose(x) @ self.conj(y))
 
+    def centered(self, x: Array) -> Array:
+        """``x`` less the mean of each column."""
+        return x - self.xp.mean(x, axis=-2, keepdims=True)
+
+    def product(self, x: Array, v: Array) -> Array:
+        """``x v`` for a large ``x`` that the caller gave."""
+        return x @ v
+
+    def normal_product(self, x: Array, v: Array) -> tuple[Array, Array]:
+        """``x v``, and a block that spans what ``x^H x v`` spans, for tall matrices.
+
+        The second is ``x^H`` times an orthonormal basis of the first, or whatever serves as well.
+        """
+        image = self.product(x, v)
+        return image, self.adjoint_product(x, self.qr(image)[0])
+
+    def triangular_factor(self, x: Array) -> Array:
+        """Triangular factor of the QR of a tall ``x``, shape (..., n, n), where nobody asks for the other one."""
+        return self.qr(x)[1]
+
     def norm_squared(self, x: Array) -> Array:
         """Squared Frobenius norm of each matrix, accumulated in the real `wide` dtype."""
         xp = self.xp

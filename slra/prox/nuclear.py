@@ -13,7 +13,7 @@ from slra._validate import (
     promote,
     resolve,
 )
-from slra.prox.rank import masked_svd
+from slra.prox.rank import filtered, masked_svd
 from slra.svd import SVDResult
 from slra.svd._linear_map import scaling_exponent
 
@@ -99,6 +99,8 @@ def prox_nuclear(
             f"warm_start must have shape (k, {x.shape[-1]}) for x of shape {tuple(x.shape)}, "
             f"got {tuple(basis.shape)}"
         )
+    if not return_factors and not table.is_eager(work):
+        return promoted.answer(table, filtered(work, lambda S: _shrinkage(S, tau, table), table))[0]
     U, S, Vh = shrink_singular_values(work, tau, basis, source, table)
     if return_factors:
         return SVDResult(*promoted.answer(table, U, S, Vh))
@@ -162,12 +164,22 @@ def shrink_singular_values(
     else:
         found = None
     U, S, Vh = masked_svd(x, table) if found is None else found
-    level = tau if isinstance(tau, float) or tau.ndim == 0 else tau[..., 0]
-    S = table.nonneg_threshold(S, level)
+    S = table.nonneg_threshold(S, _level(tau))
     if eager:
         rank = int(xp.max(xp.count_nonzero(S, axis=-1))) if S.size else 0
         U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
     return SVDResult(U, S, Vh)
+
+
+def _level(tau: float | Array) -> float | Array:
+    """Threshold for singular values, (..., k), from one for matrices."""
+    return tau if isinstance(tau, float) or tau.ndim == 0 else tau[..., 0]
+
+
+def _shrinkage(S: Array, tau: float | Array, table: Primitives) -> Array:
+    """Part of each singular value that the threshold leaves."""
+    positive = table.xp.where(S > 0, S, table.xp.ones_like(S))
+    return table.nonneg_threshold(S, _level(tau)) / positive
 
 
 def _is_harmless(x: Array, table: Primitives) -> bool:

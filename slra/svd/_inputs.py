@@ -123,7 +123,7 @@ def _centered(A: LinearMap) -> LinearMap:
     table = A.table
     xp, m = table.xp, A.shape[-2]
     if A.dense is not None:
-        return dense_map(A.dense - xp.mean(A.dense, axis=-2, keepdims=True), table)
+        return dense_map(table.centered(A.dense), table)
     ones = xp.ones((m, 1), dtype=A.like.dtype, device=table.creation_device(A.like))
     mean, whole = A.rmatmat(ones) / m, A.norm
 

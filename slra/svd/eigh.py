@@ -17,10 +17,11 @@ from slra._validate import (
 from slra.svd._inputs import draw, read
 from slra.svd._linear_map import LinearMap
 from slra.svd._result import fix_signs
-from slra.svd.gram import by_qr, combine, spectrum, tall_svd
+from slra.svd.gram import combine, spectrum, tall_svd
 from slra.svd.krylov import LAZY_ITER, MAX_ITER, MIN_ITER, RITZ_TOLERANCE, KrylovSpace
 from slra.svd.randomized import check_test_matrix
 from slra.svd.subspace import DEFAULT_ITER
+from slra.svd.truncated import by_triangle
 
 __all__ = ["EighResult", "randomized_eigh"]
 
@@ -180,6 +181,6 @@ def _nystrom(A: LinearMap, sample: Array, rank: int, n_iter: int | None) -> tupl
     if A.is_eager:
         V, S, _ = tall_svd([B], spectrum(table.gram(B), table), rank, table)
     else:
-        V, S, _ = by_qr([B], rank, table)
+        V, S, _ = by_triangle(B, lambda E: B @ E, rank, table)
     w = S**2 - xp.astype(shift[..., 0], S.dtype)
     return xp.maximum(w, xp.zeros_like(w)), V
