@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("numpy", "scipy", "torch", "jax", "dask", "scikit-learn", "array-api-compat")
+PACKAGES = (
+    "numpy",
+    "scipy",
+    "torch",
+    "jax",
+    "dask",
+    "distributed",
+    "zarr",
+    "scikit-learn",
+    "array-api-compat",
+)
 
 
 def interleaved(

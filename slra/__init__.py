@@ -1,6 +1,6 @@
 """Sparse and low-rank approximation, and attention on it, for every array library."""
 
-from slra import prox
+from slra import objective, prox
 from slra.attn import (
     AttentionBasis,
     KVCache,
@@ -8,6 +8,7 @@ from slra.attn import (
     attention_vjp,
     fit_attention,
     low_rank_attention,
+    low_rank_attention_vjp,
     merge_attention,
 )
 from slra.decompose import (
@@ -52,7 +53,9 @@ __all__ = [
     "estimate_error",
     "fit_attention",
     "low_rank_attention",
+    "low_rank_attention_vjp",
     "merge_attention",
+    "objective",
     "prox",
     "proximal_gradient",
     "randomized_eigh",

@@ -45,7 +45,7 @@ def xp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Itera
     for marker in request.node.iter_markers("needs"):
         if marker.args[0] in backend.lacks:
             pytest.skip(backend.lacks[marker.args[0]])
-    for module in (slra, slra.prox):
+    for module in (slra, slra.prox, slra.objective):
         for name in module.__all__:
             function = getattr(module, name)
             if isinstance(function, FunctionType):

@@ -57,6 +57,59 @@ def test_sizes(xp, dtype):
         )
 
 
+CHUNKS = {"rows": (100, 40), "both": (100, 15), "columns": (300, 20)}
+
+
+def orthonormal(z):
+    return np.linalg.qr(z.astype(np.result_type(z, "float64")))[0]
+
+
+# Squares of the scaled ones are out of range.
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_products_of_a_large_matrix(xp, scale, chunks, dtype):
+    a, _ = arrays(xp, (300, 40), dtype)
+    v, _ = arrays(xp, (40, 6), dtype, seed=1)
+    a = (a * scale).astype(dtype)
+    x, y = to_xp(xp, a, chunks=CHUNKS[chunks]), to_xp(xp, v)
+    expected = a.astype("complex128") @ v
+    # Each entry is a sum of 40 products of size about one.
+    atol = 40 * 10 * np.finfo(dtype).eps * scale
+    spans = []
+    for table in (primitives(xp), Primitives(xp)):
+        image, block = (to_numpy(z) for z in table.normal_product(x, y))
+        assert image.dtype == block.dtype == dtype
+        np.testing.assert_allclose(image, expected, atol=atol)
+        np.testing.assert_allclose(to_numpy(table.product(x, y)), expected, atol=atol)
+        spans.append(orthonormal(block))
+    ours, reference = spans
+    # The condition numbers of a Gaussian matrix of this shape, and of what it makes of v, are below 10.
+    apart = ours - reference @ (np.conj(reference).T @ ours)
+    assert np.max(np.abs(apart)) <= 1000 * np.finfo(dtype).eps
+    span = orthonormal(np.conj(a / scale).T @ (expected / scale))
+    assert np.max(np.abs(ours - span @ (np.conj(span).T @ ours))) <= 1000 * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("dtype", ["float64", "complex64"])
+def test_triangular_factor(xp, chunks, dtype):
+    a, _ = arrays(xp, (300, 40), dtype)
+    for table in (primitives(xp), Primitives(xp)):
+        R = to_numpy(table.triangular_factor(to_xp(xp, a, chunks=CHUNKS[chunks])))
+        assert R.shape == (40, 40)
+        assert np.all(np.tril(R, -1) == 0)
+        error = np.conj(R).T @ R - np.conj(a).T @ a
+        assert np.linalg.norm(error) <= 100 * np.finfo(dtype).eps * np.linalg.norm(a) ** 2
+
+
+def test_centered(xp):
+    a, x = arrays(xp, (300, 40), "float64")
+    for table in (primitives(xp), Primitives(xp)):
+        found = to_numpy(table.centered(x))
+        np.testing.assert_allclose(found, a - a.mean(axis=0), atol=1e-14)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_largest_modulus_shows_what_is_not_finite(xp, value):
     a = np.zeros((20, 10))

@@ -6,7 +6,7 @@ Arguments have been validated: matching namespaces, devices and a floating dtype
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import array_api_compat as compat
 import numpy as np
@@ -22,12 +22,11 @@ from slra._backends.agnostic_attention import (
 )
 from slra._backends.agnostic_rows import Rows
 from slra._backends.agnostic_sparse import SparseRows
+from slra._backends.gaussian import gaussian
 from slra._typing import Array, DType, Namespace
 
-__all__ = ["Primitives", "ScoreOptions", "gaussian_blocks", "matrix_h"]
+__all__ = ["Primitives", "ScoreOptions", "matrix_h"]
 
-# Test matrices are drawn in blocks of rows, a stream each, so that a chunked array can draw its own.
-TEST_MATRIX_ROWS = 4096
 # Entries widened to double precision at once: 2 MB, which stays in the second-level cache.
 SLAB = 1 << 18
 
@@ -146,6 +145,26 @@ class Primitives(SparseRows, Rows):
         """``x^H y`` for a large ``x``, which is not copied to be conjugated."""
         return self.conj(self.xp.matrix_transpose(x) @ self.conj(y))
 
+    def centered(self, x: Array) -> Array:
+        """``x`` less the mean of each column."""
+        return x - self.xp.mean(x, axis=-2, keepdims=True)
+
+    def product(self, x: Array, v: Array) -> Array:
+        """``x v`` for a large ``x`` that the caller gave."""
+        return x @ v
+
+    def normal_product(self, x: Array, v: Array) -> tuple[Array, Array]:
+        """``x v``, and a block that spans what ``x^H x v`` spans, for tall matrices.
+
+        The second is ``x^H`` times an orthonormal basis of the first, or whatever serves as well.
+        """
+        image = self.product(x, v)
+        return image, self.adjoint_product(x, self.qr(image)[0])
+
+    def triangular_factor(self, x: Array) -> Array:
+        """Triangular factor of the QR of a tall ``x``, shape (..., n, n), where nobody asks for the other one."""
+        return self.qr(x)[1]
+
     def norm_squared(self, x: Array) -> Array:
         """Squared Frobenius norm of each matrix, accumulated in the real `wide` dtype."""
         xp = self.xp
@@ -164,13 +183,11 @@ class Primitives(SparseRows, Rows):
         a = self.xp.tril(a) if lower else self.xp.triu(a)
         return self.xp.linalg.solve(a, b)
 
-    def test_matrix(self, shape: tuple[int, ...], rng: np.random.Generator, like: Array) -> Array:
+    def test_matrix(
+        self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
+    ) -> Array:
         """Draw a standard Gaussian matrix of the dtype of ``like``, the same on every backend."""
-        blocks = [
-            block.draw() for block in gaussian_blocks(shape, rng, is_complex=self.is_complex(like))
-        ]
-        whole = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-2)
-        return self.from_numpy(whole, like)
+        return self.from_numpy(gaussian(shape, rng, is_complex=self.is_complex(like)), like)
 
     def is_complex(self, x: Array) -> bool:
         """Whether ``x`` has a complex dtype."""
@@ -197,6 +214,14 @@ class Primitives(SparseRows, Rows):
 
     # Elementwise
 
+    def at_least(self, x: Array, low: Array | float) -> Array:
+        """Maximum of ``x`` and an array or a number."""
+        return self.xp.maximum(x, low)
+
+    def at_most(self, x: Array, high: Array | float) -> Array:
+        """Minimum of ``x`` and an array or a number."""
+        return self.xp.minimum(x, high)
+
     def real_part(self, x: Array) -> Array:
         """Real part, of a real array too."""
         return self.xp.real(x) if self.is_complex(x) else x
@@ -222,7 +247,7 @@ class Primitives(SparseRows, Rows):
 
     def nonneg_threshold(self, x: Array, tau: Array | float) -> Array:
         """Take ``tau`` off each entry, down to no less than zero."""
-        return self.xp.maximum(x - tau, 0.0)
+        return self.at_least(x - tau, 0.0)
 
     def elastic_threshold(self, x: Array, tau: Array | float, l2: float) -> Array:
         """Soft-threshold by ``tau``, then divide by ``1 + tau * l2``."""
@@ -244,7 +269,7 @@ class Primitives(SparseRows, Rows):
     def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
         """Shorten each vector along ``axes`` by ``tau``, to no less than zero."""
         norm = self.group_norm(x, axes)
-        return x * (self.xp.maximum(norm - tau, 0.0) / self.xp.where(norm == 0, 1.0, norm))
+        return x * (self.at_least(norm - tau, 0.0) / self.xp.where(norm == 0, 1.0, norm))
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Sum of moduli along ``axis``."""
@@ -316,37 +341,3 @@ class Primitives(SparseRows, Rows):
     def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function`` such that a gradient recomputes its insides instead of keeping them."""
         return function
-
-
-class GaussianBlock(NamedTuple):
-    """A block of rows of a test matrix, drawn when and as often as asked: always the same numbers."""
-
-    kind: type[np.random.BitGenerator]
-    seed: Any
-    shape: tuple[int, ...]
-    is_complex: bool
-
-    def draw(self) -> np.ndarray[Any, Any]:
-        """Draw in double precision, with unit variance."""
-        stream = np.random.Generator(self.kind(self.seed))
-        block = stream.standard_normal(self.shape)
-        if not self.is_complex:
-            return block
-        return (block + 1j * stream.standard_normal(self.shape)) / math.sqrt(2)
-
-
-def gaussian_blocks(
-    shape: tuple[int, ...], rng: np.random.Generator, *, is_complex: bool
-) -> list[GaussianBlock]:
-    """Return the blocks of rows that make up a test matrix of this shape, a stream each."""
-    *batch, n_rows, n_columns = shape
-    starts = range(0, n_rows, TEST_MATRIX_ROWS)
-    return [
-        GaussianBlock(
-            type(stream),
-            stream.seed_seq,
-            (*batch, min(TEST_MATRIX_ROWS, n_rows - start), n_columns),
-            is_complex,
-        )
-        for start, stream in zip(starts, rng.bit_generator.spawn(len(starts)), strict=True)
-    ]

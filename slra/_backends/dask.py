@@ -2,21 +2,33 @@
 
 Needs: dask[array] over NumPy blocks. Dask's own QR and SVD take 2-D arrays only, so batches go block
 by block, and small matrices go whole to one worker.
+
+A chunk that several steps of one graph share stays in memory until the last of them has run: for the matrix of an
+iteration that is the whole matrix, all the time. So each product with a large matrix has a copy of the graph that makes
+it, which waits for the other factor: chunks are generated or read anew for each product, multiplied, and let go.
 """
 
+import operator
 from collections.abc import Callable
 from functools import partial
+from graphlib import TopologicalSorter
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 from dask import delayed
+from dask.graph_manipulation import bind, clone
 
 from slra._backends import numpy_attention
-from slra._backends.agnostic import GaussianBlock, Primitives, ScoreOptions, gaussian_blocks
+from slra._backends.agnostic import Primitives, ScoreOptions
+from slra._backends.gaussian import GaussianBlock, gaussian_blocks
 from slra._typing import Array
 
 __all__ = ["DaskPrimitives"]
+
+# Results of as many chunks are added at once.
+SPLIT_EVERY = 8
 
 
 def _thin_svd(b: Any) -> tuple[Any, Any, Any]:
@@ -30,6 +42,62 @@ def _draw(block: GaussianBlock, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
 
 def _solve_triangular(a: Any, b: Any, *, lower: bool) -> Any:
     return np.linalg.solve(np.tril(a) if lower else np.triu(a), b)
+
+
+def _adjoint_part(x: Any, w: Any, wide: Any) -> Any:
+    """Return ``x^H w`` of one chunk, (1, n, l), in the wide dtype."""
+    largest = float(np.max(np.abs(w)))
+    # By a power of two: the squares that these are would leave the range of the narrow dtype.
+    scale = 2.0 ** (np.frexp(largest)[1] - 1) if 0 < largest < np.inf else 1.0
+    z = np.conj(w / w.dtype.type(scale)).T @ x
+    return (scale * np.conj(z).T.astype(wide))[None]
+
+
+def _both_parts(x: Any, v: Any, wide: Any) -> tuple[Any, Any]:
+    """Return ``w = x v`` of one chunk that has all columns, and ``x^H w``."""
+    w = x @ v
+    return w, _adjoint_part(x, w, wide)
+
+
+def _unit_columns(z: Any, dtype: np.dtype[Any]) -> Any:
+    """Columns scaled to modulus 1, which is in range whatever they were."""
+    largest = np.max(np.abs(z), axis=0)
+    return (z / np.where(largest > 0, largest, 1)).astype(dtype)
+
+
+def _triangle(x: Any, axis: Any, keepdims: bool) -> Any:
+    return np.linalg.qr(x, mode="r")
+
+
+def _again(x: Array, v: Array, use: str) -> Array:
+    """``x`` from a copy of its graph that starts no sooner than ``v``, which it is to meet, is there.
+
+    What was reduced on the way, such as means, is not copied but computed once. What came out of other passes is
+    not copied at all: copies of copies would grow exponentially in a loop.
+    """
+    if any(name.startswith("checkpoint-") for name in x.dask.layers):
+        return x
+    return bind(x, v, omit=_reduced(x), seed=dask.base.tokenize(x.name, v.name, use))
+
+
+def _reduced(x: Array) -> list[Array]:
+    """Layers of the graph that have fewer pieces than ``x``, and fewer than a layer that they are made from."""
+    graph, found = x.dask, []
+    largest: dict[str, int] = {}
+    for name in TopologicalSorter(graph.dependencies).static_order():
+        size = len(graph.layers[name].get_output_keys())
+        before = max((largest[other] for other in graph.dependencies[name]), default=0)
+        largest[name] = max(size, before)
+        if name != x.name and size < min(before, x.npartitions):
+            found.append(da.Array(graph, name, chunks=((1,),), dtype=x.dtype))
+    return found
+
+
+def _row_fits(x: Array) -> bool:
+    """Whether a row of chunks is one chunk, or may stay in memory as one."""
+    limit = 2 * dask.utils.parse_bytes(dask.config.get("array.chunk-size"))
+    size = max(x.chunks[0]) * x.shape[1] * x.dtype.itemsize
+    return bool(x.numblocks[1] == 1 or size <= limit)
 
 
 def _by_matrix(
@@ -73,6 +141,62 @@ class DaskPrimitives(Primitives):
         k = min(y.shape[-2:])
         q, r = _by_matrix(np.linalg.qr, "(m,n)->(m,k),(k,n)", y, dtypes=[y.dtype] * 2, k=k)
         return q, r
+
+    def centered(self, x: Array) -> Array:
+        """Take the means in a pass of their own."""
+        return x - da.mean(clone(x, seed="mean"), axis=-2, keepdims=True, split_every=SPLIT_EVERY)
+
+    def product(self, x: Array, v: Array) -> Array:
+        """Multiply chunk by chunk, and add in a tree."""
+        return _again(x, v, "product") @ v
+
+    def adjoint_product(self, x: Array, y: Array) -> Array:
+        """Multiply chunk by chunk, and add in a tree."""
+        return super().adjoint_product(_again(x, y, "adjoint"), y)
+
+    def normal_product(self, x: Array, v: Array) -> tuple[Array, Array]:
+        """Both products with a row of chunks while it is there; without QR, which would have to wait for all rows."""
+        if x.ndim > 2 or not _row_fits(x):
+            return super().normal_product(x, v)
+        x, v, wide = _again(x, v, "normal"), v.rechunk(-1), self.wide(x)
+        part = {"meta": np.empty((0, 0, 0), dtype=wide)}
+        if x.numblocks[1] == 1:
+            # One task generates or reads, and multiplies twice: Dask fuses where no index is summed over.
+            both = x.map_blocks(
+                _both_parts, v, wide, chunks=(x.chunks[0], v.chunks[1]), meta=x._meta
+            )
+            image = both.map_blocks(operator.itemgetter(0), meta=x._meta)
+            chunks = ((1,) * x.numblocks[0], *v.chunks)
+            parts = both.map_blocks(operator.itemgetter(1), new_axis=1, chunks=chunks, **part)
+        else:
+            image = x @ v
+            parts = da.blockwise(
+                _adjoint_part,
+                "ijk",
+                *(x, "ij", image, "ik"),
+                wide=wide,
+                adjust_chunks={"i": 1},
+                **part,
+            )
+        total = da.sum(parts, axis=0, split_every=SPLIT_EVERY).rechunk(-1)
+        return image, total.map_blocks(_unit_columns, x.dtype, meta=x._meta)
+
+    def triangular_factor(self, x: Array) -> Array:
+        """Factors of rows of chunks, joined and factored again in a tree; batches by LAPACK, each matrix whole."""
+        if x.ndim > 2:
+            r = partial(np.linalg.qr, mode="r")
+            return _by_matrix(r, "(m,n)->(k,n)", x, dtypes=[x.dtype], k=min(x.shape[-2:]))
+        x = x.rechunk({1: -1} if _row_fits(x) else {0: "auto", 1: -1})
+        return da.reduction(
+            x,
+            *(_triangle, _triangle),
+            axis=0,
+            keepdims=True,
+            dtype=x.dtype,
+            # Two at a time: these are as large as chunks.
+            split_every=2,
+            output_size=x.shape[1],
+        )
 
     def small_svd(self, b: Array) -> tuple[Array, Array, Array]:
         """LAPACK on one worker, each matrix whole."""
@@ -118,7 +242,9 @@ class DaskPrimitives(Primitives):
 
         return _by_matrix(gather, "(n,d),(m)->(m,d)", x, indices, dtypes=[x.dtype])
 
-    def test_matrix(self, shape: tuple[int, ...], rng: np.random.Generator, like: Array) -> Array:
+    def test_matrix(
+        self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
+    ) -> Array:
         """Draw each block where it is needed."""
         blocks = [
             da.from_delayed(

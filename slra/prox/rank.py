@@ -1,14 +1,16 @@
 """The nearest matrix of a given rank."""
 
 import math
+from collections.abc import Callable
 
 from slra._backends import Primitives
+from slra._backends.agnostic import matrix_h
 from slra._typing import Array
 from slra._validate import check_matrix, check_rank, promote, resolve
 from slra.svd import SVDResult
 from slra.svd.truncated import thin_svd
 
-__all__ = ["masked_svd", "project_rank"]
+__all__ = ["filtered", "masked_svd", "project_rank"]
 
 
 def project_rank(x: Array, rank: int) -> Array:
@@ -54,14 +56,42 @@ def project_rank(x: Array, rank: int) -> Array:
     check_matrix(x, "x")
     rank = check_rank(rank, min(x.shape[-2:]), limit_is="min of the last two axes of x")
     promoted = promote(table, x=x)
-    U, S, Vh = masked_svd(promoted.arrays[0], table)
-    low_rank = (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
+    (work,) = promoted.arrays
+    if table.is_eager(work):
+        U, S, Vh = masked_svd(work, table)
+        low_rank = (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
+    else:
+        low_rank = filtered(work, lambda S: _is_leading(S, rank, table), table)
     return promoted.answer(table, low_rank)[0]
+
+
+def _is_leading(S: Array, rank: int, table: Primitives) -> Array:
+    """One for the first ``rank`` singular values, zero for the others."""
+    xp = table.xp
+    index = xp.arange(S.shape[-1], device=table.creation_device(S))
+    return xp.where(index < rank, xp.ones_like(S), xp.zeros_like(S))
+
+
+def filtered(x: Array, gain: Callable[[Array], Array], table: Primitives) -> Array:
+    """Multiply the singular values of ``x`` by ``gain(S)``, at most 1, by one product with ``x``: for lazy arrays.
+
+    A tall ``x`` is read twice and no left vectors are kept. With ``x = Q R`` and the computed ``R + E = U S V^H``, the
+    result ``x V diag(gain) V^H`` is the exact one of ``Q (R + E)``, less ``Q E V diag(gain) V^H``.
+    """
+    xp = table.xp
+    if x.shape[-2] < x.shape[-1]:
+        return matrix_h(filtered(matrix_h(x, xp), gain, table), xp)
+    is_finite = xp.isfinite(x)
+    bad = xp.any(~is_finite, axis=(-2, -1))
+    x = xp.where(is_finite, x, 0.0)
+    _, S, Vh = table.small_svd(table.triangular_factor(x))
+    right = (matrix_h(Vh, xp) * xp.astype(gain(S), x.dtype)[..., None, :]) @ Vh
+    return table.product(x, xp.where(bad[..., None, None], math.nan, right))
 
 
 def masked_svd(x: Array, table: Primitives) -> SVDResult:
     """Thin SVD whose singular values are NaN where the matrix is not finite: LAPACK would raise or hang."""
     xp = table.xp
     bad = xp.any(~xp.isfinite(x), axis=(-2, -1))
-    U, S, Vh = thin_svd(xp.where(bad[..., None, None], 0.0, x), table)
+    U, S, Vh = thin_svd(xp.where(xp.isfinite(x), x, 0.0), table)
     return SVDResult(U, xp.where(bad[..., None], math.nan, S), Vh)

@@ -59,6 +59,13 @@ class LinearMap:
         eye = self.table.xp.eye(self.shape[-1], dtype=self.like.dtype, device=device)
         return self.matmat(eye)
 
+    def normal(self, v: Array) -> tuple[Array, Array]:
+        """Return ``A v`` and a block that spans what ``A^H A v`` spans; an array may be read once for both."""
+        if self.dense is not None:
+            return self.table.normal_product(self.dense, v)
+        image = self.matmat(v)
+        return image, self.rmatmat(self.table.qr(image)[0])
+
     def scaled(self, exponent: Array) -> "LinearMap":
         """Return ``A * 2**exponent`` (one exponent for each matrix), exactly."""
         table, norm = self.table, self.norm
@@ -79,7 +86,7 @@ def dense_map(x: Array, table: Primitives) -> LinearMap:
         table,
         tuple(x.shape),
         x,
-        matmat=lambda v: x @ v,
+        matmat=lambda v: table.product(x, v),
         rmatmat=lambda u: table.adjoint_product(x, u),
         norm=lambda: table.xp.sqrt(table.norm_squared(x)),
         dense=x,

@@ -7,7 +7,8 @@ from slra._backends.cholesky_qr import flattened, orthonormal
 from slra._backends.elements import redo
 from slra._typing import Array
 from slra.svd._linear_map import LinearMap
-from slra.svd.gram import by_qr, combine, spectrum, tall_svd
+from slra.svd.gram import combine, spectrum, tall_svd
+from slra.svd.truncated import by_triangle
 
 __all__ = ["LAZY_ITER", "MAX_ITER", "MIN_ITER", "KrylovSpace", "krylov_svd"]
 
@@ -46,11 +47,14 @@ class KrylovSpace:
 
     def grow(self) -> None:
         """Add ``A^H A`` times the last block."""
-        table, image = self.A.table, self.W[-1]
-        own = None
-        if self.gram is not None:
+        if self.gram is None:
+            # The image once more, with the product that follows: what was there is then never computed.
+            self.W[-1], block = self.A.normal(self.V[-1])
+        else:
+            image = self.W[-1]
             own = self.gram[..., -image.shape[-1] :, -image.shape[-1] :]
-        self.append(self.A.rmatmat(flattened(image, own, table)))
+            block = self.A.rmatmat(flattened(image, own, self.A.table))
+        self.append(block)
 
     def _orthogonal_part(self, block: Array) -> Array:
         """Orthonormal basis of ``block`` less its part in the space; as many columns even where nothing is left."""
@@ -102,18 +106,20 @@ class KrylovSpace:
         """Leading triplets ``U, S, V`` of ``A`` on the space."""
         table = self.A.table
         if self.gram is None:
-            U, S, E = by_qr(self.W, rank, table)
+            W = self.W[0] if len(self.W) == 1 else table.xp.concat(self.W, axis=-1)
+            U, S, E = by_triangle(W, lambda E: W @ E, rank, table)
         else:
             U, S, E = tall_svd(self.W, spectrum(self.gram, table), rank, table)
         return U, S, combine(self.V, E, table)
 
 
 def krylov_svd(
-    A: LinearMap, sample: Array, rank: int, n_iter: int | None
+    A: LinearMap, omega: Array, rank: int, n_iter: int | None
 ) -> tuple[Array, Array, Array]:
-    """Leading triplets ``U, S, V`` of ``A``, from ``sample = A @ test_matrix``.
+    """Leading triplets ``U, S, V`` of ``A``, from a test matrix ``omega``.
 
-    The space is that of ``A^H A`` on the start ``A^H sample``, ``n_iter >= 1`` blocks deep; None stops by itself.
+    The space is that of ``A^H A`` on the start ``A^H A omega``, ``n_iter >= 1`` blocks deep; None stops by itself. Of a
+    wide ``A`` it is that of ``A A^H`` on ``A A^H A omega``.
 
     References
     ----------
@@ -121,20 +127,19 @@ def krylov_svd(
     decomposition, NeurIPS 2015, Algorithm 2.
     """
     if A.shape[-2] < A.shape[-1]:
-        V, S, U = _krylov_tall(A.H, _half_step(A.H, sample), rank, n_iter)
+        V, S, U = _krylov_tall(A.H, orthonormal(A.matmat(omega), A.table), rank, n_iter)
         return U, S, V
-    return _krylov_tall(A, sample, rank, n_iter)
-
-
-def _half_step(A: LinearMap, block: Array) -> Array:
-    return A.matmat(orthonormal(block, A.table))
+    return _krylov_tall(A, omega, rank, n_iter)
 
 
 def _krylov_tall(
-    A: LinearMap, sample: Array, rank: int, n_iter: int | None
+    A: LinearMap, start: Array, rank: int, n_iter: int | None
 ) -> tuple[Array, Array, Array]:
     space = KrylovSpace(A)
-    space.append(_half_step(A.H, sample))
+    if A.is_eager:
+        space.append(A.rmatmat(orthonormal(A.matmat(start), A.table)))
+    else:
+        space.append(A.normal(start)[1])
     fixed = n_iter if n_iter is not None or A.is_eager else LAZY_ITER
     if fixed is None:
         _grow_until_settled(space, rank)

@@ -3,15 +3,16 @@
 from slra._backends.cholesky_qr import orthonormal
 from slra._typing import Array
 from slra.svd._linear_map import LinearMap
-from slra.svd.gram import by_qr, spectrum, tall_svd
+from slra.svd.gram import spectrum, tall_svd
+from slra.svd.truncated import by_triangle
 
 __all__ = ["DEFAULT_ITER", "subspace_svd"]
 
 DEFAULT_ITER = 4
 
 
-def subspace_svd(A: LinearMap, sample: Array, rank: int, n_iter: int) -> tuple[Array, Array, Array]:
-    """Leading triplets ``U, S, V`` of ``A``, from ``sample = A @ test_matrix``.
+def subspace_svd(A: LinearMap, omega: Array, rank: int, n_iter: int) -> tuple[Array, Array, Array]:
+    """Leading triplets ``U, S, V`` of ``A``, from a test matrix ``omega``.
 
     References
     ----------
@@ -19,12 +20,33 @@ def subspace_svd(A: LinearMap, sample: Array, rank: int, n_iter: int) -> tuple[A
     Algorithms 4.4 and 5.1.
     """
     table = A.table
-    Q = orthonormal(sample, table)
-    for _ in range(n_iter):
-        Q = orthonormal(A.matmat(orthonormal(A.rmatmat(Q), table)), table)
+    Q = _range(A, omega, n_iter) if A.is_eager else _range_by_normal_products(A, omega, n_iter)
     Z = A.rmatmat(Q)
     if A.is_eager:
         V, S, E = tall_svd([Z], spectrum(table.gram(Z), table), rank, table)
     else:
-        V, S, E = by_qr([Z], rank, table)
+        V, S, E = by_triangle(Z, lambda v: Z @ v, rank, table)
     return Q @ E, S, V
+
+
+def _range(A: LinearMap, omega: Array, n_iter: int) -> Array:
+    """Orthonormal basis of ``(A A^H)^n_iter A omega``."""
+    table = A.table
+    Q = orthonormal(A.matmat(omega), table)
+    for _ in range(n_iter):
+        Q = orthonormal(A.matmat(orthonormal(A.rmatmat(Q), table)), table)
+    return Q
+
+
+def _range_by_normal_products(A: LinearMap, omega: Array, n_iter: int) -> Array:
+    """Find the same basis by products that may read ``A`` once instead of twice; they work on its short side."""
+    table = A.table
+    if A.shape[-2] < A.shape[-1]:
+        Q = orthonormal(A.matmat(omega), table)
+        for _ in range(n_iter):
+            Q = orthonormal(A.H.normal(Q)[1], table)
+        return Q
+    V = omega
+    for _ in range(n_iter):
+        V = orthonormal(A.normal(V)[1], table)
+    return orthonormal(A.matmat(V), table)

@@ -1,5 +1,7 @@
 """Deterministic truncated SVD: QR to a small square, LAPACK's SVD of that."""
 
+from collections.abc import Callable
+
 from slra._backends import Primitives
 from slra._backends.agnostic import matrix_h
 from slra._typing import Array
@@ -7,7 +9,7 @@ from slra._validate import check_finite, check_matrix, check_rank, check_rtol, p
 from slra.svd._cut import cut_values
 from slra.svd._result import SVDResult, fix_signs
 
-__all__ = ["thin_svd", "truncated_svd"]
+__all__ = ["by_triangle", "thin_svd", "truncated_svd"]
 
 
 def truncated_svd(x: Array, rank: int | None = None, *, rtol: float | None = None) -> SVDResult:
@@ -63,19 +65,35 @@ def truncated_svd(x: Array, rank: int | None = None, *, rtol: float | None = Non
     check_finite(table, promoted.arrays[0], "x")
     if rtol is not None:
         rtol = check_rtol(table, x, rtol)
-    U, S, Vh = thin_svd(promoted.arrays[0], table)
+    U, S, Vh = thin_svd(promoted.arrays[0], table, rank)
     if rtol is not None:
         S, rank = cut_values(S, rtol, rank, table)
     factors = fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :], table)
     return SVDResult(*promoted.answer(table, *factors))
 
 
-def thin_svd(x: Array, table: Primitives) -> tuple[Array, Array, Array]:
-    """All ``min(m, n)`` singular triplets of a validated ``x``; signs as they come."""
+def thin_svd(x: Array, table: Primitives, rank: int | None = None) -> tuple[Array, Array, Array]:
+    """Singular triplets of a validated ``x``, all ``min(m, n)`` or at least ``rank``; signs as they come."""
     xp = table.xp
     if x.shape[-2] < x.shape[-1]:
-        V, S, Uh = thin_svd(matrix_h(x, xp), table)
+        V, S, Uh = thin_svd(matrix_h(x, xp), table, rank)
         return matrix_h(Uh, xp), S, matrix_h(V, xp)
+    if not table.is_eager(x):
+        U, S, V = by_triangle(x, lambda v: table.product(x, v), rank or x.shape[-1], table)
+        return U, S, matrix_h(V, xp)
     Q, R = table.qr(x)
     U, S, Vh = table.small_svd(R)
     return Q @ U, S, Vh
+
+
+def by_triangle(
+    x: Array, product: Callable[[Array], Array], rank: int, table: Primitives
+) -> tuple[Array, Array, Array]:
+    """Leading triplets ``U, S, V`` of a tall ``x``, of which nothing larger than ``U`` is kept: for lazy arrays.
+
+    The triangular factor tells ``V``, and ``product(V)``, which is ``x V``, the rest.
+    """
+    V = matrix_h(table.small_svd(table.triangular_factor(x))[2][..., :rank, :], table.xp)
+    Q, R = table.qr(product(V))
+    U, S, Vh = table.small_svd(R)
+    return Q @ U, S, V @ matrix_h(Vh, table.xp)

@@ -1,0 +1,85 @@
+"""Randomized SVD on Dask beside ``da.linalg.svd_compressed``: passes over the data, error, time.
+
+Run as ``python -m benchmarks.dask_svd``; writes ``benchmarks/results/dask_svd.json``. A cluster of two processes with a
+thread each; float32, singular values 1, 1/2, 1/3, ...; every chunk that is made is counted.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import slra
+from benchmarks.common import interleaved, save
+from benchmarks.cosine_matrix import count, lazily, singular_values
+
+SHAPE, CHUNKS, RANK, OVERSAMPLES = (20_000, 1000), (2000, 1000), 20, 10
+REPEATS = 5
+
+
+def ways(x: Any) -> dict[str, Callable[[int], Any]]:
+    """Return functions of the seed that give lazy factors."""
+    import dask.array as da
+
+    def ours(n_iter: int) -> Callable[[int], Any]:
+        return lambda seed: slra.randomized_svd(
+            x, RANK, n_iter=n_iter, n_oversamples=OVERSAMPLES, rng=seed
+        )
+
+    def theirs(compute: bool) -> Callable[[int], Any]:
+        return lambda seed: da.linalg.svd_compressed(
+            x, RANK, n_power_iter=2, iterator="QR", seed=seed, compute=compute
+        )
+
+    return {f"slra, n_iter={q}": ours(q) for q in (1, 2, 3, 5)} | {
+        "svd_compressed, compute=True": theirs(True),
+        "svd_compressed, compute=False": theirs(False),
+    }
+
+
+def compare(client: Any, x: Any, log: Path) -> dict[str, Any]:
+    """Passes, time and error of each way, another seed each time; all three factors are computed."""
+    exact = singular_values(SHAPE[1])[:RANK]
+    errors: dict[str, list[float]] = {name: [] for name in ways(x)}
+    passes: dict[str, float] = {}
+
+    def run(name: str, way: Callable[[int], Any]) -> None:
+        before = count(log)
+        S = client.gather(client.compute(list(way(len(errors[name])))))[1]
+        passes[name] = (count(log) - before) / x.npartitions
+        errors[name].append(float(np.max(np.abs(S / exact - 1))))
+
+    runs = {name: lambda name=name, way=way: run(name, way) for name, way in ways(x).items()}
+    seconds = interleaved(runs, REPEATS)
+    return {
+        name: {
+            "passes": passes[name],
+            "sigma_error": statistics.median(errors[name]),
+            "seconds": statistics.median(seconds[name]),
+            "all_seconds": seconds[name],
+        }
+        for name in runs
+    }
+
+
+def main() -> None:
+    from distributed import Client, LocalCluster
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        log = Path(folder) / "log"
+        x = lazily(SHAPE, CHUNKS, log)
+        setting = {"shape": SHAPE, "chunks": CHUNKS, "rank": RANK, "oversamples": OVERSAMPLES}
+        result = {"setting": setting, "generated": compare(client, x, log)}
+        save("dask_svd", result)
+        save("dask_svd", result | {"in memory": compare(client, client.persist(x), log)})
+
+
+if __name__ == "__main__":
+    main()
