@@ -10,6 +10,7 @@ import slra
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from slra.integrations import transformers as integration  # noqa: E402
 from slra.integrations import transformers_cache  # noqa: E402
 from slra.integrations.transformers_cache import LowRankCache  # noqa: E402
 
@@ -59,6 +60,15 @@ def test_at_full_rank_generate_gives_the_same_tokens(model, options):
     cache = LowRankCache(bases(WIDTH), window=3, n_sink=2)
     assert torch.equal(generated(model, cache, **options), generated(model, None, **options))
     assert cache.get_seq_length() == 12 + 11
+
+
+def test_it_takes_what_calibrate_gives(model):
+    name = model.config._attn_implementation
+    integration.register("slra-cache", rank=WIDTH)
+    model.set_attn_implementation("slra-cache")
+    calibrated = integration.calibrate(model, [torch.arange(2, 38)[None, :]])
+    model.set_attn_implementation(name)
+    assert torch.equal(generated(model, LowRankCache(calibrated)), generated(model, None))
 
 
 def test_below_full_rank_it_takes_fewer_bytes_and_is_what_attend_gives(model):
