@@ -1,23 +1,40 @@
-"""On a GPU: kernels against copy bandwidth and unfused CuPy, SVD and attention against cuSOLVER and PyTorch, memory.
+"""On a GPU: kernels against copy bandwidth and CuPy's own operations, SVD and attention against cuSOLVER and PyTorch.
 
 Run as ``python -m benchmarks.gpu`` on a machine with CuPy, and PyTorch with CUDA for the comparisons with it. All is
-timed side by side in one process, each sample between two synchronisations, as medians.
+timed side by side in one process, each sample between two synchronisations, as medians. With ``--dry-run`` everything
+runs once on a machine without a GPU, tiny and on NumPy in the place of CuPy; nothing is written.
 """
 
+import argparse
+import contextlib
+import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import slra
 from benchmarks.common import interleaved, save
-from slra._backends import primitives
+from slra._backends import Primitives, primitives
+from slra._backends.agnostic_attention import SoftmaxState
+
+
+class Libraries(NamedTuple):
+    """CuPy, its array API namespace and its sparse matrices; PyTorch or None, and how to wait for it."""
+
+    cp: Any
+    xp: Any
+    sparse: Any
+    torch: Any
+    wait_for_torch: Callable[[], Any]
 
 
 class Sizes(NamedTuple):
     """How large the problems are; calls to a sample, so that one is long beside a launch."""
 
     n_entries: int = 1 << 26
+    groups: tuple[int, int] = (1 << 16, 1 << 10)
+    scores: tuple[int, int, int] = (8, 1024, 4096)
     svd: tuple[int, int, int] = (512, 2048, 64)
     rank: int = 16
     sparse: tuple[int, int, int] = (20000, 5000, 10)
@@ -25,90 +42,136 @@ class Sizes(NamedTuple):
     n: int = 16384
     d: int = 128
     calls: int = 20
+    repeats: int = 7
 
 
-def synchronize(cp: Any) -> None:
-    """Wait for the device."""
-    cp.cuda.get_current_stream().synchronize()
+TINY = Sizes(64, (8, 4), (2, 4, 8), (3, 50, 40), 4, (30, 20, 5), 2, 16, 8, 1, 1)
 
 
 def medians(
-    cp: Any,
-    functions: dict[str, Callable[[], Any]],
-    calls: int,
-    wait: Callable[[], Any] | None = None,
+    libraries: Libraries, functions: dict[str, Callable[[], Any]], calls: int, repeats: int
 ) -> dict[str, float]:
-    """Median seconds of one call of each function, in turn; ``wait`` is for work of another library."""
+    """Median seconds of one call of each function, in turn."""
 
     def sample(function: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> None:
             for _ in range(calls):
                 function()
-            synchronize(cp)
-            if wait is not None:
-                wait()
+            libraries.cp.cuda.get_current_stream().synchronize()
+            libraries.wait_for_torch()
 
         return run
 
-    seconds = interleaved({name: sample(f) for name, f in functions.items()})
+    seconds = interleaved({name: sample(f) for name, f in functions.items()}, repeats)
     return {name: statistics.median(times) / calls for name, times in seconds.items()}
 
 
-def elementwise(cp: Any, xp: Any, sizes: Sizes) -> dict[str, Any]:
+def bytes_held(cp: Any, functions: dict[str, Callable[[], Any]]) -> dict[str, int]:
+    """Growth of CuPy's memory pool in one call of each of our functions."""
+    pool, grown = cp.get_default_memory_pool(), {}
+    for name, function in functions.items():
+        if name.startswith("slra"):
+            pool.free_all_blocks()
+            before = pool.total_bytes()
+            function()
+            grown[name] = int(pool.total_bytes() - before)
+    return grown
+
+
+def ratios(seconds: dict[str, float], ours: str) -> dict[str, float]:
+    """Time of each other function over ours."""
+    return {name: value / seconds[ours] for name, value in seconds.items() if name != ours}
+
+
+def elementwise(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
     """Soft threshold against copying, and the fused proximal-gradient step against CuPy's own expression."""
+    cp = libraries.cp
     rng = cp.random.default_rng(0)
     x, grad = (rng.standard_normal(sizes.n_entries, dtype=cp.float32) for _ in range(2))
     target = cp.empty_like(x)
-    table = primitives(xp)
+    table = primitives(libraries.xp)
     step, tau = 0.1, 0.5
 
     def unfused() -> Any:
         moved = x - step * grad
         return cp.sign(moved) * cp.maximum(cp.abs(moved) - step * tau, 0)
 
-    seconds = medians(
-        cp,
-        {
-            "copy": lambda: cp.copyto(target, x),
-            "soft_threshold": lambda: slra.soft_threshold(x, tau),
-            "fused step": lambda: table.soft_threshold_step(x, grad, step, tau),
-            "unfused step": unfused,
-        },
-        sizes.calls,
-    )
+    functions: dict[str, Callable[[], Any]] = {
+        "copy": lambda: cp.copyto(target, x),
+        "slra, soft_threshold": lambda: slra.soft_threshold(x, tau),
+        "slra, fused step": lambda: table.soft_threshold_step(x, grad, step, tau),
+        "unfused step": unfused,
+        "slra, norm_l1": lambda: slra.prox.norm_l1(x),
+        "sum of abs": lambda: cp.sum(cp.abs(x)),
+    }
+    seconds = medians(libraries, functions, sizes.calls, sizes.repeats)
     return {
         "entries": sizes.n_entries,
         "dtype": "float32",
         "seconds": seconds,
         "copy_bytes_per_second": 2 * x.nbytes / seconds["copy"],
-        "soft_threshold_over_copy_bandwidth": seconds["copy"] / seconds["soft_threshold"],
-        "unfused_over_fused": seconds["unfused step"] / seconds["fused step"],
+        "soft_threshold_over_copy_bandwidth": seconds["copy"] / seconds["slra, soft_threshold"],
+        "unfused_over_fused": seconds["unfused step"] / seconds["slra, fused step"],
+        "bytes_held": bytes_held(cp, functions),
     }
 
 
-def batched_svd(cp: Any, torch: Any, sizes: Sizes) -> dict[str, Any]:
+def groups(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
+    """Thresholds of rows by their norms, against the array API reference, which is CuPy's own operations."""
+    cp = libraries.cp
+    x = cp.random.default_rng(0).standard_normal(sizes.groups, dtype=cp.float32)
+    reference = Primitives(libraries.xp)
+    functions: dict[str, Callable[[], Any]] = {
+        "slra, prox_l21": lambda: slra.prox.prox_l21(x, 1.0, axis=-1),
+        "reference": lambda: reference.group_threshold(x, 1.0, (1,)),
+    }
+    seconds = medians(libraries, functions, sizes.calls, sizes.repeats)
+    over = ratios(seconds, "slra, prox_l21")
+    held = bytes_held(cp, functions)
+    return {"shape": sizes.groups, "seconds": seconds, "over_slra": over, "bytes_held": held}
+
+
+def softmax(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
+    """One tile of the online softmax, against the reference: CUB's maxima and sums, and four operations more."""
+    cp, rng = libraries.cp, libraries.cp.random.default_rng(0)
+    scores = rng.standard_normal(sizes.scores, dtype=cp.float32)
+    v = rng.standard_normal((sizes.scores[0], sizes.scores[2], sizes.d), dtype=cp.float32)
+    zeros = cp.zeros_like(scores[..., 0])
+    state = SoftmaxState(zeros, zeros, cp.zeros_like(scores @ v))
+    ours, reference = primitives(libraries.xp), Primitives(libraries.xp)
+    functions: dict[str, Callable[[], Any]] = {
+        "slra": lambda: ours.softmax_step(state, scores, v),
+        "reference": lambda: reference.softmax_step(state, scores, v),
+    }
+    seconds = medians(libraries, functions, sizes.calls, sizes.repeats)
+    return {"shape": sizes.scores, "seconds": seconds, "over_slra": ratios(seconds, "slra")}
+
+
+def batched_svd(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
     """A batch of tall matrices at a low rank, with the error of each method beside its time."""
+    cp, torch = libraries.cp, libraries.torch
     batch, m, n = sizes.svd
     rng = cp.random.default_rng(0)
     x = rng.standard_normal((batch, m, n), dtype=cp.float32)
     x *= cp.asarray([0.8**i for i in range(n)], dtype=cp.float32)
     functions: dict[str, Callable[[], Any]] = {
         "slra.randomized_svd": lambda: slra.randomized_svd(x, sizes.rank, rng=0),
+        "slra.truncated_svd": lambda: slra.truncated_svd(x, sizes.rank),
         "cupy.linalg.svd": lambda: cp.linalg.svd(x, full_matrices=False),
     }
-    wait = None
     if torch is not None:
         t = torch.from_dlpack(x)
         functions["torch.svd_lowrank"] = lambda: torch.svd_lowrank(t, q=sizes.rank)
-        wait = torch.cuda.synchronize
-    seconds = medians(cp, functions, 1, wait)
+    seconds = medians(libraries, functions, 1, sizes.repeats)
     errors = {name: product_error(cp, x, f(), sizes.rank) for name, f in functions.items()}
     return {
         "shape": sizes.svd,
         "rank": sizes.rank,
+        "dtype": "float32",
         "seconds": seconds,
         "relative_error": errors,
         "over_slra": ratios(seconds, "slra.randomized_svd"),
+        "bytes_held": bytes_held(cp, functions),
     }
 
 
@@ -120,109 +183,165 @@ def product_error(cp: Any, x: Any, factors: Any, rank: int) -> float:
     return float(cp.linalg.norm(x - product) / cp.linalg.norm(x))
 
 
-def sparse_svd(cp: Any, sizes: Sizes) -> dict[str, Any]:
+def small_svd(libraries: Libraries, sizes: Sizes, dtype: str) -> dict[str, Any]:
+    """All singular triplets of a batch of square matrices, by eigenvalue problems and by CuPy's loop."""
+    cp = libraries.cp
+    batch, _, n = sizes.svd
+    x = cp.random.default_rng(0).standard_normal((batch, n, n), dtype=cp.float64).astype(dtype)
+    table = primitives(libraries.xp)
+    functions: dict[str, Callable[[], Any]] = {
+        "slra": lambda: table.small_svd(x),
+        "cupy.linalg.svd": lambda: cp.linalg.svd(x, full_matrices=False),
+    }
+    seconds = medians(libraries, functions, 1, sizes.repeats)
+    return {
+        "shape": (batch, n, n),
+        "seconds": seconds,
+        "relative_error": {name: product_error(cp, x, f(), n) for name, f in functions.items()},
+        "over_slra": ratios(seconds, "slra"),
+        "bytes_held": bytes_held(cp, functions),
+    }
+
+
+def sparse_svd(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
     """A sparse matrix against cupyx.scipy.sparse.linalg.svds."""
-    import cupyx.scipy.sparse
-    import cupyx.scipy.sparse.linalg
-
+    cp, sparse = libraries.cp, libraries.sparse
     m, n, per_row = sizes.sparse
-    x = cupyx.scipy.sparse.random(m, n, density=per_row / n, format="csr", dtype=cp.float32)
-    seconds = medians(
-        cp,
-        {
-            "slra.randomized_svd": lambda: slra.randomized_svd(x, sizes.rank, rng=0),
-            "cupyx svds": lambda: cupyx.scipy.sparse.linalg.svds(x, sizes.rank),
-        },
-        1,
-    )
-    return {"shape": (m, n), "nnz": int(x.nnz), "seconds": seconds}
+    x = sparse.random(m, n, density=per_row / n, format="csr", dtype=cp.float32)
+    functions: dict[str, Callable[[], Any]] = {
+        "slra.randomized_svd": lambda: slra.randomized_svd(x, sizes.rank, rng=0),
+        "cupyx svds": lambda: sparse.linalg.svds(x, sizes.rank),
+    }
+    seconds = medians(libraries, functions, 1, sizes.repeats)
+    return {
+        "shape": (m, n),
+        "nnz": int(x.nnz),
+        "seconds": seconds,
+        "leading_value": {name: float(cp.max(f()[1])) for name, f in functions.items()},
+        "over_slra": ratios(seconds, "slra.randomized_svd"),
+        "bytes_held": bytes_held(cp, functions),
+    }
 
 
-def attention(cp: Any, torch: Any, sizes: Sizes) -> dict[str, Any]:
+def attention(libraries: Libraries, sizes: Sizes, dtype: str) -> dict[str, Any]:
     """Attention at a quarter of the dimensions, exact attention, and PyTorch's; memory of ours."""
+    cp, torch = libraries.cp, libraries.torch
     rng = cp.random.default_rng(0)
     shape = (sizes.heads, sizes.n, sizes.d)
-    q, k, v = (rng.standard_normal(shape, dtype=cp.float32) for _ in range(3))
+    q, k, v = (rng.standard_normal(shape, dtype=cp.float32).astype(dtype) for _ in range(3))
     rank = sizes.d // 4
+    basis = slra.fit_attention(q, k, v, rank, rng=0)
     functions: dict[str, Callable[[], Any]] = {
         "slra, rank d/4, fit included": lambda: slra.low_rank_attention(q, k, v, rank),
-        "slra, exact in d/4 dimensions": lambda: slra.attention(
-            *(x[..., :rank] for x in (q, k, v))
-        ),
+        "slra, rank d/4, basis given": lambda: basis.attend(q, k, v),
         "slra, exact": lambda: slra.attention(q, k, v),
     }
-    wait = None
     if torch is not None:
         tensors = [torch.from_dlpack(x)[None] for x in (q, k, v)]
         sdpa = torch.nn.functional.scaled_dot_product_attention
         functions["torch SDPA, full d"] = lambda: sdpa(*tensors)
-        wait = torch.cuda.synchronize
-    seconds = medians(cp, functions, 1, wait)
+    seconds = medians(libraries, functions, 1, sizes.repeats)
     return {
         "shape": shape,
-        "dtype": "float32",
+        "dtype": dtype,
         "seconds": seconds,
-        "over_slra_rank_d/4": ratios(seconds, "slra, rank d/4, fit included"),
-        "bytes_held": {
-            name: bytes_held(cp, f) for name, f in functions.items() if name.startswith("slra")
-        },
-        "bytes_of_scores_and_weights": 2 * sizes.heads * sizes.n**2 * q.dtype.itemsize,
+        "over_slra_fit_included": ratios(seconds, "slra, rank d/4, fit included"),
+        "over_slra_basis_given": ratios(seconds, "slra, rank d/4, basis given"),
+        "bytes_held": bytes_held(cp, functions),
+        "bytes_of_scores_and_weights": 2 * sizes.heads * sizes.n**2 * 4,
     }
 
 
-def bytes_held(cp: Any, function: Callable[[], Any]) -> int:
-    """Growth of the memory pool in one call."""
-    pool = cp.get_default_memory_pool()
-    pool.free_all_blocks()
-    before = pool.total_bytes()
-    function()
-    return int(pool.total_bytes() - before)
+def measure(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
+    """Measure all, with the card and versions."""
+    cp, torch = libraries.cp, libraries.torch
+    card = cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)["name"].decode()
+    result: dict[str, Any] = {
+        "card": card,
+        "cupy": cp.__version__,
+        "cuda_runtime": cp.cuda.runtime.runtimeGetVersion(),
+        "torch": None if torch is None else torch.__version__,
+        "elementwise": elementwise(libraries, sizes),
+        "groups": groups(libraries, sizes),
+        "softmax": softmax(libraries, sizes),
+        "batched_svd": batched_svd(libraries, sizes),
+        "small_svd": {t: small_svd(libraries, sizes, t) for t in ("float32", "float64")},
+        "sparse_svd": sparse_svd(libraries, sizes),
+        "attention": {t: attention(libraries, sizes, t) for t in ("float32", "float16")},
+    }
+    return {**result, "asked": asked(result)}
 
 
-def ratios(seconds: dict[str, float], ours: str) -> dict[str, float]:
-    """Time of each other function over ours."""
-    return {name: value / seconds[ours] for name, value in seconds.items() if name != ours}
+def asked(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """What was hoped for beside what came; None where PyTorch sees no GPU."""
+    kernels, svd = result["elementwise"], result["batched_svd"]["over_slra"]
+    sdpa = result["attention"]["float32"]["over_slra_fit_included"].get("torch SDPA, full d")
+    pairs = {
+        "soft threshold over copy bandwidth": (0.85, kernels["soft_threshold_over_copy_bandwidth"]),
+        "unfused over fused proximal-gradient step": (2.5, kernels["unfused_over_fused"]),
+        "torch.svd_lowrank over batched randomized_svd": (10.0, svd.get("torch.svd_lowrank")),
+        "torch SDPA at d over attention at rank d/4, fit included": (1.0, sdpa),
+    }
+    return {name: {"at_least": least, "measured": value} for name, (least, value) in pairs.items()}
 
 
-def with_cuda() -> Any:
-    """PyTorch, where it sees a GPU; None elsewhere."""
+def on_gpu() -> Libraries | str:
+    """CuPy and whatever else sees a GPU, or why nothing does."""
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed: pip install 'slra[cupy]'"
+    if not cupy.is_available():
+        return "no usable CUDA device"
+    import array_api_compat.cupy as xp
+    import cupyx.scipy.sparse
+    import cupyx.scipy.sparse.linalg
+
+    torch = _torch()
+    if torch is None or not torch.cuda.is_available():
+        return Libraries(cupy, xp, cupyx.scipy.sparse, None, lambda: None)
+    return Libraries(cupy, xp, cupyx.scipy.sparse, torch, torch.cuda.synchronize)
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[Libraries]:
+    """NumPy and SciPy in the place of CuPy, kernels compiled by g++, PyTorch on the CPU."""
+    import scipy.sparse
+    import scipy.sparse.linalg
+
+    from tests.cuda_host.host import cupy_on_host
+
+    with cupy_on_host() as xp:
+        import cupy
+
+        yield Libraries(cupy, xp, scipy.sparse, _torch(), lambda: None)
+
+
+def _torch() -> Any:
+    """PyTorch, or None where it is not installed."""
     try:
         import torch
     except ImportError:
         return None
-    return torch if torch.cuda.is_available() else None
+    return torch
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Measure all and write the results, or say why not."""
-    try:
-        import cupy as cp
-    except ImportError:
-        print("CuPy is not installed: pip install 'slra[cupy]'")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="run everything, without a GPU")
+    if parser.parse_args(arguments).dry_run:
+        with on_host() as libraries:
+            json.dumps(measure(libraries, TINY))
+        print("dry run: everything ran; nothing measured, nothing written")
+        return 0
+    libraries = on_gpu()
+    if isinstance(libraries, str):
+        print(f"{libraries}: nothing measured, nothing written")
         return 1
-    if not cp.is_available():
-        print("no usable CUDA device: nothing measured, nothing written")
-        return 1
-    import array_api_compat.cupy as xp
-
-    sizes, torch = Sizes(), with_cuda()
-    properties = cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)
-    path = save(
-        "gpu",
-        {
-            "card": properties["name"].decode(),
-            "cupy": cp.__version__,
-            "cuda_runtime": cp.cuda.runtime.runtimeGetVersion(),
-            "torch": None if torch is None else torch.__version__,
-            "elementwise": elementwise(cp, xp, sizes),
-            "batched_svd": batched_svd(cp, torch, sizes),
-            "sparse_svd": sparse_svd(cp, sizes),
-            "attention": attention(cp, torch, sizes),
-        },
-    )
-    print(path.read_text())
+    print(save("gpu", measure(libraries, Sizes())).read_text())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,12 +1,13 @@
 """Sparse and low-rank approximation, and attention on it, for every array library."""
 
-from slra import prox
+from slra import objective, prox
 from slra.attn import (
     AttentionBasis,
     attention,
     attention_vjp,
     fit_attention,
     low_rank_attention,
+    low_rank_attention_vjp,
     merge_attention,
 )
 from slra.decompose import (
@@ -50,7 +51,9 @@ __all__ = [
     "estimate_error",
     "fit_attention",
     "low_rank_attention",
+    "low_rank_attention_vjp",
     "merge_attention",
+    "objective",
     "prox",
     "proximal_gradient",
     "randomized_eigh",

@@ -23,9 +23,11 @@ __all__ = [
     "check_bound",
     "check_choice",
     "check_count",
+    "check_draws",
     "check_factors",
     "check_finite",
     "check_hermitian",
+    "check_l1",
     "check_matrix",
     "check_operator",
     "check_positive",
@@ -297,6 +299,15 @@ def check_positive(value: Any, name: str, *, allow_zero: bool = False) -> float:
     return number
 
 
+def check_l1(l1: Any) -> tuple[float, float, float]:
+    """Return the weights or thresholds of Q^, K^ and V^, given as one number or three."""
+    triple = l1 if isinstance(l1, Sequence) and not isinstance(l1, str) else (l1, l1, l1)
+    if len(triple) != 3:
+        raise TypeError(f"l1 must be a number or a triple (l_q, l_k, l_v), got {l1!r}")
+    l_q, l_k, l_v = (check_positive(one, "l1", allow_zero=True) for one in triple)
+    return l_q, l_k, l_v
+
+
 def check_rtol(table: Primitives, x: Array, rtol: Any, *, by_products: bool = False) -> float:
     """Return a relative tolerance between what rounding allows in the dtype of ``x`` and 1.
 
@@ -387,6 +398,16 @@ def check_bound(
     if xp.finfo(real).bits == _HALF_BITS:
         real = xp.float32
     return bound if bound.dtype == real else xp.astype(bound, real)
+
+
+def check_draws(table: Primitives, like: Array, rng: Any) -> np.random.Generator | int | None:
+    """Return what to draw from: a generator, or the seed where what is drawn becomes a constant of traced code."""
+    if table.freezes_draws(like):
+        if rng is None:
+            return None
+        if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
+            return int(rng)
+    return check_rng(rng)
 
 
 def check_rng(rng: Any, name: str = "rng") -> np.random.Generator:

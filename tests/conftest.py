@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from types import FunctionType
@@ -9,8 +10,14 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before NumPy loads its BLAS, whose waiting threads would take the cores from the other processes.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import slra
 from tests.backends import BACKENDS, other_device
+from tests.cuda_host import host
 
 if importlib.util.find_spec("jax") is not None:
     import jax
@@ -18,6 +25,8 @@ if importlib.util.find_spec("jax") is not None:
     # Before the first array: several devices on the CPU, and double precision where it is asked for.
     jax.config.update("jax_num_cpu_devices", 4)
     jax.config.update("jax_enable_x64", True)
+    # Most of the time of a test on JAX goes into compiling.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(
@@ -36,13 +45,20 @@ def xp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Itera
     for marker in request.node.iter_markers("needs"):
         if marker.args[0] in backend.lacks:
             pytest.skip(backend.lacks[marker.args[0]])
-    for module in (slra, slra.prox):
+    for module in (slra, slra.prox, slra.objective):
         for name in module.__all__:
             function = getattr(module, name)
             if isinstance(function, FunctionType):
                 monkeypatch.setattr(module, name, backend.wrap(function, request))
     with backend.enter() as namespace:
         yield namespace
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let the workers of pytest-xdist share what g++ made."""
+    folder = tmp_path_factory.getbasetemp()
+    host.shared_folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture
@@ -52,13 +68,27 @@ def device(xp: Any) -> Iterator[Any]:
         yield other_device(xp, stack)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Note the backend of each test where its report can carry it."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Note the backend of each test where its report can carry it, and thin those on eager JAX."""
+    on_jax: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         params = getattr(item, "callspec", None)
         backend = params.params.get("xp") if params else None
         if backend is not None:
             item.user_properties.append(("backend", backend))
+        if backend == "jax":
+            on_jax[item.nodeid.partition("[")[0]].append(item)
+    if config.option.keyword or any("::" in argument for argument in config.args):
+        return
+    # Eager JAX compiles each operation for each shape, which was half the time of the suite. Of the parameters of a
+    # test it gets the last ones, and the first ones where jax-jit cannot take them; jax-jit and others get them all.
+    dropped = {
+        item
+        for group in on_jax.values()
+        for item in group[1 if group[0].get_closest_marker("eager_only") else 0 : -1]
+    }
+    config.hook.pytest_deselected(items=sorted(dropped, key=items.index))
+    items[:] = [item for item in items if item not in dropped]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -305,12 +305,13 @@ def test_numpy_needs_memory_linear_in_the_length():
 
 @pytest.fixture
 def limits():
-    """Threads that each BLAS may use, now."""
+    """Allow each BLAS two threads; a function that gives how many each may use, now."""
     threadpoolctl = pytest.importorskip("threadpoolctl")
     controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
     if not controller.lib_controllers:
         pytest.skip("no BLAS that threadpoolctl knows")
-    return lambda: [library.num_threads for library in controller.lib_controllers]
+    with controller.limit(limits=2):
+        yield lambda: [library.num_threads for library in controller.lib_controllers]
 
 
 def big():

@@ -156,3 +156,14 @@ def test_what_a_table_makes_is_where_its_input_is(xp, device):
     assert made.device == like.device
     with contextlib.suppress(AttributeError):
         assert table.device(made) == table.device(like)
+
+
+@pytest.mark.parametrize("bound", [0.5, "array"])
+def test_bounds_override_equals_the_reference(xp, bound):
+    x = to_xp(xp, np.append(random((4, 3)), [[np.nan, np.inf, -np.inf]], axis=0))
+    bound = to_xp(xp, np.full((5, 3), 0.5)) if bound == "array" else bound
+    for name in ("at_least", "at_most"):
+        ours, reference = (
+            getattr(table, name)(x, bound) for table in (primitives(xp), Primitives(xp))
+        )
+        np.testing.assert_array_equal(to_numpy(ours), to_numpy(reference))

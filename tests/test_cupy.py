@@ -8,6 +8,7 @@
 Beyond this file, every test that takes ``xp`` runs on the backend ``cupy-on-host``.
 """
 
+import functools
 from typing import NamedTuple
 
 import array_api_compat.numpy as np_xp
@@ -36,28 +37,27 @@ def defined():
 # NVRTC
 
 
-def check_compiles(kernel, architecture, **options):
-    text = nvrtc.ptx(kernel, architecture, **options)
-    assert f".entry {kernel.name}(" in text
+def check_compiles(kernels, architecture, **options):
+    text = nvrtc.ptx(kernels, architecture, **options)
     assert f".target sm_{architecture}" in text
+    for kernel in kernels:
+        assert f".entry {kernel.name}(" in text
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("name", "dtype"), defined())
-def test_nvrtc_compiles(name, dtype, architecture):
+def test_nvrtc_compiles(architecture):
     from slra._backends.cupy_kernels import KERNELS
 
-    check_compiles(KERNELS[name, dtype], architecture)
+    check_compiles(KERNELS.values(), architecture)
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("name", "dtype"), defined())
-def test_nvrtc_compiles_what_other_arguments_make_of_a_kernel(name, dtype):
+@pytest.mark.parametrize("options", [{"ndim": 4}, {"scalars": True}], ids=str)
+def test_nvrtc_compiles_what_other_arguments_make_of_a_kernel(options):
     from slra._backends.cupy_kernels import KERNELS
 
-    check_compiles(KERNELS[name, dtype], ARCHITECTURES[0], ndim=4)
-    check_compiles(KERNELS[name, dtype], ARCHITECTURES[0], scalars=True)
+    check_compiles(KERNELS.values(), ARCHITECTURES[0], **options)
 
 
 # g++
@@ -108,18 +108,38 @@ CALLS = {
         lambda: slra.prox.prox_elastic_net(X, 0.5, l2=1.0),
         {"elastic_threshold"},
     ),
+    "prox_l2": (
+        lambda: slra.prox.prox_l2(X, 0.5, axis=-1),
+        {"max_abs", "norm", "group_threshold"},
+    ),
+    "prox_l21, complex, array tau": (
+        lambda: slra.prox.prox_l21(X + 1j, abs(X[:, :1]), axis=-1),
+        {"max_abs", "norm", "group_threshold"},
+    ),
+    "prox_l21, half": (
+        lambda: slra.prox.prox_l21(X.astype("float16"), 0.5, axis=-2),
+        {"max_abs", "norm", "group_threshold"},
+    ),
+    "norm_l2": (lambda: slra.prox.norm_l2(X, axis=-1), {"max_abs", "norm"}),
+    "prox_nuclear": (lambda: slra.prox.prox_nuclear(X, 0.5), {"nonneg_threshold"}),
     "norm_l1": (lambda: slra.prox.norm_l1(X), {"sum_abs"}),
     "proximal_gradient": (solve, {"soft_threshold_step", "extrapolate"}),
-    "attention": (attend, {"weights", "rescale"}),
-    "attention, causal": (lambda: attend(is_causal=True), {"scores", "weights", "rescale"}),
-    "attention, softcap": (lambda: attend(softcap=2.0), {"scores", "weights", "rescale"}),
+    "attention": (attend, {"row_sums", "join", "weights", "rescale"}),
+    "attention, causal": (
+        lambda: attend(is_causal=True),
+        {"scores", "row_sums", "join", "weights", "rescale"},
+    ),
+    "attention, softcap": (
+        lambda: attend(softcap=2.0),
+        {"scores", "row_sums", "join", "weights", "rescale"},
+    ),
     "attention, mask": (
         lambda: attend(mask=np.eye(4, dtype=bool)),
-        {"scores", "weights", "rescale"},
+        {"scores", "row_sums", "join", "weights", "rescale"},
     ),
     "attention, added mask": (
         lambda: attend(mask=np.eye(4)),
-        {"biased_scores", "weights", "rescale"},
+        {"biased_scores", "row_sums", "join", "weights", "rescale"},
     ),
     "attention_vjp": (differentiate, {"gradients"}),
     "attention_vjp, added mask": (lambda: differentiate(mask=np.eye(4)), {"biased_gradients"}),
@@ -167,6 +187,20 @@ def test_cholesky_asks_cupy_to_say_when_it_fails(cupy_table):
     np.testing.assert_array_equal(factors, np.stack([good, np.full((2, 2), np.nan)]))
 
 
+@pytest.mark.parametrize(
+    ("shape", "is_batched"), [((2, 33, 33), True), ((2, 32, 32), False), ((1, 33, 33), False)]
+)
+def test_batches_of_svds_are_eigenvalue_problems(cupy_table, monkeypatch, shape, is_batched):
+    from slra._backends import cupy as module
+
+    calls, decompose = [], module.gram_svd
+    monkeypatch.setattr(module, "gram_svd", lambda *args: calls.append(args) or decompose(*args))
+    x = np.random.default_rng(0).standard_normal(shape)
+    U, S, Vh = slra.truncated_svd(x)
+    assert bool(calls) == is_batched
+    np.testing.assert_allclose((U * S[:, None, :]) @ Vh, x, atol=1e-12)
+
+
 @needs_compiler
 def test_attention_in_several_tiles(cupy_table, monkeypatch):
     monkeypatch.setattr(type(cupy_table), "tile_shape", lambda *_: (3, 4))
@@ -197,18 +231,28 @@ def test_gradient_in_several_tiles(cupy_table, monkeypatch):
 
 
 @needs_compiler
-def test_the_benchmark_runs(cupy_table):
+def test_the_benchmark_runs(capsys):
     """On the stand-in and tiny, so that it is not first tried on a GPU."""
-    import cupy
-
     from benchmarks import gpu
 
-    sizes = gpu.Sizes(n_entries=64, svd=(2, 12, 6), rank=2, heads=2, n=16, d=8, calls=1)
-    result = gpu.elementwise(cupy, cupy_table.xp, sizes)
-    assert set(result["seconds"]) == {"copy", "soft_threshold", "fused step", "unfused step"}
-    errors = gpu.batched_svd(cupy, None, sizes)["relative_error"]
+    assert gpu.main(["--dry-run"]) == 0
+    assert "everything ran" in capsys.readouterr().out
+
+
+@needs_compiler
+def test_the_benchmark_holds_what_was_asked_for():
+    from benchmarks import gpu
+
+    with gpu.on_host() as libraries:
+        result = gpu.measure(libraries, gpu.TINY)
+    errors = result["batched_svd"]["relative_error"]
     assert errors["slra.randomized_svd"] <= 1.01 * errors["cupy.linalg.svd"]
-    assert "slra, exact" in gpu.attention(cupy, None, sizes)["bytes_held"]
+    for t, found in result["small_svd"].items():
+        assert found["relative_error"]["slra"] < 100 * np.finfo(t).eps
+    ours, theirs = result["sparse_svd"]["leading_value"].values()
+    assert abs(ours - theirs) < 1e-4 * theirs
+    assert "slra, exact" in result["attention"]["float32"]["bytes_held"]
+    assert all(each["measured"] for each in result["asked"].values())
 
 
 # Mutants
@@ -226,24 +270,24 @@ class Mutant(NamedTuple):
     # Whether a compiler must refuse it; if not, its values must be wrong.
     is_refused: bool = False
 
-    def build(self, monkeypatch):
+    def build(self):
         """Make the kernel, on whichever CuPy is in place."""
         from slra._backends import cupy_kernels
 
-        definition = cupy_kernels.DEFINITIONS[self.name]
-        text, source = definition[-1], cupy_kernels.SOURCE
-        if self.old in text:
-            text = text.replace(self.old, self.new)
-        else:
+        definition, source = cupy_kernels.DEFINITIONS[self.name], cupy_kernels.SOURCE
+        texts = definition._asdict()
+        del texts["dtypes"]
+        changed = definition._replace(
+            **{field: text.replace(self.old, self.new) for field, text in texts.items()}
+        )
+        if changed == definition:
             assert source.count(self.old) == 1
             source = source.replace(self.old, self.new)
-        changed = definition._replace(**{definition._fields[-1]: text})
-        monkeypatch.setitem(cupy_kernels.DEFINITIONS, self.name, changed)
-        return cupy_kernels.build(self.name, self.dtype, source)
+        return cupy_kernels.build(changed, self.name, self.dtype, source)
 
 
 CLIP = "x - (x < -tau ? -tau : x > tau ? tau : x)"
-PHASE = "x * (shrunk / (modulus == R(0) ? R(1) : modulus))"
+SHORTER = "x * (shrunk / (size == R(0) ? R(1) : size))"
 BOUND = "column <= limit ?"
 MUTANTS = {
     "sign flipped": Mutant("soft_threshold", "float32", "x - (x <", "x + (x <"),
@@ -252,10 +296,10 @@ MUTANTS = {
         "soft_threshold", "float32", CLIP, "copysign(fmax(abs(x) - tau, R(0)), x)"
     ),
     "copysign on complex": Mutant(
-        "soft_threshold", "complex64", PHASE, "copysign(shrunk, x)", is_refused=True
+        "soft_threshold", "complex64", SHORTER, "copysign(shrunk, x)", is_refused=True
     ),
     "conjugated": Mutant("soft_threshold", "complex128", "return x * (", "return conj(x) * ("),
-    "0/0": Mutant("soft_threshold", "complex64", PHASE, "x * (shrunk / modulus)"),
+    "0/0": Mutant("soft_threshold", "complex64", SHORTER, "x * (shrunk / size)"),
     "uphill": Mutant("soft_threshold_step", "float32", "x - step * grad", "x + step * grad"),
     "uphill, complex": Mutant("soft_threshold_step", "complex128", "x - step", "x + step"),
     "excess below": Mutant("nonneg_threshold", "float64", "x <= tau ?", "x <= -tau ?"),
@@ -263,6 +307,14 @@ MUTANTS = {
         "nonneg_threshold", "float32", "x <= tau ? R(0) : x - tau", "x > tau ? x - tau : R(0)"
     ),
     "multiplied": Mutant("elastic_threshold", "complex64", "/ divisor", "* divisor"),
+    "0/0 in a group": Mutant("group_threshold", "float64", SHORTER, "x * (shrunk / size)"),
+    "longer": Mutant("group_threshold", "complex64", "size - tau", "size + tau"),
+    "negative length": Mutant("group_threshold", "float16", "size <= tau ? R(0) : ", ""),
+    "smallest": Mutant("max_abs", "float32", "a > b", "a < b", "group_norm"),
+    "largest without moduli": Mutant("max_abs", "float32", "abs({X})", "{X}", "group_norm"),
+    "squares overflow": Mutant("norm", "float32", "/ unit", "", "group_norm"),
+    "no squares": Mutant("norm", "complex128", "x * x", "x", "group_norm"),
+    "no root": Mutant("norm", "float64", "sqrt(a)", "a", "group_norm"),
     "backwards": Mutant("extrapolate", "float64", "x + factor", "x - factor"),
     "sum without moduli": Mutant("sum_abs", "float32", "abs({X})", "{X}"),
     "sum of real parts": Mutant("sum_abs", "complex64", "abs({X})", "abs(x.real())"),
@@ -278,6 +330,17 @@ MUTANTS = {
         "weights", "float32", "(peak == -R(CUDART_INF) ? R(0) : peak)", "peak", "softmax_step"
     ),
     "peak added": Mutant("weights", "float64", "exp(score - (", "exp(score + (", "softmax_step"),
+    "zero among the scores": Mutant(
+        "row_sums", "float32", "slra_one(-{C}(CUDART_INF))", "slra_one({C}(0))", "softmax_step"
+    ),
+    "smallest on top": Mutant("row_sums", "float64", "a.peak >=", "a.peak <=", "softmax_step"),
+    "NaN below": Mutant("row_sums", "float32", " || a.peak != a.peak", "", "softmax_step"),
+    "total not shrunk": Mutant(
+        "join", "float64", " * slra_weight(low.peak, top.peak)", "", "softmax_step"
+    ),
+    "decay of the tile": Mutant(
+        "join", "float32", "slra_weight(peak, both", "slra_weight(tile_peak, both", "softmax_step"
+    ),
     "decay forgotten": Mutant(
         "rescale", "float32", "total * decay + part", "total + part", "softmax_step"
     ),
@@ -291,29 +354,48 @@ MUTANTS = {
 }
 
 
-@needs_compiler
-@pytest.mark.parametrize("which", MUTANTS)
-def test_a_mutant_has_wrong_values_or_no_compiler_takes_it(cupy_table, monkeypatch, which):
+REFUSED = [which for which, mutant in MUTANTS.items() if mutant.is_refused]
+
+
+@functools.cache
+def built():
+    """Mutants that a compiler takes, compiled together."""
+    import cupy
+
+    cupy.library.compile()
+    kernels = {which: MUTANTS[which].build() for which in MUTANTS if which not in REFUSED}
+    cupy.library.compile()
+    return kernels
+
+
+def check_mutant(table, mutant, kernel, monkeypatch):
+    """Compare values with the mutant in the place of the kernel."""
     from slra._backends.cupy_kernels import KERNELS
 
-    mutant = MUTANTS[which]
-    monkeypatch.setitem(KERNELS, (mutant.name, mutant.dtype), mutant.build(monkeypatch))
-    with pytest.raises(host.CompileError if mutant.is_refused else AssertionError):
-        check_values(
-            cupy_table, mutant.primitive or mutant.name, mutant.dtype, phases=[Phase.generate]
-        )
+    monkeypatch.setitem(KERNELS, (mutant.name, mutant.dtype), kernel)
+    check_values(table, mutant.primitive or mutant.name, mutant.dtype, phases=[Phase.generate])
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", sorted(set(MUTANTS) - set(REFUSED)))
+def test_a_mutant_has_wrong_values(cupy_table, monkeypatch, which):
+    with pytest.raises(AssertionError):
+        check_mutant(cupy_table, MUTANTS[which], built()[which], monkeypatch)
+
+
+@needs_compiler
+@pytest.mark.parametrize("which", REFUSED)
+def test_the_compiler_refuses_mutants_that_are_not_c(cupy_table, monkeypatch, which):
+    kernel = MUTANTS[which].build()
+    with pytest.raises(host.CompileError, match="copysign"):
+        check_mutant(cupy_table, MUTANTS[which], kernel, monkeypatch)
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("which", MUTANTS)
-def test_nvrtc_refuses_the_mutants_that_are_not_c(monkeypatch, which):
-    mutant = MUTANTS[which]
-    kernel = mutant.build(monkeypatch)
-    if mutant.is_refused:
-        with pytest.raises(RuntimeError, match="copysign"):
-            check_compiles(kernel, ARCHITECTURES[0])
-    else:
-        check_compiles(kernel, ARCHITECTURES[0])
+@pytest.mark.parametrize("which", REFUSED)
+def test_nvrtc_refuses_mutants_that_are_not_c(which):
+    with pytest.raises(RuntimeError, match="copysign"):
+        check_compiles([MUTANTS[which].build()], ARCHITECTURES[0])
 
 
 @needs_compiler

@@ -17,7 +17,7 @@ import slra
 PACKAGE = Path(slra.__file__).parent
 FRAMEWORKS = {
     *("cupy", "cupyx", "torch", "jax", "jaxlib", "dask", "distributed", "zarr"),
-    "array_api_strict",
+    *("array_api_strict", "sklearn", "transformers"),
 }
 # Where a library may be named: its table, its integration, and the command line that converts arrays.
 MAY_NAME_A_BACKEND = ("_backends", "integrations", "cli")
@@ -41,6 +41,14 @@ def test_import_needs_nothing_but_its_dependencies():
         check=True,
     )
     assert site - set(bare.stdout.split()) <= allowed
+
+
+def test_integrations_import_no_framework_until_one_is_asked_for():
+    code = "import sys, slra.integrations; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {name.partition(".")[0] for name in result.stdout.split()} & FRAMEWORKS
 
 
 def test_numpy_calls_import_no_framework():
@@ -94,7 +102,7 @@ def test_the_layering_check_sees_an_offence(tmp_path):
 def public_functions():
     return {
         f"{module.__name__}.{name}": getattr(module, name)
-        for module in (slra, slra.prox)
+        for module in (slra, slra.prox, slra.objective)
         for name in module.__all__
         if isinstance(getattr(module, name), FunctionType)
     }
@@ -128,10 +136,22 @@ def test_type_information_is_shipped():
     assert (PACKAGE / "py.typed").is_file()
 
 
+def integrated_names():
+    """Names that the adapters declare, read without importing their frameworks."""
+    names = set()
+    for path in sorted((PACKAGE / "integrations").glob("[!_]*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
+                names |= set(ast.literal_eval(node.value))
+    return names
+
+
 def test_every_public_name_has_a_page():
     pages = (PACKAGE.parent / "docs" / "api.md").read_text()
     listed = set(re.findall(r"^   (\w+)$", pages, flags=re.MULTILINE))
-    public = ({*slra.__all__} - {"prox"}) | {*slra.prox.__all__}
+    modules = {"objective", "prox"}
+    functions = {*slra.prox.__all__, *slra.objective.__all__}
+    public = ({*slra.__all__} - modules) | functions | integrated_names()
     assert listed == public
 
 

@@ -23,7 +23,7 @@ from slra._backends.agnostic_attention import (
 from slra._backends.agnostic_sparse import SparseRows
 from slra._typing import Array, DType, Namespace
 
-__all__ = ["Primitives", "ScoreOptions", "gaussian_blocks", "matrix_h"]
+__all__ = ["Primitives", "ScoreOptions", "gaussian", "gaussian_blocks", "matrix_h"]
 
 # Test matrices are drawn in blocks of rows, a stream each, so that a chunked array can draw its own.
 TEST_MATRIX_ROWS = 4096
@@ -178,13 +178,11 @@ class Primitives(SparseRows):
         a = self.xp.tril(a) if lower else self.xp.triu(a)
         return self.xp.linalg.solve(a, b)
 
-    def test_matrix(self, shape: tuple[int, ...], rng: np.random.Generator, like: Array) -> Array:
+    def test_matrix(
+        self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
+    ) -> Array:
         """Draw a standard Gaussian matrix of the dtype of ``like``, the same on every backend."""
-        blocks = [
-            block.draw() for block in gaussian_blocks(shape, rng, is_complex=self.is_complex(like))
-        ]
-        whole = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-2)
-        return self.from_numpy(whole, like)
+        return self.from_numpy(gaussian(shape, rng, is_complex=self.is_complex(like)), like)
 
     def is_complex(self, x: Array) -> bool:
         """Whether ``x`` has a complex dtype."""
@@ -215,6 +213,14 @@ class Primitives(SparseRows):
 
     # Elementwise
 
+    def at_least(self, x: Array, low: Array | float) -> Array:
+        """Maximum of ``x`` and an array or a number."""
+        return self.xp.maximum(x, low)
+
+    def at_most(self, x: Array, high: Array | float) -> Array:
+        """Minimum of ``x`` and an array or a number."""
+        return self.xp.minimum(x, high)
+
     def real_part(self, x: Array) -> Array:
         """Real part, of a real array too."""
         return self.xp.real(x) if self.is_complex(x) else x
@@ -240,7 +246,7 @@ class Primitives(SparseRows):
 
     def nonneg_threshold(self, x: Array, tau: Array | float) -> Array:
         """Take ``tau`` off each entry, down to no less than zero."""
-        return self.xp.maximum(x - tau, 0.0)
+        return self.at_least(x - tau, 0.0)
 
     def elastic_threshold(self, x: Array, tau: Array | float, l2: float) -> Array:
         """Soft-threshold by ``tau``, then divide by ``1 + tau * l2``."""
@@ -249,6 +255,20 @@ class Primitives(SparseRows):
     def extrapolate(self, x: Array, move: Array, factor: Array | float) -> Array:
         """Go from ``x`` by ``factor`` times ``move``."""
         return x + factor * move
+
+    def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """Euclidean norm along ``axes``, which are kept; scaled, because squares overflow."""
+        xp = self.xp
+        modulus = xp.abs(x)
+        peak = xp.max(modulus, axis=axes, keepdims=True)
+        unit = xp.where((peak == 0) | (peak == math.inf), 1.0, peak)
+        scaled = modulus / unit
+        return unit * xp.sqrt(xp.sum(scaled * scaled, axis=axes, keepdims=True))
+
+    def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
+        """Shorten each vector along ``axes`` by ``tau``, to no less than zero."""
+        norm = self.group_norm(x, axes)
+        return x * (self.at_least(norm - tau, 0.0) / self.xp.where(norm == 0, 1.0, norm))
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Sum of moduli along ``axis``."""
@@ -339,12 +359,21 @@ class GaussianBlock(NamedTuple):
         return (block + 1j * stream.standard_normal(self.shape)) / math.sqrt(2)
 
 
+def gaussian(
+    shape: tuple[int, ...], rng: np.random.Generator | int, *, is_complex: bool
+) -> np.ndarray[Any, Any]:
+    """Draw a test matrix of this shape, in double precision."""
+    blocks = [block.draw() for block in gaussian_blocks(shape, rng, is_complex=is_complex)]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-2)
+
+
 def gaussian_blocks(
-    shape: tuple[int, ...], rng: np.random.Generator, *, is_complex: bool
+    shape: tuple[int, ...], rng: np.random.Generator | int, *, is_complex: bool
 ) -> list[GaussianBlock]:
     """Return the blocks of rows that make up a test matrix of this shape, a stream each."""
     *batch, n_rows, n_columns = shape
     starts = range(0, n_rows, TEST_MATRIX_ROWS)
+    streams = np.random.default_rng(rng).bit_generator.spawn(len(starts))
     return [
         GaussianBlock(
             type(stream),
@@ -352,5 +381,5 @@ def gaussian_blocks(
             (*batch, min(TEST_MATRIX_ROWS, n_rows - start), n_columns),
             is_complex,
         )
-        for start, stream in zip(starts, rng.bit_generator.spawn(len(starts)), strict=True)
+        for start, stream in zip(starts, streams, strict=True)
     ]

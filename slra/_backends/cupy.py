@@ -3,6 +3,7 @@
 Needs: cupy (``pip install "slra[cupy]"``) and, to allocate anything, a CUDA device.
 """
 
+import math
 from typing import Any
 
 import cupy
@@ -12,12 +13,15 @@ import numpy as np
 from slra._backends.agnostic import Primitives
 from slra._backends.agnostic_attention import SoftmaxState, TileBounds
 from slra._backends.cupy_kernels import kernel
+from slra._backends.gram_svd import gram_svd
 from slra._typing import Array
 
 __all__ = ["CupyPrimitives"]
 
 # One tile of scores over all matrices of a batch, and its width. Not tuned: that takes a GPU.
 TILE_BYTES, TILE_WIDTH = 1 << 26, 4096
+# Longest side of the matrices whose SVDs cuSOLVER computes in a batch.
+LARGEST_IN_BATCH = 32
 
 
 class CupyPrimitives(Primitives):
@@ -29,6 +33,12 @@ class CupyPrimitives(Primitives):
         """Wait for the device to say whether it failed, which CuPy does not unless told to."""
         with cupyx.errstate(linalg="raise"):
             return super().cholesky(g)
+
+    def small_svd(self, b: Array) -> tuple[Array, Array, Array]:
+        """Solve eigenvalue problems, which go in a batch, where CuPy would take the matrices one by one."""
+        if math.prod(b.shape[:-2]) < 2 or max(b.shape[-2:]) <= LARGEST_IN_BATCH:
+            return super().small_svd(b)
+        return gram_svd(b, self, super().small_svd)
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Shrink in one pass."""
@@ -52,11 +62,22 @@ class CupyPrimitives(Primitives):
         """Scale and add in one pass."""
         return kernel("extrapolate", x)(x, move, factor)
 
+    def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """Read ``x`` twice, once for the largest modulus."""
+        xp = self.xp
+        peak = kernel("max_abs", x)(x, axis=axes, keepdims=True)
+        unit = xp.where((peak == 0) | xp.isinf(peak), xp.ones_like(peak), peak)
+        return unit * kernel("norm", x)(x, unit, axis=axes, keepdims=True)
+
+    def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
+        """Shorten in one pass, given the norms."""
+        return kernel("group_threshold", x)(x, self.group_norm(x, axes), tau)
+
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Add up moduli as they are read."""
         return kernel("sum_abs", x)(x, axis=axis)
 
-    # Attention: products by cuBLAS, maxima and sums by CUB, and a kernel for all that lies between
+    # Attention: products by cuBLAS, and kernels for all that lies between
 
     def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
         """Fill the device with each launch, in memory that does not grow with the length."""
@@ -71,13 +92,15 @@ class CupyPrimitives(Primitives):
         return kernel(f"{prefix}scores", products)(products, *arguments)
 
     def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
-        """Subtract the maximum and exponentiate in one pass, rescale and add in another."""
+        """Read the scores once for maxima and sums, once to exponentiate; rescale and add in one pass."""
         xp = self.xp
-        weigh, rescale = kernel("weights", scores), kernel("rescale", scores)
-        peak = xp.maximum(state.peak, xp.max(scores, axis=-1))
-        weights, decay = weigh(scores, peak[..., None]), weigh(state.peak, peak)
-        total = rescale(state.total, decay, xp.sum(weights, axis=-1))
-        return SoftmaxState(peak, total, rescale(state.out, decay[..., None], weights @ v))
+        tile_peak = xp.empty(scores.shape[:-1], dtype=scores.dtype)
+        tile_total = xp.empty_like(tile_peak)
+        kernel("row_sums", scores)(scores, tile_peak, tile_total, axis=-1)
+        peak, total, decay = kernel("join", scores)(state.peak, state.total, tile_peak, tile_total)
+        weights = kernel("weights", scores)(scores, peak[..., None])
+        out = kernel("rescale", scores)(state.out, decay[..., None], weights @ v)
+        return SoftmaxState(peak, total, out)
 
     def tile_gradients(
         self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array

@@ -17,6 +17,8 @@ __all__ = ["DEFINITIONS", "KERNELS", "SOURCE", "build", "kernel"]
 HALF = {"float16": "float32"}
 REAL = {"float32": "float32", "float64": "float64"}
 COMPLEX = {"complex64": "float32", "complex128": "float64"}
+# What C calls a real dtype.
+C_NAMES = {"float32": "float", "float64": "double"}
 
 SOURCE = r"""
 // NaN takes neither branch, and x - x is NaN again.
@@ -24,11 +26,18 @@ template <typename R> __device__ R slra_shrink(R x, R tau) {
     return x - (x < -tau ? -tau : x > tau ? tau : x);
 }
 
+// Written so that NaN stays.
+template <typename T, typename R> __device__ T slra_shorten(T x, R size, R tau) {
+    const R shrunk = size <= tau ? R(0) : size - tau;
+    return x * (shrunk / (size == R(0) ? R(1) : size));
+}
+
 template <typename R> __device__ complex<R> slra_shrink(complex<R> x, R tau) {
-    const R modulus = abs(x);
-    // Written so that NaN stays.
-    const R shrunk = modulus <= tau ? R(0) : modulus - tau;
-    return x * (shrunk / (modulus == R(0) ? R(1) : modulus));
+    return slra_shorten(x, abs(x), tau);
+}
+
+template <typename R> __device__ R slra_square(R x) {
+    return x * x;
 }
 
 // NaN takes the second branch, and stays.
@@ -58,6 +67,23 @@ template <typename R> __device__ R slra_weight(R score, R peak) {
     return exp(score - (peak == -R(CUDART_INF) ? R(0) : peak));
 }
 
+// Largest score of a row, and the sum of exp(score - peak); one for a row of -inf, which joins to others as nothing.
+template <typename R> struct slra_row {
+    R peak;
+    R total;
+};
+
+template <typename R> __device__ slra_row<R> slra_one(R score) {
+    return {score, R(1)};
+}
+
+template <typename R> __device__ slra_row<R> slra_join(slra_row<R> a, slra_row<R> b) {
+    // NaN goes on top, and makes the total NaN.
+    const bool first = a.peak >= b.peak || a.peak != a.peak;
+    const slra_row<R> top = first ? a : b, low = first ? b : a;
+    return {top.peak, top.total + low.total * slra_weight(low.peak, top.peak)};
+}
+
 template <typename R> __device__ R slra_slope(R weight, R capped, R softcap) {
     const R ratio = softcap == R(0) ? R(0) : capped / softcap;
     return weight * (R(1) - ratio * ratio);
@@ -67,6 +93,13 @@ template <typename R> __device__ R slra_slope(R weight, R capped, R softcap) {
 # One tile of attention: a softcap of 0 is none, and limit 0 for column 0 no causal bound.
 _TILE = "int32 column, int32 limit, {T} softcap"
 _SCORE = "score = slra_score(slra_cap(product, softcap), mask, column, limit)"
+_JOIN = """
+    const slra_row<{C}> before = {{peak, total}}, tile = {{tile_peak, tile_total}};
+    const slra_row<{C}> both = slra_join(before, tile);
+    new_peak = both.peak;
+    new_total = both.total;
+    decay = slra_weight(peak, both.peak)
+"""
 _GRADIENTS = """
     const auto capped = slra_cap(product, softcap);
     const auto p = slra_weight(slra_score(capped, mask, column, limit), lse);
@@ -78,7 +111,8 @@ _GRADIENTS = """
 class Elementwise(NamedTuple):
     """A kernel over arrays that broadcast.
 
-    T stands for the dtype, R for the real one it is computed in, X for ``x`` as it enters the computation.
+    T stands for the dtype, R for the real one it is computed in, C for what C calls that, X for ``x`` as it enters the
+    computation.
     """
 
     dtypes: dict[str, str]
@@ -88,7 +122,7 @@ class Elementwise(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """A kernel that adds up a function of each entry.
+    """A kernel that takes a function of each entry and combines the values, by default to their sum.
 
     Where CuPy hands it to CUB, it renames the parameters by replacing their names in the text, inside words too.
     """
@@ -96,7 +130,12 @@ class Reduction(NamedTuple):
     dtypes: dict[str, str]
     inputs: str
     outputs: str
-    summand: str
+    value: str
+    result: str
+    combination: str = "a + b"
+    identity: str = "0"
+    # Type of what is combined, where it is not that of the output.
+    kind: str = ""
 
 
 DEFINITIONS: dict[str, Elementwise | Reduction] = {
@@ -121,11 +160,48 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
     "extrapolate": Elementwise(
         REAL | COMPLEX, "{T} x, {T} move, {R} factor", "{T} y", "y = x + factor * move"
     ),
-    "sum_abs": Reduction(HALF | REAL | COMPLEX, "{T} x", "{R} total", "abs({X})"),
+    "sum_abs": Reduction(HALF | REAL | COMPLEX, "{T} x", "{R} total", "abs({X})", "total = a"),
+    "max_abs": Reduction(
+        HALF | REAL | COMPLEX,
+        "{T} x",
+        "{R} largest",
+        "abs({X})",
+        "largest = a",
+        "a > b ? a : b",
+    ),
+    "norm": Reduction(
+        HALF | REAL | COMPLEX,
+        "{T} x, {R} unit",
+        "{R} size",
+        "slra_square(abs({X}) / unit)",
+        "size = sqrt(a)",
+    ),
+    "group_threshold": Elementwise(
+        HALF | REAL | COMPLEX,
+        "{T} x, {R} size, {R} tau",
+        "{T} y",
+        "y = slra_shorten({X}, size, tau)",
+    ),
     "scores": Elementwise(REAL, "{T} product, bool mask, " + _TILE, "{T} score", _SCORE),
     "biased_scores": Elementwise(REAL, "{T} product, {T} mask, " + _TILE, "{T} score", _SCORE),
     "weights": Elementwise(
         REAL, "{T} score, {T} peak", "{T} weight", "weight = slra_weight(score, peak)"
+    ),
+    "row_sums": Reduction(
+        REAL,
+        "{T} score",
+        "{T} peak, {T} total",
+        "slra_one(score)",
+        "peak = a.peak, total = a.total",
+        "slra_join(a, b)",
+        "slra_one(-{C}(CUDART_INF))",
+        "slra_row<{C}>",
+    ),
+    "join": Elementwise(
+        REAL,
+        "{T} peak, {T} total, {T} tile_peak, {T} tile_total",
+        "{T} new_peak, {T} new_total, {T} decay",
+        _JOIN,
     ),
     "rescale": Elementwise(
         REAL, "{T} total, {T} decay, {T} part", "{T} sum", "sum = total * decay + part"
@@ -145,24 +221,34 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
 }
 
 
-def build(name: str, dtype: str, source: str = SOURCE) -> Any:
+def build(definition: Elementwise | Reduction, name: str, dtype: str, source: str = SOURCE) -> Any:
     """Make one kernel; nothing is compiled yet."""
-    definition = DEFINITIONS[name]
     words = {
         "T": dtype,
         "R": definition.dtypes[dtype],
+        "C": C_NAMES[definition.dtypes[dtype]],
         "X": "static_cast<float>(x)" if dtype in HALF else "x",
     }
-    inputs, outputs, text = (part.format(**words) for part in definition[1:])
+    texts = definition._asdict()
+    del texts["dtypes"]
+    texts = {field: text.format(**words) for field, text in texts.items()}
+    given = texts.pop("inputs"), texts.pop("outputs")
     options = {"name": f"slra_{name}_{dtype}", "preamble": source}
     if isinstance(definition, Elementwise):
-        return cupy.ElementwiseKernel(inputs, outputs, text, **options)
-    total = outputs.split()[-1]
-    return cupy.ReductionKernel(inputs, outputs, text, "a + b", f"{total} = a", "0", **options)
+        return cupy.ElementwiseKernel(*given, texts["operation"], **options)
+    return cupy.ReductionKernel(
+        *given,
+        map_expr=texts["value"],
+        reduce_expr=texts["combination"],
+        post_map_expr=texts["result"],
+        identity=texts["identity"],
+        reduce_type=texts["kind"] or None,
+        **options,
+    )
 
 
 KERNELS = {
-    (name, dtype): build(name, dtype)
+    (name, dtype): build(definition, name, dtype)
     for name, definition in DEFINITIONS.items()
     for dtype in definition.dtypes
 }

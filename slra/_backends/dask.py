@@ -241,7 +241,9 @@ class DaskPrimitives(Primitives):
 
         return _by_matrix(gather, "(n,d),(m)->(m,d)", x, indices, dtypes=[x.dtype])
 
-    def test_matrix(self, shape: tuple[int, ...], rng: np.random.Generator, like: Array) -> Array:
+    def test_matrix(
+        self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
+    ) -> Array:
         """Draw each block where it is needed."""
         blocks = [
             da.from_delayed(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 
-from slra._backends.agnostic import Primitives, ScoreOptions
+from slra._backends.agnostic import Primitives, ScoreOptions, gaussian
 from slra._backends.agnostic_sparse import index_dtype
 from slra._backends.torch_attention import expressible, sdpa_attention
 from slra._typing import Array
@@ -38,6 +38,11 @@ def _is_mapped(x: Array) -> bool:
             return True
         x = functorch.get_unwrapped(x)
     return False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _drawn(shape: tuple[int, ...], seed: int, is_complex: bool) -> Array:
+    return torch.from_numpy(gaussian(tuple(shape), seed, is_complex=is_complex))
 
 
 class TorchPrimitives(Primitives):
@@ -89,6 +94,22 @@ class TorchPrimitives(Primitives):
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve by substitution."""
         return torch.linalg.solve_triangular(a, b, upper=not lower)
+
+    def test_matrix(
+        self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
+    ) -> Array:
+        """While torch.compile traces, which it cannot do with a generator, draw at once and keep the numbers."""
+        if not torch.compiler.is_compiling():
+            return super().test_matrix(shape, rng, like)
+        return _drawn(shape, rng, self.is_complex(like)).to(like)
+
+    def at_least(self, x: Array, low: Array | float) -> Array:
+        """Clamp: of a number array-api-compat makes a tensor, in a way that torch.compile does not follow."""
+        return torch.clamp(x, min=low)
+
+    def at_most(self, x: Array, high: Array | float) -> Array:
+        """Clamp, for the same reason."""
+        return torch.clamp(x, max=high)
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Clamp and subtract; a tensor ``tau`` takes the reference path."""

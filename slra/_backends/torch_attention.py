@@ -31,9 +31,10 @@ def sdpa_attention(
     n_queries, n_keys = q.shape[-2], k.shape[-2]
     diagonal = options.diagonal(n_queries, n_keys)
     is_causal = options.is_causal and diagonal < n_keys - 1
-    aligned = is_causal and diagonal == 0
-    if mask is None and (aligned or not is_causal):
-        out = _fused(q, k, v, None, scale=options.scale, is_causal=aligned)
+    if mask is None and not is_causal:
+        out = _fused(q, k, v, None, scale=options.scale)
+    elif mask is None and diagonal == 0:
+        out = _fused(q, k, v, None, scale=options.scale, is_causal=True)
     elif not is_causal and mask is not None and mask.shape[-2] == 1:
         out = _fused(q, k, v, mask, scale=options.scale)
     else:

@@ -1,7 +1,7 @@
 """A fitted basis: the small linear maps that turn attention in D dimensions into attention in r."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from slra.attn.exact import attend, attend_output
 from slra.attn.fold import FoldedProjections, fold_maps
 from slra.attn.storage import load_arrays, save_arrays
 
-__all__ = ["AttentionBasis", "Maps", "attend_maps", "check_basis", "per_query_head"]
+__all__ = ["AttentionBasis", "Maps", "attend_maps", "basis_from", "check_basis", "per_query_head"]
 
 # Heads whose ranks round up to the same multiple of this run together: a kernel's register holds as many numbers.
 RANK_STEP = 8
@@ -262,14 +262,19 @@ class AttentionBasis:
         ValueError
             If the file is damaged, or not what `save` writes.
         """
-        arrays: dict[str, Array] = load_arrays(path)
-        ranks = tuple((int(qk), int(v)) for qk, v in arrays.pop("ranks"))
-        if like is None:
-            return cls(**arrays, ranks=ranks)
-        table = resolve(like=like)
-        arrays = {name: table.from_numpy(x, like) for name, x in arrays.items()}
-        basis: AttentionBasis = table.record(cls, arrays, {"ranks": ranks})
-        return basis
+        return basis_from(load_arrays(path), like)
+
+
+def basis_from(arrays: Mapping[str, Any], like: Array | None) -> AttentionBasis:
+    """Make a basis of the arrays that were stored, in the library, dtype and device of ``like``."""
+    named = dict(arrays)
+    ranks = tuple((int(qk), int(v)) for qk, v in named.pop("ranks"))
+    if like is None:
+        return AttentionBasis(**named, ranks=ranks)
+    table = resolve(like=like)
+    named = {name: table.from_numpy(x, like) for name, x in named.items()}
+    basis: AttentionBasis = table.record(AttentionBasis, named, {"ranks": ranks})
+    return basis
 
 
 class Maps(NamedTuple):
@@ -284,7 +289,7 @@ class Maps(NamedTuple):
     ranks: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, basis: AttentionBasis, like: Array) -> "Maps":
+    def of(cls, basis: "AttentionBasis | Maps", like: Array) -> "Maps":
         """Take the maps of a basis, in the dtype of ``like``."""
         xp = resolve(basis=basis.wq).xp
         named = {name: getattr(basis, name) for name in cls._fields[:-1]}

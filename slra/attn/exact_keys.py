@@ -8,7 +8,7 @@ from slra.attn._rows import Grouped, group, row_weights, take_rows
 from slra.attn.basis import Maps, attend_maps, per_query_head
 from slra.attn.merge import merge_attention
 
-__all__ = ["ExactKeys", "attend_with_exact_keys", "find_exact_keys"]
+__all__ = ["ExactKeys", "attend_with_exact_keys", "exact_part", "find_exact_keys", "without"]
 
 
 class ExactKeys(NamedTuple):
@@ -33,7 +33,7 @@ def attend_with_exact_keys(
     """Attend to some keys exactly and to the others under the maps, in one softmax."""
     others = attend_maps(
         maps,
-        inputs._replace(mask=_without(keys, inputs, enable_gqa=enable_gqa)),
+        inputs._replace(mask=without(keys, inputs, enable_gqa=enable_gqa)),
         enable_gqa=enable_gqa,
         with_lse=True,
     )
@@ -41,7 +41,7 @@ def attend_with_exact_keys(
     return merge_attention(*zip(others, exact, strict=True))
 
 
-def _without(keys: ExactKeys, inputs: Inputs, *, enable_gqa: bool) -> Array:
+def without(keys: ExactKeys, inputs: Inputs, *, enable_gqa: bool) -> Array:
     """Mask the keys that stay exact, besides those that are masked anyway."""
     xp, mask = inputs.table.xp, inputs.mask
     keep = keys.keep[..., None, :]
@@ -57,14 +57,19 @@ def _without(keys: ExactKeys, inputs: Inputs, *, enable_gqa: bool) -> Array:
 
 
 def _attend_exactly(inputs: Inputs, keys: ExactKeys, *, enable_gqa: bool) -> tuple[Array, Array]:
-    data = group(inputs, enable_gqa=enable_gqa)
-    table = data.table
-    k, v = (table.gather_rows(x, keys.indices)[..., None, :, :] for x in (data.k, data.v))
-    options = data.options._replace(is_causal=False)
-    out, lse = table.attention(data.q, k, v, _mask(data, keys), options)
+    part = exact_part(inputs, keys, enable_gqa=enable_gqa)
+    out, lse = part.table.attention(part.q, part.k, part.v, part.mask, part.options)
     if not inputs.has_heads:
         return out[0, 0, ...], lse[0, 0, ...]
     return join_heads(out, inputs, 2), join_heads(lse, inputs, 1)
+
+
+def exact_part(inputs: Inputs, keys: ExactKeys, *, enable_gqa: bool) -> Grouped:
+    """Lay the queries out by key head, and beside them (..., H, 1, m, D) the keys that stay exact."""
+    data = group(inputs, enable_gqa=enable_gqa)
+    k, v = (data.table.gather_rows(x, keys.indices)[..., None, :, :] for x in (data.k, data.v))
+    options = data.options._replace(is_causal=False)
+    return data._replace(k=k, v=v, mask=_mask(data, keys), options=options)
 
 
 def _mask(data: Grouped, keys: ExactKeys) -> Array | None:

@@ -10,12 +10,21 @@ from slra._typing import RNG, Array, CausalAlign
 from slra._validate import check_choice, check_finite, check_positive, check_rank, check_rng
 from slra.attn._adaptive import choose_ranks, mask_ranks
 from slra.attn._inputs import Inputs, check_inputs
-from slra.attn._maps import METHODS, RowSample, cut
+from slra.attn._maps import METHODS, Factors, RowSample, cut
 from slra.attn._predict import GroupedMaps, output_error
 from slra.attn._rows import Grouped, group, sample_rows
 from slra.attn.basis import AttentionBasis, Maps
 
-__all__ = ["N_ROWS", "check_ranks", "constant_inputs", "fit_attention", "fit_inputs", "lay_out"]
+__all__ = [
+    "N_ROWS",
+    "Fitted",
+    "check_ranks",
+    "constant_inputs",
+    "fit_attention",
+    "fit_inputs",
+    "lay_out",
+    "of_query_heads",
+]
 
 # Rows of the attention matrix that a fit looks at, at least, over the query heads that share a key head.
 N_ROWS = 128
@@ -142,6 +151,7 @@ class Fitted(NamedTuple):
     """Maps by key head, the ranks of each, and what is needed to judge them."""
 
     data: Grouped
+    factors: Factors
     maps: GroupedMaps
     ranks: tuple[tuple[int, int], ...]
     test_rows: list[int]
@@ -180,7 +190,7 @@ def fit_inputs(
         factors = mask_ranks(factors, ranks, data)
     widest = max(qk for qk, _ in ranks), max(v for _, v in ranks)
     maps = GroupedMaps(*cut(factors, *widest, table), factors.c, factors.mu)
-    return Fitted(data, maps, tuple(ranks), test_rows, pool_batch, inputs.has_heads)
+    return Fitted(data, factors, maps, tuple(ranks), test_rows, pool_batch, inputs.has_heads)
 
 
 def constant_inputs(inputs: Inputs) -> Inputs:
@@ -213,14 +223,20 @@ def check_ranks(inputs: Inputs, rank: Any, rtol: Any = None) -> tuple[int, int]:
 
 def lay_out(fitted: Fitted) -> Maps:
     """Lay the maps out by query head and key head; without a head axis if the inputs have none."""
-    maps, xp, n_shared = fitted.maps, fitted.data.table.xp, fitted.data.q.shape[-3]
-    wq = xp.broadcast_to(maps.wq, (*maps.wq.shape[:-3], n_shared, *maps.wq.shape[-2:]))
-    wq = xp.reshape(wq, (*wq.shape[:-4], wq.shape[-4] * n_shared, *wq.shape[-2:]))
-    uv = xp.matrix_transpose(maps.wv)
+    maps = fitted.maps
+    uv = fitted.data.table.xp.matrix_transpose(maps.wv)
+    wq = of_query_heads(maps.wq, fitted)
     laid_out = Maps(wq, maps.wk, maps.wv, uv, maps.c, maps.mu, fitted.ranks)
     if fitted.has_heads:
         return laid_out
     return Maps(*(x[0, ...] for x in laid_out[:-1]), ranks=fitted.ranks)  # type: ignore[misc]
+
+
+def of_query_heads(x: Array, fitted: Fitted) -> Array:
+    """Lay (..., H, G or 1, M, N) out by query head."""
+    xp, n_shared = fitted.data.table.xp, fitted.data.q.shape[-3]
+    x = xp.broadcast_to(x, (*x.shape[:-3], n_shared, *x.shape[-2:]))
+    return xp.reshape(x, (*x.shape[:-4], x.shape[-4] * n_shared, *x.shape[-2:]))
 
 
 def predict_error(fitted: Fitted) -> Array:

@@ -1,19 +1,17 @@
 """Attention on low-rank approximations of the queries, keys and values."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from slra._typing import Array, CausalAlign
-from slra._validate import check_choice, check_count, check_finite, check_positive, check_rank
+from slra._validate import check_rank
+from slra.attn._approximation import Thresholded, approximate, check_options
 from slra.attn._inputs import Inputs, check_inputs, join_heads
 from slra.attn._maps import METHODS
-from slra.attn._rows import group, sample_rows
+from slra.attn._rows import group
 from slra.attn.baselines import BASELINES
-from slra.attn.basis import AttentionBasis, Maps, attend_maps, check_basis
+from slra.attn.basis import AttentionBasis, attend_maps
 from slra.attn.exact import attend
-from slra.attn.exact_keys import ExactKeys, attend_with_exact_keys, find_exact_keys
-from slra.attn.fit import N_ROWS, check_ranks, constant_inputs, fit_inputs, lay_out
-from slra.svd.truncated import thin_svd
+from slra.attn.exact_keys import attend_with_exact_keys
 
 __all__ = ["low_rank_attention"]
 
@@ -116,66 +114,31 @@ def low_rank_attention(
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
-    check_choice(method, (*METHODS, *BASELINES), "method")
-    for name in ("q", "k", "v"):
-        check_finite(inputs.table, getattr(inputs, name), name)
-    thresholds = _check_l1(l1)
-    n_exact = _check_n_exact(inputs, n_exact, rtol, thresholds)
+    methods = (*METHODS, *BASELINES)
+    thresholds, n_exact = check_options(inputs, method, methods, rtol, l1, n_exact)
     if method in BASELINES:
         others = {"rtol": rtol is not None, "l1": any(thresholds), "basis": basis is not None}
         _check_baseline(inputs, method, {**others, "return_lse": return_lse}, n_exact)
         out = _baseline(inputs, method, rank, n_exact, enable_gqa=enable_gqa)
         return inputs.promoted.answer(inputs.table, out)[0]
-    if basis is not None:
-        if rank is not None or rtol is not None or any(thresholds):
-            raise ValueError("rank, rtol and l1 must be left out where a basis is given")
-        check_basis(basis, inputs, enable_gqa=enable_gqa)
-    if any(thresholds):
-        if method != "svd" or rtol is not None:
-            raise ValueError(
-                f'l1 must be 0 unless method is "svd" and rank is given, got {l1!r} and {method!r}'
-            )
-        ranks = check_ranks(inputs, rank)
-        out, lse = _thresholded(inputs, ranks, thresholds, enable_gqa=enable_gqa)
+    found = approximate(
+        inputs,
+        rank,
+        rtol=rtol,
+        method=method,
+        thresholds=thresholds,
+        n_exact=n_exact,
+        basis=basis,
+        enable_gqa=enable_gqa,
+    )
+    if isinstance(found, Thresholded):
+        out, lse = attend(found.inputs(inputs), enable_gqa=enable_gqa)
+    elif found.keys is None:
+        out, lse = attend_maps(found.maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
     else:
-        keys = _exact_keys(inputs, n_exact, enable_gqa=enable_gqa) if n_exact else None
-        if basis is not None:
-            maps = Maps.of(basis, inputs.q)
-        else:
-            keep = None if keys is None else keys.keep
-            maps = lay_out(
-                fit_inputs(inputs, rank, rtol=rtol, method=method, enable_gqa=enable_gqa, keep=keep)
-            )
-        if keys is None:
-            out, lse = attend_maps(maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
-        else:
-            out, lse = attend_with_exact_keys(maps, inputs, keys, enable_gqa=enable_gqa)
+        out, lse = attend_with_exact_keys(found.maps, inputs, found.keys, enable_gqa=enable_gqa)
     (out,) = inputs.promoted.answer(inputs.table, out)
     return (out, lse) if return_lse else out
-
-
-def _check_l1(l1: Any) -> tuple[float, float, float]:
-    """Return the thresholds of Q^, K^ and V^."""
-    triple = l1 if isinstance(l1, Sequence) and not isinstance(l1, str) else (l1, l1, l1)
-    if len(triple) != 3:
-        raise TypeError(f"l1 must be a number or a triple (l_q, l_k, l_v), got {l1!r}")
-    l_q, l_k, l_v = (check_positive(one, "l1", allow_zero=True) for one in triple)
-    return l_q, l_k, l_v
-
-
-def _check_n_exact(inputs: Inputs, n_exact: int, rtol: Any, thresholds: tuple[float, ...]) -> int:
-    n_exact, n_keys = check_count(n_exact, "n_exact"), int(inputs.k.shape[-2])
-    if n_exact >= n_keys:
-        raise ValueError(f"n_exact must be less than {n_keys}, the number of keys, got {n_exact}")
-    if n_exact and (rtol is not None or any(thresholds)):
-        raise ValueError(f"n_exact must be 0 with rtol or l1, got {n_exact}")
-    return n_exact
-
-
-def _exact_keys(inputs: Inputs, n_exact: int, *, enable_gqa: bool) -> ExactKeys:
-    data = group(constant_inputs(inputs), enable_gqa=enable_gqa)
-    rows = sample_rows(data.q.shape[-2], -(-N_ROWS // data.q.shape[-3]), None)
-    return find_exact_keys(data, rows, n_exact)
 
 
 def _check_baseline(inputs: Inputs, method: str, others: dict[str, bool], n_exact: int) -> None:
@@ -212,20 +175,3 @@ def _baseline(inputs: Inputs, method: str, rank: Any, n_exact: int, *, enable_gq
     if not inputs.has_heads:
         return out[0, 0, ...]
     return join_heads(out, inputs, 2)
-
-
-def _thresholded(
-    inputs: Inputs,
-    ranks: tuple[int, int],
-    thresholds: tuple[float, float, float],
-    *,
-    enable_gqa: bool,
-) -> tuple[Array, Array]:
-    """Exact attention on soft-thresholded low-rank matrices, in all dimensions."""
-    table, xp = inputs.table, inputs.table.xp
-    hats = []
-    for name, rank, tau in zip("qkv", (ranks[0], *ranks), thresholds, strict=True):
-        x = getattr(inputs, name)
-        basis = xp.matrix_transpose(thin_svd(x, table)[2][..., :rank, :])
-        hats.append(table.soft_threshold((x @ basis) @ xp.matrix_transpose(basis), tau))
-    return attend(inputs._replace(q=hats[0], k=hats[1], v=hats[2]), enable_gqa=enable_gqa)

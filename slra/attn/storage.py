@@ -1,41 +1,70 @@
-"""Bases in files: an .npz archive of plain arrays, read without unpickling."""
+"""Bases in files, one or one for each layer: an .npz archive of plain arrays, read without unpickling."""
 
+from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from slra._npz import read_npz
 from slra._validate import resolve
 
-__all__ = ["load_arrays", "save_arrays"]
+__all__ = ["load_arrays", "load_layers", "save_arrays", "save_layers"]
+
+Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 
 NAMES = ("wq", "wk", "wv", "uv", "c", "mu", "error")
 
 
 def save_arrays(path: str | PathLike[str], basis: Any) -> None:
     """Write the arrays and the ranks of a basis to exactly this path."""
-    table = resolve(basis=basis.wq)
-    arrays: dict[str, Any] = {name: table.to_numpy(getattr(basis, name)) for name in NAMES}
-    with open(path, "wb") as file:
-        np.savez(file, ranks=np.asarray(basis.ranks, dtype=np.int64), **arrays)
+    _write(path, _arrays_of(basis))
 
 
-def load_arrays(path: str | PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
+def save_layers(path: str | PathLike[str], bases: Mapping[str, Any]) -> None:
+    """Write several bases, by the names of their layers, to one file."""
+    stored = {layer: _arrays_of(basis) for layer, basis in bases.items()}
+    _write(path, {f"{layer}/{name}": x for layer in stored for name, x in stored[layer].items()})
+
+
+def load_arrays(path: str | PathLike[str]) -> Arrays:
     """Read them back; ValueError where the file is not what `save_arrays` writes."""
+    return _read(path, "AttentionBasis.save", layered=False)[""]
+
+
+def load_layers(path: str | PathLike[str], writer: str) -> dict[str, Arrays]:
+    """Read several bases back; ValueError, which names their ``writer``, where the file is not one of it."""
+    return _read(path, writer, layered=True)
+
+
+def _arrays_of(basis: Any) -> Arrays:
+    table = resolve(basis=basis.wq)
+    arrays: Arrays = {name: table.to_numpy(getattr(basis, name)) for name in NAMES}
+    return {**arrays, "ranks": np.asarray(basis.ranks, dtype=np.int64)}
+
+
+def _write(path: str | PathLike[str], arrays: dict[str, Any]) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _read(path: str | PathLike[str], writer: str, *, layered: bool) -> dict[str, Arrays]:
+    """Read and check a file, by layer; without layers all is under the empty name."""
+    layers: dict[str, Arrays] = {}
     try:
-        arrays = read_npz(path)
-        _check(arrays)
+        for key, x in read_npz(path).items():
+            layer, _, name = key.rpartition("/") if layered else ("", "", key)
+            layers.setdefault(layer, {})[name] = x
+        for arrays in layers.values() if layered else [layers.get("", {})]:
+            _check(arrays)
     except FileNotFoundError:
         raise
     except (ValueError, OSError) as error:
-        raise ValueError(
-            f"path must be a file written by AttentionBasis.save, got {path}: {error}"
-        ) from error
-    return arrays
+        raise ValueError(f"path must be a file written by {writer}, got {path}: {error}") from error
+    return layers
 
 
-def _check(arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+def _check(arrays: Arrays) -> None:
     """Raise ValueError unless names, dtypes and shapes belong together, and all is finite."""
     if set(arrays) != {*NAMES, "ranks"}:
         raise ValueError(f"it holds {sorted(arrays)}")

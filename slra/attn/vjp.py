@@ -1,11 +1,13 @@
 """The gradient of exact attention, for libraries that do not differentiate."""
 
+from typing import NamedTuple
+
 from slra._backends.agnostic_attention import scores_batch_shape
 from slra._typing import Array, CausalAlign
 from slra._validate import promote, resolve
 from slra.attn._inputs import Inputs, check_inputs, group_heads, join_heads, split_heads
 
-__all__ = ["attention_vjp"]
+__all__ = ["Results", "attention_vjp", "check_results", "lse_shape", "pull_back"]
 
 
 def attention_vjp(
@@ -95,35 +97,47 @@ def attention_vjp(
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
-    arrays = _check_results(inputs, out, lse, grad_out, grad_lse, enable_gqa=enable_gqa)
-    return _pull_back(inputs, *arrays, enable_gqa=enable_gqa)
+    shape = lse_shape(inputs, enable_gqa=enable_gqa)
+    results = check_results(inputs, shape, out, lse, grad_out, grad_lse)
+    grads = pull_back(inputs, results, enable_gqa=enable_gqa)
+    dq, dk, dv = inputs.promoted.answer(inputs.table, *grads)
+    return dq, dk, dv
 
 
-def _check_results(
+class Results(NamedTuple):
+    """What the gradient needs to know of the output, in the dtype computed in."""
+
+    lse: Array
+    delta: Array  # rowsum(grad_out * out) - grad_lse
+    grad_out: Array
+
+
+def check_results(
     inputs: Inputs,
+    shape: tuple[int, ...],
     out: Array,
     lse: Array,
     grad_out: Array,
     grad_lse: Array | None,
-    *,
-    enable_gqa: bool,
-) -> list[Array]:
-    """Check what belongs to the output, and bring it to the dtype computed in."""
+) -> Results:
+    """Check what belongs to the output, whose log-sum-exp is of this shape, and bring it to the dtype computed in."""
     resolve(q=inputs.q, out=out, lse=lse, grad_out=grad_out, optional={"grad_lse": grad_lse})
     given = {"out": out, "lse": lse, "grad_out": grad_out}
     if grad_lse is not None:
         given["grad_lse"] = grad_lse
-    shape = _lse_shape(inputs, enable_gqa=enable_gqa)
     for name, x in given.items():
         right = shape if name.endswith("lse") else (*shape, inputs.v.shape[-1])
         if tuple(x.shape) != right:
             raise ValueError(f"{name} must have shape {right}, got {tuple(x.shape)}")
     xp, dtype = inputs.table.xp, inputs.q.dtype
     arrays = promote(inputs.table, allow_complex=False, **given).arrays
-    return [x if x.dtype == dtype else xp.astype(x, dtype) for x in arrays]
+    out, lse, grad_out, *rest = (x if x.dtype == dtype else xp.astype(x, dtype) for x in arrays)
+    delta = xp.sum(grad_out * out, axis=-1)
+    return Results(lse, delta - rest[0] if rest else delta, grad_out)
 
 
-def _lse_shape(inputs: Inputs, *, enable_gqa: bool) -> tuple[int, ...]:
+def lse_shape(inputs: Inputs, *, enable_gqa: bool) -> tuple[int, ...]:
+    """Shape of the log-sum-exp of attention of these inputs."""
     grouped = group_heads(inputs) if enable_gqa else inputs
     batch = scores_batch_shape(grouped.q, grouped.k, grouped.v, grouped.mask)
     if enable_gqa:
@@ -131,28 +145,16 @@ def _lse_shape(inputs: Inputs, *, enable_gqa: bool) -> tuple[int, ...]:
     return (*batch, inputs.q.shape[-2])
 
 
-def _pull_back(
-    inputs: Inputs,
-    out: Array,
-    lse: Array,
-    grad_out: Array,
-    grad_lse: Array | None = None,
-    *,
-    enable_gqa: bool,
-) -> tuple[Array, Array, Array]:
-    """Form delta, lay out the heads, and call the primitive."""
-    table = inputs.table
-    delta = table.xp.sum(grad_out * out, axis=-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse
+def pull_back(inputs: Inputs, results: Results, *, enable_gqa: bool) -> tuple[Array, Array, Array]:
+    """Lay out the heads, and call the primitive."""
+    lse, delta, grad_out = results
     if enable_gqa:
         inputs = group_heads(inputs)
         lse, delta = (split_heads(x, inputs, 1) for x in (lse, delta))
         grad_out = split_heads(grad_out, inputs, 2)
-    dq, dk, dv = table.attention_vjp(
+    dq, dk, dv = inputs.table.attention_vjp(
         inputs.q, inputs.k, inputs.v, inputs.mask, inputs.options, lse, delta, grad_out
     )
     if enable_gqa:
-        dq, dk, dv = join_heads(dq, inputs, 2), dk[..., 0, :, :], dv[..., 0, :, :]
-    dq, dk, dv = inputs.promoted.answer(table, dq, dk, dv)
+        return join_heads(dq, inputs, 2), dk[..., 0, :, :], dv[..., 0, :, :]
     return dq, dk, dv

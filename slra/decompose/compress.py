@@ -97,7 +97,8 @@ def compress(
     check_finite(table, x, "x")
     promoted = promote(table, x=x)
     (work,) = promoted.arrays
-    best = min((_alternate(work, r, k, n_iter, table) for r, k in splits), key=_by_error)[1]
+    found = [_alternate(work, r, k, n_iter, table) for r, k in splits]
+    best = (found[0] if len(found) == 1 else min(found, key=_by_error))[1]
     left, right, values = promoted.answer(table, *best[:3])
     return SparseLowRank(left, right, values, best.indices)
 

@@ -52,4 +52,4 @@ def project_box(x: Array, lo: float | Array, hi: float | Array) -> Array:
         in_order = bool(table.xp.all(in_order)) if table.is_eager(in_order) else True
     if not in_order:
         raise ValueError("lo must be at most hi everywhere, and neither may be NaN")
-    return promoted.answer(table, table.xp.minimum(table.xp.maximum(x, lo), hi))[0]
+    return promoted.answer(table, table.at_most(table.at_least(x, lo), hi))[0]

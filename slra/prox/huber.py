@@ -100,5 +100,5 @@ def norm_huber(x: Array, *, delta: float, axis: int | tuple[int, ...] | None = N
     (x,) = promote(table, x=x).arrays
     delta = check_positive(delta, "delta")
     modulus = table.xp.abs(x)
-    square = table.xp.minimum(modulus, delta)
+    square = table.at_most(modulus, delta)
     return table.xp.sum(square * (modulus - square / 2), axis=axis)

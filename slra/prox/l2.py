@@ -1,8 +1,5 @@
 """The Euclidean norm of a vector, the sum of such norms over groups, and the Euclidean ball."""
 
-import math
-
-from slra._backends import Primitives
 from slra._typing import Array
 from slra._validate import check_axis, check_matrix, check_tau, promote, resolve
 
@@ -49,10 +46,10 @@ def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...]) -> Arr
     [[3.0, 4.0], [0.0, 0.0]]
     """
     table = resolve(x=x)
-    promoted = promote(table, x=x)
+    promoted = promote(table, keep_half=table.takes_half, x=x)
     axes = check_axis(x, axis)
     tau = check_tau(table, promoted.arrays[0], tau, axes=axes)
-    return promoted.answer(table, block_threshold(promoted.arrays[0], tau, axes, table))[0]
+    return promoted.answer(table, table.group_threshold(promoted.arrays[0], tau, axes))[0]
 
 
 def norm_l2(x: Array, *, axis: int | tuple[int, ...]) -> Array:
@@ -89,9 +86,9 @@ def norm_l2(x: Array, *, axis: int | tuple[int, ...]) -> Array:
     [10.0, 1.0]
     """
     table = resolve(x=x)
-    (x,) = promote(table, x=x).arrays
+    (x,) = promote(table, keep_half=table.takes_half, x=x).arrays
     axes = check_axis(x, axis)
-    return table.xp.squeeze(euclidean_norm(x, axes, table), axis=axes)
+    return table.xp.squeeze(table.group_norm(x, axes), axis=axes)
 
 
 def prox_l21(x: Array, tau: float | Array, *, axis: int) -> Array:
@@ -136,10 +133,10 @@ def prox_l21(x: Array, tau: float | Array, *, axis: int) -> Array:
     [[3.0, 0.0], [4.0, 0.0]]
     """
     table = resolve(x=x)
-    promoted = promote(table, x=x)
+    promoted = promote(table, keep_half=table.takes_half, x=x)
     axes = _check_group_axis(x, axis)
     tau = check_tau(table, promoted.arrays[0], tau, axes=axes)
-    return promoted.answer(table, block_threshold(promoted.arrays[0], tau, axes, table))[0]
+    return promoted.answer(table, table.group_threshold(promoted.arrays[0], tau, axes))[0]
 
 
 def norm_l21(x: Array, *, axis: int) -> Array:
@@ -176,8 +173,8 @@ def norm_l21(x: Array, *, axis: int) -> Array:
     10.5
     """
     table = resolve(x=x)
-    (x,) = promote(table, x=x).arrays
-    norms = euclidean_norm(x, _check_group_axis(x, axis), table)
+    (x,) = promote(table, keep_half=table.takes_half, x=x).arrays
+    norms = table.group_norm(x, _check_group_axis(x, axis))
     return table.xp.sum(norms, axis=(-2, -1))
 
 
@@ -226,28 +223,10 @@ def project_l2_ball(x: Array, radius: float | Array, *, axis: int | tuple[int, .
     axes = check_axis(x, axis)
     radius = check_tau(table, x, radius, "radius", axes=axes)
     xp = table.xp
-    norm = euclidean_norm(x, axes, table)
+    norm = table.group_norm(x, axes)
     inside = norm <= radius
     scale = radius / xp.where(inside, 1.0, norm)
     return promoted.answer(table, xp.where(inside, x, x * scale))[0]
-
-
-def euclidean_norm(x: Array, axes: tuple[int, ...], table: Primitives) -> Array:
-    """Euclidean norm along ``axes``, which are kept; scaled, because squares overflow."""
-    xp = table.xp
-    modulus = xp.abs(x)
-    peak = xp.max(modulus, axis=axes, keepdims=True)
-    scale = xp.where((peak == 0) | (peak == math.inf), 1.0, peak)
-    scaled = modulus / scale
-    return scale * xp.sqrt(xp.sum(scaled * scaled, axis=axes, keepdims=True))
-
-
-def block_threshold(
-    x: Array, tau: float | Array, axes: tuple[int, ...], table: Primitives
-) -> Array:
-    """Shorten each vector along ``axes`` by ``tau``, to no less than zero."""
-    norm = euclidean_norm(x, axes, table)
-    return x * (table.xp.maximum(norm - tau, 0.0) / table.xp.where(norm == 0, 1.0, norm))
 
 
 def _check_group_axis(x: Array, axis: int) -> tuple[int, ...]:

@@ -213,11 +213,13 @@ def _simplex_level(x: Array, radius: float | Array, axis: int, table: Primitives
     sums = xp.cumulative_sum(xp.sort(x, axis=axis, descending=True), axis=axis)
     theta = xp.max((sums - radius) / counts, axis=axis, keepdims=True)
     # One Newton step, which takes off the rounding of the running sum.
-    excess = xp.maximum(x - theta, 0.0)
+    excess = table.at_least(x - theta, 0.0)
     n_above = xp.sum(xp.astype(excess > 0, x.dtype), axis=axis, keepdims=True)
-    return theta + (xp.sum(excess, axis=axis, keepdims=True) - radius) / xp.maximum(n_above, 1.0)
+    return theta + (xp.sum(excess, axis=axis, keepdims=True) - radius) / table.at_least(
+        n_above, 1.0
+    )
 
 
 def _onto_l1_ball(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:
     level = _simplex_level(table.xp.abs(x), radius, axis, table)
-    return table.soft_threshold(x, table.xp.maximum(level, 0.0))
+    return table.soft_threshold(x, table.at_least(level, 0.0))

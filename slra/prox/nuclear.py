@@ -4,10 +4,11 @@ import numpy as np
 
 from slra._backends import Primitives
 from slra._backends.agnostic import matrix_h
+from slra._backends.cholesky_qr import orthonormal, tall_qr
 from slra._typing import RNG, Array
 from slra._validate import (
+    check_draws,
     check_matrix,
-    check_rng,
     check_tau,
     promote,
     resolve,
@@ -15,7 +16,6 @@ from slra._validate import (
 from slra.prox.rank import filtered, masked_svd
 from slra.svd import SVDResult
 from slra.svd._linear_map import scaling_exponent
-from slra.svd.cholesky_qr import orthonormal, tall_qr
 
 __all__ = ["norm_nuclear", "prox_nuclear", "shrink_singular_values"]
 
@@ -93,7 +93,7 @@ def prox_nuclear(
     promoted = promote(table, x=x, warm_start=warm_start)
     work, basis = promoted.arrays
     tau = check_tau(table, work, tau, axes=(x.ndim - 2, x.ndim - 1))
-    generator = check_rng(rng)
+    source = check_draws(table, work, rng)
     if basis is not None and (basis.ndim != 2 or basis.shape[1] != x.shape[-1]):
         raise ValueError(
             f"warm_start must have shape (k, {x.shape[-1]}) for x of shape {tuple(x.shape)}, "
@@ -101,7 +101,7 @@ def prox_nuclear(
         )
     if not return_factors and not table.is_eager(work):
         return promoted.answer(table, filtered(work, lambda S: _shrinkage(S, tau, table), table))[0]
-    U, S, Vh = shrink_singular_values(work, tau, basis, generator, table)
+    U, S, Vh = shrink_singular_values(work, tau, basis, source, table)
     if return_factors:
         return SVDResult(*promoted.answer(table, U, S, Vh))
     return promoted.answer(table, (U * S[..., None, :]) @ Vh)[0]
@@ -148,7 +148,7 @@ def shrink_singular_values(
     x: Array,
     tau: float | Array,
     basis: Array | None,
-    rng: np.random.Generator,
+    rng: np.random.Generator | int | None,
     table: Primitives,
     *,
     tol: float | None = None,
@@ -159,6 +159,7 @@ def shrink_singular_values(
     if eager and x.ndim == 2 and min(x.shape) >= MIN_PARTIAL and _is_harmless(x, table):
         if tol is None:
             tol = 10 * float(xp.finfo(x.dtype).eps) * max(x.shape) ** 0.5
+        assert isinstance(rng, np.random.Generator)
         found = _partial_svd(x, float(tau), basis, rng, tol, table)
     else:
         found = None

@@ -8,7 +8,7 @@ import numpy as np
 
 from slra._backends import Primitives
 from slra._backends.sparse import SparseProducts, sparse_products
-from slra._typing import RNG, Array
+from slra._typing import Array
 from slra._validate import (
     Promoted,
     check_finite,
@@ -112,7 +112,7 @@ def _largest(A: LinearMap, source: Any) -> Array:
         if values.shape[0] == 0:
             return table.xp.zeros((), dtype=table.real_dtype(A.like.dtype))
         return table.max_abs(values[None, :])
-    vector = table.test_matrix((A.shape[-1], 1), np.random.default_rng(0), A.like)
+    vector = table.test_matrix((A.shape[-1], 1), 0, A.like)
     product = A.matmat(vector)
     check_product(table, product, (A.shape[-2], 1))
     return table.max_abs(product)
@@ -140,12 +140,13 @@ def _centered(A: LinearMap) -> LinearMap:
     )
 
 
-def draw(A: LinearMap, width: int, rng: RNG, generator: np.random.Generator | None) -> Array:
+def draw(A: LinearMap, width: int, source: np.random.Generator | int | None) -> Array:
     """Draw a test matrix for each element of the batch."""
-    if A.table.freezes_draws(A.like) and not isinstance(rng, (int, np.integer)):
+    if source is None or (
+        A.table.freezes_draws(A.like) and isinstance(source, np.random.Generator)
+    ):
         raise ValueError(
             "test_matrix must be given, or rng be an int, inside a traced function: "
             "anything else drawn there would become a constant of the compiled code"
         )
-    assert generator is not None
-    return A.table.test_matrix((*A.shape[:-2], A.shape[-1], width), generator, A.like)
+    return A.table.test_matrix((*A.shape[:-2], A.shape[-1], width), source, A.like)

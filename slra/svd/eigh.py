@@ -4,19 +4,19 @@ from typing import Any, Literal, NamedTuple
 
 from slra._backends import Primitives
 from slra._backends.agnostic import matrix_h
+from slra._backends.cholesky_qr import orthonormal
 from slra._typing import RNG, Array
 from slra._validate import (
     check_choice,
     check_count,
+    check_draws,
     check_hermitian,
     check_positive_semidefinite,
     check_rank,
-    check_rng,
 )
 from slra.svd._inputs import draw, read
 from slra.svd._linear_map import LinearMap
 from slra.svd._result import fix_signs
-from slra.svd.cholesky_qr import orthonormal
 from slra.svd.gram import combine, spectrum, tall_svd
 from slra.svd.krylov import LAZY_ITER, MAX_ITER, MIN_ITER, RITZ_TOLERANCE, KrylovSpace
 from slra.svd.randomized import check_test_matrix
@@ -106,14 +106,14 @@ def randomized_eigh(
     rank = check_rank(rank, A.shape[-1], limit_is="the last axis of x")
     width = min(rank + check_count(n_oversamples, "n_oversamples"), A.shape[-1])
     depth = None if n_iter == "auto" else check_count(n_iter, "n_iter")
-    generator = check_rng(rng) if test_matrix is None else None
+    source = check_draws(table, A.like, rng) if test_matrix is None else None
     if test_matrix is not None:
         width = check_test_matrix(A, test_matrix, rank)
     if width * 2 * (MIN_ITER if depth is None else max(1, depth)) >= A.shape[-1]:
         w, V = _leading(*table.small_eigh(A.materialize()), rank, table)
     else:
         omega = problem.test_matrix
-        sample = A.matmat(draw(A, width, rng, generator) if omega is None else omega)
+        sample = A.matmat(draw(A, width, source) if omega is None else omega)
         solve = _nystrom if method == "nystrom" else _krylov
         w, V = solve(A, sample, rank, depth)
     w = problem.unscaled(table.xp.astype(w, table.real_dtype(V.dtype), copy=False))

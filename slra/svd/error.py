@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from slra._typing import RNG, Array
-from slra._validate import check_factors, check_rank, check_rng
+from slra._validate import check_draws, check_factors, check_rank
 from slra.svd._inputs import draw, read
 from slra.svd._linear_map import power_of_two
 
@@ -85,11 +85,11 @@ def estimate_error(
     A, table = problem.A, problem.A.table
     xp = table.xp
     n_probes = check_rank(n_probes, 1 << 30, "n_probes")
-    generator = check_rng(rng)
+    source = check_draws(table, A.like, rng)
     left, right = check_factors(table, A.shape, A.like, approx)
     if problem.exponent is not None:
         left = power_of_two(left, problem.exponent[..., None, None], table)
-    omega = draw(A, n_probes, rng, generator)
+    omega = draw(A, n_probes, source)
     difference = A.matmat(omega) - left @ (right @ omega)
     wide = xp.astype(difference, table.wide(difference), copy=False)
     squares = xp.sum(table.real_part(wide * table.conj(wide)), axis=-2)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from slra._backends import Primitives
 from slra._backends.agnostic import matrix_h
+from slra._backends.cholesky_qr import tall_qr, with_phases
+from slra._backends.elements import redo
 from slra._typing import Array, Namespace
-from slra.svd._elements import redo
 from slra.svd._linear_map import LinearMap
-from slra.svd.cholesky_qr import tall_qr
 from slra.svd.truncated import by_triangle, thin_svd
 
 __all__ = ["Spectrum", "by_qr", "combine", "exact_svd", "spectrum", "tall_svd"]
@@ -58,7 +58,7 @@ def tall_svd(
     Q, R = tall_qr(X, table)
     if table.wide(X) != X.dtype:
         # R is diagonal to working precision, and the values are better than it could give.
-        return _with_phases(Q, R, table), xp.astype(values, table.real_dtype(X.dtype)), V
+        return with_phases(Q, R, table), xp.astype(values, table.real_dtype(X.dtype)), V
     U, S, Vh = table.small_svd(R)
     fast = Q @ U, S, V @ matrix_h(Vh, xp)
     limit = 1e-3 if xp.finfo(X.dtype).bits == 64 else 0.1
@@ -96,13 +96,3 @@ def combine(blocks: Sequence[Array], V: Array, table: Primitives) -> Array:
 
 def _joined(blocks: Sequence[Array], top: int, bottom: int, xp: Namespace) -> Array:
     return xp.concat([block[..., top:bottom, :] for block in blocks], axis=-1)
-
-
-def _with_phases(Q: Array, R: Array, table: Primitives) -> Array:
-    """Turn each column of ``Q`` by the phase of its entry on the diagonal of ``R``."""
-    xp = table.xp
-    diagonal = xp.linalg.diagonal(R)
-    size = xp.abs(diagonal)
-    one = xp.ones_like(diagonal)
-    phase = xp.where(size > 0, diagonal / xp.where(size > 0, size, xp.ones_like(size)), one)
-    return Q * phase[..., None, :]

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from slra._backends.agnostic import matrix_h
+from slra._backends.cholesky_qr import flattened, orthonormal
+from slra._backends.elements import redo
 from slra._typing import Array
-from slra.svd._elements import redo
 from slra.svd._linear_map import LinearMap
-from slra.svd.cholesky_qr import flattened, orthonormal
 from slra.svd.gram import combine, spectrum, tall_svd
 from slra.svd.truncated import by_triangle
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from slra._backends.agnostic import matrix_h
 from slra._typing import RNG, Array
-from slra._validate import check_choice, check_count, check_rank, check_rng, check_rtol
+from slra._validate import check_choice, check_count, check_draws, check_rank, check_rtol
 from slra.svd import krylov, subspace
 from slra.svd._inputs import Problem, draw, read
 from slra.svd._linear_map import LinearMap
@@ -112,13 +112,13 @@ def randomized_svd(
         rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
     width = (rank or 1) + check_count(n_oversamples, "n_oversamples")
     depth = None if _is_auto(n_iter) else check_count(n_iter, "n_iter")
-    generator = check_rng(rng) if test_matrix is None else None
+    source = check_draws(A.table, A.like, rng) if test_matrix is None else None
     if test_matrix is not None:
         width = check_test_matrix(A, test_matrix, rank or 1)
 
     def omega(n_columns: int) -> Array:
         given = problem.test_matrix
-        return draw(A, n_columns, rng, generator) if given is None else given
+        return draw(A, n_columns, source) if given is None else given
 
     if rtol is None and rank is not None:
         U, S, V = _fixed_rank(A, omega, rank, min(width, limit), depth, method)

@@ -1,8 +1,8 @@
 """Subspace iteration: one block, orthonormalised on both sides; the least memory."""
 
+from slra._backends.cholesky_qr import orthonormal
 from slra._typing import Array
 from slra.svd._linear_map import LinearMap
-from slra.svd.cholesky_qr import orthonormal
 from slra.svd.gram import spectrum, tall_svd
 from slra.svd.truncated import by_triangle
 

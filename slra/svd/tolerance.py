@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from slra._backends.agnostic import matrix_h
+from slra._backends.cholesky_qr import orthonormal
 from slra._typing import Array
 from slra.svd._cut import cut_at_tolerance, cut_values, keep_leading, ranks_for
 from slra.svd._linear_map import LinearMap
-from slra.svd.cholesky_qr import orthonormal
 from slra.svd.gram import spectrum, tall_svd
 from slra.svd.krylov import KrylovSpace
 from slra.svd.truncated import thin_svd

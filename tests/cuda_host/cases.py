@@ -59,6 +59,17 @@ def thresholds(dtype):
     return numbers | arrays(real, 0.0, 1024.0, shape=(4, 1))
 
 
+def groups(dtype):
+    """Rows, columns or everything of an array, and a threshold for each."""
+    real = np.result_type(np.finfo(dtype).dtype, np.float32)
+    numbers = st.sampled_from([0.0, 0.5]) | st.floats(0, 1e3)
+    rows = arrays(real, 0.0, 1024.0, shape=(4, 1))
+    return st.one_of(
+        st.tuples(arrays(dtype), numbers | rows, st.just((1,))),
+        st.tuples(arrays(dtype, -8.0, 8.0), numbers, st.sampled_from([(0,), (0, 1)])),
+    )
+
+
 SIZE, TILE = 12, Tile(3, 10, 2, 7)
 
 
@@ -84,9 +95,15 @@ def bounds(dtype):
 
 
 def states(dtype):
-    peaks = arrays(dtype, -30.0, 30.0, shape=(2, 7)) | st.just(np.full((2, 7), -np.inf, dtype))
-    totals = arrays(dtype, 0.0, 64.0, shape=(2, 7))
-    return st.builds(SoftmaxState, peaks, totals, arrays(dtype, -8.0, 8.0, shape=(2, 7, 3)))
+    """States that can come about: a row that has met no key has sums of zero."""
+    started = st.builds(
+        SoftmaxState,
+        arrays(dtype, -30.0, 30.0, shape=(2, 7)),
+        arrays(dtype, 0.0, 64.0, shape=(2, 7)),
+        arrays(dtype, -8.0, 8.0, shape=(2, 7, 3)),
+    )
+    zeros = np.zeros((2, 7), dtype), np.zeros((2, 7, 3), dtype)
+    return started | st.just(SoftmaxState(np.full((2, 7), -np.inf, dtype), *zeros))
 
 
 def moderate(dtype, shape=(2, 7, 5)):
@@ -121,6 +138,11 @@ ARGUMENTS = {
         HALF + FLOATING,
         lambda t: st.tuples(arrays(t), thresholds(t), st.floats(0, 100)),
     ),
+    "group_norm": (
+        HALF + FLOATING,
+        lambda t: st.tuples(arrays(t), st.sampled_from([(0,), (1,), (0, 1)])),
+    ),
+    "group_threshold": (HALF + FLOATING, groups),
     "extrapolate": (FLOATING, lambda t: st.tuples(arrays(t), arrays(t), st.floats(0, 1))),
     "sum_abs": (
         HALF + FLOATING,
@@ -148,15 +170,25 @@ def slack(name, args, results):
     if name == "sum_abs":
         x, axis = args
         return (2 * x.size * eps * np.sum(np.abs(x), axis=axis),)
+    if name == "group_norm":
+        # Moduli good to 2 ulp, their quotients and squares, the sum of up to 12, its root; on either side.
+        return (16 * eps * np.where(np.isfinite(result), result, 0) + 8 * info.smallest_subnormal,)
+    if name == "group_threshold":
+        # The relative error of a norm comes back multiplied by x, and by tau / norm, which is at most 1.
+        return (
+            24 * eps * np.where(np.isfinite(args[0]), np.abs(args[0]), 0)
+            + 8 * info.smallest_subnormal,
+        )
     if name == "tile_scores":
         # glibc's tanh is good to 2 ulp; a product and a sum follow.
         return (4 * eps * (args[1].options.softcap or 0.0),)
     if name == "softmax_step":
-        # Each exponential is good to 1 ulp, and 5 + 1 terms are added in whichever order.
+        # Each exponential is good to 1 ulp, and 5 + 1 terms are added in whichever order; on the way to the sum the
+        # first of them is multiplied by one exponential for each of the others.
         state, _, v = args
         total = state.total + 5
         out = np.abs(state.out) + np.sum(np.abs(v), axis=-2, keepdims=True)
-        return 0.0, 8 * eps * total, 8 * eps * out
+        return 0.0, 16 * eps * total, 8 * eps * out
     if name == "tile_gradients":
         grad_weights, cap, delta = args[1], args[2].options.softcap or 0.0, args[-1]
         # The error of a score is a relative one of its exponential.

@@ -4,16 +4,19 @@ With it the whole CuPy path runs on a machine without a GPU: dispatch, loops, an
 cannot show is what only the device does: fused multiply-add, flushed denormals, its own exp and tanh, and cuBLAS.
 """
 
+import atexit
 import contextlib
 import ctypes
+import functools
+import hashlib
 import importlib
-import itertools
+import importlib.util
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -37,7 +40,8 @@ COMPILER = "g++"
 # No contraction to fused multiply-add: the results are then NumPy's to the bit.
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared"]
 
-_SERIAL = itertools.count()
+# Threads that share one result of a reduction; CuPy takes 512.
+LANES = 8
 
 
 class CompileError(Exception):
@@ -62,9 +66,13 @@ class HostKernel:
         self.inputs = [Parameter(text) for text in inputs.split(",")]
         self.outputs = [Parameter(text) for text in outputs.split(",")]
         self.name, self.preamble, self.library = name, preamble, library
-        # Names and preambles repeat where a kernel is built twice.
-        self.symbol = f"{name}_{next(_SERIAL)}"
         library.pending.append(self)
+
+    @functools.cached_property
+    def symbol(self) -> str:
+        """A name of its own for each text, the same in each process."""
+        text = self.preamble + self.body()
+        return f"{self.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def body(self) -> str:
         """Statements of the C function."""
@@ -132,7 +140,7 @@ class HostElementwise(HostKernel):
 
 
 class HostReduction(HostKernel):
-    """`cupy.ReductionKernel` over one NumPy array, in sequence."""
+    """`cupy.ReductionKernel` over NumPy arrays, in the order of a block of threads, some with nothing to do."""
 
     def __init__(
         self,
@@ -144,37 +152,56 @@ class HostReduction(HostKernel):
         post_map_expr: str,
         identity: str,
         name: str,
+        reduce_type: str | None,
         preamble: str,
     ) -> None:
         super().__init__(library, inputs, outputs, name, preamble)
         self.map_expr, self.reduce_expr = map_expr, reduce_expr
         self.post_map_expr, self.identity = post_map_expr, identity
+        self.reduce_type = reduce_type or self.outputs[0].c_type
 
     def body(self) -> str:
-        (x,), (out,) = self.inputs, self.outputs
+        inputs = [f"const {p.c_type}& {p.name} = _{p.name}[i * width + j];" for p in self.inputs]
+        outputs = [f"{p.c_type}& {p.name} = _{p.name}[i];" for p in self.outputs]
+        kind, combined = self.reduce_type, self.reduce_expr
         return f"""
 for (ptrdiff_t i = 0; i < n; i++) {{
-    {out.c_type} a = {self.identity};
+    {kind} lanes[{LANES}];
+    for (int t = 0; t < {LANES}; t++) lanes[t] = {self.identity};
     for (ptrdiff_t j = 0; j < width; j++) {{
-        const {x.c_type}& {x.name} = _{x.name}[i * width + j];
-        const {out.c_type} b = {self.map_expr};
-        a = {self.reduce_expr};
+        {" ".join(inputs)}
+        const {kind} a = lanes[j % {LANES}], b = {self.map_expr};
+        lanes[j % {LANES}] = {combined};
     }}
-    {out.c_type}& {out.name} = _{out.name}[i];
+    for (int block = {LANES} / 2; block > 0; block /= 2) {{
+        for (int t = 0; t < block; t++) {{
+            const {kind} a = lanes[t], b = lanes[t + block];
+            lanes[t] = {combined};
+        }}
+    }}
+    const {kind} a = lanes[0];
+    {" ".join(outputs)}
     {self.post_map_expr};
 }}"""
 
-    def __call__(self, *args: Any, axis: Any = None) -> Any:
-        """Bring the reduced axes to the end, run."""
-        (x,) = self.as_arrays(args)
+    def __call__(self, *args: Any, axis: Any = None, keepdims: bool = False) -> Any:
+        """Broadcast, bring the reduced axes to the end, run; outputs may follow the inputs."""
+        arrays = self.as_arrays(args[: len(self.inputs)])
+        shape = np.broadcast_shapes(*(a.shape for a in arrays))
         axes = np.lib.array_utils.normalize_axis_tuple(
-            range(x.ndim) if axis is None else axis, x.ndim
+            range(len(shape)) if axis is None else axis, len(shape)
         )
-        kept = [a for a in range(x.ndim) if a not in axes]
-        result = np.empty([x.shape[a] for a in kept], dtype=self.outputs[0].dtype)
-        x = np.ascontiguousarray(np.transpose(x, (*kept, *axes)))
-        self.run(result.size, x.size // max(result.size, 1), [x, result])
-        return result
+        kept = [a for a in range(len(shape)) if a not in axes]
+        arrays = [np.transpose(np.broadcast_to(a, shape), (*kept, *axes)) for a in arrays]
+        lengths = [shape[a] for a in kept]
+        results = list(args[len(self.inputs) :])
+        results = results or [np.empty(lengths, dtype=p.dtype) for p in self.outputs]
+        for result, p in zip(results, self.outputs, strict=True):
+            if result.dtype != p.dtype or list(result.shape) != lengths:
+                raise ValueError(f"{self.name}: {p.name} must be {p.dtype} of shape {lengths}")
+        width = math.prod(shape[a] for a in axes)
+        self.run(results[0].size, width, [*map(np.ascontiguousarray, arrays), *results])
+        return np.expand_dims(results[0], axes) if keepdims else results[0]
 
 
 class Library:
@@ -184,30 +211,59 @@ class Library:
         self.pending: list[HostKernel] = []
         self.compiled: dict[HostKernel, Any] = {}
 
+    def compile(self) -> None:
+        """Compile all that wait to be."""
+        if self.pending:
+            batch, self.pending = self.pending, []
+            self._compile(batch)
+
     def function(self, kernel: HostKernel) -> Any:
-        """Return the C function of a kernel, compiled if need be with all that wait to be."""
+        """Return the C function of a kernel, compiled if need be."""
+        self.compile()
         if kernel not in self.compiled:
-            # A batch that was refused is tried again kernel by kernel.
-            batch, self.pending = [*self.pending] or [kernel], []
-            shim = (Path(__file__).parent / "shim.h").read_text()
-            handle = _compiled(shim + "".join(other.source() for other in batch))
-            self.compiled |= dict.fromkeys(batch, handle)
+            # It was in a batch that was refused.
+            self._compile([kernel])
         return getattr(self.compiled[kernel], kernel.symbol)
+
+    def _compile(self, batch: list[HostKernel]) -> None:
+        shim = (Path(__file__).parent / "shim.h").read_text()
+        handle = _compiled(shim + "".join(kernel.source() for kernel in batch))
+        self.compiled |= dict.fromkeys(batch, handle)
+
+
+# Where compiled kernels are kept, for all processes of a run of tests; None: for this process alone.
+shared_folder: Path | None = None
+
+
+@functools.cache
+def _own_folder() -> Path:
+    """Make a folder that goes with the process."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return Path(folder)
 
 
 def _compiled(source: str) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        text, library = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
-        text.write_text(source)
-        result = subprocess.run(
-            [COMPILER, *FLAGS, str(text), "-o", str(library)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if result.returncode:
-            raise CompileError(result.stderr)
-        return ctypes.CDLL(str(library))
+    """Load what a C++ compiler makes of a text, compiled by whichever process comes first."""
+    # Not at the top: Windows has none, and is where these tests are skipped.
+    import fcntl
+
+    folder = shared_folder or _own_folder()
+    stem = folder / f"kernels-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    text, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
+    with stem.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            text.write_text(source)
+            result = subprocess.run(
+                [COMPILER, *FLAGS, str(text), "-o", str(library)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if result.returncode:
+                raise CompileError(result.stderr)
+    return ctypes.CDLL(str(library))
 
 
 class HostCupy(ModuleType):
@@ -217,11 +273,16 @@ class HostCupy(ModuleType):
         super().__init__("cupy")
         self.ndarray = type("ndarray", (), {})
         self.asnumpy = np.asarray
-        library = Library()
-        self.ElementwiseKernel = partial(HostElementwise, library)
-        self.ReductionKernel = partial(HostReduction, library)
+        self.library = Library()
+        self.ElementwiseKernel = functools.partial(HostElementwise, self.library)
+        self.ReductionKernel = functools.partial(HostReduction, self.library)
         self.cuda = SimpleNamespace(
-            runtime=SimpleNamespace(getDeviceCount=lambda: 1),
+            Device=lambda: SimpleNamespace(id=0),
+            runtime=SimpleNamespace(
+                getDeviceCount=lambda: 1,
+                getDeviceProperties=lambda _: {"name": b"none"},
+                runtimeGetVersion=lambda: 0,
+            ),
             get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
         )
         self.get_default_memory_pool = lambda: SimpleNamespace(
@@ -276,6 +337,8 @@ def _replace(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
 
 def why_not() -> str | None:
     """Why kernels cannot be run on this machine, or None."""
+    if importlib.util.find_spec("fcntl") is None:
+        return "no fcntl here"
     return None if shutil.which(COMPILER) else f"{COMPILER} is not installed"
 
 

@@ -1,6 +1,7 @@
 """CuPy's kernels through NVRTC to PTX, which needs no driver: all calls into CuPy's private parts are here."""
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -88,13 +89,25 @@ def generated(kernel: Any, *, scalars: bool, ndim: int) -> str:
     )
 
 
-def ptx(kernel: Any, architecture: int, *, scalars: bool = False, ndim: int = 1) -> str:
-    """Compile a kernel for ``compute_<architecture>``; the log of the compiler is in the error."""
+def _program(headers: list[str], texts: dict[str, str]) -> str:
+    """One program of many kernels, whose types, templates and macros do not meet: a namespace for each."""
+    includes, rest = [f"#include <{name}>" for name in headers], []
+    for name, text in texts.items():
+        lines = text.splitlines()
+        includes += [line for line in lines if line.startswith("#include")]
+        body = [line for line in lines if not line.startswith("#include")]
+        undefined = [f"#undef {macro}" for macro in ("REDUCE", "POST_MAP", "_REDUCE")]
+        rest += [f"namespace in_{name} {{", *body, "}", *undefined]
+    return "\n".join([*includes, *rest])
+
+
+def ptx(kernels: Iterable[Any], architecture: int, *, scalars: bool = False, ndim: int = 1) -> str:
+    """Compile kernels, as one program, for ``compute_<architecture>``; the log of the compiler is in the error."""
     from cupy._core import core
     from cupy_backends.cuda.libs import nvrtc
 
-    headers = "".join(f"#include <{name}>\n" for name in core._cupy_header_list)
-    source = headers + generated(kernel, scalars=scalars, ndim=ndim)
+    texts = {kernel.name: generated(kernel, scalars=scalars, ndim=ndim) for kernel in kernels}
+    source = _program(core._cupy_header_list, texts)
     options = [
         f"-arch=compute_{architecture}",
         "-ftz=true",
@@ -105,7 +118,7 @@ def ptx(kernel: Any, architecture: int, *, scalars: bool = False, ndim: int = 1)
         f"-I{_wheel()}/include",
         *core._get_cccl_include_options(),
     ]
-    program = nvrtc.createProgram(source, f"{kernel.name}.cu", (), ())
+    program = nvrtc.createProgram(source, "kernels.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
         return nvrtc.getPTX(program).decode()

@@ -8,4 +8,5 @@ typedef _Float16 float16;
 template <typename T> using complex = std::complex<T>;
 using std::abs;
 using std::exp;
+using std::sqrt;
 using std::tanh;

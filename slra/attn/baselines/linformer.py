@@ -4,8 +4,6 @@ Source: S. Wang et al., Linformer: self-attention with linear complexity, arXiv:
 Gaussian projection of their Theorem 2 in place of a trained one, shared by keys and values.
 """
 
-import numpy as np
-
 from slra._typing import Array
 from slra.attn._rows import Grouped
 
@@ -15,7 +13,7 @@ __all__ = ["linformer_attention"]
 def linformer_attention(data: Grouped, rank: int, n_exact: int) -> Array:
     """Attend to ``rank`` random combinations of the keys, with entries of variance 1/rank."""
     table = data.table
-    projection = table.test_matrix((data.k.shape[-2], rank), np.random.default_rng(0), data.k)
+    projection = table.test_matrix((data.k.shape[-2], rank), 0, data.k)
     projection = table.xp.matrix_transpose(projection) * rank**-0.5
     k, v = (projection @ x for x in (data.k, data.v))
     return table.attention_output(

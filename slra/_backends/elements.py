@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from slra._backends import Primitives
+from slra._backends.agnostic import Primitives
 from slra._typing import Array
 
 __all__ = ["redo"]

@@ -1,11 +1,10 @@
 """Orthonormal bases of tall blocks: scaled, shifted Cholesky-QR, and Householder's QR where that fails."""
 
-from slra._backends import Primitives
-from slra._backends.agnostic import matrix_h
+from slra._backends.agnostic import Primitives, matrix_h
+from slra._backends.elements import redo
 from slra._typing import Array
-from slra.svd._elements import redo
 
-__all__ = ["flattened", "orthonormal", "tall_qr"]
+__all__ = ["flattened", "orthonormal", "tall_qr", "with_phases"]
 
 _MAX_PASSES = 3
 
@@ -54,6 +53,16 @@ def flattened(y: Array, gram: Array, table: Primitives) -> Array:
     Q = _divide(y, *_factor(gram, _shift(gram, table), table), table)
     ok = xp.all(xp.isfinite(Q), axis=(-2, -1))
     return redo(ok, (Q,), lambda part: table.qr(part)[:1], (y,), table)[0]
+
+
+def with_phases(Q: Array, R: Array, table: Primitives) -> Array:
+    """Turn each column of ``Q`` by the phase of its entry on the diagonal of ``R``."""
+    xp = table.xp
+    diagonal = xp.linalg.diagonal(R)
+    size = xp.abs(diagonal)
+    one = xp.ones_like(diagonal)
+    phase = xp.where(size > 0, diagonal / xp.where(size > 0, size, xp.ones_like(size)), one)
+    return Q * phase[..., None, :]
 
 
 def _factor(gram: Array, shift: Array | float, table: Primitives) -> tuple[Array, Array]:

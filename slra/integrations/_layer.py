@@ -1,0 +1,78 @@
+"""What a low-rank attention layer computes between its input and output projections, whatever the framework."""
+
+from typing import NamedTuple
+
+from slra._typing import Array
+from slra._validate import check_choice, check_l1
+from slra.attn._inputs import check_inputs
+from slra.attn.basis import Maps, attend_maps
+from slra.attn.exact import attention
+from slra.attn.projections import Projections, Ranks
+from slra.objective import l1_penalty_prox
+
+__all__ = ["L1", "Approximation", "attend", "check_form"]
+
+L1 = float | tuple[float, float, float]
+
+
+class Approximation(NamedTuple):
+    """Q^, K^ and V^: projections of three arrays, or three arrays as they are."""
+
+    projections: Projections | None
+    q: Array
+    k: Array
+    v: Array
+
+    def arrays(self) -> tuple[Array, Array, Array]:
+        """Write them out, as wide as q, k and v."""
+        if self.projections is None:
+            return self.q, self.k, self.v
+        return self.projections.approximate(self.q, self.k, self.v)
+
+
+def check_form(l1_form: str) -> None:
+    """Raise ValueError unless the form of the l1 term is known."""
+    check_choice(l1_form, ("penalty", "prox"), "l1_form")
+
+
+def attend(
+    given: Approximation,
+    ranks: Ranks | None,
+    *,
+    l1: L1,
+    l1_form: str,
+    mask: Array | None,
+    is_causal: bool,
+) -> tuple[Array, Approximation]:
+    """Attend to Q^, K^ and V^, after the soft threshold where that is the form of the l1 term.
+
+    Projections alone run in r dimensions. Thresholded matrices are of any rank and run in D. Returned with the output
+    is what was attended to.
+    """
+    projections, q, k, v = given
+    if l1_form == "prox" and any(check_l1(l1)):
+        hats = l1_penalty_prox(*given.arrays(), l1)
+        q, k, v = hats
+        if projections is not None:
+            v = v + projections.mu
+        return _exact(q, k, v, mask, is_causal), Approximation(None, *hats)
+    if projections is None or ranks is None:
+        return _exact(q, k, v, mask, is_causal), given
+    inputs = check_inputs(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        causal_align="top_left",
+        scale=None,
+        enable_gqa=False,
+        softcap=None,
+    )
+    maps = Maps.of(projections.maps(ranks), inputs.q)
+    out, _ = attend_maps(maps, inputs, enable_gqa=False, with_lse=False)
+    return inputs.promoted.answer(inputs.table, out)[0], given
+
+
+def _exact(q: Array, k: Array, v: Array, mask: Array | None, is_causal: bool) -> Array:
+    return attention(q, k, v, mask=mask, is_causal=is_causal, causal_align="top_left")

@@ -1,0 +1,469 @@
+"""A low-rank, l1-penalised attention layer for PyTorch, in the place of ``torch.nn.MultiheadAttention``.
+
+Needs: torch.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slra._validate import check_choice, check_count, check_l1, check_rank
+from slra.attn._maps import METHODS
+from slra.attn.projections import Projections, Ranks, fit_projections
+from slra.integrations._layer import L1, Approximation, attend, check_form
+from slra.objective import l1_penalty
+
+__all__ = ["LowRankAttention", "Sparsity"]
+
+
+class Sparsity(NamedTuple):
+    """Fractions of entries that are exactly zero.
+
+    Attributes
+    ----------
+    q, k, v : float
+        Of Q^, K^ and V^, over batch, heads, tokens and features.
+    """
+
+    q: float
+    k: float
+    v: float
+
+
+class LowRankAttention(nn.MultiheadAttention):
+    r"""Multi-head attention on low-rank queries, keys and values, with an l1 penalty on them or a soft threshold.
+
+    Takes the place of `torch.nn.MultiheadAttention`: the same arguments, parameters (its ``state_dict`` loads) and
+    results. At full rank and ``l1=0`` it computes the same.
+
+    Parameters
+    ----------
+    embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype
+        As in `torch.nn.MultiheadAttention`.
+    dropout : float
+        0: dropping entries of the matrix of weights would need that matrix, which is never held. Use dropout on the
+        output.
+    add_bias_kv, add_zero_attn : bool
+        False: an extra key is not part of the low-rank matrices.
+    rank : int, (int, int) or None
+        Rank of Q^, K^ and V^ in each head, or that of Q^ and K^ and that of V^. None is full rank; with ``rtol``,
+        no cap.
+    rtol : float, optional
+        Choose the ranks of each head at each fit, the smallest within this relative error of the head's output on the
+        data of the fit. Eager only.
+    method : {"svd", "joint", "output"}
+        How subspaces are fitted, see `slra.fit_attention`: "svd" to the right singular vectors of Q, K and V.
+    basis : {"layer", "sequence"}
+        "layer": one for the layer, fitted to training batches and kept in buffers, as running statistics are.
+        "sequence": each sequence gets its own at each call. It has seen the whole sequence, so ``is_causal`` is
+        refused; what a causal ``attn_mask`` hides reaches the output through it all the same.
+    refit_every : int
+        "layer" only: in training mode fit anew after so many calls; 0 leaves it to `fit_basis`. The first call in
+        training mode fits before it attends, later ones after: a batch is attended to with the basis of earlier ones.
+    l1 : float or (float, float, float)
+        lambda_Q, lambda_K and lambda_V. May be set later, so that a schedule can.
+    l1_form : {"penalty", "prox"}
+        "penalty": add `penalty` to the loss. "prox": soft-threshold Q^, K^ and V^ by ``l1``, in the units of their
+        entries, before attention, which then runs in all dimensions.
+
+    Attributes
+    ----------
+    ranks : tensor, shape (num_heads, 2)
+        Ranks of Q^ and K^, and of V^, in each head at the last fit; 0 before the first. "layer" only.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range, or ``dropout``, ``add_bias_kv`` or ``add_zero_attn`` is asked for.
+
+    Notes
+    -----
+    Q^, K^ and V^ are projections of the heads' queries, keys and values, n by D: with "svd"
+    :math:`\hat Q = Q V_Q V_Q^T`. With the other methods keys and values are centred (the shift of the values is put
+    back for the output), and the projections of Q and K are oblique. Without a threshold attention runs in r
+    dimensions. Gradients treat the subspaces as constant.
+
+    A query that attends to nothing gets 0 (and the bias of the output projection), not NaN.
+
+    Compile with ``refit_every=0`` or in eval mode: a fit is not part of a compiled forward.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from slra.integrations.torch import LowRankAttention
+    >>> layer = LowRankAttention(16, 2, batch_first=True, rank=4, l1=1e-3)
+    >>> x = torch.randn(3, 10, 16)
+    >>> out, _ = layer(x, x, x, need_weights=False)
+    >>> loss = out.square().mean() + layer.penalty()
+    >>> loss.backward()
+    >>> layer.ranks.tolist()
+    [[4, 4], [4, 4]]
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        rank: int | tuple[int, int] | None = None,
+        rtol: float | None = None,
+        method: str = "svd",
+        basis: Literal["layer", "sequence"] = "layer",
+        refit_every: int = 1,
+        l1: L1 = 0.0,
+        l1_form: Literal["penalty", "prox"] = "penalty",
+    ) -> None:
+        if dropout != 0:
+            raise ValueError(
+                f"dropout must be 0, got {dropout!r}: dropping attention weights needs the matrix of weights, which "
+                "is never held; use torch.nn.Dropout on the output"
+            )
+        if add_bias_kv or add_zero_attn:
+            raise ValueError("add_bias_kv and add_zero_attn must be False: no key is added here")
+        check_choice(method, tuple(METHODS), "method")
+        check_choice(basis, ("layer", "sequence"), "basis")
+        check_form(l1_form)
+        check_l1(l1)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            bias=bias,
+            kdim=kdim,
+            vdim=vdim,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
+        )
+        # nn.TransformerEncoderLayer asks for this before it runs a fused kernel instead of calling us.
+        self._qkv_same_embed_dim = False
+        self.rank, self.rtol, self.method, self.basis = rank, rtol, method, basis
+        self.refit_every = check_count(refit_every, "refit_every")
+        self.l1, self.l1_form = l1, l1_form
+        self._calls = 0
+        self._ranks: Ranks | None = None
+        self._last: Approximation | None = None
+        if self._keeps_basis:
+            self._register_basis()
+
+    @property
+    def _is_low_rank(self) -> bool:
+        return self.rank is not None or self.rtol is not None
+
+    @property
+    def _keeps_basis(self) -> bool:
+        return self._is_low_rank and self.basis == "layer"
+
+    @property
+    def _widest(self) -> tuple[int, int]:
+        """Largest ranks of Q^ and K^, and of V^."""
+        pair = self.rank if isinstance(self.rank, Sequence) else (self.rank, self.rank)
+        if len(pair) != 2:
+            raise TypeError(f"rank must be an int or a pair (rank_qk, rank_v), got {self.rank!r}")
+        width, limit_is = self.head_dim, "embed_dim / num_heads"
+        r, r_v = (
+            width if one is None else check_rank(one, width, limit_is=limit_is) for one in pair
+        )
+        return r, r_v
+
+    def _register_basis(self) -> None:
+        """Make buffers of the shapes that every fit will have."""
+        like = {"device": self.out_proj.weight.device, "dtype": self.out_proj.weight.dtype}
+        heads, width = self.num_heads, self.head_dim
+        r, r_v = self._widest
+        shapes = Projections(
+            (width, r),
+            (r, width),
+            (width, r),
+            (r, width),
+            (width, r_v),
+            (r_v, width),
+            (1, width),
+            (1, width),
+        )
+        for name, shape in shapes._asdict().items():
+            self.register_buffer(name, torch.zeros((heads, *shape), **like))
+        ranks = torch.zeros((heads, 2), dtype=torch.int64, device=like["device"])
+        self.register_buffer("ranks", ranks)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; arguments and results as in `torch.nn.MultiheadAttention`.
+
+        Parameters
+        ----------
+        query, key, value : tensor
+            (L, N, E), (S, N, kdim) and (S, N, vdim); N first with ``batch_first``; or without N.
+        key_padding_mask : tensor, optional, shape (N, S) or (S,)
+            Boolean: True hides a key. Floating: added to the scores.
+        need_weights : bool
+            Whether to return the weights of the approximate attention: that takes memory quadratic in the length.
+        attn_mask : tensor, optional, shape (L, S) or (N * num_heads, L, S)
+            Boolean: True hides. Floating: added to the scores.
+        average_attn_weights : bool
+            Whether weights are averaged over heads.
+        is_causal : bool
+            That ``attn_mask`` is the causal mask, which is then not looked at, and need not be given.
+
+        Returns
+        -------
+        output : tensor
+            (L, N, E), or as ``query`` is laid out.
+        weights : tensor or None
+            (N, L, S), or (N, num_heads, L, S) where they are not averaged.
+        """
+        is_batched = query.ndim == 3
+        query, key, value = (self._batch_first(x) for x in (query, key, value))
+        q, k, v = self._heads(query, key, value)
+        mask = _mask(key_padding_mask, None if is_causal else attn_mask, q, k)
+        given = Approximation(self._projections(q, k, v, mask, is_causal), q, k, v)
+        out, self._last = attend(
+            given, self._ranks, l1=self.l1, l1_form=self.l1_form, mask=mask, is_causal=is_causal
+        )
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        self._count_call(q, k, v, mask, is_causal)
+        weights = _weights(self._last, mask, is_causal) if need_weights else None
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not is_batched:
+            return out[0], None if weights is None else weights[0]
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def penalty(self) -> Tensor:
+        """Return the l1 term of the last call: to be added to the loss in the form "penalty".
+
+        Returns
+        -------
+        tensor
+            0-d: lambda_Q ||Q^||_1 + lambda_K ||K^||_1 + lambda_V ||V^||_1, the norms summed over heads, tokens and
+            features and averaged over the batch. It carries a gradient. In the form "prox", where the threshold takes
+            its place, it is reported for what came out of the threshold.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no call, or copying or pickling dropped it.
+        """
+        q, k, v = self.approximations()
+        return l1_penalty(q, k, v, self.l1) / q.shape[0]
+
+    def sparsity(self) -> Sparsity:
+        """Return the fractions of exact zeros in Q^, K^ and V^ of the last call.
+
+        Returns
+        -------
+        Sparsity
+
+        Raises
+        ------
+        RuntimeError
+            As for `penalty`.
+        """
+        return Sparsity(*(float((x == 0).double().mean()) for x in self.approximations()))
+
+    def approximations(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Q^, K^ and V^ of the last call, (N, num_heads, length, head_dim), with their gradients.
+
+        Returns
+        -------
+        tuple of tensors
+            As attention met them; the shift of the values not added.
+
+        Raises
+        ------
+        RuntimeError
+            As for `penalty`.
+        """
+        if self._last is None:
+            raise RuntimeError("call the layer first: there are no queries, keys and values yet")
+        return self._last.arrays()
+
+    def fit_basis(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> None:
+        """Fit the basis of the layer to a batch, as a call in training mode does.
+
+        Parameters
+        ----------
+        query, key, value, key_padding_mask, attn_mask, is_causal
+            As for a call.
+
+        Raises
+        ------
+        ValueError
+            If the layer keeps no basis, or `slra.fit_attention` would refuse the rank or the data.
+        """
+        if not self._keeps_basis:
+            raise ValueError('fit_basis needs basis="layer", and a rank or rtol')
+        with torch.no_grad():
+            q, k, v = self._heads(*(self._batch_first(x) for x in (query, key, value)))
+        mask = _mask(key_padding_mask, None if is_causal else attn_mask, q, k)
+        self._fit(q, k, v, mask, is_causal)
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return x[None]
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Project (N, L, E) to the heads' queries, keys and values, (N, H, L, D)."""
+        if self.in_proj_weight is None:
+            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        else:
+            weights = self.in_proj_weight.chunk(3)
+        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        projected = map(functional.linear, (query, key, value), weights, biases)
+        return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected]
+
+    def _projections(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Projections | None:
+        """Subspaces for this call; None for full rank."""
+        if not self._is_low_rank:
+            return None
+        if self.basis == "sequence":
+            if is_causal:
+                raise ValueError(
+                    'is_causal must be False with basis="sequence", which is fitted to the whole sequence: later '
+                    'tokens would change earlier outputs; use basis="layer"'
+                )
+            projections, self._ranks = self._fitted(q, k, v, mask, is_causal)
+            return projections
+        if self._ranks is None:
+            if not (self.training and self.refit_every):
+                raise RuntimeError(
+                    "the layer has no basis yet: call it in training mode, call fit_basis, or load a state with one"
+                )
+            self._fit(q, k, v, mask, is_causal)
+        return Projections(*(getattr(self, name) for name in Projections._fields))
+
+    def _count_call(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> None:
+        """Fit anew for later batches, where it is time."""
+        if not (self.training and self.refit_every and self._keeps_basis):
+            return
+        self._calls += 1
+        if self._calls % self.refit_every == 0:
+            self._fit(q, k, v, mask, is_causal)
+
+    def _fitted(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> tuple[Projections, Ranks]:
+        return fit_projections(
+            q,
+            k,
+            v,
+            self.rank,
+            rtol=self.rtol,
+            method=self.method,
+            pool_batch=self.basis == "layer",
+            mask=mask,
+            is_causal=is_causal,
+            causal_align="top_left",
+        )
+
+    def _fit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> None:
+        """Replace the buffers; not in place, as a backward pass may still need those of the last call."""
+        projections, self._ranks = self._fitted(q, k, v, mask, is_causal)
+        for name, fitted in projections._asdict().items():
+            buffer = torch.zeros_like(getattr(self, name))
+            # Ranks chosen by tolerance are padded with zeros to the largest there may be.
+            buffer[..., : fitted.shape[-2], : fitted.shape[-1]] = fitted
+            setattr(self, name, buffer)
+        self.ranks: Tensor = torch.tensor(self._ranks, dtype=torch.int64, device=self.ranks.device)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        *rest: Any,
+    ) -> None:
+        """Load the parameters, and the basis if there is one: `torch.nn.MultiheadAttention` has none."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        names = [prefix + name for name in self._buffers]
+        if not any(name in state_dict for name in names):
+            missing[:] = [name for name in missing if name not in names]
+        else:
+            ranks = tuple((qk, v) for qk, v in self.ranks.tolist())
+            self._ranks = ranks if all(map(all, ranks)) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the last call: tensors of a graph can be neither copied nor pickled."""
+        return {**self.__dict__, "_last": None}
+
+    def extra_repr(self) -> str:
+        """Say how the layer was made."""
+        names = ("embed_dim", "num_heads", "rank", "rtol", "method", "basis", "refit_every")
+        shown = [f"{name}={getattr(self, name)!r}" for name in (*names, "l1", "l1_form")]
+        return ", ".join(shown)
+
+
+def _mask(
+    key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor, k: Tensor
+) -> Tensor | None:
+    """Join both masks as slra has them: boolean, True attends; or floating, added."""
+    masks = []
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask.reshape(-1, 1, 1, k.shape[-2]))
+    if attn_mask is not None:
+        shape = (
+            (-1, *q.shape[1:3], k.shape[-2]) if attn_mask.ndim == 3 else (1, 1, *attn_mask.shape)
+        )
+        masks.append(attn_mask.reshape(shape))
+    if not masks:
+        return None
+    if all(mask.dtype == torch.bool for mask in masks):
+        return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
+    masks = [_additive(mask, q.dtype) for mask in masks]
+    return masks[0] if len(masks) == 1 else masks[0] + masks[1]
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
+
+
+def _weights(given: Approximation, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Return the matrix of weights, (N, H, L, S); rows that attend to nothing are 0."""
+    q, k, _ = given.arrays()
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    empty = torch.isneginf(scores).all(dim=-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(empty, 0), dim=-1).masked_fill(empty, 0)

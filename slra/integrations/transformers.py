@@ -1,0 +1,350 @@
+"""Low-rank attention inside Hugging Face transformers, under a name registered there.
+
+Needs: transformers, torch. An encoder may fit a basis in every call; whatever predicts tokens takes bases that were
+calibrated before and are attached to its layers, because a fit sees all tokens of the call, later ones included.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+import slra
+from slra._validate import check_choice, check_positive, check_rank
+from slra.attn.basis import AttentionBasis, basis_from
+from slra.attn.storage import load_layers, save_layers
+from slra.integrations._transformers_layer import (
+    BASIS,
+    RECORD,
+    LayerBasis,
+    Settings,
+    implementation,
+    is_implementation,
+)
+
+__all__ = ["attach", "calibrate", "detach", "load", "register", "save"]
+
+# No head is wider: a rank that is, is refused at once.
+_WIDEST_HEAD = 2**16
+
+
+def register(
+    name: str = "slra",
+    rank: int | tuple[int, int] | None = None,
+    *,
+    rtol: float | None = None,
+    method: str = "output",
+) -> None:
+    """Make low-rank attention known to transformers, with its masks, under a name for ``attn_implementation``.
+
+    Parameters
+    ----------
+    name : str
+        For ``from_pretrained(..., attn_implementation=name)`` and ``model.set_attn_implementation(name)``. Registering
+        it again changes the settings of every model that uses it.
+    rank : int or (int, int), optional
+        Dimensions to keep, as in `slra.low_rank_attention`: of each head, or of queries and keys and of values. A
+        sequence of no more tokens than that is attended to exactly. Neither ``rank`` nor ``rtol``: only layers with a
+        basis, see `attach`, can be run.
+    rtol : float, optional
+        Relative error of each head's output to stay within.
+    method : {"output", "joint", "svd"}
+        How bases are fitted, see `slra.fit_attention`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a setting is wrong, or the name belongs to another implementation.
+
+    Examples
+    --------
+    >>> from slra.integrations.transformers import register
+    >>> register("slra-half", rank=16)
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
+    known = AttentionInterface()
+    if not name or name == "eager" or (name in known and not is_implementation(known[name])):
+        raise ValueError(f"name must be a new one, got {name!r}, which is another implementation's")
+    check_choice(method, ("output", "joint", "svd"), "method")
+    for one in rank if isinstance(rank, Sequence) else (rank,):
+        if one is not None:
+            check_rank(one, _WIDEST_HEAD, limit_is="no head is wider")
+    if rtol is not None:
+        check_positive(rtol, "rtol")
+    AttentionInterface.register(name, implementation(Settings(name, rank, rtol, method)))
+    # Boolean masks, None where causality says all: just what slra.attention takes.
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+class _Sequence(NamedTuple):
+    """Real tokens of one sequence in one layer: q (Hq, n, D), k, v (Hkv, m, D), mask (1 or Hq, n, m)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass
+class _Layer:
+    """What a layer was given during calibration."""
+
+    settings: Settings
+    options: dict[str, Any]
+    sequences: list[_Sequence] = field(default_factory=list)
+
+
+def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, AttentionBasis]:
+    """Run a model on text and fit one basis for each attention layer, to all tokens but the padding.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        In eval mode, and using a name that was registered with a rank or rtol: these and the method are used.
+    batches : iterable of mappings or tensors
+        What a tokenizer returns (``input_ids`` and, where there is padding, ``attention_mask``), or the ids alone.
+
+    Returns
+    -------
+    dict of str to AttentionBasis
+        By the name of the layer in ``model.base_model``. The model is left as it was: see `attach`.
+
+    Raises
+    ------
+    TypeError
+        If ``batches`` holds something else.
+    ValueError
+        If the model is in training mode, no layer uses a registered name, a mask is not boolean, there are fewer
+        tokens than the rank, or an encoder-decoder is given padding.
+
+    Notes
+    -----
+    The model attends exactly meanwhile. All tokens of all layers are kept until the end, and a layer's fit takes a mask
+    of (number of tokens) squared bytes: some thousand tokens are plenty for heads of 32 to 128 dimensions.
+
+    Examples
+    --------
+    >>> import torch, transformers
+    >>> from slra.integrations.transformers import attach, calibrate, register
+    >>> config = transformers.LlamaConfig(
+    ...     hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50
+    ... )
+    >>> register("slra-example", rank=4)
+    >>> model = transformers.LlamaModel._from_config(config, attn_implementation="slra-example").eval()
+    >>> bases = calibrate(model, [torch.arange(40)[None, :]])
+    >>> {name: basis.ranks for name, basis in bases.items()}
+    {'layers.0.self_attn': ((4, 4), (4, 4), (4, 4), (4, 4))}
+    >>> attach(model, bases)
+    >>> model(torch.arange(5)[None, :]).last_hidden_state.shape
+    torch.Size([1, 5, 32])
+    """
+    if model.training:
+        raise ValueError("model must be in eval mode for calibration: call model.eval()")
+    with _recording(model) as recorder, torch.no_grad():
+        for batch in batches:
+            inputs = _check_batch(batch)
+            recorder.padding = _padding(inputs, model.config)
+            model(**inputs)
+    if not recorder.layers:
+        raise ValueError(
+            "model must use a name registered by slra.integrations.transformers.register, but no layer "
+            f"did; it uses {model.config._attn_implementation!r}: call model.set_attn_implementation(name)"
+        )
+    return {name: _fit_layer(layer) for name, layer in recorder.layers.items()}
+
+
+@dataclass
+class _Recorder:
+    """The layers seen so far, and the padding of the batch that is running, (B, N), True for tokens."""
+
+    layers: dict[str, _Layer] = field(default_factory=dict)
+    padding: torch.Tensor | None = None
+
+    def add(
+        self,
+        name: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        options: dict[str, Any],
+        settings: Settings,
+    ) -> None:
+        """Keep the real tokens of a batch in one layer."""
+        if not settings.fits:
+            raise ValueError(f"{settings.name!r} must be registered with rank or rtol to calibrate")
+        layer = self.layers.setdefault(name, _Layer(settings, options))
+        masks = _block_masks(q, k, options)
+        for index, mask in enumerate(masks):
+            rows = columns = slice(None)
+            if self.padding is not None:
+                rows = columns = self.padding[index]
+            layer.sequences.append(
+                _Sequence(
+                    q[index][:, rows],
+                    k[index][:, columns],
+                    v[index][:, columns],
+                    mask[:, rows][..., columns],
+                )
+            )
+
+
+def _block_masks(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    """Boolean masks of a batch, (B, 1 or Hq, Nq, Nk)."""
+    mask = options["mask"]
+    if mask is None:
+        mask = torch.ones((1, 1, q.shape[-2], k.shape[-2]), dtype=torch.bool, device=q.device)
+        mask = torch.tril(mask) if options["is_causal"] else mask
+    if mask.dtype != torch.bool:
+        raise ValueError(f"attention_mask must be boolean to calibrate, got {mask.dtype}")
+    return mask.expand(q.shape[0], -1, q.shape[-2], k.shape[-2])
+
+
+@contextmanager
+def _recording(model: Any) -> Iterator[_Recorder]:
+    """Have every attention layer of a model record what it is given."""
+    recorder = _Recorder()
+    modules = dict(model.base_model.named_modules())
+    for name, module in modules.items():
+        setattr(module, RECORD, partial(recorder.add, name))
+    try:
+        yield recorder
+    finally:
+        for module in modules.values():
+            delattr(module, RECORD)
+
+
+def _check_batch(batch: Any) -> dict[str, Any]:
+    if isinstance(batch, torch.Tensor):
+        return {"input_ids": batch}
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            "batches must be an iterable of mappings, as a tokenizer returns, or of tensors of ids, "
+            f"got one of {type(batch).__name__}"
+        )
+    return dict(batch)
+
+
+def _padding(inputs: dict[str, Any], config: Any) -> torch.Tensor | None:
+    """Which tokens of a batch are real, None where all are."""
+    masks = [x for name, x in inputs.items() if name.endswith("attention_mask") and x is not None]
+    if all(bool(torch.all(x != 0)) for x in masks):
+        return None
+    if getattr(config, "is_encoder_decoder", False) or inputs["attention_mask"].ndim != 2:
+        raise ValueError(
+            "attention_mask must be 1 throughout to calibrate an encoder-decoder, or of shape (batch, length): "
+            "calibrate on sequences without padding"
+        )
+    return inputs["attention_mask"] != 0
+
+
+def _fit_layer(layer: _Layer) -> AttentionBasis:
+    """Fit to all sequences at once: side by side, each attending to itself only."""
+    q, k, v = (torch.cat([getattr(one, x) for one in layer.sequences], dim=-2) for x in "qkv")
+    n_heads = max(one.mask.shape[0] for one in layer.sequences)
+    mask = torch.zeros((n_heads, q.shape[-2], k.shape[-2]), dtype=torch.bool, device=q.device)
+    row = column = 0
+    for one in layer.sequences:
+        bottom, right = row + one.mask.shape[-2], column + one.mask.shape[-1]
+        mask[:, row:bottom, column:right] = one.mask
+        row, column = bottom, right
+    options = {**layer.options, "mask": mask, "is_causal": False}
+    settings = layer.settings
+    return slra.fit_attention(
+        q, k, v, settings.rank, rtol=settings.rtol, method=settings.method, **options
+    )
+
+
+def attach(model: Any, bases: Mapping[str, AttentionBasis]) -> None:
+    """Give layers of a model the bases to run on, in place of those that they have.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Using, now or later, a registered name. The bases become buffers of its layers, which move with it
+        (``model.to``) and are not saved with it.
+    bases : mapping of str to AttentionBasis
+        From `calibrate` or `load`, by the name of the layer in ``model.base_model``.
+
+    Raises
+    ------
+    ValueError
+        If a layer does not exist in the model, or a basis has batch axes.
+
+    Examples
+    --------
+    See `calibrate`.
+    """
+    modules = dict(model.base_model.named_modules())
+    if unknown := sorted(set(bases) - set(modules)):
+        raise ValueError(
+            f"bases must be of layers of {type(model).__name__}, which has none called {', '.join(unknown)}"
+        )
+    for name, basis in bases.items():
+        if basis.wq.ndim != 3:
+            raise ValueError(
+                f"the basis of {name} must have no batch axis, got wq of shape {tuple(basis.wq.shape)}"
+            )
+    device = next(model.parameters()).device
+    for name, basis in bases.items():
+        placed = next(modules[name].parameters(), None)
+        setattr(
+            modules[name],
+            BASIS,
+            LayerBasis(basis, device if placed is None else placed.device),
+        )
+
+
+def detach(model: Any) -> None:
+    """Take all bases off the layers of a model.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    """
+    for module in model.modules():
+        if hasattr(module, BASIS):
+            delattr(module, BASIS)
+
+
+def save(path: str | PathLike[str], bases: Mapping[str, AttentionBasis]) -> None:
+    """Write the bases of all layers to one file: an .npz archive of plain arrays.
+
+    Parameters
+    ----------
+    path : str or path-like
+        Written as it is, no suffix is added.
+    bases : mapping of str to AttentionBasis
+        From `calibrate`.
+    """
+    save_layers(path, bases)
+
+
+def load(path: str | PathLike[str]) -> dict[str, AttentionBasis]:
+    """Read bases written by `save`, as tensors on the CPU; nothing is unpickled.
+
+    Parameters
+    ----------
+    path : str or path-like
+
+    Returns
+    -------
+    dict of str to AttentionBasis
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is damaged, or not what `save` writes.
+    """
+    layers = load_layers(path, "slra.integrations.transformers.save")
+    return {
+        name: basis_from(arrays, torch.from_numpy(arrays["wq"])) for name, arrays in layers.items()
+    }

@@ -1,0 +1,208 @@
+r"""The combined objective: a task's loss and the l1 norms of the low-rank queries, keys and values.
+
+.. math:: L = L_{\text{task}} + \lambda_Q \|\hat Q\|_1 + \lambda_K \|\hat K\|_1 + \lambda_V \|\hat V\|_1
+
+It can be minimised in two ways: with the penalty's subgradient (what automatic differentiation uses), which brings
+entries near zero, or with its proximal operator, which makes them exactly zero.
+"""
+
+from typing import Any
+
+from slra._backends import Primitives
+from slra._typing import Array, Namespace
+from slra._validate import check_l1, check_positive, promote, resolve
+from slra.prox.l1 import norm_l1, prox_l1
+
+__all__ = ["combined_objective", "l1_penalty", "l1_penalty_grad", "l1_penalty_prox"]
+
+L1 = float | tuple[float, float, float]
+
+
+def combined_objective(task: Any, q: Array, k: Array, v: Array, l1: L1) -> Array:
+    r"""Loss of the task plus the l1 penalty on the low-rank queries, keys and values.
+
+    Parameters
+    ----------
+    task : float or 0-d array
+        Loss of the task, L_task.
+    q, k, v : array
+        Q^, K^ and V^; real floating, any shapes, of one library.
+    l1 : float or (float, float, float)
+        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
+
+    Returns
+    -------
+    array
+        0-d, real.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real floating, two come from different libraries, or ``l1`` is not a number or three of them.
+    ValueError
+        If a weight is negative or not finite.
+
+    Notes
+    -----
+    .. math:: L = L_{\text{task}} + \lambda_Q \|\hat Q\|_1 + \lambda_K \|\hat K\|_1 + \lambda_V \|\hat V\|_1
+
+    The norms are sums over all entries: for a batch whose task loss is a mean, divide ``l1`` by its size.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from slra import objective
+    >>> q, k, v = np.asarray([-1.0, 2.0]), np.asarray([0.5]), np.asarray([4.0])
+    >>> float(objective.combined_objective(10.0, q, k, v, (1.0, 2.0, 0.0)))
+    14.0
+    """
+    return task + l1_penalty(q, k, v, l1)
+
+
+def l1_penalty(q: Array, k: Array, v: Array, l1: L1) -> Array:
+    r"""Weighted sum of the l1 norms of the low-rank queries, keys and values.
+
+    Parameters
+    ----------
+    q, k, v : array
+        Q^, K^ and V^; real floating, any shapes, of one library.
+    l1 : float or (float, float, float)
+        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
+
+    Returns
+    -------
+    array
+        0-d, real. Sums are formed in the dtype of each array, float32 for half precision.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real floating, two come from different libraries, or ``l1`` is not a number or three of them.
+    ValueError
+        If a weight is negative or not finite.
+
+    Notes
+    -----
+    .. math:: \lambda_Q \|\hat Q\|_1 + \lambda_K \|\hat K\|_1 + \lambda_V \|\hat V\|_1
+
+    torch and JAX differentiate it; their gradient is that of `l1_penalty_grad`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from slra import objective
+    >>> q, k, v = np.asarray([-1.0, 2.0]), np.asarray([0.5]), np.asarray([4.0])
+    >>> float(objective.l1_penalty(q, k, v, (1.0, 2.0, 0.0)))
+    4.0
+    """
+    _check(q, k, v)
+    l_q, l_k, l_v = check_l1(l1)
+    return l_q * norm_l1(q) + l_k * norm_l1(k) + l_v * norm_l1(v)
+
+
+def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array, Array]:
+    r"""Subgradient of `l1_penalty`: the one that is 0 where an entry is 0.
+
+    Parameters
+    ----------
+    q, k, v : array
+        Q^, K^ and V^; real floating, any shapes, of one library.
+    l1 : float or (float, float, float)
+        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
+
+    Returns
+    -------
+    dq, dk, dv : array
+        In the shapes and dtypes of q, k and v.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real floating, two come from different libraries, or ``l1`` is not a number or three of them.
+    ValueError
+        If a weight is negative or not finite.
+
+    Notes
+    -----
+    .. math:: \lambda_Q \operatorname{sign}(\hat Q), \quad \operatorname{sign}(0) = 0
+
+    At 0 every number of modulus up to lambda is a subgradient; 0 is the smallest, and what differentiating `l1_penalty`
+    gives, on torch and on JAX (where ``jax.grad`` of ``abs`` alone is 1 at 0).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from slra import objective
+    >>> q, k, v = np.asarray([-3.0, 0.0]), np.asarray([0.5]), np.asarray([4.0])
+    >>> [x.tolist() for x in objective.l1_penalty_grad(q, k, v, (1.0, 2.0, 0.5))]
+    [[-1.0, 0.0], [2.0], [0.5]]
+    """
+    xp = _check(q, k, v).xp
+    dq, dk, dv = (weight * _sign(x, xp) for x, weight in zip((q, k, v), check_l1(l1), strict=True))
+    return dq, dk, dv
+
+
+def l1_penalty_prox(
+    q: Array, k: Array, v: Array, l1: L1, *, step: float = 1.0
+) -> tuple[Array, Array, Array]:
+    r"""Proximal operator of ``step`` times `l1_penalty`: soft thresholds, which give exact zeros.
+
+    Parameters
+    ----------
+    q, k, v : array
+        Q^, K^ and V^; real floating, any shapes, of one library.
+    l1 : float or (float, float, float)
+        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
+    step : float
+        Length of the gradient step before it, 0 or more; 1 makes ``l1`` the thresholds.
+
+    Returns
+    -------
+    q, k, v : array
+        In the shapes and dtypes of the arguments.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real floating, two come from different libraries, or ``l1`` is not a number or three of them.
+    ValueError
+        If a weight or ``step`` is negative or not finite.
+
+    Notes
+    -----
+    .. math:: \operatorname{prox}(x)_i = \operatorname{sign}(x_i) \max(|x_i| - s \lambda, 0)
+
+    After a step against the gradient of the task's loss it is one iteration of proximal gradient; for a loop with
+    step search and momentum see `slra.proximal_gradient`.
+
+    Examples
+    --------
+    One iteration on ``1/2 ||q - b||^2 + ||q||_1``, and the same with nothing for k and v:
+
+    >>> import numpy as np
+    >>> from slra import objective
+    >>> q, b, none = np.zeros(2), np.asarray([3.0, 0.5]), np.zeros(0)
+    >>> objective.l1_penalty_prox(q - 1.0 * (q - b), none, none, 1.0)[0].tolist()
+    [2.0, 0.0]
+    """
+    _check(q, k, v)
+    step = check_positive(step, "step", allow_zero=True)
+    q, k, v = (
+        x if weight == 0 else prox_l1(x, step * weight)
+        for x, weight in zip((q, k, v), check_l1(l1), strict=True)
+    )
+    return q, k, v
+
+
+def _check(q: Array, k: Array, v: Array) -> Primitives:
+    """Raise unless the three are real floating arrays of one library; they may differ in dtype."""
+    table = resolve(q=q, k=k, v=v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        promote(table, allow_complex=False, **{name: x})
+    return table
+
+
+def _sign(x: Array, xp: Namespace) -> Array:
+    """Sign of ``x``: 0 for 0, and NaN for NaN, which not every library's own gives."""
+    ones = xp.ones_like(x)
+    return xp.where(x > 0, ones, xp.where(x < 0, -ones, x))

@@ -1,0 +1,164 @@
+"""What docs/interop.md promises, and that every sentence there has its test."""
+
+import ast
+import pickle
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import array_api_compat as compat
+import numpy as np
+import pytest
+
+import slra
+from slra._validate import promote, resolve
+from tests.backends import to_numpy, to_xp
+from tests.transforms import CASES, OF_A_MATRIX, arguments
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs" / "interop.md"
+LAZY = pytest.mark.eager_only("one call is traced at a time")
+
+
+def promises():
+    return re.findall(r"^- (.*)$", PAGE.read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("promise", promises(), ids=lambda promise: promise[:40])
+def test_every_promise_names_a_test_that_exists(promise):
+    found = re.search(r"`(test_\w+\.py)::(test_\w+)`$", promise)
+    assert found, "a line of the contract must end with its test"
+    tree = ast.parse((TESTS / found[1]).read_text())
+    assert found[2] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_results_have_the_library_and_dtype_of_the_arguments(xp):
+    (a,), qkv = arguments("prox_l1"), arguments("attention")
+    x, *qkv = (to_xp(xp, one.astype("float32")) for one in (a, *qkv))
+    results = [
+        *slra.truncated_svd(x, 2),
+        slra.prox.prox_l1(x, 0.1),
+        slra.attention(*qkv),
+        slra.low_rank_attention(*qkv, 2),
+    ]
+    z = to_xp(xp, (a * (1 + 1j)).astype("complex64"))
+    U, S, Vh = slra.truncated_svd(z, 2)
+    results += [S, slra.prox.norm_l1(z)]
+    for out in results:
+        assert compat.array_namespace(out) is compat.array_namespace(x)
+        assert out.dtype == x.dtype
+    assert U.dtype == Vh.dtype == z.dtype
+
+
+def test_sums_of_exponentials_are_not_rounded_to_half(xp):
+    if not hasattr(xp, "float16"):
+        pytest.skip("no half precision in this library")
+    qkv = [xp.astype(to_xp(xp, a), xp.float16) for a in arguments("attention")]
+    out, lse = slra.attention(*qkv, return_lse=True)
+    assert (out.dtype, lse.dtype) == (xp.float16, xp.float32)
+
+
+@pytest.mark.parametrize("name", ["randomized_svd", "prox_l1", "attention"])
+def test_arguments_are_left_alone(xp, name):
+    plain = arguments(name)
+    given = [to_xp(xp, a.copy()) for a in plain]
+    CASES[name](*given)
+    for x, a in zip(given, plain, strict=True):
+        np.testing.assert_array_equal(to_numpy(x), a)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_results_share_no_memory_with_arguments(name):
+    given = arguments(name)
+    out = CASES[name](*given)
+    assert not any(np.shares_memory(out, x) for x in given)
+
+
+@pytest.mark.parametrize("call", ["prox_l1", "project_box", "project_l2_ball", "project_rank"])
+def test_results_that_equal_their_argument_are_copies_all_the_same(call):
+    x = np.asarray([[0.1, 0.2], [0.3, 0.1]])
+    prox = slra.prox
+    out = {
+        "prox_l1": lambda: prox.prox_l1(x, 0.0),
+        "project_box": lambda: prox.project_box(x, -1.0, 1.0),
+        "project_l2_ball": lambda: prox.project_l2_ball(x, 9.0),
+        "project_rank": lambda: prox.project_rank(x, 2),
+    }[call]()
+    np.testing.assert_allclose(out, x, atol=1e-15)
+    assert not np.shares_memory(out, x)
+
+
+@LAZY
+def test_only_half_precision_is_copied_at_the_door(xp):
+    x = to_xp(xp, np.ones((3, 2)))
+    table = resolve(x=x)
+    assert promote(table, x=x).arrays[0] is x
+    if hasattr(xp, "float16"):
+        assert promote(table, x=xp.astype(x, xp.float16)).arrays[0].dtype == xp.float32
+
+
+def test_traced_nan_comes_out_as_nan():
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.asarray(arguments("prox_l1")[0]).at[0, 0].set(np.nan)
+    assert np.all(np.isnan(jax.jit(lambda x: slra.truncated_svd(x, 2).S)(x)))
+
+
+@LAZY
+@pytest.mark.parametrize("name", ["prox_nuclear", "attention", "low_rank_attention"])
+def test_several_threads_get_what_one_gets(xp, name):
+    if name not in OF_A_MATRIX and compat.is_dask_namespace(xp):
+        pytest.skip("a graph, which its scheduler runs")
+    inputs = [[to_xp(xp, (i + 1) * a) for a in arguments(name)] for i in range(8)]
+    alone = [to_numpy(CASES[name](*x)) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda x: to_numpy(CASES[name](*x)), inputs))
+    for got, right in zip(together, alone, strict=True):
+        np.testing.assert_allclose(got, right, rtol=0, atol=1e-11)
+
+
+def test_global_state_is_left_alone():
+    torch = pytest.importorskip("torch")
+    jax = pytest.importorskip("jax")
+
+    def state():
+        return (
+            pickle.dumps(np.random.get_state()),  # noqa: NPY002
+            torch.get_rng_state().tolist(),
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            str(jax.config.values),
+            sorted(np.geterr().items()),
+        )
+
+    before = state()
+    for name in ("randomized_svd", "prox_nuclear", "low_rank_attention", "attention"):
+        given = arguments(name)
+        for convert in (np.asarray, torch.from_numpy, jax.numpy.asarray):
+            CASES[name](*map(convert, given))
+    slra.robust_pca(arguments("prox_l1")[0], rng=None, max_iter=5)
+    assert state() == before
+
+
+def test_results_can_be_pickled():
+    (x,), qkv = arguments("prox_l1"), arguments("attention")
+    basis = slra.fit_attention(*qkv, 3)
+    for result in (slra.truncated_svd(x, 2), slra.compress(x, 2, 0.2), basis):
+        again = pickle.loads(pickle.dumps(result))
+        assert type(again) is type(result)
+    np.testing.assert_array_equal(again.uv, basis.uv)
+    np.testing.assert_allclose(again.attend(*qkv), basis.attend(*qkv), atol=1e-14)
+
+
+@pytest.mark.parametrize("adapter", ["sklearn", "transformers"])
+def test_an_adapter_imports_only_its_framework(adapter):
+    pytest.importorskip(adapter)
+    code = f"import sys, slra.integrations.{adapter}; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in result.stdout.split()}
+    others = {"sklearn": {"torch", "transformers"}, "transformers": set()}[adapter]
+    assert not loaded & ({"jax", "dask", "cupy"} | others)

@@ -1,0 +1,109 @@
+"""The attention layer for JAX against the one for PyTorch, on the same weights."""
+
+import doctest
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+torch = pytest.importorskip("torch")
+
+from slra.integrations import jax as jax_layer  # noqa: E402
+from slra.integrations.torch import LowRankAttention  # noqa: E402
+
+WIDTH, HEADS, BATCH, N = 12, 3, 2, 7
+# Sums of a few dozen products of entries near 1, in two libraries.
+ATOL = 200 * np.finfo("float64").eps
+
+
+def pair(**options):
+    """Return a torch layer with a basis, its input, and the same for JAX."""
+    torch.manual_seed(0)
+    module = LowRankAttention(
+        WIDTH, HEADS, batch_first=True, dtype=torch.float64, refit_every=0, **options
+    )
+    x = torch.randn(BATCH, N, WIDTH, dtype=torch.float64)
+    params = {n: jax.numpy.asarray(p.detach().numpy()) for n, p in module.named_parameters()}
+    return module, x, params, jax.numpy.asarray(x.numpy())
+
+
+CASES = {
+    "exact": {},
+    "penalty": {"rank": (2, 3), "l1": (0.1, 0.2, 0.3)},
+    "prox": {"rank": 2, "l1": (0.1, 0.0, 0.3), "l1_form": "prox", "method": "output"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_torch(case):
+    """Output, penalty, approximations, and the gradient of both for all parameters, compiled."""
+    options = CASES[case]
+    module, x, params, y = pair(**options)
+    rank, method = options.get("rank"), options.get("method", "svd")
+    projections = None
+    if rank is not None:
+        module.fit_basis(x, x, x, is_causal=True)
+        projections = jax.jit(
+            lambda params, y: jax_layer.fit(
+                params, y, y, y, rank, num_heads=HEADS, method=method, is_causal=True
+            )
+        )(params, y)
+    out, _ = module(x, x, x, need_weights=False, is_causal=True)
+    (out.square().sum() + module.penalty()).backward()
+
+    def loss(params):
+        done = jax_layer.apply(
+            params,
+            *(y, y, y),
+            num_heads=HEADS,
+            projections=projections,
+            l1=options.get("l1", 0.0),
+            l1_form=options.get("l1_form", "penalty"),
+            is_causal=True,
+        )
+        return (done.out**2).sum() + done.penalty, done
+
+    (_, done), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(done.out, out.detach(), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(done.penalty, module.penalty().detach(), rtol=ATOL)
+    for one, other in zip(done[2:], module.approximations(), strict=True):
+        np.testing.assert_allclose(one, other.detach(), rtol=0, atol=ATOL)
+    for name, parameter in module.named_parameters():
+        np.testing.assert_allclose(gradients[name], parameter.grad, rtol=0, atol=100 * ATOL)
+
+
+def test_maps_over_a_batch():
+    _, _, params, y = pair()
+    projections = jax_layer.fit(params, y, y, y, 2, num_heads=HEADS)
+
+    def run(y):
+        done = jax_layer.apply(
+            params, y, y, y, num_heads=HEADS, projections=projections, l1=0.1, l1_form="prox"
+        )
+        return done.out, done.penalty
+
+    out, penalty = run(y)
+    mapped, penalties = jax.vmap(run)(y)
+    np.testing.assert_allclose(mapped, out, rtol=0, atol=ATOL)
+    np.testing.assert_allclose(penalties.mean(), penalty, rtol=ATOL)
+
+
+def test_a_fresh_layer_has_the_parameters_of_torch():
+    for bias in (True, False):
+        reference = torch.nn.MultiheadAttention(WIDTH, HEADS, bias=bias)
+        params = jax_layer.init(jax.random.key(0), WIDTH, bias=bias)
+        shapes = {name: tuple(x.shape) for name, x in reference.named_parameters()}
+        assert {name: x.shape for name, x in params.items()} == shapes
+        spread = [float(x.detach().abs().max()) for x in (reference.in_proj_weight,)]
+        np.testing.assert_allclose(np.max(np.abs(params["in_proj_weight"])), spread, rtol=0.05)
+
+
+def test_an_unknown_form_is_named():
+    _, _, params, y = pair()
+    with pytest.raises(ValueError, match="l1_form must be one of 'penalty', 'prox'"):
+        jax_layer.apply(params, y, y, y, num_heads=HEADS, l1_form="both")
+
+
+def test_examples_run():
+    result = doctest.testmod(jax_layer)
+    assert result.failed == 0 < result.attempted

@@ -1,0 +1,113 @@
+"""JAX: gradients, vmap, shard_map, and that what is sharded over the batch stays so."""
+
+import functools
+
+import numpy as np
+import pytest
+
+import slra
+from tests.transforms import CASES, WITH_A_CONSTANT_BASIS, arguments
+
+jax = pytest.importorskip("jax")
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+N_DEVICES = 4
+# One of each kind: every function under jit is what the rest of the suite runs.
+DIFFERENTIATED = ("randomized_svd", "truncated_svd", "prox_nuclear", "project_simplex", "attention")
+MAPPED = (*DIFFERENTIATED, "low_rank_attention", "compress")
+
+
+def svd_of_a_test_matrix(x):
+    omega = np.random.default_rng(1).standard_normal((x.shape[-1], 4))
+    omega = jax.numpy.asarray(omega) if isinstance(x, jax.Array) else omega
+    found = slra.randomized_svd(x, 2, test_matrix=omega, method="krylov", n_iter=1)
+    return found.U, found.S, found.Vh
+
+
+SHARDED = {
+    "randomized_svd": svd_of_a_test_matrix,
+    "attention": CASES["attention"],
+    "low_rank_attention": CASES["low_rank_attention"],
+    "prox_l1": CASES["prox_l1"],
+    "prox_l21": CASES["prox_l21"],
+    "project_simplex": CASES["project_simplex"],
+    "prox_nuclear": CASES["prox_nuclear"],
+}
+
+
+@pytest.fixture
+def mesh():
+    if len(jax.devices()) < N_DEVICES:
+        pytest.skip(f"{N_DEVICES} devices are needed")
+    return jax.make_mesh((N_DEVICES,), ("batch",), devices=jax.devices()[:N_DEVICES])
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_gradients_are_those_of_differences(name):
+    assert name not in WITH_A_CONSTANT_BASIS
+    inputs = [jax.numpy.asarray(x) for x in arguments(name)]
+
+    @jax.jit
+    def value(inputs):
+        return jax.numpy.sum(CASES[name](*inputs) ** 2)
+
+    rng = np.random.default_rng(2)
+    way = [jax.numpy.asarray(rng.standard_normal(x.shape)) for x in inputs]
+    step = 1e-5
+    ahead, behind = (
+        value([x + sign * step * d for x, d in zip(inputs, way, strict=True)]) for sign in (1, -1)
+    )
+    slopes = jax.grad(value)(inputs)
+    along = sum(float(jax.numpy.vdot(s, d)) for s, d in zip(slopes, way, strict=True))
+    # The difference is off by step**2 times a third derivative, and by eps / step = 2e-11 times the value.
+    np.testing.assert_allclose(along, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_mapped_over_a_batch(name):
+    """On NumPy, matrix by matrix, the same comes out."""
+    plain = arguments(name, batch=(2,))
+    together = jax.jit(jax.vmap(CASES[name]))(*map(jax.numpy.asarray, plain))
+    for i in range(2):
+        expected = CASES[name](*(x[i] for x in plain))
+        np.testing.assert_allclose(together[i], expected, rtol=0, atol=1e-11)
+
+
+def sharded(name, mesh):
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    inputs = arguments(name, batch=(N_DEVICES,))
+    return where, [jax.device_put(x, where) for x in inputs], inputs
+
+
+def leaves(x):
+    return jax.tree.leaves(x)
+
+
+@pytest.mark.parametrize("name", list(SHARDED))
+def test_what_is_sharded_over_the_batch_stays_so(name, mesh):
+    where, inputs, plain = sharded(name, mesh)
+    compiled = jax.jit(SHARDED[name]).lower(*inputs).compile()
+    hlo = compiled.as_text()
+    assert not [word for word in COLLECTIVES if word in hlo]
+    out = leaves(compiled(*inputs))
+    expected = leaves(SHARDED[name](*plain))
+    for got, right in zip(out, expected, strict=True):
+        assert got.sharding.is_equivalent_to(where, got.ndim)
+        np.testing.assert_allclose(got, right, rtol=0, atol=1e-11)
+
+
+def test_a_collective_would_be_seen(mesh):
+    _, (x,), _ = sharded("prox_l1", mesh)
+    hlo = jax.jit(lambda x: x - x.mean(axis=0)).lower(x).compile().as_text()
+    assert [word for word in COLLECTIVES if word in hlo]
+
+
+@pytest.mark.parametrize("name", ["randomized_svd", "low_rank_attention"])
+def test_inside_shard_map(name, mesh):
+    where, inputs, plain = sharded(name, mesh)
+    spec = jax.sharding.PartitionSpec("batch")
+    call = functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
+    out = leaves(jax.jit(call(SHARDED[name]))(*inputs))
+    expected = leaves(SHARDED[name](*plain))
+    for got, right in zip(out, expected, strict=True):
+        assert got.sharding.is_equivalent_to(where, got.ndim)
+        np.testing.assert_allclose(got, right, rtol=0, atol=1e-11)

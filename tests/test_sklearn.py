@@ -1,0 +1,109 @@
+"""The scikit-learn transformer: scikit-learn's own checks, and agreement with TruncatedSVD and PCA."""
+
+import doctest
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+pytest.importorskip("sklearn")
+from sklearn.base import clone
+from sklearn.decomposition import PCA, TruncatedSVD
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import estimator_checks_generator
+
+from slra.integrations.sklearn import LowRank
+from tests.test_svd_never_wrong import make
+
+
+def checks():
+    for settings in ({}, {"rtol": 0.1}, {"center": True}):
+        yield from estimator_checks_generator(LowRank(**settings), mark="skip")
+
+
+@pytest.mark.parametrize(
+    ("estimator", "check"),
+    [pytest.param(e, c, id=f"{e}-{c.func.__name__}") for e, c in checks()],
+)
+def test_it_keeps_the_rules_of_scikit_learn(estimator, check):
+    check(estimator)
+
+
+def data(kind):
+    X = make("exponential", (80, 50), "float64") + 0.3
+    if kind == "dense":
+        return X
+    X[np.random.default_rng(0).random(X.shape) < 0.8] = 0
+    return getattr(scipy.sparse, f"{kind}_array")(X)
+
+
+@pytest.mark.parametrize("kind", ["dense", "csr", "csc"])
+def test_it_agrees_with_truncated_svd(kind):
+    X = data(kind)
+    ours = LowRank(5, n_iter=12, random_state=0)
+    theirs = TruncatedSVD(5, algorithm="arpack", random_state=0)
+    scores, expected = ours.fit_transform(X), theirs.fit_transform(X)
+    # Neighbouring singular values differ by more than 1e-3 of the largest; 1e-12 / 1e-3 and room.
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
+    for name in (
+        "components_",
+        "singular_values_",
+        "explained_variance_",
+        "explained_variance_ratio_",
+    ):
+        got, right = getattr(ours, name), getattr(theirs, name)
+        np.testing.assert_allclose(got, right, rtol=0, atol=1e-8 * np.abs(right).max())
+    np.testing.assert_allclose(ours.transform(X), expected, atol=1e-8 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        ours.inverse_transform(scores), theirs.inverse_transform(expected), atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("kind", ["dense", "csr"])
+def test_centred_it_is_pca(kind):
+    X = data(kind)
+    dense = X if kind == "dense" else X.toarray()
+    ours = LowRank(5, n_iter=12, center=True, random_state=0).fit(X)
+    theirs = PCA(5, svd_solver="full").fit(dense)
+    np.testing.assert_allclose(ours.mean_, theirs.mean_, atol=1e-14)
+    np.testing.assert_allclose(
+        ours.explained_variance_ratio_, theirs.explained_variance_ratio_, atol=1e-10
+    )
+    signs = np.sign(np.sum(ours.components_ * theirs.components_, axis=1))
+    scores = theirs.transform(dense) * signs
+    np.testing.assert_allclose(ours.transform(X), scores, atol=1e-8 * np.abs(scores).max())
+    np.testing.assert_allclose(
+        ours.inverse_transform(scores), theirs.inverse_transform(scores * signs), atol=1e-7
+    )
+
+
+def test_a_tolerance_chooses_the_number_of_components():
+    X = data("dense")
+    values = np.linalg.svd(X, compute_uv=False)
+    tails = np.sqrt(np.cumsum(values[::-1] ** 2))[::-1] / np.linalg.norm(values)
+    model = LowRank(rtol=0.05, random_state=0).fit(X)
+    assert model.components_.shape[0] == int(np.argmax(tails <= 0.05))
+    assert np.linalg.norm(model.inverse_transform(model.transform(X)) - X) <= 0.05 * np.linalg.norm(
+        X
+    )
+    assert LowRank(3, rtol=0.05, random_state=0).fit(X).singular_values_.shape == (3,)
+
+
+def test_names_pipelines_and_seeds():
+    X = data("dense").astype("float32")
+    model = make_pipeline(StandardScaler(), LowRank(3, random_state=4)).fit(X)
+    assert list(model.get_feature_names_out()) == ["lowrank0", "lowrank1", "lowrank2"]
+    scores = model.transform(X)
+    assert scores.dtype == np.float32
+    np.testing.assert_array_equal(clone(model).fit(X).transform(X), scores)
+
+
+def test_the_example_runs():
+    (test,) = doctest.DocTestFinder(recurse=False).find(LowRank, "LowRank")
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_constant_features_explain_nothing():
+    model = LowRank(1, center=True, random_state=0).fit(np.ones((4, 3)))
+    assert model.explained_variance_ratio_.tolist() == [0.0]

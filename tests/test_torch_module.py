@@ -1,0 +1,340 @@
+"""The attention layer for PyTorch against torch.nn.MultiheadAttention."""
+
+import copy
+import doctest
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from slra import objective  # noqa: E402
+from slra.integrations.torch import LowRankAttention  # noqa: E402
+
+EPS = np.finfo("float64").eps
+# Sums of a few dozen products of entries near 1, twice over.
+ATOL = 100 * EPS
+WIDTH, HEADS, BATCH, N_Q, N_K = 12, 3, 2, 7, 9
+
+
+@pytest.fixture(autouse=True)
+def _double_precision():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+def layer(reference=None, **options):
+    """Return a layer, batch first, with the parameters of a reference."""
+    made = LowRankAttention(WIDTH, HEADS, batch_first=True, **options)
+    if reference is not None:
+        made.load_state_dict(reference.state_dict())
+    return made
+
+
+def data(n=N_Q, width=WIDTH):
+    return torch.randn(BATCH, n, width)
+
+
+def masks():
+    padding = torch.zeros(BATCH, N_K, dtype=torch.bool)
+    padding[1, 6:] = True
+    hidden = torch.rand(N_Q, N_K) < 0.3
+    hidden[:, 0] = False
+    return {
+        "none": {},
+        "padding": {"key_padding_mask": padding},
+        "boolean": {"attn_mask": hidden},
+        "added": {"attn_mask": torch.randn(N_Q, N_K)},
+        "per head": {"attn_mask": torch.randn(BATCH * HEADS, N_Q, N_K)},
+        "both": {"key_padding_mask": padding, "attn_mask": hidden},
+        "both added": {
+            "key_padding_mask": torch.randn(BATCH, N_K),
+            "attn_mask": torch.randn(BATCH * HEADS, N_Q, N_K),
+        },
+    }
+
+
+def assert_close(got, expected, atol=ATOL):
+    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("rank", [None, 4], ids=["exact", "all four dimensions"])
+@pytest.mark.parametrize("case", masks())
+def test_full_rank_is_multi_head_attention(case, rank):
+    """Output, weights and gradients of all parameters."""
+    reference = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    ours = layer(reference, rank=rank)
+    query, memory, given = data(), data(N_K), masks()[case]
+    for options in ({}, {"average_attn_weights": False}, {"need_weights": False}):
+        (right, right_weights), (out, weights) = (
+            m(query, memory, memory, **given, **options) for m in (reference, ours)
+        )
+        assert_close(out, right)
+        assert (weights is None) == (right_weights is None)
+        if weights is not None:
+            assert_close(weights, right_weights)
+    (right.square().sum() + out.square().sum()).backward()
+    for one, other in zip(ours.parameters(), reference.parameters(), strict=True):
+        assert_close(one.grad, other.grad, 10 * ATOL)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_causal_with_and_without_the_mask(need_weights):
+    reference = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    ours = layer(reference)
+    x, later = data(), torch.ones(N_Q, N_Q, dtype=torch.bool).triu(1)
+    right, right_weights = reference(x, x, x, attn_mask=later, is_causal=True)
+    for attn_mask in (None, later):
+        out, weights = ours(x, x, x, attn_mask=attn_mask, is_causal=True, need_weights=need_weights)
+        assert_close(out, right)
+        if need_weights:
+            assert_close(weights, right_weights)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_lengths_first_other_widths_and_no_bias(ndim):
+    options = {"bias": False, "kdim": 5, "vdim": 6}
+    reference = torch.nn.MultiheadAttention(WIDTH, HEADS, **options)
+    ours = LowRankAttention(WIDTH, HEADS, rank=2, **options)
+    ours.load_state_dict(reference.state_dict())
+    full = LowRankAttention(WIDTH, HEADS, **options)
+    full.load_state_dict(reference.state_dict())
+    batch = (BATCH,) if ndim == 3 else ()
+    arguments = [torch.randn(n, *batch, w) for n, w in ((N_Q, WIDTH), (N_K, 5), (N_K, 6))]
+    right, right_weights = reference(*arguments)
+    out, weights = full(*arguments)
+    assert_close(out, right)
+    assert_close(weights, right_weights)
+    assert [x.shape for x in ours(*arguments)] == [right.shape, right_weights.shape]
+
+
+def expected_output(module, x, rank, *, thresholds=(0.0, 0.0, 0.0)):
+    """Formula by hand: truncated SVD of all tokens of the batch, soft threshold, softmax."""
+    q, k, v = (
+        (x @ w.mT + b).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        for w, b in zip(module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3), strict=True)
+    )
+    hats = []
+    for one, tau in zip((q, k, v), thresholds, strict=True):
+        stacked = one.transpose(0, 1).flatten(1, 2).detach()
+        V = torch.linalg.svd(stacked, full_matrices=False)[2][..., :rank, :]
+        hat = one @ V.mT @ V
+        hats.append(hat.sign() * (hat.abs() - tau).clamp(min=0))
+    weights = torch.softmax(hats[0] @ hats[1].mT / 2, -1)
+    return module.out_proj((weights @ hats[2]).transpose(1, 2).flatten(2)), hats
+
+
+def test_the_penalty_form_is_the_formula():
+    module, x = layer(rank=2, l1=(0.1, 0.2, 0.3)), data()
+    out, _ = module(x, x, x, need_weights=False)
+    right, hats = expected_output(module, x, 2)
+    assert_close(out, right)
+    expected = sum(
+        t * hat.abs().sum() / BATCH for t, hat in zip((0.1, 0.2, 0.3), hats, strict=True)
+    )
+    assert_close(module.penalty(), expected)
+    assert module.sparsity() == (0, 0, 0)
+    parameters = list(module.parameters())
+    got = torch.autograd.grad(out.square().sum() + module.penalty(), parameters)
+    wanted = torch.autograd.grad(right.square().sum() + expected, parameters)
+    for one, other in zip(got, wanted, strict=True):
+        assert_close(one, other, 10 * ATOL)
+
+
+def test_the_prox_form_has_exact_zeros_and_is_the_formula():
+    thresholds = (0.1, 0.0, 0.3)
+    module, x = layer(rank=2, l1=thresholds, l1_form="prox"), data()
+    out, _ = module(x, x, x, need_weights=False)
+    right, hats = expected_output(module, x, 2, thresholds=thresholds)
+    assert_close(out, right)
+    zeros = [float((hat == 0).double().mean()) for hat in hats]
+    assert module.sparsity() == pytest.approx(zeros)
+    assert zeros[1] == 0 < min(zeros[0], zeros[2])
+    parameters = list(module.parameters())
+    got = torch.autograd.grad(out.square().sum(), parameters)
+    wanted = torch.autograd.grad(right.square().sum(), parameters)
+    for one, other in zip(got, wanted, strict=True):
+        assert_close(one, other, 10 * ATOL)
+
+
+@pytest.mark.parametrize("method", ["svd", "joint", "output"])
+def test_attention_in_few_dimensions_is_that_on_the_matrices_written_out(method):
+    """A threshold of next to nothing runs on Q^, K^ and V^ themselves."""
+    module, x = layer(rank=(2, 3), method=method, refit_every=0), data()
+    module.fit_basis(x, x, x)
+    out, weights = module(x, x, x)
+    q, k, v = module.approximations()
+    assert [int(torch.linalg.matrix_rank(one[0, 0])) for one in (q, k, v)] == [2, 2, 3]
+    assert_close(weights, torch.softmax(q @ k.mT / 2, -1).mean(1))
+    module.l1, module.l1_form = 1e-300, "prox"
+    written_out, _ = module(x, x, x)
+    assert_close(out, written_out)
+
+
+def test_l1_follows_a_schedule():
+    module, x = layer(rank=2, l1_form="prox"), data()
+    zeros = []
+    for l1 in (0.0, 0.1, 0.2):
+        module.l1 = l1
+        module(x, x, x)
+        zeros.append(module.sparsity().q)
+    assert zeros == sorted(zeros)
+    assert zeros[0] == 0 < zeros[-1]
+
+
+def test_the_basis_is_fitted_every_so_often_and_frozen_in_eval():
+    module = layer(rank=2, refit_every=2)
+    bases = []
+    for _ in range(4):
+        x = data()
+        module(x, x, x)
+        bases.append(module.q_down)
+    same = [bool(torch.equal(one, other)) for one, other in itertools.pairwise(bases)]
+    # Fitted in calls 1 (before it), 2 and 4 (after them).
+    assert same == [False, True, False]
+    module.eval()
+    x = data()
+    module(x, x, x)
+    assert torch.equal(module.q_down, bases[-1])
+    module.fit_basis(x, x, x)
+    assert not torch.equal(module.q_down, bases[-1])
+
+
+def test_a_batch_is_attended_to_with_the_basis_of_earlier_ones():
+    """Under a causal mask later tokens change earlier outputs by exactly nothing, in training too."""
+    module, x = layer(rank=2, method="output"), data()
+    module(x, x, x, is_causal=True)
+    other = torch.cat([x[:, :4], torch.cos(7 * x[:, 4:])], dim=1)
+    twin = copy.deepcopy(module)
+    one, two = (m(y, y, y, is_causal=True)[0] for m, y in ((module, x), (twin, other)))
+    assert torch.equal(one[:, :4], two[:, :4])
+    assert not torch.allclose(one[:, 4:], two[:, 4:])
+
+
+def test_a_basis_of_the_sequence_is_that_of_low_rank_attention():
+    module, x = layer(rank=2, basis="sequence"), data()
+    out, _ = module(x, x, x)
+    apart = torch.cat([module(y, y, y)[0] for y in x[:, None]])
+    assert_close(out, apart)
+    assert "q_down" not in module.state_dict()
+    with pytest.raises(ValueError, match='is_causal must be False with basis="sequence"'):
+        module(x, x, x, is_causal=True)
+
+
+def test_ranks_follow_a_tolerance_and_are_saved():
+    module, x = layer(rtol=0.3), data(30)
+    with torch.no_grad():
+        # One head needs few dimensions.
+        module.in_proj_weight[1:4] *= 1e-3
+    module.fit_basis(x, x, x)
+    assert module.ranks[0, 0] < module.ranks[1, 0]
+    module.eval()
+    other = layer(rtol=0.3).eval()
+    other.load_state_dict(module.state_dict())
+    assert_close(other(x, x, x)[0], module(x, x, x)[0], 0)
+    assert pickle.loads(pickle.dumps(module))._last is None
+
+
+def test_a_layer_without_a_basis_says_so():
+    module, x = layer(rank=2).eval(), data()
+    with pytest.raises(RuntimeError, match="no basis yet"):
+        module(x, x, x)
+    with pytest.raises(RuntimeError, match="call the layer first"):
+        module.penalty()
+
+
+WRONG = {
+    "dropout": ({"dropout": 0.1}, "dropout must be 0, got 0.1: dropping attention weights needs"),
+    "extra keys": ({"add_zero_attn": True}, "add_zero_attn must be False"),
+    "rank": ({"rank": 5}, r"rank must be between 1 and 4 \(embed_dim / num_heads\), got 5"),
+    "basis": ({"rank": 2, "basis": "head"}, "basis must be one of 'layer', 'sequence'"),
+    "method": ({"method": "topk"}, "method must be one of 'svd', 'joint', 'output'"),
+    "l1": ({"l1": -1.0}, "l1 must be finite and 0 or more"),
+    "form": ({"l1_form": "both"}, "l1_form must be one of 'penalty', 'prox'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_named(case):
+    options, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        layer(**options)
+
+
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+@pytest.mark.filterwarnings("ignore:Dynamo detected:UserWarning")
+def test_compiles_to_one_graph_with_a_frozen_basis(l1_form):
+    module, x = layer(rank=2, l1=0.1, l1_form=l1_form, refit_every=0), data()
+    module.fit_basis(x, x, x)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    out, _ = compiled(x, x, x, need_weights=False)
+    (out.square().sum() + module.penalty()).backward()
+    gradient = module.in_proj_weight.grad.clone()
+    module.zero_grad()
+    right, _ = module(x, x, x, need_weights=False)
+    (right.square().sum() + module.penalty()).backward()
+    assert_close(out, right)
+    assert_close(gradient, module.in_proj_weight.grad)
+
+
+def test_an_encoder_layer_calls_it_in_eval_mode_too():
+    """Its fused kernel would compute exact attention from our parameters."""
+    encoder = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 16, 0.0, batch_first=True)
+    encoder.self_attn = layer(rank=1)
+    x = data()
+    encoder(x)
+    encoder.eval()
+    with torch.no_grad():
+        out = encoder(x)
+        exact = layer()
+        exact.load_state_dict(encoder.self_attn.state_dict(), strict=False)
+        encoder.self_attn = exact
+        assert float((out - encoder(x)).abs().max()) > 1e-3
+
+
+def test_rows_that_attend_to_nothing_get_the_bias():
+    module, x = layer(rank=2, method="output"), data()
+    hidden = torch.zeros(N_Q, N_Q, dtype=torch.bool)
+    hidden[3] = True
+    out, weights = module(x, x, x, attn_mask=hidden)
+    assert torch.equal(weights[:, 3], torch.zeros(BATCH, N_Q))
+    assert_close(out[:, 3], module.out_proj.bias.expand(BATCH, -1))
+
+
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_half_precision_stays_half(l1_form):
+    wide, x = layer(rank=2, l1=0.1, l1_form=l1_form, refit_every=0), data()
+    half = copy.deepcopy(wide).half()
+    half.fit_basis(*(x.half() for _ in range(3)))
+    wide.load_state_dict({name: one.double() for name, one in half.state_dict().items()})
+    out, _ = half(*(x.half() for _ in range(3)))
+    assert out.dtype == torch.float16
+    # Entries near 1, rounded in each of half a dozen products.
+    assert_close(out.double(), wide(x, x, x)[0], 20 * float(np.finfo("float16").eps))
+
+
+def test_a_state_without_a_basis_leaves_none():
+    module, x = layer(rank=2), data()
+    module(x, x, x)
+    module.load_state_dict(layer(rank=2).state_dict())
+    with pytest.raises(RuntimeError, match="no basis yet"):
+        module.eval()(x, x, x)
+
+
+def test_examples_run():
+    from slra.integrations import torch as module
+
+    result = doctest.testmod(module)
+    assert result.failed == 0 < result.attempted
+
+
+def test_penalty_is_that_of_the_objective():
+    module, x = layer(l1=0.5), data()
+    module(x, x, x)
+    q, k, v = module.approximations()
+    assert_close(module.penalty() * BATCH, objective.l1_penalty(q, k, v, 0.5))

@@ -1,0 +1,114 @@
+"""PyTorch: gradients, torch.compile without a break, torch.func.vmap, and bfloat16."""
+
+import numpy as np
+import pytest
+
+import slra
+from tests.transforms import CASES, WITH_A_CONSTANT_BASIS, arguments
+
+torch = pytest.importorskip("torch")
+# Dynamo warns of every lru_cache that it meets.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def tensors(name, **options):
+    return [torch.from_numpy(x) for x in arguments(name, **options)]
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - WITH_A_CONSTANT_BASIS))
+def test_gradients_are_those_of_differences(name):
+    inputs = [x.requires_grad_() for x in tensors(name)]
+    assert torch.autograd.gradcheck(CASES[name], inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", sorted(WITH_A_CONSTANT_BASIS))
+def test_a_fitted_basis_is_constant_but_everything_else_has_a_gradient(name):
+    q, k, v = (x.requires_grad_() for x in tensors(name))
+    CASES[name](q, k, v).sum().backward()
+    assert all(bool(torch.any(x.grad != 0)) for x in (q, k, v))
+    if name == "low_rank_attention":
+        basis = slra.fit_attention(q, k, v, 3)
+        assert not basis.wq.requires_grad
+        through = torch.autograd.grad(basis.attend(q, k, v).sum(), (q, k, v))
+        for x, slope in zip((q, k, v), through, strict=True):
+            torch.testing.assert_close(x.grad, slope, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_compiled_in_one_graph(name):
+    inputs = tensors(name)
+    torch.compiler.reset()
+    compiled = torch.compile(CASES[name], fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), CASES[name](*inputs), rtol=0, atol=1e-12)
+
+
+def test_compiled_by_the_default_backends():
+    """AOT autograd traces the gradient too."""
+    name = "low_rank_attention"
+    inputs = [x.requires_grad_() for x in tensors(name)]
+    torch.compiler.reset()
+    compiled = torch.compile(CASES[name], fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(CASES[name](*inputs).sum(), inputs)
+    slopes = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+    torch.testing.assert_close(slopes, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_mapped_over_a_batch(name):
+    inputs = tensors(name, batch=(2,))
+    together = torch.func.vmap(CASES[name])(*inputs)
+    for i, got in enumerate(together):
+        expected = CASES[name](*(x[i] for x in inputs))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_bfloat16_is_computed_in_single_precision(name):
+    """Of bfloat16 data: the answer of double precision, rounded once, and within single precision before."""
+    inputs = [x.to(torch.bfloat16) for x in tensors(name)]
+    got = CASES[name](*inputs)
+    expected = CASES[name](*(x.to(torch.float64) for x in inputs))
+    if name == "estimate_error":
+        assert got.dtype == torch.float32
+    else:
+        assert got.dtype == torch.bfloat16
+    # Several roundings to bfloat16 where a case calls several functions; 2**-8 is one unit.
+    error = torch.linalg.vector_norm(got.to(torch.float64) - expected)
+    assert float(error) <= 3 * 2**-8 * float(torch.linalg.vector_norm(expected))
+
+
+def test_draws_of_a_compiled_function_are_those_of_its_seed():
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((60, 50)))
+    values = []
+    for seed in (0, 1):
+
+        def run(x, seed=seed):
+            return slra.randomized_svd(x, 2, n_oversamples=2, n_iter=1, rng=seed).S
+
+        torch.compiler.reset()
+        values.append(torch.compile(run, fullgraph=True, backend="eager")(x))
+        torch.testing.assert_close(values[-1], run(x), rtol=0, atol=1e-12)
+    assert not torch.equal(*values)
+
+
+def test_a_compiled_function_takes_sequences_of_any_length():
+    """From the second length on lengths are symbols, and the graph is that of all of them."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def qkv(n):
+        return torch.from_numpy(np.random.default_rng(n).standard_normal((3, 2, n, 6)))
+
+    basis = slra.fit_attention(*qkv(30), 3)
+
+    def run(q, k, v):
+        return basis.attend(q, k, v, is_causal=True)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend=count)
+    for n in (10, 13, 17, 40):
+        torch.testing.assert_close(compiled(*qkv(n)), run(*qkv(n)), rtol=0, atol=1e-12)
+    assert len(graphs) == 2
