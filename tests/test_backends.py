@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from slra._backends import Primitives, primitives
-from slra._backends.agnostic import TEST_MATRIX_ROWS, ScoreOptions, matrix_h
+from slra._backends.agnostic import ScoreOptions, matrix_h
+from slra._backends.gaussian import TEST_MATRIX_ROWS
 from tests.backends import to_numpy, to_xp
 
 EPS = np.finfo("float64").eps

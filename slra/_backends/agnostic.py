@@ -6,7 +6,7 @@ Arguments have been validated: matching namespaces, devices and a floating dtype
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import array_api_compat as compat
 import numpy as np
@@ -21,12 +21,11 @@ from slra._backends.agnostic_attention import (
     weights_and_gradients,
 )
 from slra._backends.agnostic_sparse import SparseRows
+from slra._backends.gaussian import gaussian
 from slra._typing import Array, DType, Namespace
 
-__all__ = ["Primitives", "ScoreOptions", "gaussian", "gaussian_blocks", "matrix_h"]
+__all__ = ["Primitives", "ScoreOptions", "matrix_h"]
 
-# Test matrices are drawn in blocks of rows, a stream each, so that a chunked array can draw its own.
-TEST_MATRIX_ROWS = 4096
 # Entries widened to double precision at once: 2 MB, which stays in the second-level cache.
 SLAB = 1 << 18
 
@@ -340,46 +339,3 @@ class Primitives(SparseRows):
     def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function`` such that a gradient recomputes its insides instead of keeping them."""
         return function
-
-
-class GaussianBlock(NamedTuple):
-    """A block of rows of a test matrix, drawn when and as often as asked: always the same numbers."""
-
-    kind: type[np.random.BitGenerator]
-    seed: Any
-    shape: tuple[int, ...]
-    is_complex: bool
-
-    def draw(self) -> np.ndarray[Any, Any]:
-        """Draw in double precision, with unit variance."""
-        stream = np.random.Generator(self.kind(self.seed))
-        block = stream.standard_normal(self.shape)
-        if not self.is_complex:
-            return block
-        return (block + 1j * stream.standard_normal(self.shape)) / math.sqrt(2)
-
-
-def gaussian(
-    shape: tuple[int, ...], rng: np.random.Generator | int, *, is_complex: bool
-) -> np.ndarray[Any, Any]:
-    """Draw a test matrix of this shape, in double precision."""
-    blocks = [block.draw() for block in gaussian_blocks(shape, rng, is_complex=is_complex)]
-    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-2)
-
-
-def gaussian_blocks(
-    shape: tuple[int, ...], rng: np.random.Generator | int, *, is_complex: bool
-) -> list[GaussianBlock]:
-    """Return the blocks of rows that make up a test matrix of this shape, a stream each."""
-    *batch, n_rows, n_columns = shape
-    starts = range(0, n_rows, TEST_MATRIX_ROWS)
-    streams = np.random.default_rng(rng).bit_generator.spawn(len(starts))
-    return [
-        GaussianBlock(
-            type(stream),
-            stream.seed_seq,
-            (*batch, min(TEST_MATRIX_ROWS, n_rows - start), n_columns),
-            is_complex,
-        )
-        for start, stream in zip(starts, streams, strict=True)
-    ]

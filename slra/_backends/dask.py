@@ -21,7 +21,8 @@ from dask import delayed
 from dask.graph_manipulation import bind, clone
 
 from slra._backends import numpy_attention
-from slra._backends.agnostic import GaussianBlock, Primitives, ScoreOptions, gaussian_blocks
+from slra._backends.agnostic import Primitives, ScoreOptions
+from slra._backends.gaussian import GaussianBlock, gaussian_blocks
 from slra._typing import Array
 
 __all__ = ["DaskPrimitives"]

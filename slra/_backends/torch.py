@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 
-from slra._backends.agnostic import Primitives, ScoreOptions, gaussian
+from slra._backends.agnostic import Primitives, ScoreOptions
 from slra._backends.agnostic_sparse import index_dtype
+from slra._backends.gaussian import gaussian
 from slra._backends.torch_attention import expressible, sdpa_attention
 from slra._typing import Array
 

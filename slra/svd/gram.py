@@ -17,7 +17,7 @@ from slra._typing import Array, Namespace
 from slra.svd._linear_map import LinearMap
 from slra.svd.truncated import by_triangle, thin_svd
 
-__all__ = ["Spectrum", "by_qr", "combine", "exact_svd", "spectrum", "tall_svd"]
+__all__ = ["Spectrum", "combine", "exact_svd", "spectrum", "tall_svd"]
 
 
 # Rows of a slab: enough for a product at full speed, few enough for the joined blocks to stay small.
@@ -63,7 +63,7 @@ def tall_svd(
     fast = Q @ U, S, V @ matrix_h(Vh, xp)
     limit = 1e-3 if xp.finfo(X.dtype).bits == 64 else 0.1
     ok = (values[..., -1] > limit * values[..., 0]) | (values[..., 0] == 0)
-    return redo(ok, fast, lambda *parts: by_qr(parts, rank, table), tuple(blocks), table)
+    return redo(ok, fast, lambda *parts: _by_qr(parts, rank, table), tuple(blocks), table)
 
 
 def exact_svd(A: LinearMap, rank: int) -> tuple[Array, Array, Array]:
@@ -77,7 +77,7 @@ def exact_svd(A: LinearMap, rank: int) -> tuple[Array, Array, Array]:
     return tall_svd([x], spectrum(table.gram(x), table), rank, table)
 
 
-def by_qr(blocks: Sequence[Array], rank: int, table: Primitives) -> tuple[Array, Array, Array]:
+def _by_qr(blocks: Sequence[Array], rank: int, table: Primitives) -> tuple[Array, Array, Array]:
     """Take the safe way to what `tall_svd` gives."""
     xp = table.xp
     U, S, Vh = thin_svd(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1), table)
