@@ -7,6 +7,7 @@ reflection ``H = I - 2 w w^T``. Any rows of it can be had without the others.
 import functools
 import math
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +64,39 @@ def _rows(m: int, n: int, top: int, height: int) -> np.ndarray[Any, Any]:
     return cosines[:height] * c - sines[:height] * s
 
 
-def _chunk(shape: tuple[int, int], log: str | None, block_info: Any = None) -> Any:
+def _chunk(
+    shape: tuple[int, int], log: str | None, kill_at: int | None, block_info: Any = None
+) -> Any:
     if log is not None:
         # One byte for each chunk, appended atomically by any process.
         file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(file, b".")
+        # Appending has moved to the end of what this process wrote: no two see the same place.
+        n_made = os.lseek(file, 0, os.SEEK_CUR)
         os.close(file)
+        if n_made == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
     rows, columns = block_info[None]["array-location"]
     return cosine_matrix(shape, rows, columns)
 
 
-def lazily(shape: tuple[int, int], chunks: tuple[int, int], log: Path | None = None) -> Any:
-    """Return the matrix as a Dask array; every chunk that is made leaves a byte in the file ``log``."""
+def lazily(
+    shape: tuple[int, int],
+    chunks: tuple[int, int],
+    log: Path | None = None,
+    kill_at: int | None = None,
+) -> Any:
+    """Return the matrix as a Dask array; every chunk that is made leaves a byte in the file ``log``.
+
+    The process that begins chunk number ``kill_at`` is killed.
+    """
     import dask.array as da
 
     return da.map_blocks(
         _chunk,
         shape,
         None if log is None else str(log),
+        kill_at,
         chunks=da.core.normalize_chunks(chunks, shape, dtype=np.float32),
         dtype=np.float32,
         meta=np.empty((0, 0), dtype=np.float32),
