@@ -11,9 +11,15 @@ from typing import Any
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Before NumPy loads its BLAS, whose waiting threads would take the cores from the other processes.
+    # A BLAS whose waiting threads spin would take the cores from the other processes. By the environment for whatever
+    # loads one later; NumPy's is loaded by a plugin of pytest before this file.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if importlib.util.find_spec("threadpoolctl") is not None:
+        import numpy  # noqa: F401
+        import threadpoolctl
+
+        threadpoolctl.threadpool_limits(1, user_api="blas")
 
 import slra
 from tests.backends import BACKENDS, other_device

@@ -75,7 +75,11 @@ OF_ATTENTION = {
 }
 CASES = OF_A_MATRIX | OF_ATTENTION
 # Where a basis is fitted, gradients take it as constant: not what differences see.
-WITH_A_CONSTANT_BASIS = {"low_rank_attention", "low_rank_attention n_exact"}
+WITH_A_CONSTANT_BASIS = {
+    "low_rank_attention",
+    "low_rank_attention l1",
+    "low_rank_attention n_exact",
+}
 
 
 def arguments(name, batch=()):
