@@ -748,3 +748,18 @@ def test_rows_are_put_where_they_belong(xp):
         out = table.put_rows(to_xp(xp, buffer.copy()), to_xp(xp, rows), places)
         np.testing.assert_array_equal(to_numpy(out), right)
     assert [len(runs(np.asarray(x))) for x in ([], [-1, -1], [3, 4, 5], [5, 0, 1])] == [0, 0, 1, 2]
+
+
+def test_numpy_refuses_a_file_in_bfloat16(tmp_path):
+    torch = pytest.importorskip("torch")
+    basis = moved(basis_of(3), compat.array_namespace(torch.empty(0)))
+    slra.KVCache(basis, dtype="bfloat16").save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="like must be an array of a library that has bfloat16"):
+        slra.KVCache.load(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("options", [{"rank": 3}, {"rtol": 0.1}])
+def test_a_prefix_has_a_query_for_each_token(options):
+    q, k, v = tokens()
+    with pytest.raises(ValueError, match="q and k must have the same length"):
+        slra.KVCache.from_prefix(q[..., :20, :], k, v, **options)

@@ -338,3 +338,50 @@ def test_penalty_is_that_of_the_objective():
     module(x, x, x)
     q, k, v = module.approximations()
     assert_close(module.penalty() * BATCH, objective.l1_penalty(q, k, v, 0.5))
+
+
+@pytest.mark.parametrize("method", ["svd", "joint"])
+def test_the_penalty_has_a_gradient_under_autocast(method):
+    module, x = layer(rank=2, l1=0.1, method=method).float(), data().float()
+    module.fit_basis(x, x, x)
+    module.eval()
+    module(x, x, x)
+    expected = module.penalty().detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x, x, x)
+    penalty = module.penalty()
+    penalty.backward()
+    # Queries, keys and values have the 8 bits of bfloat16.
+    torch.testing.assert_close(penalty.detach(), expected, rtol=2**-7, atol=0)
+    assert module.in_proj_weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "error"),
+    [
+        ("key_padding_mask", torch.zeros(N_Q, BATCH, dtype=torch.bool), ValueError),
+        ("key_padding_mask", torch.zeros(BATCH, N_Q, dtype=torch.uint8), TypeError),
+        ("attn_mask", torch.zeros(BATCH, HEADS * N_Q, N_Q, dtype=torch.bool), ValueError),
+        ("attn_mask", torch.zeros(N_Q, N_Q, dtype=torch.int64), TypeError),
+    ],
+)
+def test_masks_of_wrong_shape_or_dtype_are_named(name, mask, error):
+    x = data()
+    with pytest.raises(error, match=f"{name} must"):
+        layer(rank=2)(x, x, x, **{name: mask})
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"rank": 0}, ValueError),
+        ({"rank": WIDTH}, ValueError),
+        ({"rank": (1, 2, 3)}, TypeError),
+        ({"rtol": -1.0}, ValueError),
+        ({"rtol": "a"}, TypeError),
+    ],
+)
+@pytest.mark.parametrize("basis", ["layer", "sequence"])
+def test_ranks_and_tolerances_are_checked_when_the_layer_is_made(basis, options, error):
+    with pytest.raises(error, match=f"{next(iter(options))} must"):
+        layer(basis=basis, **options)

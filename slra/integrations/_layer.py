@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from slra._typing import Array
-from slra._validate import check_choice, check_l1
+from slra._validate import check_choice, check_l1, resolve
 from slra.attn._inputs import check_inputs
 from slra.attn.basis import Maps, attend_maps
 from slra.attn.exact import attention
@@ -27,7 +27,12 @@ class Approximation(NamedTuple):
         """Write them out, as wide as q, k and v."""
         if self.projections is None:
             return self.q, self.k, self.v
-        return self.projections.approximate(self.q, self.k, self.v)
+        # Autocast makes q, k and v narrower than the projections, and no product takes two dtypes.
+        xp, like = resolve(q=self.q).xp, self.projections.q_down
+        q, k, v = (
+            xp.astype(x, xp.result_type(x, like), copy=False) for x in (self.q, self.k, self.v)
+        )
+        return self.projections.approximate(q, k, v)
 
 
 def check_form(l1_form: str) -> None:

@@ -1,7 +1,7 @@
 """The low-rank, l1-penalised attention layer as pure functions for JAX: parameters, a basis and data in, output out.
 
 Needs: jax. The formula is that of `slra.integrations.torch.LowRankAttention`, whose ``state_dict`` makes parameters:
-``{name: jnp.asarray(x) for name, x in layer.named_parameters()}``.
+``{name: jnp.asarray(x.detach().numpy()) for name, x in layer.named_parameters()}``.
 """
 
 import math

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slra._validate import check_choice, check_count, check_l1, check_rank
+from slra._validate import check_choice, check_count, check_l1, check_positive, check_rank
 from slra.attn._maps import METHODS
 from slra.attn.projections import Projections, Ranks, fit_projections
 from slra.integrations._layer import L1, Approximation, attend, check_form
@@ -88,7 +88,12 @@ class LowRankAttention(nn.MultiheadAttention):
 
     A query that attends to nothing gets 0 (and the bias of the output projection), not NaN.
 
-    Compile with ``refit_every=0`` or in eval mode: a fit is not part of a compiled forward.
+    Compile with ``refit_every=0`` or in eval mode: a fit is not part of a compiled forward. Do the same for activation
+    checkpointing, which would compute a call again after the fit that followed it, and `torch.nn.DataParallel`, whose
+    replicas lose what they fit.
+
+    Padding is part of the data of a fit: what ``key_padding_mask`` hides is not attended to, but "svd" and "joint" fit
+    to it, and all methods to the queries beside it.
 
     Examples
     --------
@@ -136,6 +141,8 @@ class LowRankAttention(nn.MultiheadAttention):
         check_choice(basis, ("layer", "sequence"), "basis")
         check_form(l1_form)
         check_l1(l1)
+        if rtol is not None:
+            check_positive(rtol, "rtol")
         super().__init__(
             embed_dim,
             num_heads,
@@ -154,8 +161,9 @@ class LowRankAttention(nn.MultiheadAttention):
         self._calls = 0
         self._ranks: Ranks | None = None
         self._last: Approximation | None = None
+        widest = self._widest
         if self._keeps_basis:
-            self._register_basis()
+            self._register_basis(*widest)
 
     @property
     def _is_low_rank(self) -> bool:
@@ -177,11 +185,10 @@ class LowRankAttention(nn.MultiheadAttention):
         )
         return r, r_v
 
-    def _register_basis(self) -> None:
+    def _register_basis(self, r: int, r_v: int) -> None:
         """Make buffers of the shapes that every fit will have."""
         like = {"device": self.out_proj.weight.device, "dtype": self.out_proj.weight.dtype}
         heads, width = self.num_heads, self.head_dim
-        r, r_v = self._widest
         shapes = Projections(
             (width, r),
             (r, width),
@@ -433,9 +440,15 @@ def _mask(
 ) -> Tensor | None:
     """Join both masks as slra has them: boolean, True attends; or floating, added."""
     masks = []
+    n_batch, n_heads, n_queries = q.shape[:3]
+    n_keys = k.shape[-2]
     if key_padding_mask is not None:
+        without_batch = [(n_keys,)] if n_batch == 1 else []
+        _check_mask(key_padding_mask, "key_padding_mask", [(n_batch, n_keys), *without_batch])
         masks.append(key_padding_mask.reshape(-1, 1, 1, k.shape[-2]))
     if attn_mask is not None:
+        one = (n_queries, n_keys)
+        _check_mask(attn_mask, "attn_mask", [one, (n_batch * n_heads, *one)])
         shape = (
             (-1, *q.shape[1:3], k.shape[-2]) if attn_mask.ndim == 3 else (1, 1, *attn_mask.shape)
         )
@@ -446,6 +459,15 @@ def _mask(
         return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
     masks = [_additive(mask, q.dtype) for mask in masks]
     return masks[0] if len(masks) == 1 else masks[0] + masks[1]
+
+
+def _check_mask(mask: Tensor, name: str, right: Sequence[tuple[int, ...]]) -> None:
+    """Raise unless a mask has a shape and a dtype that `torch.nn.MultiheadAttention` takes."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"{name} must be boolean or floating, got {mask.dtype}")
+    if tuple(mask.shape) not in right:
+        shapes = " or ".join(map(str, right))
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(mask.shape)}")
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

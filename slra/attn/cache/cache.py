@@ -384,7 +384,8 @@ class KVCache:
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is cut short, changed, or not what `save` writes.
+            If the file is cut short, changed, or not what `save` writes; or if it holds a dtype that the library of
+            ``like`` does not have (bfloat16 on NumPy).
         """
         table = resolve(like=np.empty(0) if like is None else like)
         state, settings = load_cache(path, np.empty(0) if like is None else like, table)

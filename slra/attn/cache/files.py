@@ -129,6 +129,10 @@ def load_cache(path: str | PathLike[str], like: Array, table: Primitives) -> tup
         raise ValueError(
             f"path must be a file written by KVCache.save, got {path}: {error}"
         ) from error
+    if settings.dtype is not None and not hasattr(table.xp, settings.dtype):
+        raise ValueError(
+            f"like must be an array of a library that has {settings.dtype}, as the cache is stored in"
+        )
     return _brought(state, settings, like, table), settings
 
 

@@ -31,7 +31,11 @@ def fit_prefix(
     make: Callable[[AttentionBasis], tuple[State, Settings]],
 ) -> tuple[State, Settings]:
     """Fit, and ``make`` a cache that holds the prefix; with rtol, more and more tightly until the check holds."""
-    rtol = fit["rtol"]
+    rtol, (q, k, _) = fit["rtol"], prefix
+    if q.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            f"q and k must have the same length (second last axis), got shapes {tuple(q.shape)} and {tuple(k.shape)}"
+        )
     if rtol is None:
         return make(fit_attention(*prefix, rank, **fit))
     exact = None
