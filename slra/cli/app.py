@@ -1,7 +1,5 @@
 """Commands and what they print; the computing is in the modules beside this one."""
 
-import os
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -13,6 +11,7 @@ from rich.table import Table
 
 from slra.cli.backends import BackendUnavailableError, open_backend
 from slra.cli.demo import N_ROUNDS, Comparison, compare, count_calls
+from slra.cli.files import require_writable
 from slra.data import load_sample
 
 __all__ = ["app"]
@@ -39,7 +38,7 @@ def demo(
 
     try:
         opened = open_backend(backend.value)
-        _require_writable(output)
+        require_writable(output, "--output")
     except (OSError, BackendUnavailableError) as error:
         _fail(str(error))
 
@@ -62,19 +61,6 @@ def demo(
 def _fail(message: str) -> NoReturn:
     typer.echo(message, err=True)
     raise typer.Exit(1)
-
-
-def _require_writable(directory: Path) -> None:
-    """Create the directory, and find out now rather than after the work whether it takes files."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"--output must be a directory that can be written to, got {directory}: "
-            f"{os.strerror(error.errno or 0)}"
-        ) from error
 
 
 def _progress() -> Progress:
