@@ -104,7 +104,7 @@ def _read_safetensors(path: Path) -> dict[str, _Stored]:
     from safetensors import SafetensorError, deserialize
 
     try:
-        tensors = deserialize(path.read_bytes())
+        tensors = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     return {name: _of_tensor(**tensor) for name, tensor in tensors if _is_wanted(name)}

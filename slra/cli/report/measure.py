@@ -83,14 +83,14 @@ def measure(layer: Layer, options: dict[str, Any], advance: Callable[[], object]
     """
     q, k, v = layer.q, layer.k, layer.v
     options = {**options, "enable_gqa": True}
-    exact = slra.attention(q, k, v, **options).astype(np.float64)
+    exact = np.asarray(slra.attention(q, k, v, **options), dtype=np.float64)
     ranks = ranks_of(layer)
     errors = {}
     for method in METHODS:
         found = []
         for rank in ranks:
             pair = _pair(rank, layer)
-            out = slra.low_rank_attention(q, k, v, pair, method=method, **options)
+            out = np.asarray(slra.low_rank_attention(q, k, v, pair, method=method, **options))
             found.append(relative_errors(out, exact).ravel())
             advance()
         errors[method] = np.stack(found)
@@ -161,7 +161,7 @@ def _spectra(x: NDArray[Any]) -> NDArray[Any]:
 def _exact_bytes(layer: Layer) -> int:
     """Bytes of K and V of one head, as they are stored."""
     (n, d), dv = layer.k.shape[-2:], layer.v.shape[-1]
-    return n * (d * layer.itemsizes[0] + dv * layer.itemsizes[1])
+    return int(n * (d * layer.itemsizes[0] + dv * layer.itemsizes[1]))
 
 
 def _kv_bytes(layer: Layer, needed: Needed, method: str) -> int:
