@@ -4,7 +4,7 @@ import sys
 
 __all__ = ["main"]
 
-_DEMO_EXTRA = {"typer", "rich", "matplotlib"}
+_DEMO_EXTRA = {"typer", "rich", "matplotlib", "safetensors"}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Archives of plain NumPy arrays, read without unpickling and whatever is wrong with them."""
+"""Files of plain NumPy arrays, read without unpickling and whatever is wrong with them."""
 
 import zipfile
 import zlib
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["read_npz"]
+__all__ = ["read_npy", "read_npz"]
 
 # What zipfile and NumPy raise on files that are cut off, damaged, of another kind, or that hold objects.
 _DAMAGE = (
@@ -30,5 +30,14 @@ def read_npz(path: str | PathLike[str]) -> dict[str, np.ndarray[Any, Any]]:
         try:
             with np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
+        except _DAMAGE as error:
+            raise ValueError(str(error)) from error
+
+
+def read_npy(path: str | PathLike[str]) -> np.ndarray[Any, Any]:
+    """Read an ``.npy`` file; ValueError says why where it is not one of plain numbers."""
+    with Path(path).open("rb") as file:
+        try:
+            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
         except _DAMAGE as error:
             raise ValueError(str(error)) from error

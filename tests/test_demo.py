@@ -162,7 +162,7 @@ def test_output_not_writable(invoke, tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "denied")
 
     # Not by chmod: root may write anywhere.
-    monkeypatch.setattr("slra.cli.app.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("slra.cli.files.tempfile.TemporaryFile", refuse)
     line = one_line(invoke("--output", tmp_path))
     assert line.endswith(f"got {tmp_path}: Permission denied")
 

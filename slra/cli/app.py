@@ -1,7 +1,5 @@
 """Commands and what they print; the computing is in the modules beside this one."""
 
-import os
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -13,6 +11,11 @@ from rich.table import Table
 
 from slra.cli.backends import BackendUnavailableError, open_backend
 from slra.cli.demo import N_ROUNDS, Comparison, compare, count_calls
+from slra.cli.files import replacing, require_writable
+from slra.cli.report.advice import advise
+from slra.cli.report.arrays import read_layers
+from slra.cli.report.measure import count_steps, measure
+from slra.cli.report.output import tables, to_json
 from slra.data import load_sample
 
 __all__ = ["app"]
@@ -39,7 +42,7 @@ def demo(
 
     try:
         opened = open_backend(backend.value)
-        _require_writable(output)
+        require_writable(output, "--output")
     except (OSError, BackendUnavailableError) as error:
         _fail(str(error))
 
@@ -59,22 +62,66 @@ def demo(
     typer.echo(f"Picture: {picture}")
 
 
+@app.command()
+def report(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="Q, K and V: one .npz or .safetensors file with arrays q, k, v (or layer0/q and so on), "
+            "one .npy file of shape (3, ..., H, N, D), or three .npy files.",
+        ),
+    ],
+    causal: Annotated[bool, typer.Option("--causal", help="Attend to no later token.")] = False,
+    scale: Annotated[
+        float | None, typer.Option(help="Of the scores; 1/sqrt(D) if not given.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+) -> None:
+    """Say how far the attention of your own arrays can be compressed, head by head."""
+    try:
+        for option, path in (("--html", html), ("--json", json)):
+            if path is not None:
+                _check_target(option, path, files)
+        layers = read_layers(files)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+
+    options = {"is_causal": causal, "scale": scale}
+    with _progress() as progress:
+        task = progress.add_task("Attention, exact and low rank", total=count_steps(layers))
+        reports = [measure(layer, options, lambda: progress.advance(task)) for layer in layers]
+    console = Console()
+    for one in reports:
+        console.print(*tables(one), *advise(one), sep="\n")
+    if html is not None:
+        from slra.cli.report.page import page
+
+        _write(html, page(reports, ", ".join(map(str, files))))
+    if json is not None:
+        _write(json, to_json(reports, files, options))
+
+
+def _check_target(option: str, path: Path, files: list[Path]) -> None:
+    """Find out before the work whether a file can be written, and that it is none that is read."""
+    if path.is_dir() or path.resolve() in [file.resolve() for file in files]:
+        raise ValueError(f"{option} must be a file other than those that are read, got {path}")
+    require_writable(path.parent, f"the folder of {option}")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        _fail(f"cannot write {path}: {error.strerror}")
+    typer.echo(f"Written: {path}")
+
+
 def _fail(message: str) -> NoReturn:
     typer.echo(message, err=True)
     raise typer.Exit(1)
-
-
-def _require_writable(directory: Path) -> None:
-    """Create the directory, and find out now rather than after the work whether it takes files."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"--output must be a directory that can be written to, got {directory}: "
-            f"{os.strerror(error.errno or 0)}"
-        ) from error
 
 
 def _progress() -> Progress:

@@ -24,6 +24,9 @@ __all__ = [
     "Row",
     "compare",
     "count_calls",
+    "factor_bytes",
+    "interleaved_medians",
+    "relative_errors",
 ]
 
 METHODS = ("svd", "joint", "output")
@@ -100,7 +103,7 @@ def compare(backend: Backend, sample: AttentionSample, advance: Callable[[], obj
 
     shape = sample.k.shape
     rows = [
-        Row(method, rank, relative_errors(out, exact), factor_bytes(shape, rank, method), spent)
+        Row(method, rank, relative_errors(out, exact), 2 * factor_bytes(shape, rank, method), spent)
         for (method, rank), out, spent in zip(cases, outs, seconds, strict=True)
     ]
     maps = attention_maps(backend, q[MAP_HEAD : MAP_HEAD + 1], k[MAP_HEAD : MAP_HEAD + 1])
@@ -126,16 +129,17 @@ def interleaved_medians(
 
 
 def relative_errors(out: NDArray[Any], exact: NDArray[Any]) -> NDArray[np.float64]:
-    """Relative Frobenius error of each head: (heads, tokens, d) to (heads,)."""
+    """Relative Frobenius error of each head, (..., tokens, d) to (...); absolute where the output is 0."""
     difference = np.linalg.norm(out - exact, axis=(-2, -1))
-    return np.asarray(difference / np.linalg.norm(exact, axis=(-2, -1)))
+    norm = np.linalg.norm(exact, axis=(-2, -1))
+    return np.asarray(difference / np.where(norm == 0, 1, norm))
 
 
 def factor_bytes(shape: tuple[int, int, int], rank: int, method: str, itemsize: int = 4) -> int:
-    """Bytes of rank-`rank` factors of K and V: n x r coordinates, a d x r basis and a shift of each."""
+    """Bytes of rank-`rank` factors of K or V: n x r coordinates, a d x r basis and a shift."""
     n_heads, n_tokens, d = shape
     n_shift = 0 if method == "svd" else d
-    return 2 * n_heads * ((n_tokens + d) * rank + n_shift) * itemsize
+    return n_heads * ((n_tokens + d) * rank + n_shift) * itemsize
 
 
 def attention_maps(backend: Backend, q: Any, k: Any) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -1,6 +1,5 @@
 """The picture of ``python -m slra demo``."""
 
-import os
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,12 +10,13 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from slra.cli.demo import MAP_HEAD, MAP_RANK, MAP_TOKENS, METHODS, Comparison
+from slra.cli.files import replacing
 from slra.data import AttentionSample
 
-__all__ = ["draw", "save"]
+__all__ = ["METHOD_STYLES", "draw", "save"]
 
 # Okabe and Ito, told apart with any colour vision; the markers tell them apart in grey.
-_METHOD_STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"))
+METHOD_STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"))
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -46,12 +46,8 @@ def draw(sample: AttentionSample, comparison: Comparison) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG under its final name only when it is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=180)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _spectra(axes: list[Axes], sample: AttentionSample) -> None:
@@ -72,7 +68,7 @@ def _spectra(axes: list[Axes], sample: AttentionSample) -> None:
 
 
 def _errors(axis: Axes, comparison: Comparison) -> None:
-    for method, (color, marker) in zip(METHODS, _METHOD_STYLES, strict=False):
+    for method, (color, marker) in zip(METHODS, METHOD_STYLES, strict=False):
         rows = [row for row in comparison.rows if row.method == method]
         ranks = [row.rank for row in rows]
         errors = np.stack([row.errors for row in rows])

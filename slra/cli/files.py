@@ -1,0 +1,33 @@
+"""Files that the command line writes: whole, or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replacing", "require_writable"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Hand out a temporary name in the same folder, which becomes `path` only if all went well."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def require_writable(directory: Path, option: str) -> None:
+    """Create the directory, and find out now rather than after the work whether it takes files."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{option} must be a directory that can be written to, got {directory}: "
+            f"{os.strerror(error.errno or 0)}"
+        ) from error

@@ -1,0 +1,210 @@
+"""The measurements of ``python -m slra report``: what each head of a layer can do without."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import slra
+from slra.cli.demo import (
+    METHODS,
+    N_ROUNDS,
+    factor_bytes,
+    interleaved_medians,
+    relative_errors,
+)
+from slra.cli.report.arrays import Layer
+
+__all__ = ["TOLERANCES", "LayerReport", "Timing", "count_steps", "measure"]
+
+TOLERANCES = (0.1, 0.05, 0.01)
+# Ranks looked at beside 1, 2 and 4, at most: each costs three fits and three attentions.
+N_RANKS = 16
+
+Needed = list[int | None]
+
+
+class Timing(NamedTuple):
+    """Seconds at the smallest rank that keeps every head within a tolerance."""
+
+    tolerance: float
+    rank: int
+    attend: float  # with a basis fitted before
+    fit_and_attend: float
+
+
+class LayerReport(NamedTuple):
+    """What was measured on a layer; heads of all batch elements stand one after the other."""
+
+    layer: Layer
+    query_heads: list[str]
+    key_heads: list[str]
+    spectra: dict[str, NDArray[Any]]  # q, k, v: singular values, (heads, min(N, D))
+    effective_ranks: dict[str, NDArray[np.float64]]  # q, k, v: (heads,)
+    ranks: list[int]
+    errors: dict[str, NDArray[np.float64]]  # by method: (ranks, query heads)
+    needed: dict[str, dict[float, Needed]]  # by method and tolerance: rank of each query head
+    exact_bytes: int
+    kv_bytes: dict[str, dict[float, int]]  # by method and tolerance
+    best: str  # method with the fewest bytes
+    exact_seconds: float
+    timings: list[Timing]
+
+    @property
+    def n_shared(self) -> int:
+        """Query heads of a key head."""
+        return len(self.query_heads) // len(self.key_heads)
+
+
+def ranks_of(layer: Layer) -> list[int]:
+    """1, 2, 4, multiples of a sixteenth of the largest rank, and the largest."""
+    limit = max(_limits(layer))
+    step = -(-limit // N_RANKS)
+    return sorted({rank for rank in (1, 2, 4) if rank < limit} | {limit, *range(step, limit, step)})
+
+
+def count_steps(layers: list[Layer]) -> int:
+    """How often `measure` calls ``advance`` over all layers."""
+    return sum(len(METHODS) * len(ranks_of(layer)) + N_ROUNDS for layer in layers)
+
+
+def measure(layer: Layer, options: dict[str, Any], advance: Callable[[], object]) -> LayerReport:
+    """Measure all methods at all ranks on one layer.
+
+    Parameters
+    ----------
+    layer : Layer
+    options : dict
+        ``is_causal`` and ``scale``, as `slra.attention` takes them.
+    advance : callable
+        Called without arguments as the work goes on.
+    """
+    q, k, v = layer.q, layer.k, layer.v
+    options = {**options, "enable_gqa": True}
+    exact = np.asarray(slra.attention(q, k, v, **options), dtype=np.float64)
+    ranks = ranks_of(layer)
+    errors = {}
+    for method in METHODS:
+        found = []
+        for rank in ranks:
+            pair = _pair(rank, layer)
+            out = np.asarray(slra.low_rank_attention(q, k, v, pair, method=method, **options))
+            found.append(relative_errors(out, exact).ravel())
+            advance()
+        errors[method] = np.stack(found)
+
+    needed = {
+        method: {t: needed_ranks(errors[method], ranks, t) for t in TOLERANCES}
+        for method in METHODS
+    }
+    kv_bytes = {
+        method: {t: _kv_bytes(layer, r, method) for t, r in needed[method].items()}
+        for method in METHODS
+    }
+    # Where two are equal, the one whose error is smaller: "output" is fitted to just that.
+    best = min(reversed(METHODS), key=lambda method: kv_bytes[method][0.05])
+    exact_seconds, timings = _timings(layer, best, needed[best], options, advance)
+    spectra = {name: _spectra(getattr(layer, name)) for name in "qkv"}
+    return LayerReport(
+        layer,
+        _labels(q.shape[:-2]),
+        _labels(k.shape[:-2]),
+        spectra,
+        {name: effective_rank(sigma) for name, sigma in spectra.items()},
+        ranks,
+        errors,
+        needed,
+        _exact_bytes(layer) * int(np.prod(k.shape[:-2])),
+        kv_bytes,
+        best,
+        exact_seconds,
+        timings,
+    )
+
+
+def effective_rank(sigma: NDArray[Any]) -> NDArray[np.float64]:
+    r"""Exponential of the entropy of the singular values as shares of their sum, (..., r) to (...); 0 for zero.
+
+    O. Roy and M. Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
+    """
+    sigma = sigma.astype(np.float64)
+    total = sigma.sum(-1, keepdims=True)
+    share = sigma / np.where(total == 0, 1, total)
+    entropy = -np.sum(share * np.log(np.where(share == 0, 1, share)), axis=-1)
+    return np.where(total[..., 0] == 0, 0.0, np.exp(entropy))
+
+
+def needed_ranks(errors: NDArray[np.float64], ranks: list[int], tolerance: float) -> Needed:
+    """Rank from which on a head's error stays within the tolerance, (ranks, heads); None where none does."""
+    settled = np.flip(np.cumprod(np.flip(errors <= tolerance, 0), axis=0), 0).astype(bool)
+    return [ranks[int(np.argmax(one))] if one.any() else None for one in settled.T]
+
+
+def _limits(layer: Layer) -> tuple[int, int]:
+    """Largest rank of queries and keys, and of values."""
+    limit_qk = min(layer.q.shape[-2], layer.k.shape[-2], layer.k.shape[-1])
+    return limit_qk, min(layer.v.shape[-2:])
+
+
+def _pair(rank: int, layer: Layer) -> tuple[int, int]:
+    limit_qk, limit_v = _limits(layer)
+    return min(rank, limit_qk), min(rank, limit_v)
+
+
+def _spectra(x: NDArray[Any]) -> NDArray[Any]:
+    sigma = slra.truncated_svd(x, min(x.shape[-2:])).S
+    return np.asarray(sigma.reshape(-1, sigma.shape[-1]))
+
+
+def _exact_bytes(layer: Layer) -> int:
+    """Bytes of K and V of one head, as they are stored."""
+    (n, d), dv = layer.k.shape[-2:], layer.v.shape[-1]
+    return int(n * (d * layer.itemsizes[0] + dv * layer.itemsizes[1]))
+
+
+def _kv_bytes(layer: Layer, needed: Needed, method: str) -> int:
+    """Bytes of K and V where each key head has the rank its query heads need, or stays exact if that is less."""
+    n_shared = layer.q.shape[-3] // layer.k.shape[-3]
+    exact, total = _exact_bytes(layer), 0
+    for first in range(0, len(needed), n_shared):
+        wanted = [rank for rank in needed[first : first + n_shared] if rank is not None]
+        of_head = exact
+        if len(wanted) == n_shared:
+            of_head = sum(
+                factor_bytes((1, *x.shape[-2:]), rank, method, itemsize)
+                for x, rank, itemsize in zip(
+                    (layer.k, layer.v), _pair(max(wanted), layer), layer.itemsizes, strict=True
+                )
+            )
+        total += min(of_head, exact)
+    return total
+
+
+def _timings(
+    layer: Layer,
+    method: str,
+    needed: dict[float, Needed],
+    options: dict[str, Any],
+    advance: Callable[[], object],
+) -> tuple[float, list[Timing]]:
+    """Time exact attention beside one method, at one rank for all heads, with and without the fit."""
+    q, k, v = layer.q, layer.k, layer.v
+    wanted = {t: [rank for rank in of_heads if rank] for t, of_heads in needed.items()}
+    ranks = {t: max(found) for t, found in wanted.items() if len(found) == len(needed[t])}
+    calls: list[Callable[[], Any]] = [partial(slra.attention, q, k, v, **options)]
+    for rank in ranks.values():
+        pair = _pair(rank, layer)
+        basis = slra.fit_attention(q, k, v, pair, method=method, **options)
+        calls += [
+            partial(basis.attend, q, k, v, **options),
+            partial(slra.low_rank_attention, q, k, v, pair, method=method, **options),
+        ]
+    exact, *spent = interleaved_medians(calls, lambda out: None, advance)
+    pairs = zip(spent[::2], spent[1::2], strict=True)
+    return exact, [Timing(t, ranks[t], *pair) for t, pair in zip(ranks, pairs, strict=True)]
+
+
+def _labels(shape: tuple[int, ...]) -> list[str]:
+    return [".".join(map(str, index)) for index in np.ndindex(shape)]

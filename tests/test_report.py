@@ -1,0 +1,284 @@
+"""The report command: every form of input, each error, and the numbers against NumPy."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+pytest.importorskip("typer", reason="the demo extra is not installed")
+pytest.importorskip("matplotlib", reason="the demo extra is not installed")
+
+from typer.testing import CliRunner
+
+from slra.cli.app import app
+from slra.cli.files import replacing
+from slra.cli.report.advice import advise
+from slra.cli.report.arrays import read_layers
+from slra.cli.report.measure import effective_rank, measure, needed_ranks
+
+N, D = 12, 4
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["report", *map(str, args)])
+
+
+def inputs(heads=2, key_heads=2, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    shapes = ((heads, N, D), (key_heads, N, D), (key_heads, N, 3))
+    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def write_npz(path, q, k, v, prefix=""):
+    np.savez(path, **{f"{prefix}q": q, f"{prefix}k": k, f"{prefix}v": v})
+    return path
+
+
+def softmax_attention(scores, v, causal):
+    if causal:
+        scores = np.where(np.tri(*scores.shape, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def cut(x, rank):
+    u, s, vh = np.linalg.svd(x, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
+def naive_error(method, group, i, k, v, rank, causal, scale):
+    """Relative error of one of the query heads that share K and V, by truncated SVDs written out."""
+    q = group[i]
+    exact = softmax_attention(scale * q @ k.T, v, causal)
+    if method == "svd":
+        low = softmax_attention(scale * cut(q, rank) @ cut(k, rank).T, cut(v, rank), causal)
+    else:
+        mean = v.mean(0)
+        # One basis for all heads of the group.
+        scores = cut(np.concat(group) @ (k - k.mean(0)).T, rank).reshape(-1, N, N)[i]
+        low = softmax_attention(scale * scores, cut(v - mean, rank) + mean, causal)
+    return np.linalg.norm(low - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("causal", "scale"), [(False, None), (True, 0.8)])
+def test_numbers_against_numpy(tmp_path, causal, scale):
+    q, k, v = inputs(heads=4)
+    target = tmp_path / "out.json"
+    options = [*(["--causal"] if causal else []), *(["--scale", scale] if scale else [])]
+    done = run(write_npz(tmp_path / "a.npz", q, k, v), "--json", target, *options)
+    assert done.exit_code == 0, done.output
+    (layer,) = json.loads(target.read_text())["layers"]
+    assert layer["ranks"] == [1, 2, 3, 4]
+    for method in ("svd", "joint"):
+        expected = [
+            [
+                naive_error(
+                    method,
+                    q[h // 2 * 2 :][:2],
+                    h % 2,
+                    k[h // 2],
+                    v[h // 2],
+                    rank,
+                    causal,
+                    scale or D**-0.5,
+                )
+                for h in range(4)
+            ]
+            for rank in layer["ranks"]
+        ]
+        # Well-conditioned float64: rounding is a few hundred eps.
+        np.testing.assert_allclose(layer["errors"][method], expected, rtol=1e-9, atol=1e-12)
+    assert np.max(layer["errors"]["output"][-1]) < 1e-12
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        expected = np.linalg.svd(x, compute_uv=False)
+        np.testing.assert_allclose(layer["singular_values"][name], expected, rtol=1e-12)
+        p = expected / expected.sum(-1, keepdims=True)
+        erank = np.exp(-(p * np.log(p)).sum(-1))
+        np.testing.assert_allclose(layer["effective_ranks"][name], erank, rtol=1e-12)
+    for method, needed in layer["needed_ranks"].items():
+        errors = np.array(layer["errors"][method])
+        for tolerance, ranks in needed.items():
+            for head, rank in enumerate(ranks):
+                assert (errors[rank - 1 :, head] <= float(tolerance)).all()
+                assert rank == 1 or errors[rank - 2, head] > float(tolerance)
+    assert layer["exact_bytes"] == 2 * N * (D + 3) * 8
+
+
+def low_rank_inputs():
+    """Two heads that rank 2 holds whole, K and V with nothing to shift."""
+    rng = np.random.default_rng(1)
+    return [rng.standard_normal((2, 64, 2)) @ rng.standard_normal((2, 2, 16)) for _ in range(3)]
+
+
+def test_what_low_rank_saves(tmp_path):
+    write_npz(tmp_path / "a.npz", *low_rank_inputs())
+    (layer,) = read_layers([tmp_path / "a.npz"])
+    steps = []
+    report = measure(layer, {"is_causal": False, "scale": None}, lambda: steps.append(1))
+    assert report.needed["svd"][0.01] == [2, 2]
+    # K and V of two heads: 64 x 2 coordinates and a 16 x 2 basis, 8 bytes each
+    assert report.kv_bytes["svd"][0.01] == 2 * 2 * (64 + 16) * 2 * 8
+    assert [one.rank for one in report.timings] == [
+        max(report.needed[report.best][one.tolerance]) for one in report.timings
+    ]
+    assert advise(report)[0].startswith("Compress")
+    worse = report._replace(kv_bytes={report.best: {0.05: report.exact_bytes}})
+    assert advise(worse)[0].startswith("Keep exact")
+
+
+def test_effective_rank_and_needed_rank():
+    np.testing.assert_allclose(effective_rank(np.array([[3.0, 3, 3], [1, 0, 0]])), [3, 1])
+    assert effective_rank(np.zeros((1, 3))) == [0]
+    errors = np.array([[0.04, 0.2], [0.2, 0.2], [0.01, 0.2]])  # a dip is not yet enough
+    assert needed_ranks(errors, [1, 2, 4], 0.05) == [4, None]
+
+
+def test_a_zero_head_is_no_error(tmp_path):
+    q, k, v = inputs()
+    v[1] = 0
+    target = tmp_path / "out.json"
+    assert run(write_npz(tmp_path / "a.npz", q, k, v), "--json", target).exit_code == 0
+    (layer,) = json.loads(target.read_text())["layers"]
+    assert layer["effective_ranks"]["v"][1] == 0
+    assert layer["needed_ranks"]["output"]["0.01"][1] == 1
+
+
+def test_forms_of_input(tmp_path):
+    q, k, v = inputs(dtype=np.float16)
+    files = [tmp_path / f"{name}.npy" for name in "qkv"]
+    for path, x in zip(files, (q, k, v), strict=True):
+        np.save(path, x)
+    np.save(tmp_path / "all.npy", np.stack([q, k, k]))
+    np.savez(
+        tmp_path / "deep.npz", **{f"layer{i}/{n}": k for i in (10, 9) for n in "qkv"}, tokens="x"
+    )
+    (three,) = read_layers(files)
+    (one,) = read_layers([tmp_path / "all.npy"])
+    assert three.itemsizes == one.itemsizes == (2, 2)
+    assert three.dtype == "float16"
+    for layer, expected in ((three, (q, k, v)), (one, (q, k, k))):
+        for x, y in zip(layer[1:4], expected, strict=True):
+            assert x.dtype == np.float32
+            np.testing.assert_array_equal(x, y.astype(np.float32))
+    assert [x.name for x in read_layers([tmp_path / "deep.npz"])] == ["layer9", "layer10"]
+    np.save(tmp_path / "head.npy", np.stack([q[0], k[0], k[0]]))
+    assert read_layers([tmp_path / "head.npy"])[0].q.shape == (1, N, D)
+
+
+def test_safetensors_bfloat16(tmp_path):
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    x = torch.arange(24, dtype=torch.float32).reshape(1, 6, 4).to(torch.bfloat16) / 3
+    save_file(
+        {f"h.{n}": x.clone() for n in "qkv"} | {"h.ids": torch.arange(3)},
+        tmp_path / "a.safetensors",
+    )
+    (layer,) = read_layers([tmp_path / "a.safetensors"])
+    assert (layer.name, layer.dtype, layer.itemsizes) == ("h", "bfloat16", (2, 2))
+    np.testing.assert_array_equal(layer.q, x.float().numpy())
+
+
+def refused(tmp_path, *paths):
+    """The one line with which a report ends; nothing was written."""
+    done = run(*paths, "--json", tmp_path / "out.json")
+    assert done.exit_code == 1
+    assert not (tmp_path / "out.json").exists()
+    return done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda q, k, v: (q, np.where(k > 1, np.nan, k), v), "k of layer a must be finite"),
+        (
+            lambda q, k, v: (q.astype(int), k, v),
+            "q of layer a must be real floating, got dtype int64",
+        ),
+        (lambda q, k, v: (q, k, v * 1j), "v of layer a must be real floating"),
+        (lambda q, k, v: (q[..., :3], k, v), "must have shapes q (..., Hq, Nq, D)"),
+        (lambda q, k, v: (q, k, v[:, :5]), "must have shapes q (..., Hq, Nq, D)"),
+        (lambda q, k, v: (np.concat([q, q[:1]]), k, v), "Hq a multiple of Hkv"),
+        (lambda q, k, v: (q[:, :0], k, v), "no axis empty"),
+        (lambda q, k, v: (q, k, np.array([{}])), "Object arrays cannot be loaded"),
+    ],
+)
+def test_arrays_that_are_refused(tmp_path, change, said):
+    path = write_npz(tmp_path / "a.npz", *change(*inputs()))
+    assert said in refused(tmp_path, path)
+
+
+def test_files_that_are_refused(tmp_path):
+    q, _, _ = inputs()
+    np.save(tmp_path / "objects.npy", np.array([{}]))
+    np.save(tmp_path / "flat.npy", q)
+    np.savez(tmp_path / "other.npz", x=q)
+    np.savez(tmp_path / "half.npz", q=q)
+    for name in ("bad.npy", "bad.npz", "bad.safetensors", "bad.txt"):
+        (tmp_path / name).write_bytes(b"not this")
+    said = {
+        "objects.npy": "Object arrays",
+        "flat.npy": "must have shape (3, ..., H, N, D)",
+        "other.npz": "must hold arrays named q, k and v",
+        "half.npz": "lacks k, v",
+        "bad.npy": "bad.npy cannot be read",
+        "bad.npz": "bad.npz cannot be read",
+        "bad.safetensors": "bad.safetensors cannot be read",
+        "bad.txt": "must be one .npy, .npz or .safetensors file, or three",
+        "absent.npz": "No such file",
+    }
+    for name, words in said.items():
+        assert words in refused(tmp_path, tmp_path / name)
+    assert "in the order q k v" in refused(tmp_path, tmp_path / "flat.npy", tmp_path / "flat.npy")
+    done = run(tmp_path / "other.npz", "--html", tmp_path / "other.npz")
+    assert done.exit_code == 1
+    assert "--html must be a file other than" in done.stderr
+
+
+def test_page_is_whole_and_loads_nothing(tmp_path):
+    q, k, v = inputs(heads=4)
+    np.savez(
+        tmp_path / "a&b.npz",
+        **{f"{n}/{x}": a for n in ("one", "<two>") for x, a in zip("qkv", (q, k, v), strict=True)},
+    )
+    target = tmp_path / "new" / "page.html"
+    done = run(tmp_path / "a&b.npz", "--html", target)
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in target.parent.iterdir()] == ["page.html"]
+    text = target.read_text(encoding="utf-8")
+    root = ET.fromstring(text)
+    metas = [dict(x.attrib) for x in root.iter("meta")]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in metas
+    assert [x.text for x in root.iter("h2")] == ["<two>", "one"]
+    assert len([x for x in root.iter() if x.tag.endswith("svg")]) == 2
+    for x in root.iter():
+        assert x.tag not in ("script", "link", "img", "iframe")
+        for name, value in x.attrib.items():
+            assert not name.endswith(("src", "href")) or value.startswith("#")
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert "color-scheme: light dark" in text
+    assert "#010203" not in text
+
+
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    path = write_npz(tmp_path / "a.npz", *inputs())
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "r.json").write_text("the last run's")
+
+    def half(partial, text, encoding):
+        partial.write_bytes(text[:9].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.write_text", half)
+    assert run(path, "--json", folder / "r.json").exit_code != 0
+    assert [x.name for x in folder.iterdir()] == ["r.json"]
+    assert (folder / "r.json").read_bytes() == b"the last run's"
+
+
+def test_replacing_is_by_rename(tmp_path):
+    with replacing(tmp_path / "a") as partial:
+        partial.write_bytes(b"new")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_bytes() == b"new"
