@@ -385,3 +385,19 @@ def test_masks_of_wrong_shape_or_dtype_are_named(name, mask, error):
 def test_ranks_and_tolerances_are_checked_when_the_layer_is_made(basis, options, error):
     with pytest.raises(error, match=f"{next(iter(options))} must"):
         layer(basis=basis, **options)
+
+
+@pytest.mark.parametrize("basis", ["sequence", "layer"])
+@pytest.mark.parametrize("method", ["svd", "joint", "output"])
+def test_padding_is_not_fitted_to(method, basis):
+    module, x = layer(rank=2, method=method, basis=basis), data()
+    padding = torch.zeros(BATCH, N_Q, dtype=torch.bool)
+    padding[0, -3:] = padding[1, :2] = True
+    outs = []
+    for hidden in (1.0, 50.0):
+        given = x.masked_fill(padding[..., None], hidden)
+        outs.append(copy.deepcopy(module)(given, given, given, key_padding_mask=padding)[0])
+    assert torch.equal(outs[0][~padding], outs[1][~padding])
+    if method != "output" and basis == "sequence":
+        real = x[:1, :-3]
+        assert_close(outs[0][:1, :-3], module(real, real, real)[0], 1e-12)

@@ -92,8 +92,8 @@ class LowRankAttention(nn.MultiheadAttention):
     checkpointing, which would compute a call again after the fit that followed it, and `torch.nn.DataParallel`, whose
     replicas lose what they fit.
 
-    Padding is part of the data of a fit: what ``key_padding_mask`` hides is not attended to, but "svd" and "joint" fit
-    to it, and all methods to the queries beside it.
+    What ``key_padding_mask`` hides is left out of fits: keys, values, and in self-attention (``query is key``) the
+    queries of these tokens. "output" still looks at as many rows, with 0 in their place.
 
     Examples
     --------
@@ -239,16 +239,17 @@ class LowRankAttention(nn.MultiheadAttention):
         weights : tensor or None
             (N, L, S), or (N, num_heads, L, S) where they are not averaged.
         """
-        is_batched = query.ndim == 3
+        is_batched, is_self = query.ndim == 3, query is key
         query, key, value = (self._batch_first(x) for x in (query, key, value))
         q, k, v = self._heads(query, key, value)
         mask = _mask(key_padding_mask, None if is_causal else attn_mask, q, k)
-        given = Approximation(self._projections(q, k, v, mask, is_causal), q, k, v)
+        data = self._without_padding(q, k, v, key_padding_mask, is_self=is_self)
+        given = Approximation(self._projections(*data, mask, is_causal), q, k, v)
         out, self._last = attend(
             given, self._ranks, l1=self.l1, l1_form=self.l1_form, mask=mask, is_causal=is_causal
         )
         out = self.out_proj(out.transpose(1, 2).flatten(2))
-        self._count_call(q, k, v, mask, is_causal)
+        self._count_call(*data, mask, is_causal)
         weights = _weights(self._last, mask, is_causal) if need_weights else None
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
@@ -331,7 +332,8 @@ class LowRankAttention(nn.MultiheadAttention):
         with torch.no_grad():
             q, k, v = self._heads(*(self._batch_first(x) for x in (query, key, value)))
         mask = _mask(key_padding_mask, None if is_causal else attn_mask, q, k)
-        self._fit(q, k, v, mask, is_causal)
+        data = self._without_padding(q, k, v, key_padding_mask, is_self=query is key)
+        self._fit(*data, mask, is_causal)
 
     def _batch_first(self, x: Tensor) -> Tensor:
         if x.ndim == 2:
@@ -347,6 +349,28 @@ class LowRankAttention(nn.MultiheadAttention):
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         projected = map(functional.linear, (query, key, value), weights, biases)
         return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected]
+
+    def _without_padding(
+        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, *, is_self: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Put what a fit does not notice in the place of hidden tokens: means, which centring takes off, or zeros."""
+        if key_padding_mask is None or not self._is_low_rank:
+            return q, k, v
+        hidden = key_padding_mask
+        if hidden.dtype != torch.bool:
+            hidden = torch.isneginf(hidden)
+        hidden = hidden.reshape(-1, 1, k.shape[-2], 1)
+        # One basis for the batch has one centre.
+        axes = (0, 2) if self.basis == "layer" else (2,)
+        n_real = (~hidden).expand(k.shape[0], -1, -1, -1).sum(axes, keepdim=True).clamp(min=1)
+
+        def filled(x: Tensor) -> Tensor:
+            if self.method == "svd":
+                return x.masked_fill(hidden, 0)
+            mean = x.masked_fill(hidden, 0).sum(axes, keepdim=True) / n_real
+            return torch.where(hidden, mean, x)
+
+        return q.masked_fill(hidden, 0) if is_self else q, filled(k), filled(v)
 
     def _projections(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
