@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from benchmarks.training.attend import attend, make_attention
 from benchmarks.training.settings import Method, Setting
@@ -9,18 +10,31 @@ from slra.integrations.torch import LowRankAttention
 
 
 class Block(nn.Module):
-    """Pre-norm block: attention, and an MLP where the setting has one."""
+    """Pre-norm block: attention after a short causal convolution, and an MLP, where the setting has them."""
 
     def __init__(self, setting: Setting, method: Method) -> None:
         super().__init__()
         width, self.is_causal = setting.width, setting.is_causal
         self.norm = nn.LayerNorm(width)
+        self.conv = ShortConvolution(width, setting.kernel) if setting.kernel else nn.Identity()
         self.attention = make_attention(setting, method)
         self.mlp = mlp(width) if setting.has_mlp else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + attend(self.attention, self.norm(x), is_causal=self.is_causal)
+        x = x + attend(self.attention, self.conv(self.norm(x)), is_causal=self.is_causal)
         return x if self.mlp is None else x + self.mlp(x)
+
+
+class ShortConvolution(nn.Module):
+    """Add to each token a mix of it and the tokens just before it, feature by feature."""
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.mix = nn.Conv1d(width, width, kernel, groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(functional.pad(x.mT, (self.kernel - 1, 0))).mT
 
 
 def mlp(width: int) -> nn.Sequential:

@@ -8,7 +8,21 @@ N_SEEDS = 5
 
 SETTINGS = {
     "mqar": Setting(
-        "mqar", 64, 66, 66, "each", True, 1, False, 1200, 64, 500, n_points=24, pairs=8, warm=2 / 3
+        "mqar",
+        64,
+        66,
+        66,
+        "each",
+        True,
+        1,
+        False,
+        1000,
+        32,
+        500,
+        n_points=20,
+        pairs=8,
+        kernel=3,
+        warm=0.6,
     ),
     "digits": Setting("digits", 64, 17, 10, "mean", False, 2, True, 800, 32, 360, n_points=20),
     "listops": Setting(
@@ -28,27 +42,45 @@ SETTINGS = {
         refit=10,
     ),
 }
-THRESHOLD, PENALTY = 2.0, 0.1
-MAIN = [
-    Method("exact", "exact"),
-    Method("svd", "svd"),
-    Method("output", "output"),
-    Method("svd + l1 penalty", "svd", penalty=PENALTY),
-    Method("svd + l1 prox", "svd", threshold=THRESHOLD),
-    Method("favor", "favor"),
-    Method("nystrom", "nystrom"),
-]
+# Lambda of the two l1 forms, per task: tried on seeds from 100 on, which are not among those of the study.
+THRESHOLD = {"mqar": 2.0, "digits": 1.0, "listops": 1.0}
+PENALTY = {"mqar": 0.1, "digits": 0.1, "listops": 0.1}
+
+
+def main_methods(task: str) -> list[Method]:
+    """What the main table compares."""
+    return [
+        Method("exact", "exact"),
+        Method("svd", "svd"),
+        Method("output", "output"),
+        Method("svd + l1 penalty", "svd", penalty=PENALTY[task]),
+        Method("svd + l1 prox", "svd", threshold=THRESHOLD[task]),
+        Method("favor", "favor"),
+        Method("nystrom", "nystrom"),
+    ]
+
+
 SWEEP = [
     *(Method(f"prox {x:g}", "svd", threshold=x) for x in (0.5, 1.0, 4.0, 8.0)),
     *(Method(f"penalty {x:g}", "svd", penalty=x) for x in (0.01, 0.03, 0.3)),
 ]
-DYNAMIC = [
-    Method("rtol 0.2", "output", rtol=0.2),
-    Method("rtol 0.2, penalty ramped", "output", rtol=0.2, penalty=PENALTY),
-    Method("rtol 0.2, penalty at once", "output", rtol=0.2, penalty=PENALTY, ramp=0.0),
-    Method("rtol 0.05", "output", rtol=0.05),
+SCRATCH = [
+    method._replace(name=f"{method.name}, no warm-up", warm=False)
+    for method in main_methods("mqar")
+    if method.kind != "exact"
 ]
-SCRATCH = [m._replace(name=f"{m.name}, no warm-up", warm=False) for m in MAIN if m.kind != "exact"]
+
+
+def dynamic(task: str) -> list[Method]:
+    """Ranks by tolerance, with the penalty off, rising and on at once."""
+    base = Method("rtol 0.2", "output", rtol=0.2)
+    penalty = PENALTY[task]
+    return [
+        base,
+        base._replace(name="rtol 0.2, penalty ramped", penalty=penalty),
+        base._replace(name="rtol 0.2, penalty at once", penalty=penalty, ramp=0.0),
+        base._replace(name="rtol 0.05", rtol=0.05),
+    ]
 
 
 class Group(NamedTuple):
@@ -65,13 +97,16 @@ def plan() -> list[Group]:
     groups = []
     for seed in range(N_SEEDS):
         groups += [
-            Group("main", SETTINGS[task], seed, MAIN) for task in ("listops", "mqar", "digits")
+            Group("main", SETTINGS[task], seed, main_methods(task))
+            for task in ("listops", "mqar", "digits")
         ]
         if seed == 2:
             for other in (0, 1):
                 groups.append(Group("sweep", SETTINGS["mqar"], other, SWEEP))
-                groups.append(Group("dynamic", SETTINGS["digits"], other, DYNAMIC))
-                groups.append(Group("dynamic", SETTINGS["mqar"], other, DYNAMIC))
+                groups += [
+                    Group("dynamic", SETTINGS[task], other, dynamic(task))
+                    for task in ("digits", "mqar")
+                ]
             groups.append(Group("no warm-up", SETTINGS["mqar"], 0, SCRATCH))
     return groups
 
@@ -90,8 +125,8 @@ def quick_plan() -> list[Group]:
     settings["mqar"] = settings["mqar"]._replace(n_classes=34)
     mqar = settings["mqar"]
     return [
-        *(Group("main", setting, 0, MAIN) for setting in settings.values()),
+        *(Group("main", setting, 0, main_methods(task)) for task, setting in settings.items()),
         Group("sweep", mqar, 0, SWEEP[:1]),
-        Group("dynamic", mqar, 0, DYNAMIC),
+        Group("dynamic", mqar, 0, dynamic("mqar")),
         Group("no warm-up", mqar, 0, SCRATCH),
     ]

@@ -34,7 +34,10 @@ def summarise(runs: list[Run]) -> dict[str, Any]:
         if run["part"] == "main" and run["seed"] > 0:
             del row["curve"]
         kept.append(row)
+    warm_ups = {(run["part"], run["task"], run["seed"]): run["warm_up_cpu_seconds"] for run in runs}
+    trained = sum(run["cpu_seconds"] for run in runs)
     return {
+        "cpu_seconds": round(trained + sum(warm_ups.values())),
         "tasks": {
             task: {**setting._asdict(), "most_frequent": most_frequent(setting)}
             for task, setting in tasks.items()

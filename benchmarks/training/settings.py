@@ -25,10 +25,11 @@ class Setting(NamedTuple):
     n_points: int  # of the curves over training
     pairs: int = 0
     n_train: int = 0
+    kernel: int = 0  # of a causal depthwise convolution before each attention, 0 for none
     width: int = 64
     layers: int = 2
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.1
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
     refit: int = 20  # steps between fits of a basis
     warm: float = 0.5  # share of the steps, at the start, with exact attention for all
 
