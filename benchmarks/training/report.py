@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.common import RESULTS
 from benchmarks.training.attend import n_baseline
-from benchmarks.training.plan import Group
+from benchmarks.training.plan import SETTINGS, Group
 from benchmarks.training.settings import Setting
 from benchmarks.training.tasks import IGNORE
 
@@ -23,10 +23,8 @@ Run = dict[str, Any]
 
 def summarise(runs: list[Run]) -> dict[str, Any]:
     """The results file: tasks, and each run without what follows from its task."""
-    tasks = {}
-    for run in runs:
-        tasks.setdefault((run["part"] == "main", run["task"]), Setting(**run["setting"]))
-    tasks = {task: setting for (is_main, task), setting in tasks.items() if is_main}
+    found = {run["task"]: Setting(**run["setting"]) for run in runs if run["part"] == "main"}
+    tasks = {task: found[task] for task in SETTINGS if task in found}
     kept = []
     for run in runs:
         row = {name: x for name, x in run.items() if name != "setting"}
@@ -267,19 +265,24 @@ def draw(result: dict[str, Any], folder: Path) -> None:
         curve = runs[0]["curve"]
         axes[0, 1].plot([p["step"] for p in curve], [p["accuracy"] for p in curve], label=method)
     axes[0, 1].set(title="MQAR, seed 0", xlabel="step", ylabel="accuracy")
-    axes[0, 1].legend(fontsize=7)
     for axis, task in zip(axes[1], ("mqar", "digits"), strict=True):
-        for number, ((_, method), runs) in enumerate(select(result, "dynamic", task).items()):
-            curve = [point for point in runs[0]["curve"] if "rank_v" in point]
-            steps = [point["step"] for point in curve]
-            for name, line in (("rank_qk", "-"), ("rank_v", "--")):
-                label = method if name == "rank_qk" else None
-                axis.plot(steps, [p[name] for p in curve], line, color=f"C{number}", label=label)
-        axis.set(title=f"{task}: mean rank of Q, K (solid) and V (dashed)", xlabel="step")
-        axis.legend(fontsize=7)
+        draw_ranks(axis, result, task)
+    for axis in axes.flat:
+        if axis.has_data():
+            axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(folder / "training.png", dpi=90)
     plt.close(figure)
+
+
+def draw_ranks(axis: Any, result: dict[str, Any], task: str) -> None:
+    for number, ((_, method), runs) in enumerate(select(result, "dynamic", task).items()):
+        curve = [point for point in runs[0]["curve"] if "rank_v" in point]
+        steps = [point["step"] for point in curve]
+        for name, line in (("rank_qk", "-"), ("rank_v", "--")):
+            label = method if name == "rank_qk" else None
+            axis.plot(steps, [p[name] for p in curve], line, color=f"C{number}", label=label)
+    axis.set(title=f"{task}: mean rank of Q, K (solid) and V (dashed)", xlabel="step")
 
 
 def draw_tradeoff(axis: Any, result: dict[str, Any]) -> None:
@@ -301,7 +304,6 @@ def draw_tradeoff(axis: Any, result: dict[str, Any]) -> None:
         ]
         axis.plot(*np.transpose(points), ".", label=label)
     axis.set(title="MQAR at rank D/4", xlabel="share of entries of Q^, K^, V^", ylabel="accuracy")
-    axis.legend(fontsize=7)
 
 
 def write_docs(result: dict[str, Any]) -> None:
