@@ -146,9 +146,10 @@ def test_causal_favor_is_that_of_running_sums():
 def test_baselines_store_no_more_than_low_rank():
     for setting in SETTINGS.values():
         n, width = setting.length, setting.head_width
-        budget = 2 * setting.rank * n
+        stored = 2 * MAIN[1].rank(setting)
+        budget = stored * n
         for kind, each in (("favor", width + 1), ("nystrom", 3 * width)):
-            numbers = n_baseline(kind, 2 * setting.rank, n, width) * each
+            numbers = n_baseline(kind, stored, n, width) * each
             assert budget - each < numbers <= budget
 
 
@@ -178,12 +179,12 @@ def test_schedule_ends_at_the_rank_and_the_full_l1():
     setting, method = SETTINGS["mqar"], Method("m", "svd", penalty=1.0)
     first, last = setting.warm_steps, setting.steps - 1
     ranks, l1 = zip(*(progress(i, setting, method) for i in range(first, last + 1)), strict=True)
-    assert ranks[0] > setting.rank
+    assert ranks[0] > method.rank(setting)
     assert list(ranks) == sorted(ranks, reverse=True)
-    assert (ranks[-1], l1[-1]) == (setting.rank, 1.0)
+    assert (ranks[-1], l1[-1]) == (method.rank(setting), 1.0)
     assert list(l1) == sorted(l1)
     assert progress(first, setting, method._replace(ramp=0.0))[1] == 1.0
-    assert progress(0, setting, method._replace(warm=False)) == (setting.rank, 1.0)
+    assert progress(0, setting, method._replace(warm=False)) == (method.rank(setting), 1.0)
 
 
 def test_the_proximal_layer_has_zeros_and_the_penalty_none():
@@ -201,7 +202,7 @@ def test_an_exact_model_is_cut_to_rank_and_by_tolerance(monkeypatch):
     fixed, fine, coarse = (
         one["ranks"] for one in train(TINY, MAIN[0], 0, warm_up(TINY, 0))["untrained"]
     )
-    assert np.all(np.asarray(fixed) == TINY.rank)
+    assert np.all(np.asarray(fixed) == ways[0].rank(TINY))
     assert np.mean(coarse) < np.mean(fine)
 
 
@@ -258,5 +259,5 @@ def test_documented_tables_are_those_of_the_results():
 def test_layers_take_the_budget_of_their_setting():
     setting = SETTINGS["mqar"]
     layer = make_attention(setting, Method("favor", "favor"))
-    assert layer.stored == 2 * setting.rank
+    assert layer.stored == 2 * setting.head_width // 4
     assert make_attention(setting, Method("exact", "exact")).rank is None

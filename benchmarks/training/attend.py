@@ -14,7 +14,7 @@ def make_attention(setting: Setting, method: Method) -> nn.MultiheadAttention:
     """The layer of a method at full rank and without l1: `set_progress` turns them to their final values."""
     sizes = {"embed_dim": setting.width, "num_heads": setting.heads, "batch_first": True}
     if method.kind in ("favor", "nystrom"):
-        return Baseline(method.kind, stored=2 * setting.rank, **sizes)
+        return Baseline(method.kind, stored=2 * method.rank(setting), **sizes)
     if method.kind == "exact":
         return LowRankAttention(**sizes)
     return LowRankAttention(

@@ -77,6 +77,11 @@ SWEEP = [
     *(Method(f"prox {x:g}", "svd", threshold=x) for x in (0.5, 1.0, 4.0, 8.0)),
     *(Method(f"penalty {x:g}", "svd", penalty=x) for x in (0.01, 0.03, 0.3)),
 ]
+BUDGET = [
+    Method(f"{kind}, D/{cut}", kind, cut=cut)
+    for cut in (8, 16, 32)
+    for kind in ("svd", "output", "favor", "nystrom")
+]
 SCRATCH = [
     method._replace(name=f"{method.name}, no warm-up", warm=False)
     for method in main_methods("mqar")
@@ -116,6 +121,7 @@ def plan() -> list[Group]:
         if seed == 2:
             for other in (0, 1):
                 groups.append(Group("sweep", SETTINGS["mqar"], other, SWEEP))
+                groups.append(Group("budget", SETTINGS["mqar"], other, BUDGET))
                 groups += [
                     Group("dynamic", SETTINGS[task], other, dynamic(task))
                     for task in ("digits", "mqar")
@@ -140,6 +146,7 @@ def quick_plan() -> list[Group]:
     return [
         *(Group("main", setting, 0, main_methods(task)) for task, setting in settings.items()),
         Group("sweep", mqar, 0, SWEEP[:1]),
+        Group("budget", mqar, 0, BUDGET[:4]),
         Group("dynamic", mqar, 0, dynamic("mqar")),
         Group("no warm-up", mqar, 0, SCRATCH),
     ]

@@ -62,7 +62,7 @@ def stored(run: Run) -> float:
     if kind == "exact":
         return 2 * width
     if kind in ("favor", "nystrom"):
-        m = n_baseline(kind, 2 * setting.rank, setting.length, width)
+        m = n_baseline(kind, 2 * width // options["cut"], setting.length, width)
         return round(m * (width + 1 if kind == "favor" else 3 * width) / setting.length, 1)
     return round(float(np.mean(np.sum(run["ranks"], axis=-1))), 1)
 
@@ -178,6 +178,29 @@ def sweep_table(result: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def budget_table(result: dict[str, Any]) -> str:
+    """Accuracy by rank and method; the rank D/4 is that of the main table, on the same seeds."""
+    runs = [run for some in select(result, "budget", "mqar").values() for run in some]
+    kinds = list(dict.fromkeys(run["options"]["kind"] for run in runs))
+    seeds = {run["seed"] for run in runs}
+    runs += [
+        run
+        for kind in kinds
+        for run in select(result, "main", "mqar").get(("mqar", kind), [])
+        if run["seed"] in seeds
+    ]
+    width = result["tasks"]["mqar"]["width"] // result["tasks"]["mqar"]["heads"]
+    rows = []
+    for cut in sorted({run["options"]["cut"] for run in runs}):
+        by_kind = [
+            [run for run in runs if (run["options"]["cut"], run["options"]["kind"]) == (cut, kind)]
+            for kind in kinds
+        ]
+        accuracies = (spread(run["accuracy"] for run in some) for some in by_kind)
+        rows.append((width // cut, 2 * width // cut, *accuracies, len(seeds)))
+    return table(["rank", "stored", *kinds, "seeds"], rows)
+
+
 def dynamic_table(result: dict[str, Any]) -> str:
     rows = []
     for (task, method), runs in select(result, "dynamic").items():
@@ -235,6 +258,7 @@ def no_warm_up_table(result: dict[str, Any]) -> str:
 
 TABLES = {
     "main": main_table,
+    "budget": budget_table,
     "sweep": sweep_table,
     "dynamic": dynamic_table,
     "untrained": untrained_table,

@@ -38,10 +38,6 @@ class Setting(NamedTuple):
         return self.width // self.heads
 
     @property
-    def rank(self) -> int:
-        return self.head_width // 4
-
-    @property
     def warm_steps(self) -> int:
         return round(self.warm * self.steps)
 
@@ -69,13 +65,15 @@ class Setting(NamedTuple):
 class Method(NamedTuple):
     """How attention is approximated.
 
-    ``kind`` is "exact", a method of `slra.fit_attention`, or a baseline. ``penalty`` is the weight of l1 per entry: the
+    ``kind`` is "exact", a method of `slra.fit_attention`, or a baseline. The rank is D / ``cut``, and baselines may
+    store as many numbers as that takes. ``penalty`` is the weight of l1 per entry: the
     lambda of the objective times the n D entries of each of Q^, K^ and V^. ``threshold`` is that of the proximal
     layer, in the units of the entries. ``warm``: whether it starts from the exact warm-up.
     """
 
     name: str
     kind: str
+    cut: int = 4
     penalty: float = 0.0
     threshold: float = 0.0
     rtol: float | None = None
@@ -83,6 +81,9 @@ class Method(NamedTuple):
         0.6  # share of the steps after the warm-up over which l1 rises from 0; 0: it is on at once
     )
     warm: bool = True
+
+    def rank(self, setting: Setting) -> int:
+        return setting.head_width // self.cut
 
     def l1(self, setting: Setting) -> float:
         return self.threshold or self.penalty / (setting.length * setting.width)

@@ -40,11 +40,11 @@ def progress(step: int, setting: Setting, method: Method) -> tuple[int, float]:
     Without a warm-up both have their final values from the start.
     """
     if not method.warm:
-        return setting.rank, 1.0
+        return method.rank(setting), 1.0
     share = (step - setting.warm_steps + 1) / (setting.steps - setting.warm_steps)
-    rank = setting.head_width * (setting.rank / setting.head_width) ** (share / RANK_UNTIL)
+    rank = setting.head_width * method.cut ** (-share / RANK_UNTIL)
     l1 = min(1.0, share / method.ramp) if method.ramp else 1.0
-    return max(setting.rank, math.ceil(rank)), l1
+    return max(method.rank(setting), math.ceil(rank)), l1
 
 
 def learning_rate(step: int, setting: Setting) -> float:
@@ -175,7 +175,7 @@ def compress(
     small = Trainer(setting, method, seed)
     small.model.load_state_dict(model.state_dict())
     for attention in small.model.attentions:
-        set_progress(attention, setting.rank, 0.0)
+        set_progress(attention, method.rank(setting), 0.0)
     with torch.no_grad():  # the first call in training mode fits
         small.model(calibration.tokens, calibration.targets != IGNORE)
     seen = small.look()
