@@ -73,9 +73,8 @@ def test_listops_answers_by_another_evaluator():
     for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
         written = [token for token in row if token != tasks.PAD]
         assert row[: len(written)] == written
-        assert written[0] == tasks.CLS
-        assert 100 < len(written) - 1 < 300
-        value, depth = evaluate(written[1:])
+        assert 100 < len(written) < 300
+        value, depth = evaluate(written)
         assert value == wanted
         # A digit is a node too: operators stand on the levels above the deepest.
         assert depth <= tasks.MAX_DEPTH - 1
@@ -163,16 +162,18 @@ def test_all_methods_go_on_from_one_warm_up():
 
 
 def test_full_rank_without_l1_is_exact_training():
-    setting = TINY._replace(warm=0.0)
-    trainers = [Trainer(setting, Method(kind, kind), 0) for kind in ("exact", "svd")]
-    for step, batch in zip(range(3), setting.train_batches(0), strict=False):
-        losses = []
-        for trainer in trainers:
-            for attention in trainer.model.attentions:
-                attention.refit_every = 1
-            trainer.setting = setting._replace(steps=10**6, learning_rate=1e-2)
-            losses.append(trainer.step(batch, step))
-        assert abs(losses[0] - losses[1]) < 1e-4
+    trainers = [
+        Trainer(TINY, Method(kind, kind, cut=1, warm=False), 0) for kind in ("exact", "svd")
+    ]
+    for trainer in trainers:
+        trainer.model.double()
+    first = None
+    for step, batch in zip(range(4), TINY.train_batches(0), strict=False):
+        exact, low_rank = (trainer.step(batch, step) for trainer in trainers)
+        # AdamW divides by gradients that may be as small as 1e-8, its eps: rounding grows by that much at most.
+        assert abs(exact - low_rank) < 1e8 * torch.finfo(torch.float64).eps
+        first = first or exact
+    assert abs(exact - first) > 1e-3
 
 
 def test_schedule_ends_at_the_rank_and_the_full_l1():

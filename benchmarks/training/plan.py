@@ -41,13 +41,13 @@ SETTINGS = {
     "listops": Setting(
         task="listops",
         length=1000,
-        n_tokens=17,
+        n_tokens=16,
         n_classes=10,
         readout="first",
         is_causal=False,
         heads=2,
         has_mlp=True,
-        steps=160,
+        steps=120,
         batch=8,
         n_test=200,
         n_points=4,
@@ -116,7 +116,7 @@ def plan() -> list[Group]:
     for seed in range(N_SEEDS):
         groups += [
             Group("main", SETTINGS[task], seed, main_methods(task))
-            for task in ("listops", "mqar", "digits")
+            for task in ("mqar", "digits", "listops")
         ]
         if seed == 2:
             for other in (0, 1):

@@ -15,7 +15,7 @@ import torch
 
 IGNORE = -100  # a position that asks nothing
 OPERATORS = ("MIN", "MAX", "MED", "SM")
-PAD, CLS, CLOSE, FIRST_OPERATOR = 10, 11, 12, 13  # tokens of ListOps after its ten digits
+PAD, CLOSE, FIRST_OPERATOR = 10, 11, 12  # tokens of ListOps after its ten digits
 MAX_DEPTH, MAX_ARGS, P_OPERATOR = 10, 10, 0.25
 
 Tree = int | tuple[str, list["Tree"]]
@@ -89,17 +89,16 @@ def listops_value(tree: Tree) -> int:
 
 @lru_cache
 def listops(seed: int, size: int, shortest: int, longest: int) -> Batch:
-    """Expressions of more than ``shortest`` and fewer than ``longest`` tokens after CLS, padded to one length."""
+    """Expressions of more than ``shortest`` and fewer than ``longest`` tokens, padded to one length."""
     rng = random.Random(seed)
     tokens = torch.full((size, longest), PAD)
-    tokens[:, 0] = CLS
     targets = torch.zeros(size, dtype=torch.int64)
     done = 0
     while done < size:
         tree = listops_tree(rng)
         written = listops_tokens(tree)
         if shortest < len(written) < longest:
-            tokens[done, 1 : len(written) + 1] = torch.tensor(written)
+            tokens[done, : len(written)] = torch.tensor(written)
             targets[done] = listops_value(tree)
             done += 1
     return Batch(tokens, targets)
