@@ -74,7 +74,7 @@ def main_methods(task: str) -> list[Method]:
 
 
 SWEEP = [
-    *(Method(f"prox {x:g}", "svd", threshold=x) for x in (0.5, 1.0, 4.0, 8.0)),
+    *(Method(f"prox {x:g}", "svd", threshold=x) for x in (0.5, 1.0, 4.0, 8.0, 16.0, 64.0)),
     *(Method(f"penalty {x:g}", "svd", penalty=x) for x in (0.01, 0.03, 0.3)),
 ]
 BUDGET = [
@@ -111,23 +111,26 @@ class Group(NamedTuple):
 
 
 def plan() -> list[Group]:
-    """The whole study, seed by seed; the parts beyond the main table after its third seed."""
-    groups = []
-    for seed in range(N_SEEDS):
-        groups += [
-            Group("main", SETTINGS[task], seed, main_methods(task))
-            for task in ("mqar", "digits", "listops")
+    """The whole study: what says most for its time comes first, should it be stopped."""
+    seeds, mqar = range(N_SEEDS), SETTINGS["mqar"]
+
+    def main(task: str, seed: int) -> Group:
+        return Group("main", SETTINGS[task], seed, main_methods(task))
+
+    def others(seed: int) -> list[Group]:
+        return [
+            Group("sweep", mqar, seed, SWEEP),
+            Group("budget", mqar, seed, BUDGET),
+            *(Group("dynamic", SETTINGS[task], seed, dynamic(task)) for task in ("mqar", "digits")),
         ]
-        if seed == 2:
-            for other in (0, 1):
-                groups.append(Group("sweep", SETTINGS["mqar"], other, SWEEP))
-                groups.append(Group("budget", SETTINGS["mqar"], other, BUDGET))
-                groups += [
-                    Group("dynamic", SETTINGS[task], other, dynamic(task))
-                    for task in ("digits", "mqar")
-                ]
-            groups.append(Group("no warm-up", SETTINGS["mqar"], 0, SCRATCH))
-    return groups
+
+    return [
+        *(main(task, seed) for seed in seeds for task in ("mqar", "digits")),
+        *others(0),
+        Group("no warm-up", mqar, 0, SCRATCH),
+        *(main("listops", seed) for seed in seeds),
+        *others(1),
+    ]
 
 
 def quick_plan() -> list[Group]:
