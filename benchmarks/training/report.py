@@ -108,11 +108,15 @@ def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def zeros(runs: list[Run], which: int = 0) -> str:
-    """Mean share over runs, layers and arrays, and the smallest of any array and run."""
-    if not any(run["options"]["threshold"] or run["options"]["penalty"] for run in runs):
+def zeros(runs: list[Run], which: int | None = 0) -> str:
+    """Mean share over runs, layers and arrays, and the smallest of any array and run; None: off the filler of MQAR."""
+    forms = ("threshold",) if which is None else ("threshold", "penalty")
+    if not any(run["options"][form] for run in runs for form in forms):
         return ""
-    x = 100 * np.asarray([run["zeros"] for run in runs])[..., which]
+    if which is None:
+        x = 100 * np.asarray([run["zeros_off_filler"] for run in runs])
+    else:
+        x = 100 * np.asarray([run["zeros"] for run in runs])[..., which]
     return f"{x.mean():.1f} ({x.min():.1f})"
 
 
@@ -138,14 +142,16 @@ def main_table(result: dict[str, Any]) -> str:
                         spread(run["accuracy"] for run in runs),
                         spread(ratio),
                         zeros(runs),
+                        zeros(runs, None) if task == "mqar" else "",
                         len(runs),
                     )
                 )
         by = " by root operator" if task == "listops" else ""
         rows.append(
-            (task, f"most frequent answer{by}", "", f"{100 * setting['trivial']:.1f}", *[""] * 3)
+            (task, f"most frequent answer{by}", "", f"{100 * setting['trivial']:.1f}", *[""] * 4)
         )
-    head = ["task", "method", "stored", "accuracy, %", "of exact, %", "zeros, %", "seeds"]
+    head = ["task", "method", "stored", "accuracy, %", "of exact, %", "zeros, %"]
+    head += ["zeros off filler, %", "seeds"]
     return table(head, rows)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 IGNORE = -100  # a position that asks nothing
+FILLER = 0  # the token of MQAR that is neither key nor value
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 PAD, CLOSE, FIRST_OPERATOR = 10, 11, 12  # tokens of ListOps after its ten digits
 MAX_DEPTH, MAX_ARGS, P_OPERATOR = 10, 10, 0.25
@@ -36,7 +37,7 @@ def mqar(
 ) -> Batch:
     """Key and value pairs, then each key once more, at gaps drawn from a power law; its value is the answer.
 
-    Token 0 fills the rest; keys are 1 to vocab/2 - 1 and values vocab/2 to vocab - 1, none twice in a sequence.
+    `FILLER` is everywhere else; keys are 1 to vocab/2 - 1 and values vocab/2 to vocab - 1, none twice in a sequence.
     """
     n_keys, context = vocab // 2, 2 * pairs
     keys = 1 + _subsets(rng, size, n_keys - 1, pairs)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from benchmarks.training.attend import set_progress
 from benchmarks.training.model import Model
 from benchmarks.training.settings import Method, Setting
-from benchmarks.training.tasks import IGNORE, Batch
+from benchmarks.training.tasks import FILLER, IGNORE, Batch
 
 RANK_UNTIL = 0.3  # share of the steps after the warm-up
 TEST_BATCH = 100
@@ -97,17 +97,24 @@ class Trainer:
     def look(self) -> dict[str, Any]:
         """Accuracy on the test set, and the zeros and ranks of each layer, as they are now."""
         self.model.eval()
-        test, right, zeros = self.setting.test_set(), [], []
+        test, right, zeros, off_filler = self.setting.test_set(), [], [], []
         for top in range(0, len(test.tokens), TEST_BATCH):
             batch = test.rows(np.arange(top, min(top + TEST_BATCH, len(test.tokens))))
             asked = batch.targets != IGNORE
             right.append(self.model(batch.tokens, asked).argmax(-1) == batch.targets[asked])
             if self.method.kind not in ("favor", "nystrom"):
-                zeros.append([[count(x) for x in a.approximations()] for a in self.model.low_rank])
+                hats = [a.approximations() for a in self.model.low_rank]
+                zeros.append([[count(x) for x in layer] for layer in hats])
+                used = batch.tokens != FILLER
+                off_filler.append(
+                    [[count(x.transpose(1, 2)[used][None])[0] for x in layer] for layer in hats]
+                )
         self.model.train()
         found: dict[str, Any] = {"accuracy": float(torch.cat(right).double().mean())}
         if zeros:
             found["zeros"] = np.mean(zeros, axis=0).round(4).tolist()
+            if self.setting.task == "mqar":
+                found["zeros_off_filler"] = np.mean(off_filler, axis=0).round(4).tolist()
         if self.method.kind in ("svd", "joint", "output"):
             found["ranks"] = [a.ranks.tolist() for a in self.model.low_rank]
         return found
