@@ -243,7 +243,9 @@ class LowRankAttention(nn.MultiheadAttention):
         query, key, value = (self._batch_first(x) for x in (query, key, value))
         q, k, v = self._heads(query, key, value)
         mask = _mask(key_padding_mask, None if is_causal else attn_mask, q, k)
-        data = self._without_padding(q, k, v, key_padding_mask, is_self=is_self)
+        data = q, k, v
+        if self.basis == "sequence" or (self.training and self.refit_every):
+            data = self._without_padding(q, k, v, key_padding_mask, is_self=is_self)
         given = Approximation(self._projections(*data, mask, is_causal), q, k, v)
         out, self._last = attend(
             given, self._ranks, l1=self.l1, l1_form=self.l1_form, mask=mask, is_causal=is_causal
@@ -360,17 +362,15 @@ class LowRankAttention(nn.MultiheadAttention):
         if hidden.dtype != torch.bool:
             hidden = torch.isneginf(hidden)
         hidden = hidden.reshape(-1, 1, k.shape[-2], 1)
+        q = q.masked_fill(hidden, 0) if is_self else q
+        zeroed = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+        if self.method == "svd":
+            return q, *zeroed
         # One basis for the batch has one centre.
         axes = (0, 2) if self.basis == "layer" else (2,)
         n_real = (~hidden).expand(k.shape[0], -1, -1, -1).sum(axes, keepdim=True).clamp(min=1)
-
-        def filled(x: Tensor) -> Tensor:
-            if self.method == "svd":
-                return x.masked_fill(hidden, 0)
-            mean = x.masked_fill(hidden, 0).sum(axes, keepdim=True) / n_real
-            return torch.where(hidden, mean, x)
-
-        return q.masked_fill(hidden, 0) if is_self else q, filled(k), filled(v)
+        k, v = (torch.where(hidden, x.sum(axes, keepdim=True) / n_real, x) for x in zeroed)
+        return q, k, v
 
     def _projections(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
