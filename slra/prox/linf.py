@@ -196,20 +196,25 @@ def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array
     (x,) = promoted.arrays
     (along,) = check_axis(x, (axis,))
     radius = check_tau(table, x, radius, "radius", axes=(along,))
-    theta = _simplex_level(x, radius, along, table)
-    return promoted.answer(table, table.nonneg_threshold(x, theta))[0]
+    # To take one number off all entries changes nothing, and what is left is exact where it counts.
+    lowered = x - table.xp.max(x, axis=along, keepdims=True)
+    level = _simplex_level(lowered, radius, along, table)
+    return promoted.answer(table, table.nonneg_threshold(lowered, level))[0]
 
 
 def _simplex_level(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:
     """Level theta for which ``sum(max(x - theta, 0)) == radius`` along ``axis``, which is kept.
 
-    The mean excess of the j largest entries grows with j as long as the entries stay above the level and falls
-    afterwards, so its maximum is the level: no index depends on data.
+    The largest entry of ``x`` is 0. The mean excess of the j largest entries grows with j as long as the entries stay
+    above the level and falls afterwards, so its maximum is the level: no index depends on data. No term of it is
+    positive, so none cancels, and the level comes out below the largest entry.
     """
     xp = table.xp
     n = x.shape[axis]
     counts = xp.arange(1, n + 1, dtype=x.dtype, device=table.creation_device(x))
     counts = xp.reshape(counts, (n,) + (1,) * (x.ndim - 1 - axis))
+    # What lies lower than the level can be does not count; its sum could overflow.
+    x = table.at_least(x, -radius)
     sums = xp.cumulative_sum(xp.sort(x, axis=axis, descending=True), axis=axis)
     theta = xp.max((sums - radius) / counts, axis=axis, keepdims=True)
     # One Newton step, which takes off the rounding of the running sum.
@@ -221,5 +226,7 @@ def _simplex_level(x: Array, radius: float | Array, axis: int, table: Primitives
 
 
 def _onto_l1_ball(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:
-    level = _simplex_level(table.xp.abs(x), radius, axis, table)
+    modulus = table.xp.abs(x)
+    peak = table.xp.max(modulus, axis=axis, keepdims=True)
+    level = peak + _simplex_level(modulus - peak, radius, axis, table)
     return table.soft_threshold(x, table.at_least(level, 0.0))
