@@ -156,6 +156,15 @@ def test_every_method_is_never_wrong(name, dtype, method):
     check(a, 20, result, 1.01, reference_error(a, 20, 3))
 
 
+@pytest.mark.parametrize("exponent", [-660, 660])
+@pytest.mark.parametrize("method", ["krylov", "subspace", "gram"])
+def test_squares_out_of_range_of_double_precision(method, exponent):
+    # Times a power of two, which is exact, the answer is the same.
+    a, scale = make("exponential", (140, 110), "complex128"), 2.0**exponent
+    U, S, Vh = slra.randomized_svd(a * scale, 6, method=method, rng=0)
+    check(a, 6, (U, S / scale, Vh), 1.01, reference_error(a, 6, 3))
+
+
 @pytest.mark.parametrize("n_iter", [0, 1, 2, 4])
 @pytest.mark.parametrize("shape", ["tall", "wide"])
 def test_no_worse_than_subspace_iteration_at_the_same_depth(shape, n_iter):

@@ -82,6 +82,15 @@ def test_scales(scale):
     check_tolerance(a, 0.05, slra.randomized_svd(a, rtol=0.05, rng=0))
 
 
+@pytest.mark.parametrize("exponent", [-660, 660])
+@pytest.mark.parametrize("function", ["randomized_svd", "truncated_svd"])
+def test_squares_out_of_range_of_double_precision(function, exponent):
+    a, scale = make("exponential", (140, 110), "float64"), 2.0**exponent
+    options = {"rng": 0} if function == "randomized_svd" else {}
+    U, S, Vh = getattr(slra, function)(a * scale, rtol=0.05, **options)
+    check_tolerance(a, 0.05, (U, S / scale, Vh))
+
+
 def test_rank_is_a_cap():
     a = make("polynomial", (400, 300), "float64")
     S = slra.randomized_svd(a, 12, rtol=1e-3, rng=0).S
