@@ -49,6 +49,45 @@ def test_scales(scale):
         check(a, 8, slra.randomized_svd(x, 8, rng=0), 1.01, reference_error(a, 8, 3))
 
 
+@pytest.mark.parametrize("exponent", [-660, 0, 660])
+def test_squares_out_of_range_of_double_precision(exponent):
+    scale = 2.0**exponent
+    s = sparse()
+    a, norm = s.toarray(), sp.linalg.norm(s) * scale
+    x = s * scale
+    # Two ways to the norm: the stored entries, and what the caller says.
+    for y in (x, slra.MatrixOperator(x.__matmul__, x.T.__matmul__, x.shape, x.data, norm)):
+        U, S, Vh = slra.randomized_svd(y, 8, rng=0)
+        check(a, 8, (U, S / scale, Vh), 1.01, reference_error(a, 8, 3))
+        U, S, Vh = slra.randomized_svd(y, rtol=0.1, rng=0)
+        assert np.linalg.norm(a - (U * S / scale) @ Vh) <= 0.1 * np.linalg.norm(a)
+        U, S, Vh = slra.randomized_svd(y, rtol=0.1, center=True, rng=0)
+        c = a - a.mean(axis=0)
+        assert np.linalg.norm(c - (U * S / scale) @ Vh) <= 0.1 * np.linalg.norm(c)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_short_sparse_matrices_are_decomposed_exactly(dtype, shape):
+    s = sp.random(*shape, density=0.3, random_state=0, format="csr").astype(dtype)
+    for x in (s, aslinearoperator(s)):
+        check(s.toarray(), 3, slra.randomized_svd(x, 3, rng=0))
+        check(s.toarray(), 12, slra.randomized_svd(x, 12, rng=0))
+
+
+def test_powers_of_two_are_exact_to_the_ends_of_the_range():
+    from array_api_compat import numpy as xp
+
+    from slra._backends import primitives
+    from slra.svd._linear_map import power_of_two
+
+    x = np.asarray([[3.0, 1e-300], [5e-324, 1.7e308]])
+    exponent = np.asarray([[1070.0, 990.0], [1074.0, -2098.0]])
+    with np.errstate(under="ignore"):
+        found = power_of_two(x * 0.5**1000, exponent, primitives(xp))
+    np.testing.assert_array_equal(found, np.ldexp(x * 0.5**1000, exponent.astype(int)))
+
+
 def test_operator_on_every_backend(xp):
     a = make("exponential", (120, 100), "complex128")
     x = to_xp(xp, a)
@@ -79,7 +118,11 @@ def test_tolerance_by_products(center):
         assert len(S) <= 1.05 * best + 1
     with pytest.raises(ValueError, match=r"rtol must be at least 5\.5e-03 for float32"):
         slra.randomized_svd(s.astype("float32"), rtol=1e-3)
-    with pytest.raises(ValueError, match="rtol needs the Frobenius norm of x"):
+    with pytest.raises(
+        ValueError,
+        match="^rtol needs the Frobenius norm of x, which products do not tell; "
+        "pass a slra.MatrixOperator with frobenius_norm$",
+    ):
         slra.randomized_svd(aslinearoperator(s), rtol=0.1)
 
 

@@ -117,9 +117,14 @@ def test_options_that_contradict_a_tolerance():
         slra.randomized_svd(a)
     with pytest.raises(ValueError, match="n_iter must be 'auto' where rtol is given, got 3"):
         slra.randomized_svd(a, rtol=0.1, n_iter=3)
-    with pytest.raises(ValueError, match="method must be 'auto' or 'krylov'"):
+    with pytest.raises(
+        ValueError,
+        match="^method must be 'auto' or 'krylov' where rtol is given, got 'gram'; "
+        "for a deterministic answer use truncated_svd$",
+    ):
         slra.randomized_svd(a, rtol=0.1, method="gram")
-    with pytest.raises(ValueError, match="test_matrix must be None"):
+    assert slra.randomized_svd(a, rtol=0.1, method="krylov", rng=0).S.shape == (1,)
+    with pytest.raises(ValueError, match="^test_matrix must be None .*: the width is not known$"):
         slra.randomized_svd(a, rtol=0.1, test_matrix=np.ones((40, 3)))
 
 
