@@ -13,7 +13,7 @@ from hypothesis import Phase, settings
 KEPT = ("numpy", "array-api-strict", "dask")
 HIDDEN = ("cupy", "jax", "torch")
 # Of a decomposition's test with many parameters one in so many is run: prime, and so a mix of all of them.
-MANY, STEP = 60, 13
+MANY, STEP = 60, 29
 
 
 class Finder(PathFinder):

@@ -126,6 +126,65 @@ def test_tolerance_by_products(center):
         slra.randomized_svd(aslinearoperator(s), rtol=0.1)
 
 
+def products(a, *args, **options):
+    """Columns of each product with A, and less than zero with A^H, that `randomized_svd` takes."""
+    taken = []
+
+    def matmat(v):
+        taken.append(v.shape[-1])
+        return a @ v
+
+    def rmatmat(u):
+        taken.append(-u.shape[-1])
+        return a.T @ u
+
+    x = slra.MatrixOperator(matmat, rmatmat, a.shape, a, np.linalg.norm(a))
+    slra.randomized_svd(x, *args, rng=0, **options)
+    # The first is of one vector, to find the scale.
+    assert taken[0] == 1
+    return taken[1:]
+
+
+@pytest.mark.parametrize("name", ["steep", "slow"])
+def test_how_many_products_are_taken(name):
+    tall = make(name, (300, 200), "float64")
+    for n_iter in (1, 2, 4):
+        krylov = products(tall, 4, n_iter=n_iter, method="krylov")
+        assert krylov == [12, -12] * n_iter + [12]
+        assert products(tall.T, 4, n_iter=n_iter) == [12, -12] * (n_iter + 1)
+        subspace = products(tall, 4, n_iter=n_iter, method="subspace")
+        assert subspace == [12, -12] * (n_iter + 1)
+    for method in ("krylov", "subspace"):
+        assert products(tall, 4, n_iter=0, method=method) == [12, -12]
+    assert products(tall, 4, method="subspace") == [12, -12] * 5
+    # Three blocks, of which the last moves no value by much.
+    assert products(tall, 4) == products(tall, 4, n_oversamples=8) == [12, -12] * 3 + [12]
+    assert products(tall.T, 4) == [12, -12] * 4
+    assert products(tall, 4, n_oversamples=3) == [7, -7] * 3 + [7]
+    # Where the blocks would fill it, the matrix is multiplied out.
+    assert products(tall[:, :36], 4) == [36]
+    assert products(tall[:36], 4) == [-36]
+    assert products(tall[:, :37], 4) == [12, -12] * 3 + [12]
+    assert products(tall[:, :24], 4, n_iter=2) == [24]
+    assert products(tall[:, :25], 4, n_iter=2) == [12, -12] * 2 + [12]
+    assert products(tall[:, :36], 4, method="subspace", n_iter=1) == [12, -12] * 2
+    assert products(tall[:, :12], 4, method="subspace", n_iter=1) == [12]
+    assert products(tall, 4, method="gram") == [200]
+
+
+def test_how_many_products_a_tolerance_takes():
+    tall = make("exponential", (300, 200), "float64")
+    # Blocks of 16 until the rank has settled, and one product with as many vectors to verify it.
+    assert products(tall, rtol=0.1) == [16, -16] * 3 + [16, 22]
+    assert products(tall.T, rtol=0.1) == [16, -16] * 4 + [22]
+    assert products(tall, rtol=0.01) == [16, -16] * 5 + [16, 44]
+    # With a cap on the rank, no deeper than a call with this rank.
+    assert products(tall, 5, rtol=0.01) == [16, -16] * 4 + [16, 5]
+    # Too many to settle in the space: the matrix is multiplied out.
+    slow = products(make("slow", (300, 200), "float64"), rtol=0.1)
+    assert slow == [16, -16] * 12 + [16, 200, 189]
+
+
 @pytest.mark.parametrize("shape", [(120, 40), (300, 200), (40, 120)], ids=str)
 def test_centering(xp, shape):
     a = make("exponential", shape, "float64") + 10 * np.linspace(-1, 1, shape[1])
