@@ -84,7 +84,7 @@ def _shift(gram: Array, table: Primitives) -> float:
 def _divide(y: Array, L: Array, norms: Array, table: Primitives) -> Array:
     """``y`` times the inverse of ``L^H diag(norms)``: a product with a small inverse runs faster than a solve."""
     xp = table.xp
-    inverse = matrix_h(xp.linalg.inv(L), xp) / norms[..., :, None]
+    inverse = matrix_h(table.small_inverse(L), xp) / norms[..., :, None]
     return y @ xp.astype(inverse, y.dtype, copy=False)
 
 

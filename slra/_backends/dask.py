@@ -216,6 +216,10 @@ class DaskPrimitives(Primitives):
         """LAPACK on one worker, each matrix whole; Dask's own gives the upper factor."""
         return _by_matrix(np.linalg.cholesky, "(n,n)->(n,n)", g, dtypes=[g.dtype])
 
+    def small_inverse(self, g: Array) -> Array:
+        """LAPACK on one worker, each matrix whole; Dask's own takes one matrix."""
+        return _by_matrix(np.linalg.inv, "(n,n)->(n,n)", g, dtypes=[g.dtype])
+
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
         """Solve on one worker, each matrix whole."""
         solve = partial(_solve_triangular, lower=lower)

@@ -38,9 +38,7 @@ class NumpyPrimitives(Primitives):
         return np.max(np.abs(extremes), axis=0)
 
     def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
-        """Solve by substitution (LAPACK trtrs), which takes one matrix."""
-        if a.ndim > 2:
-            return super().solve_triangular(a, b, lower=lower)
+        """Solve by substitution (LAPACK trtrs)."""
         return scipy.linalg.solve_triangular(a, b, lower=lower, check_finite=False)
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:

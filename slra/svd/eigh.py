@@ -178,9 +178,7 @@ def _nystrom(A: LinearMap, sample: Array, rank: int, n_iter: int | None) -> tupl
     core = table.gram(Q, Y)
     L = table.cholesky((core + matrix_h(core, xp)) / 2)
     check_positive_semidefinite(table, L)
-    eye = xp.eye(L.shape[-1], dtype=L.dtype, device=table.creation_device(L)) + xp.zeros_like(L)
-    inverse = table.solve_triangular(L, eye, lower=True)
-    B = Y @ xp.astype(matrix_h(inverse, xp), Y.dtype, copy=False)
+    B = Y @ xp.astype(matrix_h(table.small_inverse(L), xp), Y.dtype, copy=False)
     if A.is_eager:
         V, S, _ = tall_svd([B], spectrum(table.gram(B), table), rank, table)
     else:
