@@ -691,6 +691,8 @@ def test_what_a_partial_svd_costs(monkeypatch):
     wider, _ = blocks(monkeypatch, low_rank_plus_noise(160, 140, 30, 0.01), 20.0)
     assert wider[:2] == [16, 32]
     assert max(wider) <= 35
+    everything, _ = blocks(monkeypatch, x, 0.0)
+    assert everything == [16, 32]
     hopeless, _ = blocks(monkeypatch, low_rank_plus_noise(160, 140, 3, 1.0), 17.0)
     assert 140 - 16 <= sum(hopeless) <= 140 + 16
 
@@ -698,13 +700,14 @@ def test_what_a_partial_svd_costs(monkeypatch):
 @pytest.mark.parametrize(
     ("errors", "is_found"),
     [
-        ((0.0, 0.0), True),
-        # Of the kept triplet, relative to the largest: 0.00075 and 0.0055, where 0.001 is allowed.
-        ((0.0015, 0.0), True),
-        ((0.011, 0.0), False),
+        ((0.0, 0.0, 0.0), True),
+        # Of the kept triplets, relative to the largest value, together: 0.00075, 0.0055 and 0.0011 for 0.001 allowed.
+        ((0.0015, 0.0, 0.0), True),
+        ((0.011, 0.0, 0.0), False),
+        ((0.0016, 0.0016, 0.0), False),
         # Of the other, whose value of 0.9 may be off by as much and must stay below 1.
-        ((0.0, 0.04), True),
-        ((0.0, 0.16), False),
+        ((0.0, 0.0, 0.04), True),
+        ((0.0, 0.0, 0.16), False),
     ],
 )
 def test_what_ends_the_iteration(errors, is_found):
@@ -714,8 +717,8 @@ def test_what_ends_the_iteration(errors, is_found):
     from slra.prox.nuclear import _is_found
     from slra.svd import SVDResult
 
-    U, S = np.eye(4)[:, :2], np.asarray([2.0, 0.9])
+    U, S = np.eye(6)[:, :3], np.asarray([2.0, 1.5, 0.9])
     image = U * S
-    image[2, 0], image[3, 1] = errors
-    found = SVDResult(U, S, np.eye(2))
+    image[3:] = np.diag(errors)
+    found = SVDResult(U, S, np.eye(3))
     assert _is_found(image, found, 1.0, 1e-3, primitives(xp)) == is_found
