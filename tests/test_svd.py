@@ -109,6 +109,18 @@ def test_half_precision_is_computed_in_single(xp):
     assert U.dtype == S.dtype == Vh.dtype == xp.float16
     exact = np.linalg.svd(a.astype("float64"), compute_uv=False)[:3]
     np.testing.assert_allclose(to_numpy(S), exact, rtol=np.finfo("float16").eps)
+    for one, other in zip(slra.truncated_svd(to_xp(xp, a), 3), (U, S, Vh), strict=True):
+        assert one.dtype == xp.float16
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), atol=2e-3)
+
+
+@pytest.mark.parametrize("function", ["randomized_svd", "truncated_svd"])
+def test_ranks_out_of_range(function):
+    message = r"^rank must be between 1 and 3 \(min of the last two axes of x\), got "
+    for shape in ((3, 5), (5, 3)):
+        for rank in (0, 4):
+            with pytest.raises(ValueError, match=f"{message}{rank}$"):
+                getattr(slra, function)(np.ones(shape), rank)
 
 
 def test_test_matrix_replaces_the_draw(xp):

@@ -161,6 +161,9 @@ def test_how_many_products_are_taken(name):
     assert products(tall, 4) == products(tall, 4, n_oversamples=8) == [12, -12] * 3 + [12]
     assert products(tall.T, 4) == [12, -12] * 4
     assert products(tall, 4, n_oversamples=3) == [7, -7] * 3 + [7]
+    # Where values do move, six blocks.
+    hard = make("bad Cholesky-QR", (600, 500), "float64")
+    assert products(hard, 20, n_oversamples=0) == [20, -20] * 6 + [20]
     # Where the blocks would fill it, the matrix is multiplied out.
     assert products(tall[:, :36], 4) == [36]
     assert products(tall[:36], 4) == [-36]
@@ -180,6 +183,9 @@ def test_how_many_products_a_tolerance_takes():
     assert products(tall, rtol=0.01) == [16, -16] * 5 + [16, 44]
     # With a cap on the rank, no deeper than a call with this rank.
     assert products(tall, 5, rtol=0.01) == [16, -16] * 4 + [16, 5]
+    # A wide space is looked at only once it has grown by a tenth.
+    wide = products(make("slow", (600, 500), "float64"), rtol=0.3)
+    assert wide == [16, -16] * 28 + [16, 272]
     # Too many to settle in the space: the matrix is multiplied out.
     slow = products(make("slow", (300, 200), "float64"), rtol=0.1)
     assert slow == [16, -16] * 12 + [16, 200, 189]
@@ -195,6 +201,40 @@ def test_centering(xp, shape):
     exact = np.linalg.svd(c, compute_uv=False)[:4]
     allowed = 10 * reference_error(c, 4, 3, 3) + 20 * np.finfo("float64").eps * np.linalg.norm(a)
     assert np.all(np.abs(S - exact) <= allowed)
+
+
+@pytest.mark.parametrize("exponent", [0, 660])
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_products_and_norm_of_what_is_centred(dtype, exponent):
+    from slra.svd._inputs import read
+
+    scale = 2.0**exponent
+    s = sparse(dtype) * scale
+    a = s.toarray() / scale
+    c = a - a.mean(axis=0)
+    v, u = (np.random.default_rng(0).standard_normal((n, 3)).astype(dtype) for n in (300, 400))
+    norm = sp.linalg.norm(s / scale) * scale
+    without = slra.MatrixOperator(s.__matmul__, s.conj().T.__matmul__, s.shape, s.data)
+    for x in (s, without._replace(frobenius_norm=norm), without):
+        A = read(x, center=True).A
+        factor = 1 / np.linalg.norm(c @ v) * np.linalg.norm(A.matmat(v))
+        np.testing.assert_allclose(A.matmat(v), factor * (c @ v), atol=1e-12 * factor)
+        np.testing.assert_allclose(A.rmatmat(u), factor * (np.conj(c).T @ u), atol=1e-12 * factor)
+        if x is without:
+            assert A.norm is None
+            assert read(x).A.norm is None
+        else:
+            np.testing.assert_allclose(A.norm(), factor * np.linalg.norm(c), rtol=1e-12)
+
+
+@pytest.mark.eager_only("an operator cannot be traced")
+def test_operators_stay_on_their_device(xp, device):
+    x = xp.asarray(make("exponential", (120, 90), "float32"), device=device)
+    xh = xp.matrix_transpose(x)
+    A = slra.MatrixOperator(lambda v: x @ v, lambda u: xh @ u, tuple(x.shape), x)
+    for factor in slra.randomized_svd(A, 4, center=True, method="gram", rng=0):
+        assert factor.dtype == x.dtype
+        assert factor.device == x.device
 
 
 def test_centering_agrees_with_pca():

@@ -155,10 +155,9 @@ def _grow_until_settled(space: KrylovSpace, rank: int) -> None:
     width = space.dimension
     deepest = min(MAX_ITER, space.A.shape[-1] // width)
     before = None
-    for depth in range(2, deepest + 1):
+    # A first look at the second block, so that none ends before the third.
+    for _ in range(MIN_ITER - 1, deepest + 1):
         space.grow()
-        if depth < MIN_ITER - 1:
-            continue
         values = space.ritz_values()[..., :rank]
         if before is not None and bool(xp.all(values - before <= RITZ_TOLERANCE * values)):
             return
