@@ -284,6 +284,42 @@ def test_refusals(x, error, message):
         slra.randomized_svd(x, 1, rng=0)
 
 
+def test_refusals_of_what_belongs_to_an_operator():
+    s = sparse()
+    x = slra.MatrixOperator(s.__matmul__, s.T.__matmul__, s.shape, s.data)
+    with pytest.raises(TypeError, match=r"^x\.like must be an array"):
+        slra.randomized_svd(x._replace(like=[1.0]), 2)
+    with pytest.raises(ValueError, match=r"^x\.frobenius_norm must be finite and 0 or more"):
+        slra.randomized_svd(x._replace(frobenius_norm=-1.0), rtol=0.1)
+    for y in (s, x):
+        with pytest.raises(TypeError, match="^test_matrix must be an array"):
+            slra.randomized_svd(y, 2, test_matrix=[[1.0]])
+
+
+def test_test_matrix_for_products():
+    s, omega = sparse(), np.random.default_rng(5).standard_normal((300, 10))
+    dense = slra.randomized_svd(s.toarray(), 2, n_iter=3, test_matrix=omega)
+    for x in (s, aslinearoperator(s)):
+        found = slra.randomized_svd(x, 2, n_iter=3, test_matrix=omega)
+        np.testing.assert_allclose(found.U, dense.U, atol=1e-10)
+
+
+def test_norms_of_products():
+    from slra.svd._inputs import read
+
+    zero = sp.csr_matrix((120, 80), dtype="float32")
+    one = sp.csr_matrix(([2.0], ([3], [4])), (120, 80), dtype="float32")
+    for s, norm in ((zero, 0.0), (one, 2.0)):
+        x = slra.MatrixOperator(s.__matmul__, s.T.__matmul__, s.shape, s.data, norm)
+        for y in (s.tocsr(), x):
+            found = read(y).A.norm()
+            assert found.dtype == np.float64
+            assert found == norm
+            U, S, Vh = slra.randomized_svd(y, rtol=0.1, rng=0)
+            np.testing.assert_allclose(S, [norm], rtol=1e-5)
+            np.testing.assert_allclose([U.T @ U, Vh @ Vh.T], [[[1]], [[1]]], rtol=1e-5)
+
+
 def test_stored_zeros_and_duplicates():
     x = sp.coo_matrix(([1.0, 1.0, 2.0, 0.0], ([0, 0, 1, 2], [0, 0, 1, 2])), shape=(5, 4))
     np.testing.assert_allclose(slra.randomized_svd(x, 2, rng=0).S, [2, 2])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from slra._backends.agnostic import matrix_h
-from slra._backends.cholesky_qr import flattened, orthonormal
+from slra._backends.cholesky_qr import flattened, orthonormal, tall_qr
 from slra._backends.elements import redo
 from slra._typing import Array
 from slra.svd._linear_map import LinearMap
@@ -71,9 +71,12 @@ class KrylovSpace:
         block = self._project(block)[0]
         block = flattened(block, table.gram(block), table)
         block, overlap = self._project(block)
-        block = orthonormal(block, table)
-        # Twice is enough unless the first projection left nothing but rounding errors.
-        return redo(overlap <= 0.01, (block,), jointly, (*self.V, block), table)[0]
+        block, R = tall_qr(block, table)
+        # Twice is enough unless the first projection left nothing but rounding errors, or of some columns not even
+        # those: what is orthogonal to the other columns is then not orthogonal to the space.
+        left = xp.min(xp.abs(xp.linalg.diagonal(R)), axis=-1)
+        ok = (overlap <= 0.01) & (left >= 0.1)
+        return redo(ok, (block,), jointly, (*self.V, block), table)[0]
 
     def _project(self, block: Array) -> tuple[Array, Array]:
         """Take from ``block`` its part in the space; also the largest modulus of its coordinates there."""
