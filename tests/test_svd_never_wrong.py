@@ -132,12 +132,15 @@ def along_axes(name, dtype):
         a[[0, 7]] = rng.standard_normal((2, 200))
     elif name == "classes":
         a[np.arange(300), rng.integers(8, size=300)] = 1
+    elif name == "fading":
+        # Down to where single precision ends.
+        np.fill_diagonal(a, 2.0 ** -np.arange(200))
     else:
         a[:20, :20] = rng.standard_normal((20, 20))
     return a.astype(dtype) * (1 + 1j if np.dtype(dtype).kind == "c" else 1)
 
 
-AXES = ["one entry", "diagonal", "two columns", "two rows", "classes", "padded"]
+AXES = ["one entry", "diagonal", "two columns", "two rows", "classes", "fading", "padded"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "complex128"])
