@@ -14,7 +14,7 @@ SEEN = {"fitted to all 512 queries": (1, BLUE, "s"), "fitted to every other one"
 
 
 def errors_of_pairs(basis: slra.AttentionBasis, q, k, v, exact) -> np.ndarray:
-    """True error of each head under the first r columns of a basis for q and k (rows) and the first p for v."""
+    """Return the true error of each head under the first r columns of a basis for q and k (rows) and the first p for v."""
     width = k.shape[-1]
     table = np.empty((len(q), width, width))
     for rank in range(1, width + 1):

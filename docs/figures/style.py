@@ -1,6 +1,5 @@
 """How all pictures look: 5 inches wide, so that 10 points can still be read on a phone."""
 
-import io
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,6 +16,7 @@ __all__ = [
     "YELLOW",
     "figure",
     "relative_error",
+    "shrink",
     "styled",
     "write",
 ]
@@ -53,12 +53,16 @@ def figure(height: float) -> Figure:
 
 
 def write(drawn: Figure, path: Path) -> None:
-    """Save a PNG of 800 pixels across, in 256 colours: a third of the bytes."""
-    raw = io.BytesIO()
-    drawn.savefig(raw, format="png", dpi=160)
-    with Image.open(raw) as image:
+    """Save a PNG of 800 pixels across."""
+    drawn.savefig(path, format="png", dpi=160)
+    shrink(path)
+
+
+def shrink(path: Path) -> None:
+    """Leave a PNG 256 colours, and a third of its bytes."""
+    with Image.open(path) as image:
         few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-        few.save(path, format="PNG", optimize=True)
+    few.save(path, format="PNG", optimize=True)
 
 
 def relative_error(x: np.ndarray, exact: np.ndarray, axis: tuple[int, ...] | None = None):
