@@ -11,18 +11,21 @@ from importlib import import_module
 
 from benchmarks.common import RESULTS, save
 from docs.figures.style import shrink
-from examples import EXAMPLES, OUTPUT, PICTURES
+from examples import EXAMPLES, OUTPUT, PAGES, PICTURES
 
 
 def run(name: str) -> dict:
-    """Write docs/examples/NAME.txt and docs/_static/examples/NAME.png; return the numbers."""
+    """Write docs/_static/examples/NAME.png and the output into docs/examples/NAME.md; return the numbers."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     picture = PICTURES / f"{name}.png"
     module, printed = import_module(f"examples.{name}"), io.StringIO()
     with contextlib.redirect_stdout(printed):
         numbers = module.main(picture)
     shrink(picture)
-    (OUTPUT / f"{name}.txt").write_text(printed.getvalue())
+    page = PAGES / f"{name}.md"
+    page.write_text(
+        OUTPUT.sub(lambda _: f"```text\n{printed.getvalue()}```\n", page.read_text(), count=1)
+    )
     print(f"== {name}\n{printed.getvalue()}", end="")
     return numbers._asdict()
 
