@@ -4,7 +4,7 @@ The objective has a term for the task and one for each of the three matrices:
 
     L = cross-entropy + l1 * (||Q^||_1 + ||K^||_1 + ||V^||_1)
 
-There are two ways to have it. Added to the loss as a penalty, subgradients make entries small, but never zero. As a
+There are two ways to have it. Added to the loss as a penalty, subgradients make entries small, but not zero. As a
 soft threshold inside the layer (its proximal operator), every small entry *is* zero. This script trains both, and
 a third network with neither, on scikit-learn's digits: eight tokens, one for each line of a picture. (One seed each:
 how many digits are right is no more than a check that all three learn.)
