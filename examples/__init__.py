@@ -1,4 +1,4 @@
-"""Scripts to read from top to bottom. ``python -m examples`` runs them for the documentation."""
+"""Scripts to read from top to bottom. ``python -m benchmarks.examples`` runs them for the documentation."""
 
 import re
 from pathlib import Path

@@ -8,10 +8,11 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from benchmarks.tables.figures import statements
 from docs.figures import FIGURES, FOLDER, draw
 
 ROOT = Path(__file__).parents[1]
-KNOWN = json.loads((ROOT / "benchmarks/results/figures.json").read_text())["figures"]
+RESULT = json.loads((ROOT / "benchmarks/results/figures.json").read_text())
 
 
 def numbers(x, path=()):
@@ -27,11 +28,18 @@ def test_a_figure_is_drawn_and_shows_what_is_quoted(name, tmp_path):
     found = numbers(draw(name, tmp_path))
     # Where the axes put their ticks, and fonts, are of this version of matplotlib: the bytes are not compared.
     assert 10_000 < (tmp_path / f"{name}.png").stat().st_size < 80_000
-    quoted = numbers(KNOWN.get(name, {}))
+    quoted = numbers(RESULT["figures"].get(name, {}))
     assert found.keys() == quoted.keys()
     for path, value in quoted.items():
         # Pages round to two digits. What is rounding itself may be another rounding.
         assert found[path] == pytest.approx(value, rel=5e-3, abs=2e-7), path
+
+
+def test_pages_quote_the_numbers():
+    for page, phrases in statements(RESULT).items():
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        for phrase in phrases:
+            assert phrase in text, page
 
 
 def test_every_picture_is_on_a_page_and_every_page_has_its_pictures():

@@ -1,4 +1,4 @@
-"""The pictures of the documentation, one file each: ``python -m docs.figures`` draws them all."""
+"""The pictures of the documentation, one file each: ``python -m benchmarks.figures`` draws them all."""
 
 from importlib import import_module
 from pathlib import Path

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from slra.cli.plots import STYLE
+
 __all__ = [
     "BLACK",
     "BLUE",
@@ -25,17 +27,9 @@ __all__ = [
 BLACK, ORANGE, SKY, GREEN = "#222222", "#D55E00", "#56B4E9", "#009E73"
 YELLOW, BLUE = "#E69F00", "#0072B2"
 
-_STYLE = {
-    "font.size": 10,
+_STYLE = STYLE | {
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
     "legend.fontsize": 9,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
