@@ -340,6 +340,23 @@ def test_parameters_without_a_basis_drop_the_one_of_others():
     assert_close(module.train()(x, x, x)[0], fresh(x, x, x)[0], 0)
 
 
+def test_a_basis_written_into_the_buffers_brings_its_ranks():
+    """As DistributedDataParallel does, unseen by autograd: what the first process fitted goes to all others."""
+    x = data(30)
+    narrow, wide = layer(rtol=0.99), layer(rtol=0.1)
+    wide.load_state_dict(torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).state_dict())
+    narrow.load_state_dict(wide.state_dict())
+    for module in (narrow, wide):
+        module.eval().fit_basis(x, x, x)
+    assert (
+        narrow.ranks == 1
+    ).all()  # cut to these, all columns of the wide one but the first would be lost
+    assert (wide.ranks > 1).all()
+    for name, buffer in wide.named_buffers():
+        getattr(narrow, name).data.copy_(buffer)
+    assert_close(narrow(x, x, x)[0], wide(x, x, x)[0], 0)
+
+
 def test_another_modules_parameters_leave_the_basis():
     module, x = layer(rank=2), data()
     module(x, x, x)

@@ -391,6 +391,9 @@ class LowRankAttention(nn.MultiheadAttention):
                 )
             projections, self._ranks = self._fitted(q, k, v, mask, is_causal)
             return projections
+        if self.rtol is not None and not torch.compiler.is_compiling():
+            # DistributedDataParallel writes what the first process has fitted into the buffers of the others.
+            self._read_ranks()
         if self._ranks is None:
             if not (self.training and self.refit_every):
                 raise RuntimeError(
@@ -455,6 +458,10 @@ class LowRankAttention(nn.MultiheadAttention):
                 return
             # Other parameters make other queries and keys than those that the basis was fitted to.
             self.ranks = torch.zeros_like(self.ranks)
+        self._read_ranks()
+
+    def _read_ranks(self) -> None:
+        """Take over the ranks of the buffer: shapes follow from them, so they are kept as plain ints beside it."""
         ranks = tuple((qk, v) for qk, v in self.ranks.tolist())
         self._ranks = ranks if all(map(all, ranks)) else None
 
