@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 import slra
 from slra.data import load_sample
+from tests.browser import measured
 
 SAMPLE = files("slra.data").joinpath("minilm_sample.npz")
 
@@ -90,12 +92,40 @@ def test_demo_says_whether_it_was_faster(finished):
 def test_demo_picture(finished):
     image = pytest.importorskip("matplotlib.image")
     _, directory = finished
-    assert [path.name for path in directory.iterdir()] == ["demo.png"]
+    assert sorted(path.name for path in directory.iterdir()) == ["demo.html", "demo.png"]
     pixels = image.imread(directory / "demo.png")
     height, width, _ = pixels.shape
     assert 1500 < width < 2500
     assert 0.7 < height / width < 1.1
     assert pixels[..., :3].std() > 0.1
+
+
+def test_demo_page(finished):
+    done, directory = finished
+    root = ET.fromstring((directory / "demo.html").read_text(encoding="utf-8"))
+    lines = ["".join(cell.text for cell in row) for row in root.iter("tr")]
+    for method in METHODS:
+        for rank, cells in table_rows(done.stdout, method).items():
+            (line,) = [x for x in lines if x.startswith(f"{method}{rank}")]
+            assert f"{cells[0]:.2g}" in line
+    assert "exact attention here" in "".join(root.find(".//strong").itertext())
+    for x in root.iter():
+        assert x.tag not in ("script", "link", "img", "iframe")
+        for name, value in x.attrib.items():
+            assert not name.endswith(("src", "href")) or value.startswith(("#", "data:image/png"))
+
+
+def test_demo_page_in_a_browser(finished, tmp_path):
+    _, directory = finished
+    phone, desk = measured(directory / "demo.html", tmp_path, 360, 1200)
+    for layout in (phone, desk):
+        assert layout["scroll_width"] <= layout["width"]
+        assert layout["loaded"] == layout["clipped"] == []
+        assert layout["too_wide"] == 0
+        assert len(layout["pictures"]) == 3
+        assert layout["images"] == ["data:image/png;base64,"] * 3  # two maps and their colours
+    assert min(phone["letters"]) >= 9  # pixels
+    assert max(desk["letters"]) <= 20
 
 
 @pytest.fixture

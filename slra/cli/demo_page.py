@@ -30,21 +30,21 @@ def page(sample: AttentionSample, comparison: Comparison) -> str:
 
 def _errors(comparison: Comparison) -> str:
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.8, 2.9), layout="constrained")
+        figure = Figure(figsize=(3.5, 2.8), layout="constrained")
         draw_errors(figure.subplots(), comparison)
     return svg(figure, "Error of the attention output against rank, by method")
 
 
 def _spectra(sample: AttentionSample) -> str:
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.8, 6.2), layout="constrained")
-        draw_spectra(figure.subplots(3, 1), sample)
+        figure = Figure(figsize=(3.5, 6.2), layout="constrained")
+        draw_spectra(figure.subplots(3, 1), sample, darkest=0.25)
     return svg(figure, "Singular values of Q, K and V of each head")
 
 
 def _maps(sample: AttentionSample, comparison: Comparison) -> str:
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 10.2), layout="constrained")
+        figure = Figure(figsize=(5.2, 9.4), layout="constrained")
         axes = figure.subplots(2, 1)
         draw_maps(figure, axes, sample, comparison)
         for axis in axes:

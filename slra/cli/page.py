@@ -32,7 +32,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 42rem; margin: 0 auto; p
 h1 { font-size: 1.6rem; line-height: 1.25; }
 h2 { font-size: 1.1rem; margin-top: 2.5rem; border-top: 1px solid #8886; padding-top: 0.75rem; }
 h3 { font-size: 1rem; }
-svg { display: block; width: 100%; max-width: 34rem; height: auto; }
+svg { display: block; width: 100%; max-width: 28rem; height: auto; margin-bottom: 0.75rem; }
 .wide { overflow-x: auto; }
 .wide svg { min-width: 30rem; max-width: none; }
 .note { font-size: 0.85rem; opacity: 0.8; }

@@ -52,9 +52,9 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(partial, format="png", dpi=180)
 
 
-def draw_spectra(axes: Sequence[Axes], sample: AttentionSample) -> None:
-    """Singular values of each head, on an axis for each of Q, K and V."""
-    colors = mpl.colormaps["viridis"](np.linspace(0, 0.88, len(sample.layer)))
+def draw_spectra(axes: Sequence[Axes], sample: AttentionSample, darkest: float = 0) -> None:
+    """Singular values of each head, on an axis for each of Q, K and V; a darkest of 0.25 shows on black too."""
+    colors = mpl.colormaps["viridis"](np.linspace(darkest, 0.88, len(sample.layer)))
     for axis, name, x in zip(axes, "QKV", sample[:3], strict=True):
         sigma = np.linalg.svd(x, compute_uv=False)
         for i, color in enumerate(colors):

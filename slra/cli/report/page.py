@@ -62,7 +62,7 @@ def _section(report: LayerReport) -> str:
 def _picture(report: LayerReport) -> str:
     """Error against rank over the spectra, as inline SVG."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 5.4), layout="constrained")
+        figure = Figure(figsize=(3.6, 5.0), layout="constrained")
         errors, spectra = figure.subplots(2, 1)
         for method, (color, marker) in zip(METHODS, METHOD_STYLES, strict=True):
             found = report.errors[method]
@@ -70,7 +70,7 @@ def _picture(report: LayerReport) -> str:
             middle = np.median(found, axis=1)
             errors.plot(report.ranks, middle, color=color, marker=marker, ms=3, label=method)
         errors.set(
-            title="Error of the output: median, best to worst head",
+            title="Error of the output: median, range",
             xlabel="rank",
             ylabel="relative error",
         )
