@@ -2,39 +2,22 @@
 
 import errno
 import json
-import os
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import slra
 from slra.data import load_sample
 from tests.browser import measured
+from tests.command import hide, run_python
 
 SAMPLE = files("slra.data").joinpath("minilm_sample.npz")
 
 # At full rank only float32 rounding is left: eps = 1.2e-7 times scores that reach a few tens.
 ROUNDING = 5e-6
-
-
-def run_python(*args, cwd, **env):
-    """Run this Python as a user would, from another directory, with warnings as errors."""
-    given = env.pop("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
-    path = os.pathsep.join([str(Path(slra.__file__).parents[1]), given])
-    return subprocess.run(
-        [sys.executable, *args],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "100", "PYTHONUTF8": "1"} | env,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -214,18 +197,7 @@ def test_interrupted_write_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
 def test_missing_extra(missing, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        f"""
-import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {missing!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Block())
-"""
-    )
+    hide(missing, tmp_path)
     done = run_python("-m", "slra", "demo", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert done.stdout == ""

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 import zipfile
 
@@ -20,6 +24,7 @@ from slra.cli.report.advice import advise
 from slra.cli.report.arrays import read_layers
 from slra.cli.report.measure import count_steps, effective_rank, measure, needed_ranks
 from tests.browser import measured
+from tests.command import environment
 
 N, D = 12, 4
 
@@ -191,7 +196,8 @@ def refused(tmp_path, *paths):
     done = run(*paths, "--json", tmp_path / "out.json")
     assert done.exit_code == 1
     assert not (tmp_path / "out.json").exists()
-    return done.stderr.strip()
+    (line,) = done.stderr.splitlines()
+    return line
 
 
 @pytest.mark.parametrize(
@@ -395,6 +401,53 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert run(path, "--json", folder / "r.json").exit_code != 0
     assert [x.name for x in folder.iterdir()] == ["r.json"]
     assert (folder / "r.json").read_bytes() == b"the last run's"
+
+
+# As a shell in the foreground has it; under one that runs in the background Python would not see the signal.
+INTERRUPTIBLE = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[0] = "slra"
+runpy.run_module("slra", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_ctrl_c_leaves_no_half_written_file(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "a.npy", rng.standard_normal((3, 4, 2048, 64)).astype(np.float32))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "page.html").write_text("the last run's")
+    terminal, end = os.openpty()
+    args = ["report", "a.npy", "--html", "out/page.html", "--json", "out/numbers.json"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTIBLE, *args],
+        cwd=tmp_path,
+        env=environment(TERM="xterm"),
+        stdout=subprocess.DEVNULL,
+        stderr=end,
+    )
+    os.close(end)
+    seen = read_until(terminal, lambda seen: re.search(rb" [1-9]\d*/\d\d", seen))
+    process.send_signal(signal.SIGINT)
+    seen += read_until(terminal, lambda seen: False)
+    assert process.wait(60) == 130
+    assert seen.rstrip().endswith(b"Interrupted.")
+    assert b"Traceback" not in seen
+    assert [x.name for x in folder.iterdir()] == ["page.html"]
+    assert (folder / "page.html").read_text() == "the last run's"
+
+
+def read_until(terminal, found):
+    """What is written on a terminal until it is found, or until nobody has the terminal open."""
+    seen = b""
+    while not found(seen):
+        try:
+            seen += os.read(terminal, 4096)
+        except OSError:  # how Linux says so
+            break
+    return seen
 
 
 def test_replacing_is_by_rename(tmp_path):

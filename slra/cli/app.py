@@ -102,8 +102,9 @@ def report(
         for option, path in (("--html", html), ("--json", json)):
             if path is not None:
                 check_target(option, path, [*paths, *([] if text is None else [text])])
-        with progress() as bar:
-            reading = bar.add_task("Reading", total=None)
+        with progress(transient=True) as bar:
+            what = "Reading" if text is None else "Running the model"
+            reading = bar.add_task(what, total=None)
             source = read_source(
                 paths,
                 text=text,
@@ -119,7 +120,7 @@ def report(
         task = bar.add_task("Attention, exact and low rank", total=count_steps(source.layers))
         reports = [measure(layer, lambda: bar.advance(task)) for layer in source.layers]
     console = Console()
-    console.print(source.title, markup=False, highlight=False)
+    console.print(source.title, markup=False, highlight=False, soft_wrap=True)
     for one in reports:
         console.print(*tables(one), *advise(one), sep="\n")
     if len(reports) > 1:

@@ -31,14 +31,17 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def progress() -> Progress:
-    """Return a bar on stderr."""
+def progress(*, transient: bool = False) -> Progress:
+    """Return a bar on stderr. A transient one is wiped off at the end, and shows on terminals only."""
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console,
+        transient=transient,
+        disable=transient and not console.is_terminal,
     )
 
 
