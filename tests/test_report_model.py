@@ -160,6 +160,7 @@ def test_the_packaged_encoder(tmp_path):
             np.testing.assert_allclose(getattr(layer, name), right, rtol=0, atol=atol)
     source = tmp_path / "long.txt"
     source.write_text(LONG, encoding="utf-8")
+    assert read_model(get_model_path(), LONG, 1, lambda n_layers: None).n_tokens == 1
     options = ("--text", source, "--max-tokens", 9, "--json", tmp_path / "out.json")
     done = run(get_model_path(), *options)
     assert done.exit_code == 0, done.output
@@ -172,9 +173,11 @@ def test_the_packaged_encoder(tmp_path):
     assert {tuple(x["shapes"]["q"]) for x in report["layers"]} == {(12, 9, 32)}
 
 
-def test_a_report_on_a_decoder(tmp_path):
+@pytest.mark.parametrize(("kind", "attends"), [("Llama", "causal"), ("Mistral", "its own mask")])
+def test_a_report_on_a_decoder(tmp_path, kind, attends):
     """From standard input, cut to the positions of the model, with a page."""
-    build("Llama", tmp_path / "model", **GROUPED, max_position_embeddings=20)
+    window = {"sliding_window": WINDOW} if kind == "Mistral" else {}
+    build(kind, tmp_path / "model", **GROUPED, **window, max_position_embeddings=20)
     html, numbers = tmp_path / "page.html", tmp_path / "out.json"
     done = run(
         tmp_path / "model", "--text", "-", "--html", html, "--json", numbers, input=TEXT.encode()
@@ -185,7 +188,7 @@ def test_a_report_on_a_decoder(tmp_path):
     assert said in html.read_text(encoding="utf-8")
     report = json.loads(numbers.read_text())
     assert report["text"] == "standard input"
-    assert [x["attends"] for x in report["layers"]] == ["causal"] * 2
+    assert [x["attends"] for x in report["layers"]] == [attends] * 2
     assert [len(x["query_heads"]) for x in report["layers"]] == [4, 4]
     assert [len(x["key_heads"]) for x in report["layers"]] == [2, 2]
 
@@ -258,15 +261,11 @@ def bring_code(folder):
 DAMAGE = {
     "pickled weights are not read": pickle_the_weights,
     "they lack 1 tensors, layers.1.self_attn.k_proj.weight among them": drop_a_tensor,
-    "transformers cannot load the model of": lambda folder: (
-        folder / "model.safetensors"
-    ).write_bytes(b"not this"),
-    "transformers cannot load the tokenizer of": lambda folder: [
-        x.unlink() for x in folder.glob("token*")
-    ],
-    "transformers cannot load the configuration of": lambda folder: change_config(
-        folder, model_type="unheard-of"
+    "(llama) cannot be loaded": lambda folder: (folder / "model.safetensors").write_bytes(
+        b"not this"
     ),
+    "the tokenizer of": lambda folder: [x.unlink() for x in folder.glob("token*")],
+    "the configuration of": lambda folder: change_config(folder, model_type="unheard-of"),
     "contains custom code": bring_code,
 }
 
@@ -287,6 +286,10 @@ KINDS = {
     "Bloom": (
         {"hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 128},
         "no layer of it calls transformers' attention interface",
+    ),
+    "Falcon": (
+        {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 128},
+        "(falcon) cannot be loaded so that attention is recorded",
     ),
     "GptOss": (
         {**GROUPED, "num_local_experts": 2},

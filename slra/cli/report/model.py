@@ -113,17 +113,17 @@ def _load(folder: Path) -> tuple[Any, Any]:
     from slra.integrations.transformers import register
 
     local = {"local_files_only": True, "trust_remote_code": False}
-    with _clearly(f"transformers cannot load the configuration of {folder}"):
+    with _clearly(f"the configuration of {folder} cannot be loaded"):
         config = AutoConfig.from_pretrained(folder, **local)
     if config.is_encoder_decoder:
         raise ValueError(
             f"a model must be an encoder or a decoder, {folder} ({config.model_type}) is both: a text says what "
             "goes into one of them only"
         )
-    with _clearly(f"transformers cannot load the tokenizer of {folder}"):
+    with _clearly(f"the tokenizer of {folder} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     register(_NAME)
-    with _clearly(f"transformers cannot load the model of {folder} ({config.model_type})"):
+    with _clearly(f"{folder} ({config.model_type}) cannot be loaded so that attention is recorded"):
         model, info = AutoModel.from_pretrained(
             folder,
             config=config,
@@ -150,7 +150,8 @@ def _tokenize(tokenizer: Any, text: str, limit: int) -> tuple[Any, int]:
     """Token ids (1, n) of the start of a text, and how many the whole has."""
     whole = tokenizer(text, verbose=False)["input_ids"]
     ids = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
-    return ids, len(whole)
+    # A tokenizer leaves a text as it is where the limit has no room for more than its own tokens.
+    return ids[:, :limit], len(whole)
 
 
 def _record(
