@@ -273,6 +273,25 @@ def test_page_is_whole_and_loads_nothing(tmp_path):
     assert "#010203" not in text
 
 
+@pytest.mark.parametrize(("of_qk", "of_v"), [(1e200, 1), (1, 1e300)])
+def test_numbers_that_cannot_be_attended_to(tmp_path, of_qk, of_v):
+    """Scores that overflow, and outputs whose norm does."""
+    q, k, v = inputs()
+    path = write_npz(tmp_path / "a.npz", of_qk * q, of_qk * k, of_v * v)
+    done = run(path, "--html", tmp_path / "page.html")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("layer a must hold numbers whose products")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf"])
+def test_scales_that_are_refused(tmp_path, scale):
+    path = write_npz(tmp_path / "a.npz", *inputs())
+    done = run(path, "--scale", scale)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "scale must be finite" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def two_layers(tmp_path_factory):
     """The page of two layers, of the names and the number of heads that real models have."""

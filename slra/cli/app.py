@@ -12,7 +12,7 @@ from slra.cli.demo import compare, count_calls
 from slra.cli.demo_output import table, verdict
 from slra.cli.files import check_target, require_writable
 from slra.cli.report.advice import advise
-from slra.cli.report.measure import count_steps, measure
+from slra.cli.report.measure import count_steps, measure_all
 from slra.cli.report.output import overview, tables, to_json
 from slra.cli.report.source import MAX_TOKENS, read_source
 from slra.cli.terminal import Commands, fail, progress, write
@@ -116,9 +116,12 @@ def report(
     except (OSError, ValueError) as error:
         fail(str(error))
 
-    with progress() as bar:
-        task = bar.add_task("Attention, exact and low rank", total=count_steps(source.layers))
-        reports = [measure(layer, lambda: bar.advance(task)) for layer in source.layers]
+    try:
+        with progress() as bar:
+            task = bar.add_task("Attention, exact and low rank", total=count_steps(source.layers))
+            reports = measure_all(source.layers, lambda: bar.advance(task))
+    except ValueError as error:
+        fail(str(error))
     console = Console()
     console.print(source.title, markup=False, highlight=False, soft_wrap=True)
     for one in reports:

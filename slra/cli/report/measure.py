@@ -18,7 +18,7 @@ from slra.cli.demo import (
 )
 from slra.cli.report.arrays import Layer
 
-__all__ = ["TOLERANCES", "LayerReport", "Timing", "count_steps", "measure"]
+__all__ = ["TOLERANCES", "LayerReport", "Timing", "count_steps", "measure", "measure_all"]
 
 TOLERANCES = (0.1, 0.05, 0.01)
 # Ranks looked at beside 1, 2 and 4, at most: each costs three fits and three attentions.
@@ -70,6 +70,24 @@ def count_steps(layers: list[Layer]) -> int:
     """How often `measure` calls ``advance`` over all layers."""
     n_spectra = 3
     return sum(n_spectra + len(METHODS) * len(ranks_of(layer)) + N_ROUNDS for layer in layers)
+
+
+def measure_all(layers: list[Layer], advance: Callable[[], object]) -> list[LayerReport]:
+    """Measure every layer; ValueError where the numbers of one are too large or too small to be attended to."""
+    reports = []
+    for layer in layers:
+        try:
+            with np.errstate(all="ignore"):
+                report = measure(layer, advance)
+            is_finite = all(np.isfinite(found).all() for found in report.errors.values())
+        except np.linalg.LinAlgError:
+            is_finite = False
+        if not is_finite:
+            raise ValueError(
+                f"layer {layer.name} must hold numbers whose products {layer.k.dtype} can hold, and does not"
+            )
+        reports.append(report)
+    return reports
 
 
 def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:

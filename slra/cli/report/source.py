@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from slra.attn._inputs import check_scale
 from slra.cli.report.arrays import Layer, read_layers
 from slra.cli.report.model import read_model
 
@@ -53,7 +54,7 @@ def read_source(
             "--text and --max-tokens need one model directory before them, "
             f"got {' '.join(map(str, paths))}"
         )
-    options = {"is_causal": causal, "scale": scale}
+    options = {"is_causal": causal, "scale": None if scale is None else check_scale(scale)}
     layers = [layer._replace(options=options) for layer in read_layers(paths)]
     return Source(layers, ", ".join(map(str, paths)), {"files": list(map(str, paths))})
 
