@@ -98,6 +98,9 @@ def report(
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
 ) -> None:
     """Say how far the attention of your own arrays or model can be compressed, head by head."""
+    if html is not None:  # here, so that a missing matplotlib is noticed before the work
+        from slra.cli.report.page import page
+
     try:
         for option, path in (("--html", html), ("--json", json)):
             if path is not None:
@@ -129,8 +132,6 @@ def report(
     if len(reports) > 1:
         console.print(overview(reports))
     if html is not None:
-        from slra.cli.report.page import page
-
         write(html, page(reports, source.title))
     if json is not None:
         write(json, to_json(reports, source.parts))
