@@ -25,7 +25,16 @@ def run(name: str) -> dict[str, Any]:
     block = f"```text\n{printed.getvalue()}```\n"
     page.write_text(OUTPUT.sub(lambda _: block, page.read_text(), count=1))
     print(f"== {name}\n{printed.getvalue()}", end="")
-    return numbers._asdict()
+    return named(numbers)
+
+
+def named(x: Any) -> Any:
+    """Dictionaries in the place of named tuples, at any depth: JSON would drop the names."""
+    if hasattr(x, "_asdict"):
+        x = x._asdict()
+    if isinstance(x, dict):
+        return {name: named(value) for name, value in x.items()}
+    return [named(value) for value in x] if isinstance(x, list) else x
 
 
 def main() -> None:

@@ -40,14 +40,38 @@ def neighbours(vectors: np.ndarray, names: list[str], name: str, n: int = 3) -> 
     return [names[i] for i in order if names[i] != name][:n]
 
 
-class Numbers(NamedTuple):
-    """What was measured; errors are in the Frobenius norm, over the least possible, less 1, by rank."""
+class Comparison(NamedTuple):
+    """By rank: the relative error, and how far it is above the least possible, of slra and of scikit-learn."""
 
-    shape: tuple[int, int]
-    density: float
     error: dict[int, float]
     excess: dict[int, float]
     excess_sklearn: dict[int, float]
+
+
+def compare(x: csr_matrix) -> Comparison:
+    """How good is it? So small a matrix has all its singular values computed, which say what the best rank r leaves."""
+    dense = x.toarray()
+    sigma = np.linalg.svd(dense, compute_uv=False)
+    done = Comparison({}, {}, {})
+    for rank in RANKS:
+        U, S, Vh = slra.randomized_svd(x, rank, rng=0)
+        model = TruncatedSVD(rank, random_state=0)
+        scores = model.fit_transform(x)
+        least = np.linalg.norm(sigma[rank:])
+        left = np.linalg.norm(dense - (U * S) @ Vh)
+        done.error[rank] = float(left / np.linalg.norm(sigma))
+        done.excess[rank] = float(left / least - 1)
+        left = np.linalg.norm(dense - scores @ model.components_)
+        done.excess_sklearn[rank] = float(left / least - 1)
+    return done
+
+
+class Numbers(NamedTuple):
+    """What was measured."""
+
+    shape: tuple[int, int]
+    density: float
+    by_rank: Comparison
     centred_error: float
     neighbours: dict[str, list[str]]
 
@@ -57,28 +81,14 @@ def main(picture: str | Path = "tfidf_svd.png") -> Numbers:
     density = x.nnz / (x.shape[0] * x.shape[1])
     print(f"{x.shape[0]} topics, {x.shape[1]} words, {density:.1%} of the entries are not zero")
 
-    # How good is it? This matrix is small enough for all of its singular values, which say what the best
-    # approximation of each rank leaves.
-    dense = x.toarray()
-    sigma = np.linalg.svd(dense, compute_uv=False)
-    total = np.linalg.norm(sigma)
-
-    def excess(approximation: np.ndarray, rank: int) -> float:
-        return float(np.linalg.norm(dense - approximation) / np.linalg.norm(sigma[rank:]) - 1)
-
-    error, ours, theirs = {}, {}, {}
+    # From rank 20 on the iteration spans all rows of so small a matrix: the answer is exact.
+    done = compare(x)
     print("rank: relative error; above the least possible: slra, scikit-learn (5 iterations)")
-    for rank in RANKS:
-        U, S, Vh = slra.randomized_svd(x, rank, rng=0)
-        model = TruncatedSVD(rank, random_state=0)
-        scores = model.fit_transform(x)
-        error[rank] = float(np.linalg.norm(dense - (U * S) @ Vh) / total)
-        ours[rank] = excess((U * S) @ Vh, rank)
-        theirs[rank] = excess(scores @ model.components_, rank)
-        print(f"  {rank}: {error[rank]:.3f}; {max(ours[rank], 0):.1e}, {theirs[rank]:.1e}")
+    for rank, error in done.error.items():
+        above = max(done.excess[rank], 0)
+        print(f"  {rank}: {error:.3f}; {above:.1e}, {done.excess_sklearn[rank]:.1e}")
 
-    # From rank 20 on the iteration spans all rows of so small a matrix, so the answer is exact.
-    # Topics by topic: the rows of U S. Their angles are what counts.
+    # Where the topics are: the rows of U S. Their angles are what counts.
     U, S, Vh = slra.randomized_svd(x, RANK, rng=0)
     near = {name: neighbours(U * S, names, name) for name in ASKED}
     print(f"nearest topics at rank {RANK}:")
@@ -88,14 +98,14 @@ def main(picture: str | Path = "tfidf_svd.png") -> Numbers:
     # Principal components want the mean of each column taken off. That would fill the matrix; products are corrected
     # instead.
     U, S, Vh = slra.randomized_svd(x, RANK, center=True, rng=0)
-    centred = dense - dense.mean(axis=0)
+    centred = x.toarray() - x.toarray().mean(axis=0)
     centred_error = float(np.linalg.norm(centred - (U * S) @ Vh) / np.linalg.norm(centred))
     print(f"centred without filling the matrix, rank {RANK}: relative error {centred_error:.3f}")
-    draw(names, U * S, (ours, theirs), Path(picture))
-    return Numbers(x.shape, density, error, ours, theirs, centred_error, near)
+    draw(names, U * S, done, Path(picture))
+    return Numbers(x.shape, density, done, centred_error, near)
 
 
-def draw(names: list[str], components: np.ndarray, excess: tuple[dict, dict], path: Path) -> None:
+def draw(names: list[str], components: np.ndarray, done: Comparison, path: Path) -> None:
     """The topics in the plane of two principal components, and how far from the least error each way is."""
     figure = Figure(figsize=(5, 6.6), layout="constrained")
     plane, errors = figure.subplots(2, 1, height_ratios=(5, 3))
@@ -122,7 +132,7 @@ def draw(names: list[str], components: np.ndarray, excess: tuple[dict, dict], pa
         ylabel="second principal component",
     )
     styles = (("slra", "#0072B2", "s"), ("scikit-learn, 5 iterations", "#D55E00", "o"))
-    for one, (label, color, marker) in zip(excess, styles, strict=True):
+    for one, (label, color, marker) in zip(done[1:], styles, strict=True):
         above = [100 * value for value in one.values()]
         errors.plot(list(one), above, marker + "-", color=color, label=label)
     errors.set(xlabel="rank", ylabel="error, % above\nthe least possible", xticks=RANKS)
