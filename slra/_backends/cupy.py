@@ -20,6 +20,10 @@ __all__ = ["CupyPrimitives"]
 
 # One tile of scores over all matrices of a batch, and its width. Not tuned: that takes a GPU.
 TILE_BYTES, TILE_WIDTH = 1 << 26, 4096
+# CuPy gives each result of a reduction one block of threads, unless CUB takes it: one contiguous input, and a CUDA path
+# that is set (cupy/cupy#9720). So no result may come from more entries than this where there are not enough results to
+# occupy the device. Not tuned either.
+SEGMENT, ENOUGH_RESULTS = 1 << 14, 256
 # Longest side of the matrices whose SVDs cuSOLVER computes in a batch.
 LARGEST_IN_BATCH = 32
 
@@ -28,6 +32,13 @@ class CupyPrimitives(Primitives):
     """Overrides for CuPy."""
 
     takes_half = True
+
+    def refusal(self, x: Array) -> str | None:
+        """Refuse arrays on another device than the current one, where results would come out."""
+        current = cupy.cuda.Device()
+        if self.device(x) == current:
+            return None
+        return f"must be on CuPy's current device, {current}, got {x.device}; enter `with x.device:` before the call"
 
     def cholesky(self, g: Array) -> Array:
         """Wait for the device to say whether it failed, which CuPy does not unless told to."""
@@ -58,6 +69,19 @@ class CupyPrimitives(Primitives):
         """Shrink and divide in one pass."""
         return kernel("elastic_threshold", x)(x, tau, 1 + tau * l2)
 
+    def nonneg_threshold_step(
+        self, x: Array, grad: Array, step: Array | float, tau: Array | float
+    ) -> Array:
+        """Step, subtract and cut off in one pass."""
+        return kernel("nonneg_threshold_step", x)(x, grad, step, step * tau)
+
+    def elastic_threshold_step(
+        self, x: Array, grad: Array, step: Array | float, tau: Array | float, l2: float
+    ) -> Array:
+        """Step, shrink and divide in one pass."""
+        tau = step * tau
+        return kernel("elastic_threshold_step", x)(x, grad, step, tau, 1 + tau * l2)
+
     def extrapolate(self, x: Array, move: Array, factor: Array | float) -> Array:
         """Scale and add in one pass."""
         return kernel("extrapolate", x)(x, move, factor)
@@ -65,6 +89,8 @@ class CupyPrimitives(Primitives):
     def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
         """Read ``x`` twice, once for the largest modulus."""
         xp = self.xp
+        if self._are_few(x, axes):
+            return super().group_norm(self._single(x), axes)
         peak = kernel("max_abs", x)(x, axis=axes, keepdims=True)
         unit = xp.where((peak == 0) | xp.isinf(peak), xp.ones_like(peak), peak)
         return unit * kernel("norm", x)(x, unit, axis=axes, keepdims=True)
@@ -74,8 +100,26 @@ class CupyPrimitives(Primitives):
         return kernel("group_threshold", x)(x, self.group_norm(x, axes), tau)
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
-        """Add up moduli as they are read."""
-        return kernel("sum_abs", x)(x, axis=axis)
+        """Add up moduli as they are read; one sum over everything in two steps."""
+        xp = self.xp
+        axes = tuple(range(x.ndim)) if axis is None else axis
+        if not self._are_few(x, axes if isinstance(axes, tuple) else (axes,)):
+            return kernel("sum_abs", x)(x, axis=axes)
+        if axis is not None:
+            return super().sum_abs(self._single(x), axis)
+        flat = xp.reshape(x, (-1,))
+        end = flat.size // SEGMENT * SEGMENT
+        parts = kernel("sum_abs", x)(xp.reshape(flat[:end], (-1, SEGMENT)), axis=1)
+        return xp.sum(parts) + kernel("sum_abs", x)(flat[end:], axis=0)
+
+    def _are_few(self, x: Array, axes: tuple[int, ...]) -> bool:
+        """Whether a reduction would leave most of the device idle."""
+        length = math.prod(x.shape[axis] for axis in axes)
+        return length > SEGMENT and x.size < ENOUGH_RESULTS * length
+
+    def _single(self, x: Array) -> Array:
+        """Half precision in single, for CuPy's own operations, which would compute in it."""
+        return self.xp.astype(x, self.xp.float32) if x.dtype == self.xp.float16 else x
 
     # Attention: products by cuBLAS, and kernels for all that lies between
 
