@@ -227,7 +227,7 @@ def _descends(
 
 def _first_step(x: Array, value_and_grad: ValueAndGrad, table: Primitives) -> float:
     """Inverse of the curvature of f at ``x`` along its gradient: at least as long as the longest safe step."""
-    grad = value_and_grad(x)[1]
+    grad = check_gradient(table, x, value_and_grad(x)[1])
     size = float(norm(grad, table))
     if size == 0:
         return 1.0
