@@ -46,6 +46,30 @@ def test_kernels_run_on_the_current_stream(cupy):
     np.testing.assert_array_equal(result.get(), slra.soft_threshold(x, 0.25))
 
 
+VIEWS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.swapaxes(0, 2),
+    "strided": lambda x: x[::-1, :, ::2],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
+def test_norms_of_large_arrays(cupy, view, dtype):
+    """Sums in one step, in parts, and those that are left to CuPy's own operations."""
+    x = np.random.default_rng(0).standard_normal((1001, 3, 331)).astype(dtype)
+    moduli = np.abs(VIEWS[view](x.astype("complex128")))
+    ours = VIEWS[view](cupy.asarray(x))
+    # Sums in single precision of up to a million terms of one sign, in a tree, parts or blocks: far below this.
+    rtol = 1e-4
+    for axis in (None, 1, (0, 2), (0, 1, 2)):
+        total = cupy.asnumpy(slra.prox.norm_l1(ours, axis=axis))
+        np.testing.assert_allclose(total, np.sum(moduli, axis=axis), rtol=rtol)
+    for axis in (1, (0, 2), (0, 1, 2)):
+        norm = cupy.asnumpy(slra.prox.norm_l2(ours, axis=axis))
+        np.testing.assert_allclose(norm, np.sqrt(np.sum(moduli**2, axis=axis)), rtol=rtol)
+
+
 def test_attention_holds_no_matrix_of_scores(cupy):
     n, pool = 16384, cupy.get_default_memory_pool()
     rng = cupy.random.default_rng(0)

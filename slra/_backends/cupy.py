@@ -115,7 +115,7 @@ class CupyPrimitives(Primitives):
     def _are_few(self, x: Array, axes: tuple[int, ...]) -> bool:
         """Whether a reduction would leave most of the device idle."""
         length = math.prod(x.shape[axis] for axis in axes)
-        return length > SEGMENT and math.prod(x.shape) < ENOUGH_RESULTS * length
+        return bool(length > SEGMENT and x.size < ENOUGH_RESULTS * length)
 
     def _single(self, x: Array) -> Array:
         """Half precision in single, for CuPy's own operations, which would compute in it."""
