@@ -164,16 +164,9 @@ def test_a_gradient_of_another_dtype_is_taken_in_that_of_the_start(xp):
     assert result.x.dtype == xp.float32
 
 
-@pytest.mark.parametrize(
-    ("grad", "error", "message"),
-    [
-        (np.zeros((3, 1)), ValueError, r"gradient of the shape of x0, \(3,\), got \(3, 1\)"),
-        (np.zeros(3, "complex128"), TypeError, "real gradient where x0 is real, got complex128"),
-    ],
-)
-def test_gradients_that_do_not_fit_are_refused(grad, error, message):
-    with pytest.raises(error, match=message):
-        slra.proximal_gradient(np.zeros(3), lambda x: (0.0, grad), lambda x, tau: x, step=0.1)
+def test_a_complex_gradient_of_a_real_start_is_refused():
+    with pytest.raises(TypeError, match="real gradient where x0 is real, got complex128"):
+        slra.proximal_gradient(np.ones(3), lambda x: (0.0, x + 0j), lambda x, tau: x, step=0.1)
 
 
 def test_operators_known_by_name_are_checked():

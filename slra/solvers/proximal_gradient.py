@@ -91,8 +91,8 @@ def proximal_gradient(
     TypeError
         If ``x0`` is not a floating array, or an option is of a wrong type; if a gradient is complex and ``x0`` is not.
     ValueError
-        If ``x0`` has NaN or infinity; if an option is out of range; if a gradient has not the shape of ``x0``; if
-        ``tol`` or ``callback`` is given or ``step`` is not where values cannot be looked at.
+        If ``x0`` has NaN or infinity; if an option is out of range; if ``tol`` or ``callback`` is given or ``step`` is
+        not where values cannot be looked at.
 
     Notes
     -----
