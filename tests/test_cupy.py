@@ -229,7 +229,7 @@ def test_batches_of_svds_are_eigenvalue_problems(cupy_table, monkeypatch, shape,
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
 @pytest.mark.parametrize("name", ["sum_abs", "group_norm"])
-def test_long_reductions_in_parts(cupy_table, monkeypatch, name, dtype):
+def test_reductions_by_segments(cupy_table, monkeypatch, name, dtype):
     from slra._backends import cupy as module
 
     monkeypatch.setattr(module, "SEGMENT", 2)
@@ -237,30 +237,32 @@ def test_long_reductions_in_parts(cupy_table, monkeypatch, name, dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("axis", [None, 0, -1, (0, 1)])
+@pytest.mark.parametrize("axis", [None, 0, -1, (0, 1), (2, 0)])
 def test_no_result_is_left_to_few_threads(cupy_table, monkeypatch, axis):
     """CuPy gives each result one block: a sum over a large array must be many sums first."""
     from slra._backends import cupy as module
+    from slra._backends.cupy_kernels import KERNELS
 
-    widths = []
+    lengths = []
 
     def noting(kernel):
         def call(x, *args, axis, **options):
-            widths.append(x.size // max(1, kernel(x, *args, axis=axis, **options).size))
-            return kernel(x, *args, axis=axis, **options)
+            result = kernel(x, *args, axis=axis, **options)
+            lengths.append(x.size // result.size)
+            return result
 
         return call
 
-    for (name, dtype), kernel in list(module.kernel.__globals__["KERNELS"].items()):
-        if name in ("sum_abs", "max_abs", "norm"):
-            monkeypatch.setitem(module.kernel.__globals__["KERNELS"], (name, dtype), noting(kernel))
-    x = np.linspace(-1.0, 1.0, 3 * 50_001, dtype="float32").reshape(3, -1)
+    for name in ("sum_abs", "max_abs", "norm"):
+        monkeypatch.setitem(KERNELS, (name, "float32"), noting(KERNELS[name, "float32"]))
+    x = np.linspace(-1.0, 1.0, 6 * 20_001, dtype="float32").reshape(3, -1, 2)
     total = slra.prox.norm_l1(x, axis=axis)
     np.testing.assert_allclose(total, np.sum(abs(x), axis=axis, dtype="float64"), rtol=1e-5)
     if axis is not None:
         norm = slra.prox.norm_l2(x, axis=axis)
-        np.testing.assert_allclose(norm, np.sqrt(np.sum(x.astype("float64") ** 2, axis)), rtol=1e-5)
-    assert max(widths, default=0) <= module.SEGMENT
+        squares = x.astype("float64") ** 2
+        np.testing.assert_allclose(norm, np.sqrt(np.sum(squares, axis=axis)), rtol=1e-5)
+    assert 0 < max(lengths) <= module.SEGMENT
 
 
 def test_arrays_on_another_device_are_refused(cupy_table, monkeypatch):

@@ -56,7 +56,7 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
 def test_norms_of_large_arrays(cupy, view, dtype):
-    """Sums in one step, in parts, and those that are left to CuPy's own operations."""
+    """Sums in one step and by segments, of arrays however they lie in memory."""
     x = np.random.default_rng(0).standard_normal((1001, 3, 331)).astype(dtype)
     moduli = np.abs(VIEWS[view](x.astype("complex128")))
     ours = VIEWS[view](cupy.asarray(x))
