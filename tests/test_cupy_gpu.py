@@ -89,3 +89,13 @@ def test_what_is_given_stays_on_the_device(cupy):
     for result in (slra.soft_threshold(x, 0.1), slra.attention(x, x, x)):
         assert isinstance(result, cupy.ndarray)
         assert result.device == x.device
+
+
+def test_an_array_on_another_device_is_refused(cupy):
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("only one device")
+    with cupy.cuda.Device(1):
+        x = cupy.ones(3)
+        assert slra.soft_threshold(x, 0.5).device == x.device
+    with pytest.raises(TypeError, match="x must be on CuPy's current device"):
+        slra.soft_threshold(x, 0.5)
