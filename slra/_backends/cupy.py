@@ -20,7 +20,7 @@ __all__ = ["CupyPrimitives"]
 
 # One tile of scores over all matrices of a batch, and its width. Not tuned: that takes a GPU.
 TILE_BYTES, TILE_WIDTH = 1 << 26, 4096
-# CuPy gives each result of a reduction one block of threads, unless CUB takes it: a single result, of one contiguous
+# CuPy gives each result of a reduction one block of threads, unless CUB spreads it: a single one, of one contiguous
 # input, where a CUDA path is set (cupy/cupy#9720). So no result may come from more entries than this where there are
 # not enough results to occupy the device. Not tuned either.
 SEGMENT, ENOUGH_RESULTS = 1 << 14, 256
