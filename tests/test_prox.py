@@ -437,6 +437,19 @@ def test_sum_is_right_to_the_rounding_of_the_level(xp, name):
     assert np.all(error <= 4 * EPS["float32"] * (n_above * np.max(x, axis=-1) + radius[:, 0]))
 
 
+def test_simplex_sum_does_not_depend_on_where_the_entries_lie():
+    # Two of three entries of the first row are kept, at two heights; a running sum of them drifts.
+    index = np.arange(100_000)
+    x = np.stack([50.1 + (index % 3 > 0) + 0.3 * (index % 3 > 1), 10.1 + index % 7])
+    x, radius = x.astype("float32"), np.asarray([[2e4], [1.0]], "float32")
+    y = prox.project_simplex(x, radius).astype("float64")
+    n_above = np.count_nonzero(y, axis=-1)
+    assert n_above.tolist() == [66_666, 14_285]
+    # Heights above the level, and their sum, are rounded to a few units in the last place.
+    allowed = 4 * EPS["float32"] * (n_above * np.max(y, axis=-1) + radius[:, 0])
+    assert np.all(np.abs(np.sum(y, axis=-1) - radius[:, 0]) <= allowed)
+
+
 def test_functions_at_the_edge_of_their_domain():
     x = np.asarray([0.0, 0.5, 2.0])
     assert prox.norm_nonneg_l1(x) == 2.5

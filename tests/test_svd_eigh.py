@@ -55,6 +55,21 @@ def test_degenerate(lam):
     check(a, 3, slra.randomized_eigh(a, 3, n_oversamples=2, rng=0))
 
 
+def test_order_of_equal_moduli_and_of_each_element():
+    # Of equal moduli the smaller value comes first, as LAPACK gives them; each matrix has its own order.
+    lam = np.asarray([[3.0, -3.0, 2.0, 1.0], [1.0, -2.0, 3.0, -4.0]])
+    a = np.stack([np.diag(row) for row in lam])
+    w, V = slra.randomized_eigh(a, 3, rng=0)
+    np.testing.assert_allclose(w, [[-3, 3, 2], [-4, 3, -2]], atol=1e-14)
+    np.testing.assert_allclose(np.argmax(np.abs(V), axis=1), [[1, 0, 2], [3, 2, 1]])
+
+
+def test_eigenpairs_stay_on_the_device_of_the_input(xp, device):
+    a = xp.asarray(hermitian(np.asarray([3.0, -2, 1, 0.5]), "float64"), device=device)
+    for x in slra.randomized_eigh(a, 2, rng=0):
+        assert x.device == a.device
+
+
 def test_small_is_exact(xp):
     a = hermitian(np.asarray([3.0, -2, 1, 0.5]), "float64")
     check(a, 2, slra.randomized_eigh(to_xp(xp, a), 2, rng=0))
