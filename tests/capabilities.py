@@ -100,7 +100,7 @@ def _is_of(x: Any, namespace: Any) -> bool:
 
 @dataclass
 class Seen:
-    """What was called by tests that passed, by backend, and how often a call may have computed a graph."""
+    """What was called by tests that passed, by backend."""
 
     called: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
@@ -149,7 +149,7 @@ class _Survey:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seen.add(report)
-        if report.when == "call":
+        if report.when == "call" and not report.skipped:
             self.reports[report.nodeid] = report
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
