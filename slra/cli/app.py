@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from slra.cli.backends import BackendUnavailableError, open_backend
+from slra.cli.bench.command import bench
 from slra.cli.demo import N_ROUNDS, Comparison, compare, count_calls
 from slra.cli.files import replacing, require_writable
 from slra.cli.report.advice import advise
@@ -21,6 +22,7 @@ from slra.data import load_sample
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(bench)
 
 BackendName = StrEnum("BackendName", ["numpy", "torch", "jax", "cupy"])
 
