@@ -1,0 +1,105 @@
+"""Benchmark tables in README.md and docs/, from benchmarks/results/*.json; nothing is run again.
+
+A page has ``<!-- table: TOPIC.NAME -->`` before a table and ``<!-- end -->`` after it. What stands between comes from
+``benchmarks/tables/TOPIC.py``: ``tables(result)`` returns its tables by name, and where prose repeats numbers,
+``statements(result)`` returns by page the phrases that must be in it, as the results say them. Every topic has the
+table ``machine`` besides: one line with date, processor, versions, and where the numbers are.
+"""
+
+import json
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks import tables as folder
+from benchmarks.common import RESULTS
+from benchmarks.markdown import table
+
+__all__ = ["all_tables", "fill", "pages", "problems"]
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def pages() -> dict[str, Path]:
+    """Every page that may have tables, by its name from the root."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return {path.relative_to(ROOT).as_posix(): path for path in found}
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """All results that are kept, by topic."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def all_tables(found: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Markdown by TOPIC.NAME."""
+    made = {}
+    for topic, result in found.items():
+        of_topic = {"machine": machine(topic, result)} | _of(topic, "tables", result)
+        made |= {f"{topic}.{name}": text for name, text in of_topic.items()}
+    return made | {"results.list": listing(found)}
+
+
+def listing(found: dict[str, dict[str, Any]]) -> str:
+    """Every file of results, with its machine."""
+    rows = []
+    for topic, result in found.items():
+        about = result["machine"]
+        blas = ", ".join(sorted(set(about["blas"])))
+        cores = f"{about['cores']} x {about['cpu']}"
+        rows.append((f"`{topic}.json`", about["date"], cores, about["python"], blas))
+    return table(["file", "date", "processor", "Python", "BLAS and OpenMP (threads)"], rows)
+
+
+def machine(topic: str, result: dict[str, Any]) -> str:
+    """When and where a topic was measured, and how to do it again."""
+    about = result["machine"]
+    versions = about["versions"]
+    compared = getattr(_module(topic), "COMPARED", ("numpy",))
+    return (
+        f"*`benchmarks/results/{topic}.json`, by `python -m benchmarks.{topic}`: {about['date']}, {about['cpu']}, "
+        f"{about['cores']} cores; {', '.join(f'{name} {versions[name]}' for name in compared)}.*"
+    )
+
+
+def fill(text: str, made: dict[str, str]) -> str:
+    """Put each table between its marks; an unknown name is left alone (see `problems`)."""
+    return BLOCK.sub(lambda m: m[1] + (made[m[2]] + "\n" if m[2] in made else m[3]) + m[4], text)
+
+
+def problems() -> list[str]:
+    """What the pages say that the results do not, one line each."""
+    found = results()
+    made, texts = all_tables(found), {name: path.read_text() for name, path in pages().items()}
+    wrong, used = [], set()
+    for page, text in texts.items():
+        for name, inside in ((m[2], m[3]) for m in BLOCK.finditer(text)):
+            used.add(name)
+            if name not in made:
+                wrong.append(f"{page}: there is no table {name}")
+            elif inside != made[name] + "\n":
+                wrong.append(f"{page}: the table {name} is not that of the results")
+        if text.count("<!-- table: ") != len(BLOCK.findall(text)):
+            wrong.append(f"{page}: a table without its end")
+    unused = [name for name in made if name not in used and not name.endswith(".machine")]
+    wrong += [f"no page has the table {name}" for name in unused]
+    plain = {page: " ".join(text.split()) for page, text in texts.items()}
+    for topic, result in found.items():
+        for page, phrases in _of(topic, "statements", result).items():
+            missing = [phrase for phrase in phrases if phrase not in plain.get(page, "")]
+            wrong += [f"{page} does not say what {topic}.json does: {phrase}" for phrase in missing]
+    return wrong
+
+
+def _module(topic: str) -> Any:
+    """Return benchmarks/tables/TOPIC.py, or None."""
+    if not (Path(folder.__file__).parent / f"{topic}.py").exists():
+        return None
+    return import_module(f"{folder.__name__}.{topic}")
+
+
+def _of(topic: str, what: str, result: dict[str, Any]) -> dict[str, Any]:
+    make = getattr(_module(topic), what, None)
+    return make(result) if make else {}
