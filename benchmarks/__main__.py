@@ -26,7 +26,7 @@ def listing(context: typer.Context) -> None:
         return
     table = Table()
     for header in ("name", "what", "last result", "takes about"):
-        table.add_column(header, no_wrap=True, overflow="ellipsis" if header == "what" else "fold")
+        table.add_column(header, no_wrap=header != "what")
     for topic in topics.find().values():
         date = topic.date or ("none yet" if topic.writes else "makes data")
         table.add_row(topic.name, topic.summary, date, topic.takes or "?")

@@ -12,7 +12,7 @@ __all__ = ["Topic", "find"]
 
 FOLDER = Path(__file__).parent
 # "about three minutes on two cores; writes ..."
-TAKES = re.compile(r"\babout ((?:[\w-]+\s){1,2}(?:second|minute|hour)s?)\b")
+TAKES = re.compile(r"\babout\s+((?:[\w-]+\s){1,2}(?:second|minute|hour)s?)\b")
 
 
 class Topic(NamedTuple):
