@@ -7,11 +7,13 @@ from rich.console import Console
 
 from benchmarks.common import save
 from slra.cli.bench.command import run
+from slra.cli.bench.output import show
 
 
 def main() -> None:
-    comparisons = run(Console(), lambda: None)["comparisons"]
-    print(save("headline", {"comparisons": comparisons}))
+    found = run(lambda: None)
+    show(Console(), found)
+    print(save("headline", {"comparisons": found["comparisons"]}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from slra.cli import timing
 from slra.cli.app import app
 from slra.cli.bench import comparisons, problems
-from slra.cli.bench.output import about_machine, table
+from slra.cli.bench.output import about_machine, record, table
 
 TINY = {
     "svd": partial(comparisons.svd, 60, 40, 5),
@@ -60,7 +60,7 @@ def test_what_is_not_installed_is_said(tiny, monkeypatch):
     assert missing == list(comparison.calls)[2:]
     console = Console(width=120)
     with console.capture() as shown:
-        console.print(table(comparison, rows))
+        console.print(table(record(comparison, rows)))
     assert shown.get().count("not installed") == len(missing)
 
 

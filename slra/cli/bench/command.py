@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from slra.cli.bench import comparisons
-from slra.cli.bench.output import about_machine, record, table
+from slra.cli.bench.output import record, show
 from slra.cli.files import replacing, require_writable
 from slra.cli.timing import machine
 
@@ -26,7 +26,8 @@ def bench(
             _check_target(json)
         with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task("Compare", total=count_rounds())
-            found = run(Console(), lambda: progress.advance(task))
+            found = run(lambda: progress.advance(task))
+        show(Console(), found)
         if json is not None:
             with replacing(json) as partial:
                 partial.write_text(json_format.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -41,18 +42,14 @@ def count_rounds() -> int:
     return len(comparisons.COMPARISONS) * (comparisons.N_ROUNDS + 1)
 
 
-def run(console: Console, advance: Callable[[], object]) -> dict[str, Any]:
-    """Make every comparison and print it as soon as it is there."""
+def run(advance: Callable[[], object]) -> dict[str, Any]:
+    """Make every comparison, one after the other; the numbers are kept, the arrays are not."""
     found = []
     for make in comparisons.COMPARISONS:
         comparison = make()
-        rows = comparisons.measure(comparison, advance)
-        console.print(table(comparison, rows), "")
-        found.append(record(comparison, rows))
-    # Last: by now every library that takes part has loaded its BLAS.
-    about = machine()
-    console.print(about_machine(about), highlight=False)
-    return {"machine": about, "comparisons": found}
+        found.append(record(comparison, comparisons.measure(comparison, advance)))
+    # The machine last: by now every library that takes part has loaded its BLAS.
+    return {"comparisons": found, "machine": machine()}
 
 
 def _check_target(path: Path) -> None:

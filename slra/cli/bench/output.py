@@ -1,38 +1,17 @@
-"""The comparisons as a table for the terminal and as JSON."""
+"""The comparisons as JSON, and as tables for the terminal."""
 
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from slra.cli.bench.comparisons import N_ROUNDS, Comparison, Row
 
-__all__ = ["about_machine", "record", "table"]
-
-
-def table(comparison: Comparison, rows: list[Row]) -> Table:
-    """One comparison; times over that of slra, in the first row."""
-    found = Table(
-        title=f"{comparison.name}: {comparison.problem}",
-        caption=f"error: {comparison.error_is}. time: median of {N_ROUNDS} interleaved.",
-        title_justify="left",
-        caption_justify="left",
-    )
-    found.add_column("")
-    for header in ("time\nms", "time\n/ slra", "error"):
-        found.add_column(header, justify="right")
-    for row in rows:
-        found.add_row(row.name, *_cells(row, rows[0]))
-    return found
-
-
-def _cells(row: Row, first: Row) -> list[str]:
-    if row.median is None or first.median is None or row.error is None:
-        return ["not installed", "", ""]
-    return [f"{row.median * 1e3:.1f}", f"{row.median / first.median:.2f}", f"{row.error:.1e}"]
+__all__ = ["about_machine", "record", "show", "table"]
 
 
 def record(comparison: Comparison, rows: list[Row]) -> dict[str, Any]:
-    """One comparison with all numbers, unrounded."""
+    """Return one comparison with all numbers, unrounded."""
     return {
         "name": comparison.name,
         "problem": comparison.problem,
@@ -41,6 +20,34 @@ def record(comparison: Comparison, rows: list[Row]) -> dict[str, Any]:
             row._asdict() | {"median": row.median, "installed": bool(row.seconds)} for row in rows
         ],
     }
+
+
+def show(console: Console, found: dict[str, Any]) -> None:
+    """Print every comparison, and what the times are of."""
+    for comparison in found["comparisons"]:
+        console.print(table(comparison), "")
+    console.print(about_machine(found["machine"]), highlight=False)
+
+
+def table(comparison: dict[str, Any]) -> Table:
+    """One comparison; times over that of slra, in the first row."""
+    made = Table(
+        title=f"{comparison['name']}: {comparison['problem']}",
+        caption=f"error: {comparison['error']}. time: median of {N_ROUNDS} interleaved.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    made.add_column("")
+    for header in ("time\nms", "time\n/ slra", "error"):
+        made.add_column(header, justify="right")
+    first = comparison["rows"][0]
+    for row in comparison["rows"]:
+        cells = ["not installed", "", ""]
+        if row["installed"]:
+            over = row["median"] / first["median"]
+            cells = [f"{row['median'] * 1e3:.1f}", f"{over:.2f}", f"{row['error']:.1e}"]
+        made.add_row(row["name"], *cells)
+    return made
 
 
 def about_machine(machine: dict[str, Any]) -> str:
