@@ -1,6 +1,6 @@
 """The README's table and picture: what ``python -m slra demo`` measures, kept with the machine it ran on.
 
-Run: python -m benchmarks.demo
+python -m benchmarks.demo     about five seconds; writes results/demo.json and docs/_static/demo.png
 """
 
 from pathlib import Path

@@ -1,9 +1,10 @@
 """Benchmark tables in README.md and docs/, from benchmarks/results/*.json; nothing is run again.
 
 A page has ``<!-- table: TOPIC.NAME -->`` before a table and ``<!-- end -->`` after it. What stands between comes from
-``benchmarks/tables/TOPIC.py``: ``tables(result)`` returns its tables by name, and where prose repeats numbers,
-``statements(result)`` returns by page the phrases that must be in it, as the results say them. Every topic has the
-table ``machine`` besides: one line with date, processor, versions, and where the numbers are.
+``benchmarks/tables/TOPIC.py``: ``tables(result)`` returns its tables by name. Where prose repeats numbers,
+``statements(result)`` returns by page the phrases that must be in it, as the results say them; a time or a ratio in
+prose must be in one of them. Every topic has the table ``machine`` besides: one line with date, processor, versions,
+and where the numbers are.
 """
 
 import json
@@ -20,6 +21,10 @@ __all__ = ["all_tables", "fill", "pages", "problems"]
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NO_PROSE = re.compile(r"^```.*?^```|^\|.*?$", re.DOTALL | re.MULTILINE)
+# A time, or a ratio of two.
+MEASURED = re.compile(r"(?<![\w.])\d[\d.,]* ?(?:times|ms|s|microseconds|points)(?!\w)")
+NOT_MEASURED = ("within 0.46 and 1.6 times the truth with probability 0.99",)
 
 
 def pages() -> dict[str, Path]:
@@ -73,24 +78,39 @@ def problems() -> list[str]:
     """What the pages say that the results do not, one line each."""
     found = results()
     made, texts = all_tables(found), {name: path.read_text() for name, path in pages().items()}
-    wrong, used = [], set()
-    for page, text in texts.items():
-        for name, inside in ((m[2], m[3]) for m in BLOCK.finditer(text)):
-            used.add(name)
-            if name not in made:
-                wrong.append(f"{page}: there is no table {name}")
-            elif inside != made[name] + "\n":
-                wrong.append(f"{page}: the table {name} is not that of the results")
-        if text.count("<!-- table: ") != len(BLOCK.findall(text)):
-            wrong.append(f"{page}: a table without its end")
-    unused = [name for name in made if name not in used and not name.endswith(".machine")]
-    wrong += [f"no page has the table {name}" for name in unused]
-    plain = {page: " ".join(text.split()) for page, text in texts.items()}
+    said: dict[str, list[str]] = {}
     for topic, result in found.items():
         for page, phrases in _of(topic, "statements", result).items():
-            missing = [phrase for phrase in phrases if phrase not in plain.get(page, "")]
-            wrong += [f"{page} does not say what {topic}.json does: {phrase}" for phrase in missing]
+            said.setdefault(page, []).extend(phrases)
+    wrong = [line for page, text in texts.items() for line in _wrong_tables(page, text, made)]
+    used = {match[2] for text in texts.values() for match in BLOCK.finditer(text)}
+    unused = [name for name in made if name not in used and not name.endswith(".machine")]
+    wrong += [f"no page has the table {name}" for name in unused]
+    for page in sorted({*texts, *said}):
+        wrong += _wrong_prose(page, texts.get(page, ""), said.get(page, []))
     return wrong
+
+
+def _wrong_tables(page: str, text: str, made: dict[str, str]) -> list[str]:
+    wrong = []
+    for name, inside in ((match[2], match[3]) for match in BLOCK.finditer(text)):
+        if name not in made:
+            wrong.append(f"{page}: there is no table {name}")
+        elif inside != made[name] + "\n":
+            wrong.append(f"{page}: the table {name} is not that of the results")
+    if text.count("<!-- table: ") != len(BLOCK.findall(text)):
+        wrong.append(f"{page}: a table without its end")
+    return wrong
+
+
+def _wrong_prose(page: str, text: str, said: list[str]) -> list[str]:
+    """Phrases that are missing, and times and ratios that are in none."""
+    plain = " ".join(NO_PROSE.sub("", BLOCK.sub("", text)).split())
+    wrong = [f"{page} does not say what the results do: {one}" for one in said if one not in plain]
+    for phrase in (*said, *NOT_MEASURED):
+        plain = plain.replace(phrase, "")
+    around = (plain[max(0, m.start() - 40) : m.end() + 20] for m in MEASURED.finditer(plain))
+    return wrong + [f"{page}: no results say this: ...{one}..." for one in around]
 
 
 def _module(topic: str) -> Any:

@@ -49,10 +49,11 @@ def test_a_wrong_table_is_found_and_put_right(one_page):
     [
         ("table: svd.measured", "table: svd.nothing", "there is no table svd.nothing"),
         ("<!-- end -->", "", "a table without its end"),
+        ("## A posteriori", "## A posteriori\n\nIt is 7.5 times faster.", "no results say this"),
         (
             "By tolerance a call takes 1",
             "By tolerance a call takes 0",
-            "does not say what svd.json",
+            "does not say what the results do",
         ),
     ],
 )
