@@ -86,8 +86,9 @@ def test_topics_are_found_without_a_list():
     assert not found["minilm"].writes
     assert found["fidelity"].takes == "five minutes"
     assert all(topic.summary for topic in found.values())
-    # Nobody has run the one on a GPU.
-    assert [topic.name for topic in found.values() if topic.takes is None] == ["gpu"]
+    # Nobody has looked at the clock for these.
+    unknown = {topic.name for topic in found.values() if topic.takes is None}
+    assert unknown <= {"gpu", "kv_cache_generate", "minilm"}
 
 
 def test_the_list_has_a_line_for_each():
