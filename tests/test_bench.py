@@ -1,6 +1,7 @@
 """The bench command: what it compares, what it says of what is missing, and that its answers are right."""
 
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -54,6 +55,10 @@ def test_comparisons_are_of_right_answers(name, tiny):
 
 def test_what_is_not_installed_is_said(tiny, monkeypatch):
     monkeypatch.setattr(comparisons, "_installed", lambda module: None)
+    for make in TINY.values():
+        calls = make().calls
+        others = [name for name in calls if re.search("torch|scikit-learn|pyproximal", name)]
+        assert [name for name, call in calls.items() if call is None] == others
     comparison = TINY["batched_svd"]()
     rows = comparisons.measure(comparison)
     missing = [row.name for row in rows if row.median is None]
