@@ -29,7 +29,11 @@ NOT_MEASURED = ("within 0.46 and 1.6 times the truth with probability 0.99",)
 
 def pages() -> dict[str, Path]:
     """Every page that may have tables, by its name from the root."""
-    found = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("[!_]*/*.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
     return {path.relative_to(ROOT).as_posix(): path for path in found}
 
 

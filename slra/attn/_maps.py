@@ -99,8 +99,9 @@ def fit_output(data: Grouped, sample: RowSample) -> Factors:
         _gram((k - c) * (xp.sqrt(received) / _peak(k, xp)), xp),
         table,
     )
-    _, wv = table.small_eigh(_moment(out - mass * mu, table))
-    return Factors(left[..., None, :, :], wk, xp.flip(wv, axis=-1), c, mu)
+    # Not from its Gram matrix: the output is smooth, and a high rank needs directions below sqrt(eps) of the largest.
+    _, _, Vh = table.small_svd(_square(_triangle(out - mass * mu, table), table))
+    return Factors(left[..., None, :, :], wk, xp.matrix_transpose(Vh), c, mu)
 
 
 METHODS = {"svd": fit_svd, "joint": fit_joint, "output": fit_output}
@@ -131,6 +132,15 @@ def _some_queries(data: Grouped, sample: RowSample) -> Array:
 def _triangle(x: Array, table: Primitives) -> Array:
     """Return a matrix of at most D rows with the Gram matrix of ``x``."""
     return table.qr(x)[1] if x.shape[-2] > x.shape[-1] else x
+
+
+def _square(x: Array, table: Primitives) -> Array:
+    """Append rows of zeros to a wide matrix: its singular value decomposition then has all right vectors."""
+    n_missing = x.shape[-1] - x.shape[-2]
+    if n_missing == 0:
+        return x
+    shape, device = (*x.shape[:-2], n_missing, x.shape[-1]), table.creation_device(x)
+    return table.xp.concat([x, table.xp.zeros(shape, dtype=x.dtype, device=device)], axis=-2)
 
 
 def _moment(x: Array, table: Primitives) -> Array:

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from slra.cli.bench import comparisons
 from slra.cli.bench.output import record, show
-from slra.cli.files import replacing, require_writable
+from slra.cli.files import check_target
+from slra.cli.terminal import fail, progress, write
 from slra.cli.timing import machine
 
 __all__ = ["bench", "run"]
@@ -23,18 +23,15 @@ def bench(
     """Time the main functions on this machine, beside what else is installed, in about a minute."""
     try:
         if json is not None:
-            _check_target(json)
-        with Progress(console=Console(stderr=True)) as progress:
-            task = progress.add_task("Compare", total=count_rounds())
-            found = run(lambda: progress.advance(task))
-        show(Console(), found)
-        if json is not None:
-            with replacing(json) as partial:
-                partial.write_text(json_format.dumps(found, indent=1) + "\n", encoding="utf-8")
-            typer.echo(f"Written: {json}")
-    except OSError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
+            check_target("--json", json, [])
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    with progress() as bar:
+        task = bar.add_task("Comparisons", total=count_rounds())
+        found = run(lambda: bar.advance(task))
+    show(Console(), found)
+    if json is not None:
+        write(json, json_format.dumps(found, indent=1) + "\n")
 
 
 def count_rounds() -> int:
@@ -50,9 +47,3 @@ def run(advance: Callable[[], object]) -> dict[str, Any]:
         found.append(record(comparison, comparisons.measure(comparison, advance)))
     # The machine last: by now every library that takes part has loaded its BLAS.
     return {"comparisons": found, "machine": machine()}
-
-
-def _check_target(path: Path) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(f"--json must be a file, got the directory {path}")
-    require_writable(path.parent, "the folder of --json")
