@@ -25,18 +25,16 @@ def record(comparison: Comparison, rows: list[Row]) -> dict[str, Any]:
 def show(console: Console, found: dict[str, Any]) -> None:
     """Print every comparison, and what the times are of."""
     for comparison in found["comparisons"]:
-        console.print(table(comparison), "")
+        console.print(f"{comparison['name']}: {comparison['problem']}", style="bold")
+        console.print(table(comparison))
+        console.print(f"error: {comparison['error']}\n", highlight=False)
+    console.print(f"time: median of {N_ROUNDS} interleaved calls\n", highlight=False)
     console.print(about_machine(found["machine"]), highlight=False)
 
 
 def table(comparison: dict[str, Any]) -> Table:
     """One comparison; times over that of slra, in the first row."""
-    made = Table(
-        title=f"{comparison['name']}: {comparison['problem']}",
-        caption=f"error: {comparison['error']}. time: median of {N_ROUNDS} interleaved.",
-        title_justify="left",
-        caption_justify="left",
-    )
+    made = Table()
     made.add_column("")
     for header in ("time\nms", "time\n/ slra", "error"):
         made.add_column(header, justify="right")
