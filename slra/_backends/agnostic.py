@@ -178,11 +178,6 @@ class Primitives(SparseRows, Rows):
         sizes = [xp.max(xp.abs(part), axis=(-2, -1)) for part in parts]
         return sizes[0] if len(sizes) == 1 else xp.maximum(*sizes)
 
-    def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
-        """Solve ``a @ x = b`` for triangular ``a``; only that triangle of ``a`` is read."""
-        a = self.xp.tril(a) if lower else self.xp.triu(a)
-        return self.xp.linalg.solve(a, b)
-
     def test_matrix(
         self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
     ) -> Array:

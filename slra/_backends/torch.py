@@ -92,10 +92,6 @@ class TorchPrimitives(Primitives):
         """Stay in single precision on a device that has no double."""
         return like.dtype if like.device.type == "mps" else super().wide(like)
 
-    def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
-        """Solve by substitution."""
-        return torch.linalg.solve_triangular(a, b, upper=not lower)
-
     def test_matrix(
         self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
     ) -> Array:
