@@ -62,16 +62,17 @@ class CupyPrimitives(Primitives):
         """Scale and add in one pass."""
         return kernel("extrapolate", x)(x, move, factor)
 
-    def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
+    def scaled_group_norm(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
         """Read ``x`` twice, once for the largest modulus."""
         xp = self.xp
         peak = kernel("max_abs", x)(x, axis=axes, keepdims=True)
         unit = xp.where((peak == 0) | xp.isinf(peak), xp.ones_like(peak), peak)
-        return unit * kernel("norm", x)(x, unit, axis=axes, keepdims=True)
+        return unit, kernel("norm", x)(x, unit, axis=axes, keepdims=True)
 
     def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
         """Shorten in one pass, given the norms."""
-        return kernel("group_threshold", x)(x, self.group_norm(x, axes), tau)
+        unit, norm = self.scaled_group_norm(x, axes)
+        return kernel("group_threshold", x)(x, norm, tau / unit)
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Add up moduli as they are read."""

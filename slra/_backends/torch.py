@@ -3,6 +3,7 @@
 Needs: torch. Results carry gradients wherever the operations they are made of do.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,10 @@ class TorchPrimitives(Primitives):
         if x.layout != torch.strided or x.is_quantized:
             return f"a tensor of layout {x.layout}; call to_dense() first"
         return None
+
+    def quietly(self) -> contextlib.AbstractContextManager[Any]:
+        """There is nothing to silence, and torch.compile does not follow NumPy's way to."""
+        return contextlib.nullcontext()
 
     def cholesky(self, g: Array) -> Array:
         """Factor without raising, and mark what failed."""

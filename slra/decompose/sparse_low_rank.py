@@ -17,6 +17,7 @@ from slra._validate import (
     resolve,
 )
 from slra.solvers._loop import inner
+from slra.svd._linear_map import brought_in_range, scaled_back
 from slra.svd.truncated import thin_svd
 
 __all__ = ["SparseLowRankResult", "sparse_low_rank"]
@@ -162,17 +163,21 @@ def sparse_low_rank(
             "x must have values that can be looked at: sparse_low_rank iterates until they say so, "
             "which neither a traced function nor a lazy array can follow"
         )
-    check_finite(table, x, "x")
     promoted = promote(table, x=x)
     (work,) = promoted.arrays
+    check_finite(table, work, "x")
     tol = max(check_positive(tol, "tol"), 4 * float(table.xp.finfo(work.dtype).eps) ** 0.5)
-    peak = float(table.xp.max(table.xp.abs(work))) or 1.0
+    work, exponent = brought_in_range(work, table)
+    peak, factor = float(table.xp.max(table.xp.abs(work))) or 1.0, _back(exponent)
     starts = ("soft", "svd") if start == "best" else (start,)
-    results = [_descend(work / peak, rank, l1 / peak, s, tol, n_max, table) for s in starts]
+    # Beyond 1 the solution is zero, whatever the weight, which may be infinite here.
+    weight = min(l1 / peak / factor, 2.0)
+    results = [_descend(work / peak, rank, weight, s, tol, n_max, table) for s in starts]
     best = min(results, key=lambda result: float(result.objective[-1]))
-    approx, left, right, objective = promoted.answer(
-        table, best.x * peak, best.left * peak, best.right, best.objective * peak * peak
-    )
+    parts = (scaled_back(x * peak, exponent, table) for x in (best.x, best.left))
+    with table.quietly():
+        objective = best.objective * peak * peak * factor * factor
+        approx, left, right, objective = promoted.answer(table, *parts, best.right, objective)
     return SparseLowRankResult(
         approx,
         left,
@@ -180,8 +185,13 @@ def sparse_low_rank(
         objective,
         best.stationarity,
         best.converged,
-        best.lower_bound * peak * peak,
+        best.lower_bound * peak * peak * factor * factor,
     )
+
+
+def _back(exponent: Array | None) -> float:
+    """Factor that takes a number back to the scale of the input; it is never 0 or infinite."""
+    return 1.0 if exponent is None else math.ldexp(1.0, -int(exponent[0, 0]))
 
 
 def _descend(

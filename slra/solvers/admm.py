@@ -5,7 +5,14 @@ from typing import Any, NamedTuple
 
 from slra._backends import Primitives
 from slra._typing import Array
-from slra._validate import check_finite, check_positive, promote, resolve
+from slra._validate import (
+    check_callable,
+    check_finite,
+    check_positive,
+    check_returned,
+    promote,
+    resolve,
+)
 from slra.solvers._loop import Callback, SolveResult, Step, check_limits, norm, run
 
 __all__ = ["admm"]
@@ -107,7 +114,15 @@ def admm(
     (z,) = promoted.arrays
     check_finite(table, z, "z0")
     tol, max_iter = check_limits(tol, max_iter)
-    rho, relaxation = check_positive(rho, "rho"), check_positive(relaxation, "relaxation")
+    check_callable(solve_x, "solve_x")
+    check_callable(prox_z, "prox_z")
+    for name, function in (
+        *(("operator", operator), ("adjoint", adjoint)),
+        *(("objective", objective), ("callback", callback)),
+    ):
+        check_callable(function, name, optional=True)
+    rho = check_positive(rho, "rho", limits=table.xp.finfo(z.dtype))
+    relaxation = check_positive(relaxation, "relaxation")
     if relaxation >= 2:
         raise ValueError(f"relaxation must be between 0 and 2, got {relaxation}")
     if balance is not None and check_positive(balance, "balance") < 1:
@@ -122,7 +137,9 @@ def admm(
         x = solve_x(state.z - state.u, rho_now)
         image = x if operator is None else operator(x)
         mixed = image if relaxation == 1 else relaxation * image + (1 - relaxation) * state.z
-        z = prox_z(mixed + state.u, 1 / rho_now)
+        # An array, where NumPy makes a scalar of a sum of 0-d ones.
+        z = prox_z(table.xp.asarray(mixed + state.u), 1 / rho_now)
+        check_returned(z, "prox_z", state.z.shape)
         u = state.u + mixed - z
         back = adjoint or (lambda v: v)
         primal = _ratio(norm(image - z, table), norm(image, table), norm(z, table), table=table)

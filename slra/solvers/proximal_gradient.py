@@ -5,7 +5,15 @@ from typing import Any, NamedTuple
 
 from slra._backends import Primitives
 from slra._typing import Array
-from slra._validate import check_finite, check_tau, promote, resolve
+from slra._validate import (
+    check_callable,
+    check_finite,
+    check_flag,
+    check_returned,
+    check_tau,
+    promote,
+    resolve,
+)
 from slra.prox.l1 import prox_l1
 from slra.solvers._loop import Callback, SolveResult, Step, check_limits, inner, norm, run
 
@@ -111,6 +119,11 @@ def proximal_gradient(
     (x,) = promoted.arrays
     check_finite(table, x, "x0")
     tol, max_iter = check_limits(tol, max_iter)
+    check_flag(accelerated, "accelerated")
+    value_and_grad = _checked(value_and_grad)
+    check_callable(prox, "prox")
+    check_callable(objective, "objective", optional=True)
+    check_callable(callback, "callback", optional=True)
     if step is None:
         if not table.is_eager(x):
             raise ValueError("step must be given where values cannot be looked at")
@@ -118,6 +131,8 @@ def proximal_gradient(
         searches = True
     else:
         step = check_tau(table, x, step, "step", axes=tuple(range(x.ndim)))
+        if table.is_eager(x) and not step > 0:
+            raise ValueError("step must be greater than 0, got 0")
         searches = False
     like: dict[str, Any] = {"dtype": table.real_dtype(x.dtype), "device": table.creation_device(x)}
     start = _State(x, x, table.xp.ones((), **like), step, table.xp.zeros((), **like))
@@ -127,6 +142,21 @@ def proximal_gradient(
 
     result = run(advance, start, objective, tol, max_iter, callback, table, may_scan=not searches)
     return result._replace(x=promoted.answer(table, result.x)[0])
+
+
+def _checked(value_and_grad: Any) -> ValueAndGrad:
+    """Look at what a function of the caller's returns."""
+    check_callable(value_and_grad, "value_and_grad")
+
+    def call(x: Array) -> tuple[Any, Array]:
+        pair = value_and_grad(x)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(
+                f"value_and_grad must return a pair of a value and a gradient, got {type(pair).__name__}"
+            )
+        return pair[0], check_returned(pair[1], "value_and_grad", x.shape)
+
+    return call
 
 
 def _advance(
@@ -160,7 +190,9 @@ def _forward_backward(y: Array, grad: Array, step: Any, prox: Prox, table: Primi
     """Return ``prox(y - step * grad, step)``, for the l1 norm in one pass where the library has it."""
     if prox is prox_l1:
         return table.soft_threshold_step(y, grad, step, 1.0)
-    return prox(y - step * grad, step)
+    # An array, where NumPy makes a scalar of a difference of 0-d ones.
+    new = prox(table.xp.asarray(y - step * grad), step)
+    return check_returned(new, "prox", y.shape)
 
 
 def _descends(

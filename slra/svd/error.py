@@ -87,15 +87,18 @@ def estimate_error(
     n_probes = check_rank(n_probes, 1 << 30, "n_probes")
     source = check_draws(table, A.like, rng)
     left, right = check_factors(table, A.shape, A.like, approx)
-    if problem.exponent is not None:
-        left = power_of_two(left, problem.exponent[..., None, None], table)
-    omega = draw(A, n_probes, source)
-    difference = A.matmat(omega) - left @ (right @ omega)
-    wide = xp.astype(difference, table.wide(difference), copy=False)
-    squares = xp.sum(table.real_part(wide * table.conj(wide)), axis=-2)
-    factor = (1 / (1 - _CONFIDENCE)) ** (1 / n_probes) * math.sqrt(2 / math.pi)
-    norms = xp.stack(
-        [xp.sqrt(xp.mean(squares, axis=-1)), factor * xp.sqrt(xp.max(squares, axis=-1))], axis=-1
-    )
-    norms = problem.unscaled(xp.astype(norms, table.real_dtype(A.like.dtype)))
+    with table.quietly():
+        omega = draw(A, n_probes, source)
+        product = left @ (right @ omega)
+        if problem.exponent is not None:
+            product = power_of_two(product, problem.exponent[..., None, None], table)
+        difference = A.matmat(omega) - product
+        wide = xp.astype(difference, table.wide(difference), copy=False)
+        squares = xp.sum(table.real_part(wide * table.conj(wide)), axis=-2)
+        factor = (1 / (1 - _CONFIDENCE)) ** (1 / n_probes) * math.sqrt(2 / math.pi)
+        norms = xp.stack(
+            [xp.sqrt(xp.mean(squares, axis=-1)), factor * xp.sqrt(xp.max(squares, axis=-1))],
+            axis=-1,
+        )
+        norms = problem.unscaled(xp.astype(norms, table.real_dtype(A.like.dtype)))
     return ErrorEstimate(norms[..., 0], norms[..., 1])
