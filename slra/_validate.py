@@ -296,8 +296,8 @@ def check_count(value: Any, name: str, *, most: int | None = None) -> int:
 
 
 def _integer(value: Any, name: str) -> int:
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+    if isinstance(value, (bool, np.bool_)) or "bool" in str(getattr(value, "dtype", "")):
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     try:
         return operator.index(value)
     except (TypeError, ValueError):  # arrays of other sizes than one raise either

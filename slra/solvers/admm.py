@@ -136,17 +136,21 @@ def admm(
         rho_now = rho if balance is None else state.rho
         x = solve_x(state.z - state.u, rho_now)
         image = x if operator is None else operator(x)
-        mixed = image if relaxation == 1 else relaxation * image + (1 - relaxation) * state.z
-        # An array, where NumPy makes a scalar of a sum of 0-d ones.
-        z = prox_z(table.xp.asarray(mixed + state.u), 1 / rho_now)
-        check_returned(z, "prox_z", state.z.shape)
-        u = state.u + mixed - z
+        with table.quietly():
+            mixed = image if relaxation == 1 else relaxation * image + (1 - relaxation) * state.z
+            # An array, where NumPy makes a scalar of a sum of 0-d ones.
+            shifted = table.xp.asarray(mixed + state.u)
+        z = check_returned(prox_z(shifted, 1 / rho_now), "prox_z", state.z.shape)
+        with table.quietly():
+            u, move = shifted - z, z - state.z
         back = adjoint or (lambda v: v)
-        primal = _ratio(norm(image - z, table), norm(image, table), norm(z, table), table=table)
-        dual = _ratio(norm(back(z - state.z), table), norm(back(u), table), table=table)
-        factor = _balancing_factor(primal, dual, balance, table)
-        kept = z if operator is None else x
-        following = _State(kept, z, u / factor, state.rho * factor)
+        back_move, back_u = back(move), back(u)
+        with table.quietly():
+            primal = _ratio(norm(image - z, table), norm(image, table), norm(z, table), table=table)
+            dual = _ratio(norm(back_move, table), norm(back_u, table), table=table)
+            factor = _balancing_factor(primal, dual, balance, table)
+            kept = z if operator is None else x
+            following = _State(kept, z, u / factor, state.rho * factor)
         return Step(following, kept, table.xp.maximum(primal, dual))
 
     # The first x is known only after the first solve; where A is not the identity its shape may differ from z.

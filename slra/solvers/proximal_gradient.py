@@ -174,25 +174,28 @@ def _advance(
     while searches and not _descends(state.y, new, value, grad, step, value_and_grad, table):
         step /= 2
         new = _forward_backward(state.y, grad, step, prox, table)
-    move = new - state.x
-    largest = xp.maximum(state.largest_gradient, norm(grad, table))
-    residual = norm(state.y - new, table) / (step * xp.where(largest == 0, 1.0, largest))
     y, t = new, state.momentum
-    if accelerated:
-        following = (1 + xp.sqrt(1 + 4 * t * t)) / 2
-        uphill = inner(state.y - new, move, table) > 0
-        y = table.extrapolate(new, move, xp.where(uphill, 0.0, (t - 1) / following))
-        t = xp.where(uphill, 1.0, following)
+    # Not around what the caller's functions compute.
+    with table.quietly():
+        move = new - state.x
+        largest = xp.maximum(state.largest_gradient, norm(grad, table))
+        residual = norm(state.y - new, table) / (step * xp.where(largest == 0, 1.0, largest))
+        if accelerated:
+            following = (1 + xp.sqrt(1 + 4 * t * t)) / 2
+            uphill = inner(state.y - new, move, table) > 0
+            y = table.extrapolate(new, move, xp.where(uphill, 0.0, (t - 1) / following))
+            t = xp.where(uphill, 1.0, following)
     return Step(_State(new, y, t, step, largest), new, xp.reshape(residual, ()))
 
 
 def _forward_backward(y: Array, grad: Array, step: Any, prox: Prox, table: Primitives) -> Array:
     """Return ``prox(y - step * grad, step)``, for the l1 norm in one pass where the library has it."""
-    if prox is prox_l1:
-        return table.soft_threshold_step(y, grad, step, 1.0)
-    # An array, where NumPy makes a scalar of a difference of 0-d ones.
-    new = prox(table.xp.asarray(y - step * grad), step)
-    return check_returned(new, "prox", y.shape)
+    with table.quietly():
+        if prox is prox_l1:
+            return table.soft_threshold_step(y, grad, step, 1.0)
+        # An array, where NumPy makes a scalar of a difference of 0-d ones.
+        forward = table.xp.asarray(y - step * grad)
+    return check_returned(prox(forward, step), "prox", y.shape)
 
 
 def _descends(
@@ -205,9 +208,10 @@ def _descends(
     table: Primitives,
 ) -> bool:
     """Whether f lies below its quadratic model at the new point, but for the rounding of f."""
-    move = new - y
     reached, value = float(value_and_grad(new)[0]), float(value)
-    model = float(inner(grad, move, table)) + float(inner(move, move, table)) / (2 * step)
+    with table.quietly():
+        move = new - y
+        model = float(inner(grad, move, table)) + float(inner(move, move, table)) / (2 * step)
     slack = 10 * float(table.xp.finfo(y.dtype).eps) * max(abs(value), abs(reached))
     # Written so that NaN, which no shorter step may cure, ends the search.
     return not reached - value > model + slack

@@ -1,5 +1,6 @@
 """What the arguments are drawn from: values that are fair but nasty, and values that are simply wrong."""
 
+import functools
 import importlib.util
 from decimal import Decimal
 from fractions import Fraction
@@ -93,6 +94,7 @@ def floats(low: float = 0.0, high: float = 1e300) -> Any:
     return st.sampled_from([x for x in values if low <= float(x) <= high])
 
 
+@functools.cache
 def plain_values() -> list[Any]:
     """Values of the wrong type, or out of range, for most arguments."""
     return [
@@ -114,6 +116,7 @@ class Subclass(np.ndarray):
     """An array of a class of the caller's."""
 
 
+@functools.cache
 def odd_arrays() -> list[np.ndarray]:
     """Arrays of wrong shapes, dtypes and values."""
     ones = np.ones((3, 3))
@@ -145,6 +148,7 @@ def odd_arrays() -> list[np.ndarray]:
     ]
 
 
+@functools.cache
 def foreign() -> list[Any]:
     """Arrays that are not, or not of the library of the others."""
     import scipy.sparse

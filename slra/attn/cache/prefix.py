@@ -7,7 +7,7 @@ import numpy as np
 
 from slra._backends import Primitives
 from slra._typing import Array
-from slra._validate import check_matrix, resolve
+from slra._validate import check_matrix, check_positive, resolve
 from slra.attn._rows import sample_rows
 from slra.attn.basis import AttentionBasis
 from slra.attn.cache.ask import Ask
@@ -41,6 +41,8 @@ def fit_prefix(
         )
     if rtol is None:
         return make(fit_attention(*prefix, rank, **fit))
+    rtol = check_positive(rtol, "rtol")
+    fit = {**fit, "rtol": rtol}
     exact = None
     for basis in _bases(prefix, rank, fit):
         state, settings = make(basis)
