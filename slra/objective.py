@@ -219,7 +219,9 @@ def _summed_in(table: Primitives, *arrays: Array) -> list[Any]:
 
 def _weighted_norm(x: Array, weight: float, table: Primitives) -> Array:
     """Product of the weight and the l1 norm; without a weight it is 0 for an infinite norm too."""
-    return weight * norm_l1(x) if weight else norm_l1(table.xp.reshape(x, (-1,))[:0])
+    if weight >= float(_summed_in(table, x)[0].smallest_normal):
+        return weight * norm_l1(x)
+    return norm_l1(table.xp.reshape(x, (-1,))[:0])
 
 
 def _sign(x: Array, xp: Namespace) -> Array:

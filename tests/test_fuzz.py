@@ -196,7 +196,8 @@ def test_one_wrong_argument_at_a_time(name):
     sweep(target, 3, functools.partial(run, target, xp))
 
 
-STEPS = {"array-api-strict": 17, "torch-float64": 17, "jax": 61, "dask": 61}
+# How many of the wrong values are tried: one in so many.
+STEPS = {"array-api-strict": 17, "torch-float64": 17, "jax": 31, "dask": 31}
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
@@ -209,12 +210,12 @@ def test_other_libraries_refuse_alike(backend, name):
         pytest.skip(reason)
     if backend == "dask" and not target.works_on_dask:
         pytest.skip("values cannot be looked at here")
-    if backend == "jax" and not target.works_on_jax:
-        pytest.skip("takes long to compile")
     foreigners = {id(x) for x in foreign()}
 
     def attempt(args: dict[str, Any]) -> None:
         right = run(target, array_api_compat.numpy, args)
+        if right is None and backend in ("jax", "dask"):
+            return  # an answer takes long to compile, and is tested elsewhere
         with way.enter() as xp:
             # A lazy array that NumPy would have refused for its values gives what it gives.
             got = run(target, xp, args, checks=right is None)

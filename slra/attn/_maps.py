@@ -88,6 +88,9 @@ def fit_output(data: Grouped, sample: RowSample) -> Factors:
     if sample.keep is not None:
         rows = rows * xp.astype(sample.keep, rows.dtype)[..., None, :]
     received = xp.sum(rows, axis=-2)[..., None]
+    if table.is_eager(received) and not bool(xp.all(xp.isfinite(received))):
+        # An eigensolver would not converge.
+        raise ValueError("q, k and mask must have finite scores, got NaN or infinity in a product")
     k, v = _pooled(data.k, 3, sample, data), data.v
     out = _pooled(rows @ v, 3, sample, data)
     mass = _pooled(xp.sum(rows, axis=-1, keepdims=True), 3, sample, data)

@@ -168,30 +168,28 @@ def sparse_low_rank(
     check_finite(table, work, "x")
     tol = max(check_positive(tol, "tol"), 4 * float(table.xp.finfo(work.dtype).eps) ** 0.5)
     work, exponent = brought_in_range(work, table)
-    peak, factor = float(table.xp.max(table.xp.abs(work))) or 1.0, _back(exponent)
+    peak = float(table.xp.max(table.xp.abs(work))) or 1.0
     starts = ("soft", "svd") if start == "best" else (start,)
     # Beyond 1 the solution is zero, whatever the weight, which may be infinite here.
-    weight = min(l1 / peak / factor, 2.0)
+    weight = min(l1 / _scaled_back(peak, exponent), 2.0)
     results = [_descend(work / peak, rank, weight, s, tol, n_max, table) for s in starts]
     best = min(results, key=lambda result: float(result.objective[-1]))
-    parts = (scaled_back(x * peak, exponent, table) for x in (best.x, best.left))
-    with table.quietly():
-        objective = best.objective * peak * peak * factor * factor
-        approx, left, right, objective = promoted.answer(table, *parts, best.right, objective)
+    parts = [scaled_back(x * peak, exponent, table) for x in (best.x, best.left)]
+    values = scaled_back(best.objective[:, None] * peak * peak, exponent, table)
+    values = scaled_back(values, exponent, table)[:, 0]
+    approx, left, right, values = promoted.answer(table, *parts, best.right, values)
+    bound = _scaled_back(_scaled_back(best.lower_bound * peak * peak, exponent), exponent)
     return SparseLowRankResult(
-        approx,
-        left,
-        right,
-        objective,
-        best.stationarity,
-        best.converged,
-        best.lower_bound * peak * peak * factor * factor,
+        approx, left, right, values, best.stationarity, best.converged, bound
     )
 
 
-def _back(exponent: Array | None) -> float:
-    """Factor that takes a number back to the scale of the input; it is never 0 or infinite."""
-    return 1.0 if exponent is None else math.ldexp(1.0, -int(exponent[0, 0]))
+def _scaled_back(number: float, exponent: Array | None) -> float:
+    """Undo the scaling on a number, which may become infinite."""
+    if exponent is None:
+        return number
+    back = -int(exponent[0, 0])
+    return number * 2.0 ** (back // 2) * 2.0 ** (back - back // 2)
 
 
 def _descend(

@@ -226,5 +226,8 @@ def _simplex_level(x: Array, radius: float | Array, axis: int, table: Primitives
 
 
 def _onto_l1_ball(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:
-    level = _simplex_level(table.xp.abs(x), radius, axis, table)
+    modulus = table.xp.abs(x)
+    # Sums of what lies below the largest modulus stay in range.
+    peak = table.xp.max(modulus, axis=axis, keepdims=True)
+    level = peak + _simplex_level(modulus - peak, radius, axis, table)
     return table.soft_threshold(x, table.at_least(level, 0.0))

@@ -78,7 +78,7 @@ def read(x: Any, test_matrix: Array | None = None, *, center: bool = False) -> P
 
 def near_one(columns: Array, name: str, table: Primitives) -> Array:
     """Scale a matrix, of which only the span counts, so that squares stay in range; raise unless it is finite."""
-    if not table.is_eager(columns) or columns.ndim < 2 or 0 in columns.shape:
+    if columns.ndim < 2:
         return columns
     check_finite(table, columns, name)
     return brought_in_range(columns, table)[0]

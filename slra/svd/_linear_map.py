@@ -111,7 +111,9 @@ def scaling_exponent(largest: Array, table: Primitives) -> Array | None:
 
 def brought_in_range(x: Array, table: Primitives) -> tuple[Array, Array | None]:
     """Scale each matrix of an eager ``x`` so that squares stay in range; also exponents (..., 1, 1), None if it is."""
-    exponent = scaling_exponent(table.max_abs(x), table) if table.is_eager(x) else None
+    if not table.is_eager(x) or 0 in x.shape:
+        return x, None
+    exponent = scaling_exponent(table.max_abs(x), table)
     if exponent is None:
         return x, None
     exponent = exponent[..., None, None]

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from slra._typing import RNG, Array
 from slra._validate import check_draws, check_factors, check_rank
-from slra.svd._inputs import draw, read
-from slra.svd._linear_map import power_of_two
+from slra.svd._inputs import Problem, draw, read
+from slra.svd._linear_map import brought_in_range, power_of_two, scaled_back
 
 __all__ = ["ErrorEstimate", "estimate_error"]
 
@@ -89,10 +89,7 @@ def estimate_error(
     left, right = check_factors(table, A.shape, A.like, approx)
     with table.quietly():
         omega = draw(A, n_probes, source)
-        product = left @ (right @ omega)
-        if problem.exponent is not None:
-            product = power_of_two(product, problem.exponent[..., None, None], table)
-        difference = A.matmat(omega) - product
+        difference, exponent = _difference(problem, (left, right), omega)
         wide = xp.astype(difference, table.wide(difference), copy=False)
         squares = xp.sum(table.real_part(wide * table.conj(wide)), axis=-2)
         factor = (1 / (1 - _CONFIDENCE)) ** (1 / n_probes) * math.sqrt(2 / math.pi)
@@ -100,5 +97,29 @@ def estimate_error(
             [xp.sqrt(xp.mean(squares, axis=-1)), factor * xp.sqrt(xp.max(squares, axis=-1))],
             axis=-1,
         )
-        norms = problem.unscaled(xp.astype(norms, table.real_dtype(A.like.dtype)))
+        norms = xp.astype(norms, table.real_dtype(A.like.dtype))
+        norms = scaled_back(norms[..., None, :], exponent, table)[..., 0, :]
     return ErrorEstimate(norms[..., 0], norms[..., 1])
+
+
+def _difference(
+    problem: Problem, factors: tuple[Array, Array], omega: Array
+) -> tuple[Array, Array | None]:
+    """Return ``(x - left right) omega`` times ``2**exponent``, which keeps squares in range, and the exponent.
+
+    It is that of the larger of the two: an approximation may be of quite another size than the matrix.
+    """
+    A, table = problem.A, problem.A.table
+    xp = table.xp
+    (left, of_left), (right, of_right) = (brought_in_range(x, table) for x in factors)
+    image, product = A.matmat(omega), left @ (right @ omega)
+    if problem.exponent is None and of_left is None and of_right is None:
+        return image - product, None
+    size = table.max_abs(product)[..., None, None]
+    zero = xp.zeros_like(size)
+    of_x = zero if problem.exponent is None else problem.exponent[..., None, None]
+    of_factors = (zero if of_left is None else of_left) + (zero if of_right is None else of_right)
+    logarithm = xp.floor(xp.log2(xp.where(size > 0, size, xp.ones_like(size))))
+    exponent = xp.where(size > 0, xp.minimum(of_x, of_factors - logarithm), of_x)
+    image = power_of_two(image, exponent - of_x, table)
+    return image - power_of_two(product, exponent - of_factors, table), exponent

@@ -10,7 +10,17 @@ import scipy.sparse.linalg
 
 from tests.backends import to_numpy
 
-__all__ = ["close", "dense", "in_range", "naive", "naive_vjp", "prox", "real_dtype", "value"]
+__all__ = [
+    "close",
+    "dense",
+    "in_range",
+    "naive",
+    "naive_vjp",
+    "prox",
+    "real_dtype",
+    "unit",
+    "value",
+]
 
 HALF = ("float16", "bfloat16")
 
@@ -106,14 +116,14 @@ def _norm_huber(x: Any, delta: Any) -> Any:
 
 
 def of_singular_values(x: Any, change: Any) -> Any:
-    unit = _unit(x)
+    scale = unit(x)
     U, S, Vh = np.linalg.svd(
-        (x / unit).astype(complex if x.dtype.kind == "c" else float), full_matrices=False
+        (x / scale).astype(complex if x.dtype.kind == "c" else float), full_matrices=False
     )
-    return (U * change(S.astype(np.longdouble) * unit[..., 0])[..., None, :]) @ Vh
+    return (U * change(S.astype(np.longdouble) * scale[..., 0])[..., None, :]) @ Vh
 
 
-def _unit(x: Any) -> Any:
+def unit(x: Any) -> Any:
     largest = np.max(np.abs(x), axis=(-2, -1), keepdims=True)
     return np.where(largest == 0, 1, largest)
 
@@ -147,11 +157,11 @@ def _nonneg(x: Any) -> Any:
 
 
 def _nuclear(x: Any) -> Any:
-    unit = _unit(x)
+    scale = unit(x)
     S = np.linalg.svd(
-        (x / unit).astype(complex if x.dtype.kind == "c" else float), compute_uv=False
+        (x / scale).astype(complex if x.dtype.kind == "c" else float), compute_uv=False
     )
-    return np.sum(S.astype(np.longdouble) * unit[..., 0], axis=-1)
+    return np.sum(S.astype(np.longdouble) * scale[..., 0], axis=-1)
 
 
 value = {
@@ -227,7 +237,7 @@ def naive_vjp(args: dict[str, Any]) -> Any:
     return scale * ds @ k, scale * np.swapaxes(ds, -1, -2) @ q, np.swapaxes(weights, -1, -2) @ grad
 
 
-def in_range(q: Any, k: Any, v: Any, options: dict[str, Any]) -> bool:
+def in_range(q: Any, k: Any, v: Any, options: dict[str, Any], *, room: float = 1.0) -> bool:
     """Whether scores, and sums of values, stay in the range of the dtype: what attention asks for."""
     limit = float(np.finfo(real_dtype(np.result_type(*map(dense, (q, k, v))))).max)
     if limit < 1e5:  # half precision is computed in single
@@ -238,5 +248,5 @@ def in_range(q: Any, k: Any, v: Any, options: dict[str, Any]) -> bool:
     softcap = options.get("softcap")
     capped = 1.0 if softcap is None else max(1.0, 1 / float(softcap))
     n_keys, width = dense(k).shape[-2:]
-    products = sizes[0] * factor * max(1, sizes[1]) * width * 2 * capped
-    return bool(products < limit and sizes[2] * n_keys * 2 < limit)
+    products = max(1, sizes[0]) * factor * max(1, sizes[1]) * width * 2 * capped
+    return bool(products * room < limit and sizes[2] * n_keys * 2 * room < limit)

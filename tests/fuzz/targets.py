@@ -12,6 +12,7 @@ from typing import Any
 
 import array_api_compat as compat
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 
 import slra
@@ -40,7 +41,6 @@ class Target:
     # What a message may name instead of an argument.
     names: tuple[str, ...] = ()
     works_on_dask: bool = True
-    works_on_jax: bool = True
 
 
 TARGETS: dict[str, Target] = {}
@@ -188,10 +188,9 @@ def _check_prox(name: str, args: dict[str, Any], out: Any) -> None:
         return
     with np.errstate(all="ignore"):
         if name == "project_rank":
-            keep = np.arange(min(x.shape[-2:])) < int(args["rank"])
-            right = oracles.of_singular_values(wide(x), lambda S: S * keep)
-        else:
-            right = oracles.prox[name](wide(x), **numbers, **given)
+            _check_rank(x, int(args["rank"]), out)
+            return
+        right = oracles.prox[name](wide(x), **numbers, **given)
     size = np.abs(wide(x))
     scale, factor = np.maximum(size, np.abs(right)), 32.0
     if name in SPECTRAL:
@@ -201,6 +200,23 @@ def _check_prox(name: str, args: dict[str, Any], out: Any) -> None:
         scale = np.max(size, initial=0) + np.max(np.abs(right), initial=0) + 0 * size
         factor = 64.0 * max(1, x.size)
     close(out, right, scale, factor)
+
+
+def _check_rank(x: Any, rank: int, out: Any) -> None:
+    """The distance is the least there is; where singular values are equal several matrices have it."""
+    unit = oracles.unit(wide(x))
+    kind = complex if x.dtype.kind == "c" else float
+    a, b = ((wide(y) / unit).astype(kind) for y in (x, out))
+    S, eps = np.linalg.svd(a, compute_uv=False), 64 * max(x.shape) * eps_of(x.dtype)
+    # Entries below the normal numbers are spaced wider than eps.
+    eps = (
+        eps
+        + x.size
+        * (float(np.finfo(real_dtype(x.dtype)).smallest_subnormal) / unit).astype(float).max()
+    )
+    tail = np.sqrt(np.sum(S[..., rank:] ** 2, axis=-1))
+    assert np.all(np.linalg.norm(a - b, axis=(-2, -1)) <= tail + eps * S[..., 0] + eps)
+    assert np.all(np.linalg.svd(b, compute_uv=False)[..., rank:] <= eps * S[..., :1] + eps)
 
 
 def _check_l0(x: Any, tau: Any, out: Any) -> None:
@@ -296,7 +312,7 @@ def _svd_args(draw: Any, *, options: bool) -> dict[str, Any]:
     if shape == (40, 30):
         args["rank"] = draw(st.integers(1, 3))
     if not options:
-        args["rtol"] = draw(st.sampled_from([None, 0.5, 0.01]))
+        args["rtol"] = draw(st.sampled_from([None, 0.5, 0.05]))
         return args
     args["n_oversamples"] = draw(st.integers(0, 3))
     args["n_iter"] = draw(st.sampled_from(["auto", 0, 1, 4]))
@@ -669,7 +685,6 @@ def _add_solvers() -> None:
         ),
         _check_solution,
         requests=("max_iter",),
-        works_on_jax=False,
         works_on_dask=False,
     )
     _add(
@@ -898,9 +913,9 @@ def _check_vjp(args: dict[str, Any], out: Any) -> None:
 
 
 def _finite_attention(args: dict[str, Any], out: Any) -> None:
-    """No NaN where exact attention has none; at full rank the exact output, roughly."""
+    """No NaN where exact attention has none, and maps have room."""
     q, k, v = (args[name] for name in "qkv")
-    if not _is_finite({"q": q, "k": k, "v": v}) or not oracles.in_range(q, k, v, args):
+    if not _is_finite({"q": q, "k": k, "v": v}) or not oracles.in_range(q, k, v, args, room=1e9):
         return
     mask = args.get("mask")
     if (
@@ -927,6 +942,7 @@ LOW_RANK = {
 @st.composite
 def _low_rank_args(draw: Any, *, fit: bool = False) -> dict[str, Any]:
     args = draw(_attention_args())
+    assume(oracles.in_range(args["q"], args["k"], args["v"], args, room=1e9))
     (n, d), (m, e) = args["q"].shape[-2:], args["v"].shape[-2:]
     limits = min(n, m, d), min(m, e)
     args["method"] = draw(st.sampled_from(["output", "joint", "svd"]))
@@ -949,7 +965,7 @@ def _low_rank_args(draw: Any, *, fit: bool = False) -> dict[str, Any]:
 def _check_basis(args: dict[str, Any], basis: Any) -> None:
     if not _is_finite({name: args[name] for name in "qkv"}):
         return
-    if not oracles.in_range(args["q"], args["k"], args["v"], args):
+    if not oracles.in_range(args["q"], args["k"], args["v"], args, room=1e9):
         return
     for name in ("wq", "wk", "wv", "uv", "c", "mu", "error"):
         assert not np.any(np.isnan(dense(getattr(basis, name)))), f"NaN in {name}"
@@ -1174,8 +1190,9 @@ def _check_penalty(name: str, args: dict[str, Any], out: Any) -> None:
             else eps_of("float32")
             for n in "qkv"
         )
-        factor = 200 * narrowest / eps_of(dense(out).dtype)
-        close(np.asarray(dense(out)), np.asarray(sum(parts) + task), sum(parts) + abs(task), factor)
+        right = sum(parts) + task
+        allowed = 200 * narrowest * (sum(parts) + abs(task)) + 16 * float(np.finfo("float32").tiny)
+        assert wide(out) == right or np.abs(wide(out) - right) <= allowed, (out, right)
         return
     for x, weight, one in zip((q, k, v), weights, out, strict=True):
         if name == "l1_penalty_grad":
@@ -1230,7 +1247,6 @@ def _add_cache() -> None:
         st.fixed_dictionaries({**_fixed_qkv(), "rank": st.integers(1, 4)}),
         _ignore,
         requests=memory,
-        works_on_jax=False,
         works_on_dask=False,
     )
     _add(
