@@ -24,9 +24,8 @@ from hypothesis import strategies as st
 
 import slra
 from tests.backends import BACKENDS, to_numpy, to_xp
-from tests.fuzz import targets as functions
 from tests.fuzz.strategies import HUGE_REQUESTS, foreign, odd_arrays, plain_values
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.targets import FILES, TARGETS, Target
 
 PACKAGE = str(Path(slra.__file__).parent)
 LONG = int(os.environ.get("SLRA_FUZZ", "0"))
@@ -74,7 +73,7 @@ def check_error(error: Exception, target: Target, args: dict[str, Any]) -> None:
     """Fail unless the error was raised by this package, and names an argument."""
     where = traceback.extract_tb(error.__traceback__)[-1].filename
     names = "|".join(map(re.escape, (*args, *target.names)))
-    if where == functions.__file__:
+    if where in FILES:
         return  # a function of the caller's does not take what it was given
     is_ours = where.startswith(PACKAGE) and type(error) in (TypeError, ValueError)
     if not is_ours or not re.search(rf"\b({names})\b", str(error)):
@@ -92,6 +91,17 @@ def brought(xp: Any, x: Any) -> Any:
     return to_xp(xp, x.astype(x.dtype.newbyteorder("=")).copy())
 
 
+def check_library(given: dict[str, Any], out: Any) -> None:
+    """Fail unless arrays that come out are of the library of those that went in."""
+    came = {compat.array_namespace(x) for x in given.values() if is_array(x)}
+    for x in out if isinstance(out, tuple) else (out,):
+        assert not came or not is_array(x) or compat.array_namespace(x) in came
+
+
+def is_array(x: Any) -> bool:
+    return compat.is_array_api_obj(x) and not isinstance(x, np.generic)
+
+
 def fetched(x: Any) -> Any:
     """Arrays of any library to NumPy's."""
     if isinstance(x, tuple):
@@ -107,7 +117,9 @@ def run(
     target: Target, xp: Any, args: dict[str, Any], *, checks: bool = True
 ) -> type[Exception] | None:
     """Call on one backend, and check what comes out against the arguments as they are in NumPy."""
-    error, out = outcome(target, xp, {name: brought(xp, x) for name, x in args.items()})
+    given = {name: brought(xp, x) for name, x in args.items()}
+    error, out = outcome(target, xp, given)
+    check_library(given, out)
     if error is None and checks:
         with np.errstate(all="ignore"):
             target.check(args, fetched(out))
