@@ -8,7 +8,10 @@ _DEMO_EXTRA = {"typer", "rich", "matplotlib", "safetensors"}
 
 
 def main() -> None:
-    """Run the command line, or say which extra to install if it lacks its libraries."""
+    """Run the command line, or say which extra to install if it lacks its libraries.
+
+    Once a command runs, `slra.cli.terminal.Commands` minds its interrupts.
+    """
     try:
         from slra.cli.app import app
 
@@ -18,6 +21,9 @@ def main() -> None:
         if missing not in _DEMO_EXTRA:
             raise
         sys.exit(f'the command line needs {missing}: pip install "slra[demo]"')
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

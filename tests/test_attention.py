@@ -1,6 +1,8 @@
 """Exact attention against the formula, with the whole matrix of scores, in double precision."""
 
 import contextlib
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import array_api_compat as compat
@@ -381,6 +383,33 @@ def test_blas_limits_are_put_back_after_an_error(limits):
     with contextlib.suppress(ZeroDivisionError), blas_threads.workers(), blas_threads.workers():
         raise ZeroDivisionError
     assert limits() == before
+
+
+def test_what_ends_a_call_is_not_kept_waiting(monkeypatch):
+    """Ctrl-C is raised where results are awaited: what no thread has begun by then is let go."""
+    from slra._backends import numpy_attention
+
+    class Interrupted:
+        def result(self):
+            begun.acquire()
+            raise KeyboardInterrupt
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *args):
+            super().submit(*args)
+            return Interrupted()
+
+    def run(task, buffers):
+        done.append(task)
+        begun.release()
+        time.sleep(0.01)
+
+    done, begun = [], threading.Semaphore(0)
+    monkeypatch.setattr(numpy_attention, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(numpy_attention, "workers", lambda: contextlib.nullcontext(2))
+    with pytest.raises(KeyboardInterrupt):
+        numpy_attention.in_threads(list(range(500)), run, np.float32, 1 << 30)
+    assert 0 < len(done) < 500
 
 
 def test_jax_compiles_as_much_for_long_sequences_as_for_short_ones():

@@ -2,37 +2,22 @@
 
 import errno
 import json
-import os
 import re
-import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import slra
 from slra.data import load_sample
+from tests.browser import measured
+from tests.command import hide, run_python
 
 SAMPLE = files("slra.data").joinpath("minilm_sample.npz")
 
 # At full rank only float32 rounding is left: eps = 1.2e-7 times scores that reach a few tens.
 ROUNDING = 5e-6
-
-
-def run_python(*args, cwd, **env):
-    """Run this Python as a user would, from another directory, with warnings as errors."""
-    given = env.pop("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
-    path = os.pathsep.join([str(Path(slra.__file__).parents[1]), given])
-    return subprocess.run(
-        [sys.executable, *args],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "100", "PYTHONUTF8": "1"} | env,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +75,40 @@ def test_demo_says_whether_it_was_faster(finished):
 def test_demo_picture(finished):
     image = pytest.importorskip("matplotlib.image")
     _, directory = finished
-    assert [path.name for path in directory.iterdir()] == ["demo.png"]
+    assert sorted(path.name for path in directory.iterdir()) == ["demo.html", "demo.png"]
     pixels = image.imread(directory / "demo.png")
     height, width, _ = pixels.shape
     assert 1500 < width < 2500
     assert 0.7 < height / width < 1.1
     assert pixels[..., :3].std() > 0.1
+
+
+def test_demo_page(finished):
+    done, directory = finished
+    root = ET.fromstring((directory / "demo.html").read_text(encoding="utf-8"))
+    lines = ["".join(cell.text for cell in row) for row in root.iter("tr")]
+    for method in METHODS:
+        for rank, cells in table_rows(done.stdout, method).items():
+            (line,) = [x for x in lines if x.startswith(f"{method}{rank}")]
+            assert f"{cells[0]:.2g}" in line
+    assert "exact attention here" in "".join(root.find(".//strong").itertext())
+    for x in root.iter():
+        assert x.tag not in ("script", "link", "img", "iframe")
+        for name, value in x.attrib.items():
+            assert not name.endswith(("src", "href")) or value.startswith(("#", "data:image/png"))
+
+
+def test_demo_page_in_a_browser(finished, tmp_path):
+    _, directory = finished
+    phone, desk = measured(directory / "demo.html", tmp_path, 360, 1200)
+    for layout in (phone, desk):
+        assert layout["scroll_width"] <= layout["width"]
+        assert layout["loaded"] == layout["clipped"] == []
+        assert layout["too_wide"] == 0
+        assert len(layout["pictures"]) == 3
+        assert layout["images"] == ["data:image/png;base64,"] * 3  # two maps and their colours
+    assert min(phone["letters"]) >= 9  # pixels
+    assert max(desk["letters"]) <= 20
 
 
 @pytest.fixture
@@ -184,18 +197,7 @@ def test_interrupted_write_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
 def test_missing_extra(missing, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        f"""
-import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {missing!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Block())
-"""
-    )
+    hide(missing, tmp_path)
     done = run_python("-m", "slra", "demo", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert done.stdout == ""

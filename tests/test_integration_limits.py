@@ -178,6 +178,17 @@ def compiled_favor():
     torch.compile(run, fullgraph=True, backend="eager")(torch.ones(5, 4))
 
 
+def checkpointed():
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    from slra.integrations.torch import LowRankAttention
+
+    x = torch.ones(1, 5, 4, requires_grad=True)
+    layer = LowRankAttention(4, 1, rank=2, batch_first=True)
+    checkpoint(lambda x: layer(x, x, x)[0], x, use_reentrant=False).sum().backward()
+
+
 def mapped(function):
     import torch
 
@@ -208,6 +219,7 @@ PYTORCH = {
         lambda x: slra.randomized_svd(x, 2, n_oversamples=1, n_iter=1).S
     ),
     "attempted to trace numpy function unsupported by PyTorch": compiled_favor,
+    "refit_every must be 0 under activation checkpointing": checkpointed,
 }
 
 

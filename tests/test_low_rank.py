@@ -99,6 +99,16 @@ def test_full_rank_is_exact(xp, method, dtype):
     np.testing.assert_allclose(to_numpy(lse), expected_lse, rtol=0, atol=500 * EPS[dtype])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_full_rank_is_exact_with_fewer_tokens_than_dimensions(xp, dtype):
+    """Nor are the directions that few tokens with little value lie in."""
+    q, k, v = decaying(n_q=6, n_k=6, d_v=8, dtype=dtype)
+    v = (v * 30.0 ** -np.arange(6)[:, None]).astype(dtype)
+    out = slra.low_rank_attention(*(to_xp(xp, x) for x in (q, k, v)), 6, method="output")
+    atol = 10 * EPS[dtype] * np.max(np.abs(v))  # scores of a few units, and a handful of products
+    np.testing.assert_allclose(to_numpy(out), naive_attention(q, k, v)[0], rtol=0, atol=atol)
+
+
 def test_joint_is_the_best_rank_of_the_scores(xp):
     q, k, v = decaying()
     basis = slra.fit_attention(*(to_xp(xp, x) for x in (q, k, v)), 3, method="joint")

@@ -1,8 +1,14 @@
 """The report command: every form of input, each error, and the numbers against NumPy."""
 
+import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
+import zipfile
 
 import numpy as np
 import pytest
@@ -16,7 +22,9 @@ from slra.cli.app import app
 from slra.cli.files import replacing
 from slra.cli.report.advice import advise
 from slra.cli.report.arrays import read_layers
-from slra.cli.report.measure import effective_rank, measure, needed_ranks
+from slra.cli.report.measure import count_steps, effective_rank, measure, needed_ranks
+from tests.browser import measured
+from tests.command import environment
 
 N, D = 12, 4
 
@@ -71,6 +79,8 @@ def test_numbers_against_numpy(tmp_path, causal, scale):
     assert done.exit_code == 0, done.output
     (layer,) = json.loads(target.read_text())["layers"]
     assert layer["ranks"] == [1, 2, 3, 4]
+    assert layer["attends"] == ("causal" if causal else "every token sees all")
+    assert layer["scale"] == scale
     for method in ("svd", "joint"):
         expected = [
             [
@@ -116,7 +126,8 @@ def test_what_low_rank_saves(tmp_path):
     write_npz(tmp_path / "a.npz", *low_rank_inputs())
     (layer,) = read_layers([tmp_path / "a.npz"])
     steps = []
-    report = measure(layer, {"is_causal": False, "scale": None}, lambda: steps.append(1))
+    report = measure(layer, lambda: steps.append(1))
+    assert len(steps) == count_steps([layer])
     assert report.needed["svd"][0.01] == [2, 2]
     # K and V of two heads: 64 x 2 coordinates and a 16 x 2 basis, 8 bytes each
     assert report.kv_bytes["svd"][0.01] == 2 * 2 * (64 + 16) * 2 * 8
@@ -185,7 +196,8 @@ def refused(tmp_path, *paths):
     done = run(*paths, "--json", tmp_path / "out.json")
     assert done.exit_code == 1
     assert not (tmp_path / "out.json").exists()
-    return done.stderr.strip()
+    (line,) = done.stderr.splitlines()
+    return line
 
 
 @pytest.mark.parametrize(
@@ -250,7 +262,7 @@ def test_page_is_whole_and_loads_nothing(tmp_path):
     root = ET.fromstring(text)
     metas = [dict(x.attrib) for x in root.iter("meta")]
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in metas
-    assert [x.text for x in root.iter("h2")] == ["<two>", "one"]
+    assert [x.text for x in root.iter("h2")] == ["All layers", "<two>", "one"]
     assert len([x for x in root.iter() if x.tag.endswith("svg")]) == 2
     for x in root.iter():
         assert x.tag not in ("script", "link", "img", "iframe")
@@ -259,6 +271,139 @@ def test_page_is_whole_and_loads_nothing(tmp_path):
     assert not re.search(r"url\((?!#)|@import", text)
     assert "color-scheme: light dark" in text
     assert "#010203" not in text
+
+
+@pytest.mark.parametrize(("of_qk", "of_v"), [(1e200, 1), (1, 1e300)])
+def test_numbers_that_cannot_be_attended_to(tmp_path, of_qk, of_v):
+    """Scores that overflow, and outputs whose norm does."""
+    q, k, v = inputs()
+    path = write_npz(tmp_path / "a.npz", of_qk * q, of_qk * k, of_v * v)
+    done = run(path, "--html", tmp_path / "page.html")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1].startswith("layer a must hold numbers whose products")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf"])
+def test_scales_that_are_refused(tmp_path, scale):
+    path = write_npz(tmp_path / "a.npz", *inputs())
+    done = run(path, "--scale", scale)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "scale must be finite" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory):
+    """The page of two layers, of the names and the number of heads that real models have."""
+    folder = tmp_path_factory.mktemp("page")
+    rng = np.random.default_rng(0)
+    shapes = {"q": (12, 32, 16), "k": (12, 32, 16), "v": (12, 32, 16)}
+    arrays = {
+        f"encoder.layer.{i}.attention.self/{name}": rng.standard_normal(shape)
+        for i in range(2)
+        for name, shape in shapes.items()
+    }
+    np.savez(folder / "with_a_name_that_is_longer_than_a_phone_is_wide.npz", **arrays)
+    (path,) = folder.iterdir()
+    done = run(path, "--html", folder / "page.html")
+    assert done.exit_code == 0, done.output
+    assert "All layers" in done.stdout
+    return folder / "page.html"
+
+
+def test_page_in_a_browser(two_layers, tmp_path):
+    phone, desk = measured(two_layers, tmp_path, 360, 1200)
+    for layout in (phone, desk):
+        assert layout["scroll_width"] <= layout["width"]
+        assert layout["loaded"] == layout["clipped"] == []
+        assert layout["too_wide"] == 0
+        assert len(layout["pictures"]) == 2
+        for width, height in layout["pictures"]:
+            assert 300 < width <= layout["width"]
+            assert height > width
+    assert min(phone["letters"]) >= 10  # pixels
+    assert max(desk["letters"]) <= 20
+
+
+def test_the_browser_sees_what_is_wrong(tmp_path):
+    """Else a page that passes would say nothing."""
+    bad = tmp_path / "bad.html"
+    bad.write_text(
+        '<!DOCTYPE html><body><div style="width:500px">x</div><img src="http://127.0.0.1:9/a.png">'
+        '<svg width="20" height="20"><text>clipped</text></svg></body>'
+    )
+    (layout,) = measured(bad, tmp_path, 360)
+    assert layout["scroll_width"] > layout["width"] == 360
+    assert layout["loaded"] == ["http://127.0.0.1:9/a.png"]
+    assert layout["clipped"] == ["clipped"]
+    bad.write_text("<!DOCTYPE html><body><script>nothing.there</script></body>")
+    with pytest.raises(AssertionError, match="nothing is not defined"):
+        measured(bad, tmp_path, 360)
+
+
+HUGE = (1 << 20, 1 << 20, 1 << 10)
+
+
+def npy_bytes(shape, data=b"\0" * 64, descr="<f8"):
+    """An .npy file whose header says this shape, whatever follows it."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
+    return file.getvalue() + data
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        (HUGE, "its header claims an array of shape"),
+        ((3, 2, 4), "192 bytes, and no more than 64 can follow"),
+        ((0, 10**30), "cannot be read"),
+        ((-1, 8), "its header claims the shape (-1, 8)"),
+    ],
+)
+@pytest.mark.parametrize("compression", [None, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_sizes_that_a_file_only_claims(tmp_path, compression, shape, said):
+    content = npy_bytes(shape)
+    if compression is None:
+        path = tmp_path / "a.npy"
+        path.write_bytes(content)
+    else:
+        path = tmp_path / "a.npz"
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            archive.writestr("q.npy", content)
+    assert said in refused(tmp_path, path)
+
+
+def test_sizes_that_an_archive_only_claims(tmp_path):
+    """The directory at its end agrees with the header of the array; only the file is too small for both."""
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("q.npy", npy_bytes((1 << 28,)))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\1\2")
+    content[at + 24 : at + 28] = (0xFFFFFFF0).to_bytes(4, "little")  # size when decompressed
+    path.write_bytes(content)
+    assert "can follow" in refused(tmp_path, path)
+
+
+def test_arrays_of_other_names_are_not_looked_at(tmp_path):
+    q, k, v = inputs()
+    path = tmp_path / "a.npz"
+    np.savez(path, q=q, k=k, v=v, notes=np.array([{}]))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("readme.txt", "no array")
+        archive.writestr("more.npy", npy_bytes(HUGE))
+    (layer,) = read_layers([path])
+    np.testing.assert_array_equal(layer.q, q)
+
+
+def test_names_are_no_markup(tmp_path):
+    path = write_npz(tmp_path / "[b]a.npz", *inputs(), prefix="[red]x/")
+    done = run(path)
+    assert done.exit_code == 0, done.output
+    assert "[red]x: heads" in done.stdout
+    assert "[b]a.npz" in done.stdout.replace("\n", "")
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
@@ -275,6 +420,53 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert run(path, "--json", folder / "r.json").exit_code != 0
     assert [x.name for x in folder.iterdir()] == ["r.json"]
     assert (folder / "r.json").read_bytes() == b"the last run's"
+
+
+# As a shell in the foreground has it; under one that runs in the background Python would not see the signal.
+INTERRUPTIBLE = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[0] = "slra"
+runpy.run_module("slra", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_ctrl_c_leaves_no_half_written_file(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "a.npy", rng.standard_normal((3, 4, 2048, 64)).astype(np.float32))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "page.html").write_text("the last run's")
+    terminal, end = os.openpty()
+    args = ["report", "a.npy", "--html", "out/page.html", "--json", "out/numbers.json"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTIBLE, *args],
+        cwd=tmp_path,
+        env=environment(TERM="xterm"),
+        stdout=subprocess.DEVNULL,
+        stderr=end,
+    )
+    os.close(end)
+    seen = read_until(terminal, lambda seen: re.search(rb" [1-9]\d*/\d\d", seen))
+    process.send_signal(signal.SIGINT)
+    seen += read_until(terminal, lambda seen: False)
+    assert process.wait(60) == 130
+    assert seen.rstrip().endswith(b"Interrupted.")
+    assert b"Traceback" not in seen
+    assert [x.name for x in folder.iterdir()] == ["page.html"]
+    assert (folder / "page.html").read_text() == "the last run's"
+
+
+def read_until(terminal, found):
+    """What is written on a terminal until it is found, or until nobody has the terminal open."""
+    seen = b""
+    while not found(seen):
+        try:
+            seen += os.read(terminal, 4096)
+        except OSError:  # how Linux says so
+            break
+    return seen
 
 
 def test_replacing_is_by_rename(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
 from slra import objective  # noqa: E402
 from slra.integrations.torch import LowRankAttention  # noqa: E402
 
@@ -324,6 +326,63 @@ def test_a_state_without_a_basis_leaves_none():
     module.load_state_dict(layer(rank=2).state_dict())
     with pytest.raises(RuntimeError, match="no basis yet"):
         module.eval()(x, x, x)
+
+
+def test_parameters_without_a_basis_drop_the_one_of_others():
+    module, x = layer(rank=2), data()
+    module(x, x, x)
+    plain = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    module.load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match="no basis yet"):
+        module.eval()(x, x, x)
+    # The first call in training mode fits to the new ones.
+    fresh = layer(plain, rank=2)
+    assert_close(module.train()(x, x, x)[0], fresh(x, x, x)[0], 0)
+
+
+def test_a_basis_written_into_the_buffers_brings_its_ranks():
+    """As DistributedDataParallel does, unseen by autograd: what the first process fitted goes to all others."""
+    x = data(30)
+    narrow, wide = layer(rtol=0.99), layer(rtol=0.1)
+    wide.load_state_dict(torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).state_dict())
+    narrow.load_state_dict(wide.state_dict())
+    for module in (narrow, wide):
+        module.eval().fit_basis(x, x, x)
+    assert (
+        narrow.ranks == 1
+    ).all()  # cut to these, all columns of the wide one but the first would be lost
+    assert (wide.ranks > 1).all()
+    for name, buffer in wide.named_buffers():
+        getattr(narrow, name).data.copy_(buffer)
+    assert_close(narrow(x, x, x)[0], wide(x, x, x)[0], 0)
+
+
+def test_another_modules_parameters_leave_the_basis():
+    module, x = layer(rank=2), data()
+    module(x, x, x)
+    both = torch.nn.ModuleDict({"ours": module, "other": torch.nn.Linear(2, 2)}).eval()
+    before = module(x, x, x)[0]
+    both.load_state_dict({"other.weight": torch.ones(2, 2)}, strict=False)
+    assert_close(module(x, x, x)[0], before, 0)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_needs_a_frozen_basis(use_reentrant):
+    def loss(module):
+        def call(x):
+            return module(x, x, x, need_weights=False)[0].square()
+
+        return checkpoint(call, x, use_reentrant=use_reentrant).sum()
+
+    module, x = layer(rank=2, refit_every=0), data().requires_grad_()
+    module.fit_basis(x, x, x)
+    loss(module).backward()
+    gradient, x.grad = x.grad, None
+    module(x, x, x, need_weights=False)[0].square().sum().backward()
+    assert_close(gradient, x.grad)
+    module.refit_every = 1
+    with pytest.raises(RuntimeError, match="refit_every must be 0 under activation checkpointing"):
+        loss(module).backward()
 
 
 def test_examples_run():

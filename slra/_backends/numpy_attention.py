@@ -4,6 +4,7 @@ NumPy lets other threads run while it computes, and BLAS is limited to one threa
 one tile of scores and a few rows, whatever the lengths.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -135,8 +136,14 @@ def in_threads(
             return
         with ThreadPoolExecutor(n_workers) as pool:
             running = [pool.submit(_drain, waiting, run, dtype) for _ in range(n_workers)]
-            for future in running:
-                future.result()
+            try:
+                for future in running:
+                    future.result()
+            finally:
+                # Left over only after an error or Ctrl-C, which then need not wait for the rest.
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        waiting.get_nowait()
 
 
 def _drain(

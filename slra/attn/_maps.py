@@ -104,8 +104,10 @@ def fit_output(data: Grouped, sample: RowSample) -> Factors:
         _gram((k - c) / _peak(k, xp) * xp.sqrt(received), xp),
         table,
     )
-    _, wv = table.small_eigh(_moment(out - mass * mu, table))
-    return Factors(left[..., None, :, :], wk, xp.flip(wv, axis=-1), c, mu)
+    # Not from its Gram matrix: the output is smooth, and a high rank needs directions below sqrt(eps) of the largest.
+    spread = out - mass * mu
+    _, _, Vh = table.small_svd(_square(_triangle(spread / _peak(spread, xp), table), table))
+    return Factors(left[..., None, :, :], wk, xp.matrix_transpose(Vh), c, mu)
 
 
 METHODS = {"svd": fit_svd, "joint": fit_joint, "output": fit_output}
@@ -141,6 +143,15 @@ def _triangle(x: Array, table: Primitives) -> Array:
 def _right_vectors(x: Array, table: Primitives) -> Array:
     """Right singular vectors, as columns; the scale does not matter, but squares are to stay in range."""
     return table.xp.matrix_transpose(thin_svd(x / _peak(x, table.xp), table)[2])
+
+
+def _square(x: Array, table: Primitives) -> Array:
+    """Append rows of zeros to a wide matrix: its singular value decomposition then has all right vectors."""
+    n_missing = x.shape[-1] - x.shape[-2]
+    if n_missing == 0:
+        return x
+    shape, device = (*x.shape[:-2], n_missing, x.shape[-1]), table.creation_device(x)
+    return table.xp.concat([x, table.xp.zeros(shape, dtype=x.dtype, device=device)], axis=-2)
 
 
 def _moment(x: Array, table: Primitives) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "require_writable"]
+__all__ = ["check_target", "replacing", "require_writable"]
 
 
 @contextmanager
@@ -31,3 +31,10 @@ def require_writable(directory: Path, option: str) -> None:
             f"{option} must be a directory that can be written to, got {directory}: "
             f"{os.strerror(error.errno or 0)}"
         ) from error
+
+
+def check_target(option: str, path: Path, read: list[Path]) -> None:
+    """Find out before the work whether a file can be written, and that it is none that is read."""
+    if path.is_dir() or path.resolve() in [file.resolve() for file in read]:
+        raise ValueError(f"{option} must be a file other than those that are read, got {path}")
+    require_writable(path.parent, f"the folder of {option}")

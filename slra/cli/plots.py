@@ -1,19 +1,20 @@
-"""The picture of ``python -m slra demo``."""
+"""The pictures of ``python -m slra demo``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from slra.cli.demo import MAP_HEAD, MAP_RANK, MAP_TOKENS, METHODS, Comparison
 from slra.cli.files import replacing
 from slra.data import AttentionSample
 
-__all__ = ["METHOD_STYLES", "draw", "save"]
+__all__ = ["METHOD_STYLES", "draw", "draw_errors", "draw_maps", "draw_spectra", "save"]
 
 # Okabe and Ito, told apart with any colour vision; the markers tell them apart in grey.
 METHOD_STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"))
@@ -38,9 +39,10 @@ def draw(sample: AttentionSample, comparison: Comparison) -> Figure:
         rows = figure.add_gridspec(2, 1, height_ratios=(3.3, 5.3))
         top, bottom = figure.add_subfigure(rows[0]), figure.add_subfigure(rows[1])
         *spectra, error = top.subplots(1, 4, width_ratios=(1, 1, 1, 1.75))
-        _spectra(spectra, sample)
-        _errors(error, comparison)
-        _maps(bottom, sample, comparison)
+        draw_spectra(spectra, sample)
+        draw_errors(error, comparison)
+        draw_maps(bottom, bottom.subplots(1, 2, sharey=True), sample, comparison)
+        bottom.axes[0].set_ylabel("query token")
     return figure
 
 
@@ -50,8 +52,9 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(partial, format="png", dpi=180)
 
 
-def _spectra(axes: list[Axes], sample: AttentionSample) -> None:
-    colors = mpl.colormaps["viridis"](np.linspace(0, 0.88, len(sample.layer)))
+def draw_spectra(axes: Sequence[Axes], sample: AttentionSample, darkest: float = 0) -> None:
+    """Singular values of each head, on an axis for each of Q, K and V; a darkest of 0.25 shows on black too."""
+    colors = mpl.colormaps["viridis"](np.linspace(darkest, 0.88, len(sample.layer)))
     for axis, name, x in zip(axes, "QKV", sample[:3], strict=True):
         sigma = np.linalg.svd(x, compute_uv=False)
         for i, color in enumerate(colors):
@@ -67,7 +70,8 @@ def _spectra(axes: list[Axes], sample: AttentionSample) -> None:
     axes[0].legend(fontsize=7.5)
 
 
-def _errors(axis: Axes, comparison: Comparison) -> None:
+def draw_errors(axis: Axes, comparison: Comparison) -> None:
+    """Error against rank, by method."""
     for method, (color, marker) in zip(METHODS, METHOD_STYLES, strict=False):
         rows = [row for row in comparison.rows if row.method == method]
         ranks = [row.rank for row in rows]
@@ -86,8 +90,10 @@ def _errors(axis: Axes, comparison: Comparison) -> None:
     axis.legend(title="band: best to worst head")
 
 
-def _maps(figure: SubFigure, sample: AttentionSample, comparison: Comparison) -> None:
-    axes = figure.subplots(1, 2, sharey=True)
+def draw_maps(
+    figure: FigureBase, axes: Sequence[Axes], sample: AttentionSample, comparison: Comparison
+) -> None:
+    """One attention map, exact and of low rank, on two axes of a figure."""
     d = sample.k.shape[-1]
     tokens = sample.tokens[:MAP_TOKENS]
     where = f"layer {sample.layer[MAP_HEAD]}, head {sample.head[MAP_HEAD]}"
@@ -102,7 +108,6 @@ def _maps(figure: SubFigure, sample: AttentionSample, comparison: Comparison) ->
         axis.set_xticks(range(MAP_TOKENS), tokens, rotation=90, fontsize=8)
         axis.set_yticks(range(MAP_TOKENS), tokens, fontsize=8)
         axis.tick_params(length=0)
-    axes[0].set_ylabel("query token")
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
     ticks = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])

@@ -89,8 +89,11 @@ class LowRankAttention(nn.MultiheadAttention):
     A query that attends to nothing gets 0 (and the bias of the output projection), not NaN.
 
     Compile with ``refit_every=0`` or in eval mode: a fit is not part of a compiled forward. Do the same for activation
-    checkpointing, which would compute a call again after the fit that followed it, and `torch.nn.DataParallel`, whose
-    replicas lose what they fit.
+    checkpointing, which would compute a call again after the fit that followed it (refused otherwise), and
+    `torch.nn.DataParallel`, whose replicas lose what they fit.
+
+    Loading parameters without a basis, such as those of `torch.nn.MultiheadAttention`, drops the basis, which was
+    fitted to others.
 
     What ``key_padding_mask`` hides is left out of fits: keys, values, and in self-attention (``query is key``) the
     queries of these tokens. "output" still looks at as many rows, with 0 in their place.
@@ -239,6 +242,8 @@ class LowRankAttention(nn.MultiheadAttention):
         weights : tensor or None
             (N, L, S), or (N, num_heads, L, S) where they are not averaged.
         """
+        if self.training and self.refit_every and self._keeps_basis:
+            _refuse_recomputation()
         is_batched, is_self = query.ndim == 3, query is key
         query, key, value = (self._batch_first(x) for x in (query, key, value))
         q, k, v = self._heads(query, key, value)
@@ -386,6 +391,9 @@ class LowRankAttention(nn.MultiheadAttention):
                 )
             projections, self._ranks = self._fitted(q, k, v, mask, is_causal)
             return projections
+        if self.rtol is not None and not torch.compiler.is_compiling():
+            # DistributedDataParallel writes what the first process has fitted into the buffers of the others.
+            self._read_ranks()
         if self._ranks is None:
             if not (self.training and self.refit_every):
                 raise RuntimeError(
@@ -441,12 +449,21 @@ class LowRankAttention(nn.MultiheadAttention):
     ) -> None:
         """Load the parameters, and the basis if there is one: `torch.nn.MultiheadAttention` has none."""
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if not self._keeps_basis:
+            return
         names = [prefix + name for name in self._buffers]
         if not any(name in state_dict for name in names):
             missing[:] = [name for name in missing if name not in names]
-        else:
-            ranks = tuple((qk, v) for qk, v in self.ranks.tolist())
-            self._ranks = ranks if all(map(all, ranks)) else None
+            if not any(name.startswith(prefix) for name in state_dict):
+                return
+            # Other parameters make other queries and keys than those that the basis was fitted to.
+            self.ranks = torch.zeros_like(self.ranks)
+        self._read_ranks()
+
+    def _read_ranks(self) -> None:
+        """Take over the ranks of the buffer: shapes follow from them, so they are kept as plain ints beside it."""
+        ranks = tuple((qk, v) for qk, v in self.ranks.tolist())
+        self._ranks = ranks if all(map(all, ranks)) else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the last call: tensors of a graph can be neither copied nor pickled."""
@@ -457,6 +474,15 @@ class LowRankAttention(nn.MultiheadAttention):
         names = ("embed_dim", "num_heads", "rank", "rtol", "method", "basis", "refit_every")
         shown = [f"{name}={getattr(self, name)!r}" for name in (*names, "l1", "l1_form")]
         return ", ".join(shown)
+
+
+def _refuse_recomputation() -> None:
+    """Raise inside a backward pass: by now the basis is one that was fitted after the call that is computed again."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "refit_every must be 0 under activation checkpointing, which computes a call again in the backward pass, "
+            "after the fit that followed it: fit with fit_basis between steps"
+        )
 
 
 def _mask(

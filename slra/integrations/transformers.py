@@ -4,12 +4,9 @@ Needs: transformers, torch. An encoder may fit a basis in every call; whatever p
 calibrated before and are attached to its layers, because a fit sees all tokens of the call, later ones included.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -21,12 +18,12 @@ from slra.attn.basis import AttentionBasis, basis_from
 from slra.attn.storage import load_layers, save_layers
 from slra.integrations._transformers_layer import (
     BASIS,
-    RECORD,
     LayerBasis,
     Settings,
     implementation,
     is_implementation,
 )
+from slra.integrations._transformers_record import RecordedLayer, record
 
 __all__ = ["attach", "calibrate", "detach", "load", "register", "save"]
 
@@ -83,24 +80,6 @@ def register(
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
-class _Sequence(NamedTuple):
-    """Real tokens of one sequence in one layer: q (Hq, n, D), k, v (Hkv, m, D), mask (1 or Hq, n, m)."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    mask: torch.Tensor
-
-
-@dataclass
-class _Layer:
-    """What a layer was given during calibration."""
-
-    settings: Settings
-    options: dict[str, Any]
-    sequences: list[_Sequence] = field(default_factory=list)
-
-
 def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, AttentionBasis]:
     """Run a model on text and fit one basis for each attention layer, to all tokens but the padding.
 
@@ -145,106 +124,21 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, AttentionBasis]:
     >>> model(torch.arange(5)[None, :]).last_hidden_state.shape
     torch.Size([1, 5, 32])
     """
-    if model.training:
-        raise ValueError("model must be in eval mode for calibration: call model.eval()")
-    with _recording(model) as recorder, torch.no_grad():
-        for batch in batches:
-            inputs = _check_batch(batch)
-            recorder.padding = _padding(inputs, model.config)
-            model(**inputs)
-    if not recorder.layers:
+    layers = record(model, batches, _require_fit)
+    if not layers:
         raise ValueError(
             "model must use a name registered by slra.integrations.transformers.register, but no layer "
             f"did; it uses {model.config._attn_implementation!r}: call model.set_attn_implementation(name)"
         )
-    return {name: _fit_layer(layer) for name, layer in recorder.layers.items()}
+    return {name: _fit_layer(layer) for name, layer in layers.items()}
 
 
-@dataclass
-class _Recorder:
-    """The layers seen so far, and the padding of the batch that is running, (B, N), True for tokens."""
-
-    layers: dict[str, _Layer] = field(default_factory=dict)
-    padding: torch.Tensor | None = None
-
-    def add(
-        self,
-        name: str,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        options: dict[str, Any],
-        settings: Settings,
-    ) -> None:
-        """Keep the real tokens of a batch in one layer."""
-        if not settings.fits:
-            raise ValueError(f"{settings.name!r} must be registered with rank or rtol to calibrate")
-        layer = self.layers.setdefault(name, _Layer(settings, options))
-        masks = _block_masks(q, k, options)
-        for index, mask in enumerate(masks):
-            rows = columns = slice(None)
-            if self.padding is not None:
-                rows = columns = self.padding[index]
-            layer.sequences.append(
-                _Sequence(
-                    q[index][:, rows],
-                    k[index][:, columns],
-                    v[index][:, columns],
-                    mask[:, rows][..., columns],
-                )
-            )
+def _require_fit(settings: Settings) -> None:
+    if not settings.fits:
+        raise ValueError(f"{settings.name!r} must be registered with rank or rtol to calibrate")
 
 
-def _block_masks(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    """Boolean masks of a batch, (B, 1 or Hq, Nq, Nk)."""
-    mask = options["mask"]
-    if mask is None:
-        mask = torch.ones((1, 1, q.shape[-2], k.shape[-2]), dtype=torch.bool, device=q.device)
-        mask = torch.tril(mask) if options["is_causal"] else mask
-    if mask.dtype != torch.bool:
-        raise ValueError(f"attention_mask must be boolean to calibrate, got {mask.dtype}")
-    return mask.expand(q.shape[0], -1, q.shape[-2], k.shape[-2])
-
-
-@contextmanager
-def _recording(model: Any) -> Iterator[_Recorder]:
-    """Have every attention layer of a model record what it is given."""
-    recorder = _Recorder()
-    modules = dict(model.base_model.named_modules())
-    for name, module in modules.items():
-        setattr(module, RECORD, partial(recorder.add, name))
-    try:
-        yield recorder
-    finally:
-        for module in modules.values():
-            delattr(module, RECORD)
-
-
-def _check_batch(batch: Any) -> dict[str, Any]:
-    if isinstance(batch, torch.Tensor):
-        return {"input_ids": batch}
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            "batches must be an iterable of mappings, as a tokenizer returns, or of tensors of ids, "
-            f"got one of {type(batch).__name__}"
-        )
-    return dict(batch)
-
-
-def _padding(inputs: dict[str, Any], config: Any) -> torch.Tensor | None:
-    """Which tokens of a batch are real, None where all are."""
-    masks = [x for name, x in inputs.items() if name.endswith("attention_mask") and x is not None]
-    if all(bool(torch.all(x != 0)) for x in masks):
-        return None
-    if getattr(config, "is_encoder_decoder", False) or inputs["attention_mask"].ndim != 2:
-        raise ValueError(
-            "attention_mask must be 1 throughout to calibrate an encoder-decoder, or of shape (batch, length): "
-            "calibrate on sequences without padding"
-        )
-    return inputs["attention_mask"] != 0
-
-
-def _fit_layer(layer: _Layer) -> AttentionBasis:
+def _fit_layer(layer: RecordedLayer) -> AttentionBasis:
     """Fit to all sequences at once: side by side, each attending to itself only."""
     q, k, v = (torch.cat([getattr(one, x) for one in layer.sequences], dim=-2) for x in "qkv")
     n_heads = max(one.mask.shape[0] for one in layer.sequences)

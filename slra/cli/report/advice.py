@@ -2,7 +2,7 @@
 
 from slra.cli.report.measure import LayerReport
 
-__all__ = ["advise"]
+__all__ = ["TOLERANCE", "advise"]
 
 # The tolerance the advice is about, and what is worth doing.
 TOLERANCE = 0.05

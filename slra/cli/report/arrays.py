@@ -1,7 +1,8 @@
 """Queries, keys and values from the user's files, checked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from slra._npz import read_npy, read_npz
 
-__all__ = ["Layer", "read_layers"]
+__all__ = ["Layer", "Stored", "checked_layer", "read_layers"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -35,6 +36,8 @@ class Layer(NamedTuple):
         Of K as it is stored.
     itemsizes : tuple of (int, int)
         Bytes of a number of K and of V as they are stored.
+    options : mapping
+        What else `slra.attention` takes: ``is_causal``, ``scale``, ``softcap``, ``mask``.
     """
 
     name: str
@@ -43,9 +46,10 @@ class Layer(NamedTuple):
     v: NDArray[Any]
     dtype: str
     itemsizes: tuple[int, int]
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """An array, and its dtype in the file: bfloat16 is not one of NumPy's."""
 
     array: NDArray[Any]
@@ -66,7 +70,7 @@ def read_layers(paths: Sequence[Path]) -> list[Layer]:
     suffixes = {path.suffix for path in paths}
     if len(paths) == 3 and suffixes == {".npy"}:
         stored = {name: _read_npy(path) for name, path in zip(_NAMES, paths, strict=True)}
-        return [_layer(paths[1].stem, stored, ", ".join(map(str, paths)))]
+        return [checked_layer(paths[1].stem, stored, ", ".join(map(str, paths)))]
     if len(paths) != 1 or not suffixes <= {".npy", ".npz", ".safetensors"}:
         raise ValueError(
             "FILE must be one .npy, .npz or .safetensors file, or three .npy files in the order "
@@ -74,10 +78,10 @@ def read_layers(paths: Sequence[Path]) -> list[Layer]:
         )
     (path,) = paths
     if path.suffix == ".npy":
-        return [_layer(path.stem, _split(_read_npy(path), path), str(path))]
+        return [checked_layer(path.stem, _split(_read_npy(path), path), str(path))]
     read = _read_npz if path.suffix == ".npz" else _read_safetensors
     grouped = _by_layer(_clearly(read, path), path)
-    return [_layer(name or path.stem, stored, str(path)) for name, stored in grouped.items()]
+    return [checked_layer(name or path.stem, stored, str(path)) for name, stored in grouped.items()]
 
 
 def _clearly(read: Callable[[Path], Any], path: Path) -> Any:
@@ -88,19 +92,19 @@ def _clearly(read: Callable[[Path], Any], path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _read_npy(path: Path) -> _Stored:
+def _read_npy(path: Path) -> Stored:
     return _of_numpy(_clearly(read_npy, path))
 
 
-def _read_npz(path: Path) -> dict[str, _Stored]:
-    return {name: _of_numpy(x) for name, x in read_npz(path).items()}
+def _read_npz(path: Path) -> dict[str, Stored]:
+    return {name: _of_numpy(x) for name, x in read_npz(path, _is_wanted).items()}
 
 
-def _of_numpy(x: NDArray[Any]) -> _Stored:
-    return _Stored(x, str(x.dtype), x.dtype.itemsize)
+def _of_numpy(x: NDArray[Any]) -> Stored:
+    return Stored(x, str(x.dtype), x.dtype.itemsize)
 
 
-def _read_safetensors(path: Path) -> dict[str, _Stored]:
+def _read_safetensors(path: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, deserialize
 
     try:
@@ -110,19 +114,19 @@ def _read_safetensors(path: Path) -> dict[str, _Stored]:
     return {name: _of_tensor(**tensor) for name, tensor in tensors if _is_wanted(name)}
 
 
-def _of_tensor(dtype: str, shape: list[int], data: bytes) -> _Stored:
+def _of_tensor(dtype: str, shape: list[int], data: bytes) -> Stored:
     """Tensors other than floating ones come back as bytes, of a dtype that is refused later."""
     numbers = _NUMBERS.get(dtype)
     if numbers is None:
-        return _Stored(np.frombuffer(data, np.uint8), dtype, 1)
+        return Stored(np.frombuffer(data, np.uint8), dtype, 1)
     x = np.frombuffer(data, np.dtype(numbers).newbyteorder("<")).reshape(shape)
     if dtype != "BF16":
         return _of_numpy(x)
     # The upper half of a float32.
-    return _Stored((x.astype(np.uint32) << 16).view(np.float32), "bfloat16", 2)
+    return Stored((x.astype(np.uint32) << 16).view(np.float32), "bfloat16", 2)
 
 
-def _split(stored: _Stored, path: Path) -> dict[str, _Stored]:
+def _split(stored: Stored, path: Path) -> dict[str, Stored]:
     x = stored.array
     if x.ndim < 3 or x.shape[0] != 3:
         raise ValueError(
@@ -142,8 +146,8 @@ def _is_wanted(name: str) -> bool:
     return _parts(name)[1] in _NAMES
 
 
-def _by_layer(arrays: dict[str, _Stored], path: Path) -> dict[str, dict[str, _Stored]]:
-    layers: dict[str, dict[str, _Stored]] = {}
+def _by_layer(arrays: dict[str, Stored], path: Path) -> dict[str, dict[str, Stored]]:
+    layers: dict[str, dict[str, Stored]] = {}
     for full, stored in arrays.items():
         layer, name = _parts(full)
         if name in _NAMES:
@@ -166,7 +170,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in digits]
 
 
-def _layer(name: str, stored: dict[str, _Stored], source: str) -> Layer:
+def checked_layer(name: str, stored: dict[str, Stored], source: str) -> Layer:
+    """Make a layer of its three arrays; ValueError, which names their source, where they are none."""
     arrays = {key: _check_numbers(key, stored[key], name, source) for key in _NAMES}
     dtype = np.result_type(*arrays.values())
     q, k, v = (arrays[key].astype(dtype) for key in _NAMES)
@@ -187,7 +192,7 @@ def _fits(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> bool:
     return heads and q[:-3] == k[:-3] and k[:-1] == v[:-1] and q[-1] == k[-1]
 
 
-def _check_numbers(key: str, stored: _Stored, layer: str, source: str) -> NDArray[Any]:
+def _check_numbers(key: str, stored: Stored, layer: str, source: str) -> NDArray[Any]:
     """Widen real floating numbers to float32 or float64; refuse all else, NaN and infinity included."""
     x = stored.array
     if x.dtype.kind != "f":

@@ -1,5 +1,6 @@
 """The measurements of ``python -m slra report``: what each head of a layer can do without."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from slra.cli.demo import (
 )
 from slra.cli.report.arrays import Layer
 
-__all__ = ["TOLERANCES", "LayerReport", "Timing", "count_steps", "measure"]
+__all__ = ["TOLERANCES", "LayerReport", "Timing", "count_steps", "measure", "measure_all"]
 
 TOLERANCES = (0.1, 0.05, 0.01)
 # Ranks looked at beside 1, 2 and 4, at most: each costs three fits and three attentions.
@@ -67,34 +68,42 @@ def ranks_of(layer: Layer) -> list[int]:
 
 def count_steps(layers: list[Layer]) -> int:
     """How often `measure` calls ``advance`` over all layers."""
-    return sum(len(METHODS) * len(ranks_of(layer)) + N_ROUNDS for layer in layers)
+    n_spectra = 3
+    return sum(n_spectra + len(METHODS) * len(ranks_of(layer)) + N_ROUNDS for layer in layers)
 
 
-def measure(layer: Layer, options: dict[str, Any], advance: Callable[[], object]) -> LayerReport:
+def measure_all(layers: list[Layer], advance: Callable[[], object]) -> list[LayerReport]:
+    """Measure every layer; ValueError where the numbers of one are too large or too small to be attended to."""
+    reports = []
+    for layer in layers:
+        try:
+            with np.errstate(all="ignore"):
+                report = measure(layer, advance)
+            is_finite = all(np.isfinite(found).all() for found in report.errors.values())
+        except np.linalg.LinAlgError:
+            is_finite = False
+        if not is_finite:
+            raise ValueError(
+                f"layer {layer.name} must hold numbers whose products {layer.k.dtype} can hold, and does not"
+            )
+        reports.append(report)
+    return reports
+
+
+def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:
     """Measure all methods at all ranks on one layer.
 
     Parameters
     ----------
     layer : Layer
-    options : dict
-        ``is_causal`` and ``scale``, as `slra.attention` takes them.
     advance : callable
         Called without arguments as the work goes on.
     """
-    q, k, v = layer.q, layer.k, layer.v
-    options = {**options, "enable_gqa": True}
-    exact = np.asarray(slra.attention(q, k, v, **options), dtype=np.float64)
-    ranks = ranks_of(layer)
-    errors = {}
-    for method in METHODS:
-        found = []
-        for rank in ranks:
-            pair = _pair(rank, layer)
-            out = np.asarray(slra.low_rank_attention(q, k, v, pair, method=method, **options))
-            found.append(relative_errors(out, exact).ravel())
-            advance()
-        errors[method] = np.stack(found)
-
+    spectra = {}
+    for name in "qkv":
+        spectra[name] = _spectra(getattr(layer, name))
+        advance()
+    ranks, errors = ranks_of(layer), _errors(layer, advance)
     needed = {
         method: {t: needed_ranks(errors[method], ranks, t) for t in TOLERANCES}
         for method in METHODS
@@ -105,23 +114,42 @@ def measure(layer: Layer, options: dict[str, Any], advance: Callable[[], object]
     }
     # Where two are equal, the one whose error is smaller: "output" is fitted to just that.
     best = min(reversed(METHODS), key=lambda method: kv_bytes[method][0.05])
-    exact_seconds, timings = _timings(layer, best, needed[best], options, advance)
-    spectra = {name: _spectra(getattr(layer, name)) for name in "qkv"}
+    exact_seconds, timings = _timings(layer, best, needed[best], advance)
     return LayerReport(
         layer,
-        _labels(q.shape[:-2]),
-        _labels(k.shape[:-2]),
+        _labels(layer.q.shape[:-2]),
+        _labels(layer.k.shape[:-2]),
         spectra,
         {name: effective_rank(sigma) for name, sigma in spectra.items()},
         ranks,
         errors,
         needed,
-        _exact_bytes(layer) * int(np.prod(k.shape[:-2])),
+        _exact_bytes(layer) * math.prod(layer.k.shape[:-2]),
         kv_bytes,
         best,
         exact_seconds,
         timings,
     )
+
+
+def _errors(layer: Layer, advance: Callable[[], object]) -> dict[str, NDArray[np.float64]]:
+    """Relative error of each head by method, (ranks, query heads)."""
+    q, k, v, options = layer.q, layer.k, layer.v, _options(layer)
+    exact = np.asarray(slra.attention(q, k, v, **options), dtype=np.float64)
+    errors = {}
+    for method in METHODS:
+        found = []
+        for rank in ranks_of(layer):
+            pair = _pair(rank, layer)
+            out = np.asarray(slra.low_rank_attention(q, k, v, pair, method=method, **options))
+            found.append(relative_errors(out, exact).ravel())
+            advance()
+        errors[method] = np.stack(found)
+    return errors
+
+
+def _options(layer: Layer) -> dict[str, Any]:
+    return {**layer.options, "enable_gqa": True}
 
 
 def effective_rank(sigma: NDArray[Any]) -> NDArray[np.float64]:
@@ -186,11 +214,10 @@ def _timings(
     layer: Layer,
     method: str,
     needed: dict[float, Needed],
-    options: dict[str, Any],
     advance: Callable[[], object],
 ) -> tuple[float, list[Timing]]:
     """Time exact attention beside one method, at one rank for all heads, with and without the fit."""
-    q, k, v = layer.q, layer.k, layer.v
+    q, k, v, options = layer.q, layer.k, layer.v, _options(layer)
     wanted = {t: [rank for rank in of_heads if rank] for t, of_heads in needed.items()}
     ranks = {t: max(found) for t, found in wanted.items() if len(found) == len(needed[t])}
     calls: list[Callable[[], Any]] = [partial(slra.attention, q, k, v, **options)]

@@ -1,22 +1,48 @@
 """The report as tables for the terminal and as JSON."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 import slra
 from slra.cli.demo import METHODS
+from slra.cli.report.advice import TOLERANCE as ADVISED
 from slra.cli.report.advice import advise
+from slra.cli.report.arrays import Layer
 from slra.cli.report.measure import TOLERANCES, LayerReport
 
-__all__ = ["heads_rows", "methods_rows", "tables", "to_json"]
+__all__ = [
+    "HEAD_HEADERS",
+    "METHOD_HEADERS",
+    "OVERVIEW_CAPTION",
+    "OVERVIEW_HEADERS",
+    "attends",
+    "heads_rows",
+    "methods_rows",
+    "overview",
+    "overview_rows",
+    "tables",
+    "to_json",
+]
+
+METHOD_HEADERS = ("method", "within", "rank\nmedian", "rank\nlargest", "K, V\n/ exact")
+HEAD_HEADERS = (
+    "head",
+    *(f"eff. rank\n{name}" for name in "QKV"),
+    *(f"rank\n{t:.0%}" for t in TOLERANCES),
+)
+OVERVIEW_HEADERS = ("layer", *(f"K, V\nat {t:.0%}" for t in TOLERANCES), "best\nmethod", "rank")
+OVERVIEW_CAPTION = (
+    "K, V: bytes over exact at a tolerance of the output, each head at the rank it needs. "
+    f"rank: that of the hardest head at {ADVISED:.0%}."
+)
 
 
 def methods_rows(report: LayerReport) -> list[list[str]]:
-    """Return method, tolerance, median and largest rank needed, bytes of K and V over exact."""
+    """Return the cells under `METHOD_HEADERS`."""
     rows = []
     for method in METHODS:
         for tolerance in TOLERANCES:
@@ -29,7 +55,7 @@ def methods_rows(report: LayerReport) -> list[list[str]]:
 
 
 def heads_rows(report: LayerReport) -> list[list[str]]:
-    """Return head, effective ranks of Q, K and V, and the rank it needs for each tolerance by the best method."""
+    """Return the cells under `HEAD_HEADERS`; ranks needed are those of the best method."""
     rows = []
     for i, head in enumerate(report.query_heads):
         of_keys = i // report.n_shared
@@ -49,9 +75,37 @@ def _rank(rank: float) -> str:
     return "none" if np.isinf(rank) else f"{rank:.0f}"
 
 
+def overview_rows(reports: list[LayerReport]) -> list[list[str]]:
+    """Return the cells under `OVERVIEW_HEADERS`, a row for each layer."""
+    rows = []
+    for report in reports:
+        stored = [report.kv_bytes[report.best][t] / report.exact_bytes for t in TOLERANCES]
+        needed = [np.inf if r is None else r for r in report.needed[report.best][ADVISED]]
+        cells = [*(f"{x:.2f}" for x in stored), report.best, _rank(max(needed))]
+        rows.append([report.layer.name, *cells])
+    return rows
+
+
+def attends(layer: Layer) -> str:
+    """Say which tokens a token of a layer sees."""
+    if layer.options.get("mask") is not None:
+        return "its own mask"
+    return "causal" if layer.options.get("is_causal") else "every token sees all"
+
+
+def overview(reports: list[LayerReport]) -> Table:
+    """All layers in one table."""
+    table = Table(title="All layers", caption=OVERVIEW_CAPTION, caption_justify="left")
+    for header in OVERVIEW_HEADERS:
+        table.add_column(header, justify="left" if header == "layer" else "right", overflow="fold")
+    for name, *cells in overview_rows(reports):
+        table.add_row(escape(name), *cells)
+    return table
+
+
 def tables(report: LayerReport) -> list[Table]:
     """One table by method, one by error, and one by head."""
-    name = report.layer.name
+    name = escape(report.layer.name)
     by_method = Table(
         title=f"{name}: rank that keeps the attention output within a tolerance",
         caption="K, V: bytes over exact, each head at the rank it needs",
@@ -63,11 +117,10 @@ def tables(report: LayerReport) -> list[Table]:
         caption=f'Effective rank: exp of the entropy of the singular values. Rank needed by "{report.best}".',
         caption_justify="left",
     )
-    limits = [f"{t:.0%}" for t in TOLERANCES]
     columns = (
-        (by_method, ["method", "within", "rank\nmedian", "rank\nlargest", "K, V\n/ exact"]),
+        (by_method, METHOD_HEADERS),
         (by_error, ["rank", *(f"{m}\n{which}" for m in METHODS for which in ("median", "worst"))]),
-        (by_head, ["head", *(f"eff. rank\n{x}" for x in "QKV"), *(f"rank\n{x}" for x in limits)]),
+        (by_head, HEAD_HEADERS),
     )
     for table, headers in columns:
         for header in headers:
@@ -84,13 +137,12 @@ def tables(report: LayerReport) -> list[Table]:
     return [by_method, by_error, by_head]
 
 
-def to_json(reports: list[LayerReport], files: list[Path], options: dict[str, Any]) -> str:
+def to_json(reports: list[LayerReport], source: dict[str, Any]) -> str:
     """All numbers, unrounded; keys of tolerances are their decimal form."""
     content = {
         "slra": slra.__version__,
         "numpy": np.__version__,
-        "files": list(map(str, files)),
-        **options,
+        **source,
         "layers": [_layer(report) for report in reports],
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
@@ -102,6 +154,9 @@ def _layer(report: LayerReport) -> dict[str, Any]:
         "name": layer.name,
         "shapes": {name: getattr(layer, name).shape for name in "qkv"},
         "dtype": layer.dtype,
+        "attends": attends(layer),
+        "scale": layer.options.get("scale"),
+        "softcap": layer.options.get("softcap"),
         "query_heads": report.query_heads,
         "key_heads": report.key_heads,
         "singular_values": {name: x.tolist() for name, x in report.spectra.items()},
