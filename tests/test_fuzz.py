@@ -99,7 +99,7 @@ def check_library(given: dict[str, Any], out: Any) -> None:
 
 
 def is_array(x: Any) -> bool:
-    return compat.is_array_api_obj(x) and not isinstance(x, np.generic)
+    return compat.is_array_api_obj(x) and not isinstance(x, np.generic) and x.ndim > 0
 
 
 def fetched(x: Any) -> Any:

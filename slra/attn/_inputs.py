@@ -74,7 +74,7 @@ def check_inputs(
     return Inputs(table, work_q, work_k, work_v, mask, options, promoted)
 
 
-def check_scale(scale: Any, limits: Any) -> float:
+def check_scale(scale: Any, limits: Any = None) -> float:
     """Return a finite number, of either sign, as a float."""
     negative = isinstance(scale, numbers.Real) and scale < 0
     size = check_positive(-scale if negative else scale, "scale", allow_zero=True, limits=limits)

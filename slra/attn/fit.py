@@ -181,6 +181,7 @@ def fit_inputs(
     """Fit validated inputs, to the keys that are to be kept; raise where rank or rtol is wrong."""
     table = inputs.table
     limits = check_ranks(inputs, rank, rtol)
+    rtol = None if rtol is None else check_positive(rtol, "rtol")
     data = group(constant_inputs(inputs), enable_gqa=enable_gqa)
     n_rows = max(N_ROWS if rtol is None else N_TEST_ROWS, 2 * max(limits))
     rows, test_rows = (

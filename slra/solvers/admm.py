@@ -125,8 +125,10 @@ def admm(
     relaxation = check_positive(relaxation, "relaxation")
     if relaxation >= 2:
         raise ValueError(f"relaxation must be between 0 and 2, got {relaxation}")
-    if balance is not None and check_positive(balance, "balance") < 1:
-        raise ValueError(f"balance must be 1 or more, got {balance}")
+    if balance is not None:
+        balance = check_positive(balance, "balance", limits=table.xp.finfo(z.dtype))
+        if balance < 1:
+            raise ValueError(f"balance must be 1 or more, got {balance}")
     if (operator is None) != (adjoint is None):
         raise ValueError("operator and adjoint must be given both or neither")
     like: dict[str, Any] = {"dtype": table.real_dtype(z.dtype), "device": table.creation_device(z)}

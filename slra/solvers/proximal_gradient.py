@@ -131,7 +131,7 @@ def proximal_gradient(
         searches = True
     else:
         step = check_tau(table, x, step, "step", axes=tuple(range(x.ndim)))
-        if table.is_eager(x) and not step > 0:
+        if _is_zero(step, table):
             raise ValueError("step must be greater than 0, got 0")
         searches = False
     like: dict[str, Any] = {"dtype": table.real_dtype(x.dtype), "device": table.creation_device(x)}
@@ -142,6 +142,13 @@ def proximal_gradient(
 
     result = run(advance, start, objective, tol, max_iter, callback, table, may_scan=not searches)
     return result._replace(x=promoted.answer(table, result.x)[0])
+
+
+def _is_zero(step: float | Array, table: Primitives) -> bool:
+    """Whether a step is 0, where that can be looked at."""
+    if isinstance(step, float):
+        return step == 0
+    return table.is_eager(step) and bool(table.xp.any(step == 0))
 
 
 def _checked(value_and_grad: Any) -> ValueAndGrad:

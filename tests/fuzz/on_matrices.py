@@ -261,6 +261,8 @@ def _apply_operator(xp: Any, **args: Any) -> Any:
 
     def diagonal(v: Any, n: int = 12) -> Any:
         xp = compat.array_namespace(v)
+        if v.shape[0] != 22 - n:
+            return v  # of an operator that says it has another shape
         d = xp.astype(to_xp(xp, np.arange(1.0, 11.0)), v.dtype)[:, None]
         if n == 10:
             return d * v[:10, :]
