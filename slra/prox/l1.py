@@ -139,7 +139,8 @@ def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
     table = resolve(x=x)
     promoted = promote(table, allow_complex=False, keep_half=table.takes_half, x=x)
     tau = check_tau(table, promoted.arrays[0], tau)
-    return promoted.answer(table, table.nonneg_threshold(promoted.arrays[0], tau))[0]
+    with table.quietly():
+        return promoted.answer(table, table.nonneg_threshold(promoted.arrays[0], tau))[0]
 
 
 def norm_nonneg_l1(x: Array, *, axis: Axis = None) -> Array:

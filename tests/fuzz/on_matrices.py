@@ -208,17 +208,24 @@ def _eigh_args(draw: Any) -> dict[str, Any]:
 
 
 def _check_eigh(args: dict[str, Any], out: Any) -> None:
+    """Orthonormal vectors, Ritz values, and none beyond the singular values."""
     x, (w, V) = dense(args["x"]), map(dense, out)
     eps = 200 * x.shape[-1] * eps_of(V.dtype)
-    V = V.astype(complex if V.dtype.kind == "c" else float)
-    assert np.all(np.abs(np.conj(np.swapaxes(V, -1, -2)) @ V - np.eye(w.shape[-1])) <= eps)
-    largest = np.max(np.abs(wide(x)), axis=(-2, -1), initial=0)[..., None] * x.shape[-1]
+    unit = oracles.unit(wide(x))
+    kind = complex if V.dtype.kind == "c" else float
+    A, V = (wide(x) / unit).astype(kind), V.astype(kind)
+    VH = np.conj(np.swapaxes(V, -1, -2))
+    assert np.all(np.abs(VH @ V - np.eye(w.shape[-1])) <= eps)
     assert not np.any(np.isnan(w))
+    sizes = np.linalg.svd(A, compute_uv=False)
+    # Entries below the normal numbers are spaced wider than eps; values beyond the largest number are infinite.
+    eps = eps * sizes[..., :1] + (100 * float(np.finfo(w.dtype).tiny) / unit[..., 0]).astype(float)
+    is_beyond = sizes[..., : w.shape[-1]] * unit[..., 0] > float(np.finfo(w.dtype).max) / 2
     with np.errstate(all="ignore"):
-        tiny = 100 * float(np.finfo(w.dtype).tiny)
-        assert np.all(
-            (np.abs(wide(w)) <= largest * 1.01 + tiny) | (largest > float(np.finfo(w.dtype).max))
-        )
+        w = (wide(w) / unit[..., 0]).astype(float)
+    ritz = np.real(np.diagonal(VH @ A @ V, axis1=-2, axis2=-1))
+    assert np.all(is_beyond | (np.abs(w - ritz) <= eps))
+    assert np.all(is_beyond | (np.abs(w) <= sizes[..., : w.shape[-1]] + eps))
 
 
 @st.composite
