@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import slra
 from tests.backends import to_xp
+from tests.fuzz import oracles
 from tests.fuzz.oracles import dense, eps_of, real_dtype, wide
 from tests.fuzz.strategies import FLOATS, arrays, floats
 from tests.fuzz.table import (
