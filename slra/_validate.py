@@ -244,8 +244,8 @@ def check_positive_semidefinite(table: Primitives, factor: Array, name: str = "x
 
 def check_factors(
     table: Primitives, shape: tuple[int, ...], like: Array, approx: Any, name: str = "approx"
-) -> tuple[Array, Array]:
-    """Return ``(U, S, Vh)`` or ``(left, right)`` as two factors of a matrix of this shape, in the dtype of ``like``."""
+) -> list[Array]:
+    """Return ``(U, S, Vh)`` or ``(left, right)`` as factors of a matrix of this shape, in the dtype of ``like``."""
     if not isinstance(approx, tuple) or len(approx) not in (2, 3):
         raise TypeError(
             f"{name} must be a tuple (U, S, Vh) or (left, right), got {type(approx).__name__}"
@@ -261,9 +261,7 @@ def check_factors(
     got = [tuple(factor.shape) for factor in approx]
     if got != expected:
         raise ValueError(f"{name} must have shapes {expected} to fit x, got {got}")
-    left, *middle, right = (table.xp.astype(x, like.dtype, copy=False) for x in approx)
-    with table.quietly():
-        return left * middle[0][..., None, :] if middle else left, right
+    return [table.xp.astype(x, like.dtype, copy=False) for x in approx]
 
 
 def check_finite(table: Primitives, x: Array, name: str) -> None:

@@ -196,10 +196,11 @@ def l1_penalty_prox(
     """
     table = _check(q, k, v)
     step = check_positive(step, "step", allow_zero=True)
-    weights = check_l1(l1, _summed_in(table, q, k, v))
+    limits = _summed_in(table, q, k, v)
+    # A product beyond the largest number leaves nothing of any array, as does that number.
     q, k, v = (
-        x if weight == 0 else prox_l1(x, step * weight)
-        for x, weight in zip((q, k, v), weights, strict=True)
+        x if weight == 0 else prox_l1(x, min(step * weight, float(limit.max)))
+        for x, weight, limit in zip((q, k, v), check_l1(l1, limits), limits, strict=True)
     )
     return q, k, v
 

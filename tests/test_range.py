@@ -50,6 +50,22 @@ def test_elastic_net_without_a_square(xp):
     assert float(slra.prox.norm_elastic_net(x, l2=0.0)) == np.inf
 
 
+def test_steps_and_weights_beyond_single_precision():
+    x = np.zeros(3, dtype="float32")
+    with pytest.raises(ValueError, match="l2 must be from 0 to 3.4e.38 in 32 bits"):
+        slra.prox.norm_elastic_net(x, l2=1e300)
+    with pytest.raises(ValueError, match="step must be from 1.2e-38 to 3.4e.38 in 32 bits"):
+        slra.proximal_gradient(x, lambda x: (0.0, x), slra.prox.prox_l1, step=1e-300)
+    found = slra.objective.l1_penalty_prox(x + 1, x, x, 1e30, step=1e300)
+    np.testing.assert_array_equal(found, np.zeros((3, 3)))
+
+
+def test_singular_values_of_an_approximation_that_overflow():
+    x, u = np.ones((3, 1)), np.full((3, 1), 2.0)
+    found = slra.estimate_error(x, (u, np.full(1, MAX), np.zeros((1, 1))), rng=0)
+    assert 0 < found.frobenius < 6
+
+
 @pytest.mark.parametrize("name", ["norm_l1", "norm_nuclear", "norm_l21"])
 def test_norms_beyond_the_range_are_infinite_in_silence(name):
     options = {"axis": -1} if name == "norm_l21" else {}

@@ -396,8 +396,8 @@ def solve(**options):
         ({"value_and_grad": lambda x: (0.0, x[:1])}, ValueError, r"return an array of shape \(2,"),
         ({"prox": lambda x, step: x[:1]}, ValueError, r"prox must return an array of shape \(2,\)"),
         ({"prox": lambda x, step: 0.0}, TypeError, "prox must return an array, got float"),
-        ({"step": 0}, ValueError, "step must be greater than 0"),
-        ({"step": np.zeros(())}, ValueError, "step must be greater than 0"),
+        ({"step": 0}, ValueError, "step must be finite and greater than 0"),
+        ({"step": np.zeros(())}, ValueError, "step must be finite and greater than 0"),
         ({"accelerated": "no"}, TypeError, "accelerated must be a bool"),
     ],
 )

@@ -223,7 +223,8 @@ def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
     table = resolve(x=x)
     promoted = promote(table, keep_half=table.takes_half, x=x)
     tau = check_tau(table, promoted.arrays[0], tau)
-    l2 = check_positive(l2, "l2", allow_zero=True)
+    limits = table.xp.finfo(promote(table, x=x).arrays[0].dtype)
+    l2 = check_positive(l2, "l2", allow_zero=True, limits=limits)
     with table.quietly():
         return promoted.answer(table, table.elastic_threshold(promoted.arrays[0], tau, l2))[0]
 
@@ -265,7 +266,7 @@ def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:
     """
     table = resolve(x=x)
     (x,) = promote(table, x=x).arrays
-    l2 = check_positive(l2, "l2", allow_zero=True)
+    l2 = check_positive(l2, "l2", allow_zero=True, limits=table.xp.finfo(x.dtype))
     axis = check_sum_axis(x, axis)
     with table.quietly():
         modulus = table.xp.abs(x)

@@ -1,5 +1,6 @@
 """Proximal gradient: ISTA, and FISTA with adaptive restart."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from slra._validate import (
     check_callable,
     check_finite,
     check_flag,
+    check_positive,
     check_returned,
     check_tau,
     promote,
@@ -130,9 +132,7 @@ def proximal_gradient(
         step = _first_step(x, value_and_grad, table)
         searches = True
     else:
-        step = check_tau(table, x, step, "step", axes=tuple(range(x.ndim)))
-        if _is_zero(step, table):
-            raise ValueError("step must be greater than 0, got 0")
+        step = _check_step(step, x, table)
         searches = False
     like: dict[str, Any] = {"dtype": table.real_dtype(x.dtype), "device": table.creation_device(x)}
     start = _State(x, x, table.xp.ones((), **like), step, table.xp.zeros((), **like))
@@ -144,11 +144,14 @@ def proximal_gradient(
     return result._replace(x=promoted.answer(table, result.x)[0])
 
 
-def _is_zero(step: float | Array, table: Primitives) -> bool:
-    """Whether a step is 0, where that can be looked at."""
-    if isinstance(step, float):
-        return step == 0
-    return table.is_eager(step) and bool(table.xp.any(step == 0))
+def _check_step(step: Any, x: Array, table: Primitives) -> float | Array:
+    """Return a step, which is not to be 0 in the dtype of ``x`` either, as a float or an array."""
+    if isinstance(step, numbers.Real):
+        return check_positive(step, "step", limits=table.xp.finfo(x.dtype))
+    step = check_tau(table, x, step, "step", axes=tuple(range(x.ndim)))
+    if table.is_eager(step) and bool(table.xp.any(step == 0)):
+        raise ValueError("step must be finite and greater than 0, got 0")
+    return step
 
 
 def _checked(value_and_grad: Any) -> ValueAndGrad:

@@ -86,10 +86,10 @@ def estimate_error(
     xp = table.xp
     n_probes = check_rank(n_probes, 1 << 30, "n_probes")
     source = check_draws(table, A.like, rng)
-    left, right = check_factors(table, A.shape, A.like, approx)
+    factors = check_factors(table, A.shape, A.like, approx)
     with table.quietly():
         omega = draw(A, n_probes, source)
-        difference, exponent = _difference(problem, (left, right), omega)
+        difference, exponent = _difference(problem, factors, omega)
         wide = xp.astype(difference, table.wide(difference), copy=False)
         squares = xp.sum(table.real_part(wide * table.conj(wide)), axis=-2)
         factor = (1 / (1 - _CONFIDENCE)) ** (1 / n_probes) * math.sqrt(2 / math.pi)
@@ -102,23 +102,26 @@ def estimate_error(
     return ErrorEstimate(norms[..., 0], norms[..., 1])
 
 
-def _difference(
-    problem: Problem, factors: tuple[Array, Array], omega: Array
-) -> tuple[Array, Array | None]:
+def _difference(problem: Problem, factors: list[Array], omega: Array) -> tuple[Array, Array | None]:
     """Return ``(x - left right) omega`` times ``2**exponent``, which keeps squares in range, and the exponent.
 
     It is that of the larger of the two: an approximation may be of quite another size than the matrix.
     """
     A, table = problem.A, problem.A.table
     xp = table.xp
-    (left, of_left), (right, of_right) = (brought_in_range(x, table) for x in factors)
-    image, product = A.matmat(omega), left @ (right @ omega)
-    if problem.exponent is None and of_left is None and of_right is None:
+    left, *values, right = factors
+    named = [left, *(S[..., None, :] for S in values), right]
+    (left, *values, right), exponents = zip(
+        *(brought_in_range(x, table) for x in named), strict=True
+    )
+    image, product = A.matmat(omega), (left * values[0] if values else left) @ (right @ omega)
+    known = [exponent for exponent in exponents if exponent is not None]
+    if problem.exponent is None and not known:
         return image - product, None
     size = table.max_abs(product)[..., None, None]
     zero = xp.zeros_like(size)
     of_x = zero if problem.exponent is None else problem.exponent[..., None, None]
-    of_factors = (zero if of_left is None else of_left) + (zero if of_right is None else of_right)
+    of_factors = sum(known, zero)
     logarithm = xp.floor(xp.log2(xp.where(size > 0, size, xp.ones_like(size))))
     exponent = xp.where(size > 0, xp.minimum(of_x, of_factors - logarithm), of_x)
     image = power_of_two(image, exponent - of_x, table)
