@@ -85,6 +85,9 @@ def ratios(seconds: dict[str, float], ours: str) -> dict[str, float]:
 
 def elementwise(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
     """Soft threshold against copying, and the fused proximal-gradient step against CuPy's own expression."""
+    # Not at the top: it takes CuPy, or what stands for it.
+    from slra._backends.cupy_kernels import kernel
+
     cp = libraries.cp
     rng = cp.random.default_rng(0)
     x, grad = (rng.standard_normal(sizes.n_entries, dtype=cp.float32) for _ in range(2))
@@ -103,6 +106,8 @@ def elementwise(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
         "unfused step": unfused,
         "slra, norm_l1": lambda: slra.prox.norm_l1(x),
         "sum of abs": lambda: cp.sum(cp.abs(x)),
+        # One block of threads, unless CUB takes it.
+        "norm_l1 as one reduction": lambda: kernel("sum_abs", x)(x),
     }
     seconds = medians(libraries, functions, sizes.calls, sizes.repeats)
     return {
@@ -112,6 +117,69 @@ def elementwise(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
         "copy_bytes_per_second": 2 * x.nbytes / seconds["copy"],
         "soft_threshold_over_copy_bandwidth": seconds["copy"] / seconds["slra, soft_threshold"],
         "unfused_over_fused": seconds["unfused step"] / seconds["slra, fused step"],
+        "bytes_held": bytes_held(cp, functions),
+    }
+
+
+def steps(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
+    """Fused steps of the three operators that are known by name, against CuPy's own expressions; a loop of FISTA."""
+    cp, table = libraries.cp, primitives(libraries.xp)
+    rng = cp.random.default_rng(0)
+    x, grad = (rng.standard_normal(sizes.n_entries, dtype=cp.float32) for _ in range(2))
+    step, tau, l2 = 0.1, 0.5, 2.0
+
+    def unfused_elastic() -> Any:
+        moved = x - step * grad
+        shrunk = cp.sign(moved) * cp.maximum(cp.abs(moved) - step * tau, 0)
+        return shrunk / (1 + step * tau * l2)
+
+    def fista(prox: Callable[..., Any], **options: Any) -> Callable[[], Any]:
+        def smooth(y: Any) -> tuple[float, Any]:
+            return 0.0, y - grad
+
+        return lambda: slra.proximal_gradient(
+            x, smooth, prox, step=step, tol=None, max_iter=10, **options
+        )
+
+    functions: dict[str, Callable[[], Any]] = {
+        "slra, nonneg": lambda: table.nonneg_threshold_step(x, grad, step, tau),
+        "unfused nonneg": lambda: cp.maximum(x - step * grad - step * tau, 0),
+        "slra, elastic net": lambda: table.elastic_threshold_step(x, grad, step, tau, l2),
+        "unfused elastic net": unfused_elastic,
+        "slra, 10 iterations, prox_l1": fista(slra.prox.prox_l1, weight=tau),
+        "slra, 10 iterations, any callable": fista(lambda y, t: slra.prox.prox_l1(y, tau * t)),
+    }
+    seconds = medians(libraries, functions, max(1, sizes.calls // 10), sizes.repeats)
+    return {
+        "entries": sizes.n_entries,
+        "dtype": "float32",
+        "seconds": seconds,
+        "unfused_over_fused": {
+            name: seconds[f"unfused {name}"] / seconds[f"slra, {name}"]
+            for name in ("nonneg", "elastic net")
+        },
+        "bytes_held": bytes_held(cp, functions),
+    }
+
+
+def half(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
+    """What half precision saves: as many entries as in `elementwise`, in half the bytes."""
+    cp = libraries.cp
+    rng = cp.random.default_rng(0)
+    x = rng.standard_normal(sizes.n_entries, dtype=cp.float32).astype(cp.float16)
+    target = cp.empty_like(x)
+    functions: dict[str, Callable[[], Any]] = {
+        "copy": lambda: cp.copyto(target, x),
+        "slra, soft_threshold": lambda: slra.soft_threshold(x, 0.5),
+        "by way of float32": lambda: slra.soft_threshold(x.astype(cp.float32), 0.5).astype(x.dtype),
+        "slra, norm_l1": lambda: slra.prox.norm_l1(x),
+    }
+    seconds = medians(libraries, functions, sizes.calls, sizes.repeats)
+    return {
+        "entries": sizes.n_entries,
+        "dtype": "float16",
+        "seconds": seconds,
+        "soft_threshold_over_copy_bandwidth": seconds["copy"] / seconds["slra, soft_threshold"],
         "bytes_held": bytes_held(cp, functions),
     }
 
@@ -262,6 +330,8 @@ def measure(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
         "cuda_runtime": cp.cuda.runtime.runtimeGetVersion(),
         "torch": None if torch is None else torch.__version__,
         "elementwise": elementwise(libraries, sizes),
+        "steps": steps(libraries, sizes),
+        "half": half(libraries, sizes),
         "groups": groups(libraries, sizes),
         "softmax": softmax(libraries, sizes),
         "batched_svd": batched_svd(libraries, sizes),

@@ -15,6 +15,8 @@ extensions = [
     "myst_parser",
 ]
 myst_enable_extensions = ["dollarmath", "amsmath"]
+# Links to sections, as GitHub names them.
+myst_heading_anchors = 3
 autosummary_generate = True
 autosummary_imported_members = False
 numpydoc_show_class_members = False

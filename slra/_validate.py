@@ -28,6 +28,7 @@ __all__ = [
     "check_factors",
     "check_finite",
     "check_flag",
+    "check_gradient",
     "check_hermitian",
     "check_l1",
     "check_mask",
@@ -89,7 +90,7 @@ def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Arr
             )
     for name, x in given.items():
         if reason := table.refusal(x):
-            raise TypeError(f"{name} must be a dense array, got {reason}")
+            raise TypeError(f"{name} {reason}")
     return table
 
 
@@ -272,6 +273,18 @@ def check_finite(table: Primitives, x: Array, name: str) -> None:
     extremes = table.max_abs(x) if x.ndim >= 2 and 0 not in x.shape else x
     if not bool(table.xp.all(table.xp.isfinite(extremes))):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def check_gradient(table: Primitives, x: Array, grad: Array) -> Array:
+    """Return a gradient at ``x`` in the dtype of ``x``; it must be real where ``x`` is."""
+    if grad.dtype == x.dtype:
+        return grad
+    if table.is_complex(grad) and not table.is_complex(x):
+        raise TypeError(
+            f"value_and_grad must return a real gradient where x0 is real, got {grad.dtype}; "
+            "start from a complex x0"
+        )
+    return table.xp.astype(grad, x.dtype)
 
 
 def check_rank(rank: Any, limit: int, name: str = "rank", limit_is: str = "") -> int:

@@ -21,6 +21,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
         threadpoolctl.threadpool_limits(1, user_api="blas")
 
+import array_api_compat as compat
+
 import slra
 from tests.backends import BACKENDS, other_device
 from tests.cuda_host import host
@@ -71,7 +73,11 @@ def _kernels_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
 def device(xp: Any) -> Iterator[Any]:
     """Device on which arrays of ``xp`` are not created by default."""
     with contextlib.ExitStack() as stack:
-        yield other_device(xp, stack)
+        found = other_device(xp, stack)
+        if compat.is_cupy_namespace(xp):
+            # CuPy works on the current device only; what is hard-wired to the first one still shows.
+            stack.enter_context(found)
+        yield found
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

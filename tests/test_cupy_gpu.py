@@ -46,6 +46,30 @@ def test_kernels_run_on_the_current_stream(cupy):
     np.testing.assert_array_equal(result.get(), slra.soft_threshold(x, 0.25))
 
 
+VIEWS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.swapaxes(0, 2),
+    "strided": lambda x: x[::-1, :, ::2],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
+def test_norms_of_large_arrays(cupy, view, dtype):
+    """Sums in one step and by segments, of arrays however they lie in memory."""
+    x = np.random.default_rng(0).standard_normal((1001, 3, 331)).astype(dtype)
+    moduli = np.abs(VIEWS[view](x.astype("complex128")))
+    ours = VIEWS[view](cupy.asarray(x))
+    # Sums in single precision of up to a million terms of one sign, in a tree, parts or blocks: far below this.
+    rtol = 1e-4
+    for axis in (None, 1, (0, 2), (0, 1, 2)):
+        total = cupy.asnumpy(slra.prox.norm_l1(ours, axis=axis))
+        np.testing.assert_allclose(total, np.sum(moduli, axis=axis), rtol=rtol)
+    for axis in (1, (0, 2), (0, 1, 2)):
+        norm = cupy.asnumpy(slra.prox.norm_l2(ours, axis=axis))
+        np.testing.assert_allclose(norm, np.sqrt(np.sum(moduli**2, axis=axis)), rtol=rtol)
+
+
 def test_attention_holds_no_matrix_of_scores(cupy):
     n, pool = 16384, cupy.get_default_memory_pool()
     rng = cupy.random.default_rng(0)
@@ -65,3 +89,13 @@ def test_what_is_given_stays_on_the_device(cupy):
     for result in (slra.soft_threshold(x, 0.1), slra.attention(x, x, x)):
         assert isinstance(result, cupy.ndarray)
         assert result.device == x.device
+
+
+def test_an_array_on_another_device_is_refused(cupy):
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("only one device")
+    with cupy.cuda.Device(1):
+        x = cupy.ones(3)
+        assert slra.soft_threshold(x, 0.5).device == x.device
+    with pytest.raises(TypeError, match="x must be on CuPy's current device"):
+        slra.soft_threshold(x, 0.5)

@@ -1,5 +1,7 @@
 """Solvers against closed forms, scikit-learn and scipy."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -98,6 +100,89 @@ def test_fixed_number_of_iterations(xp, dtype):
         ours, theirs = to_numpy(getattr(result, name)), getattr(reference, name)
         np.testing.assert_allclose(ours, theirs, atol=tol * np.max(np.abs(theirs)))
     assert to_numpy(result.objective)[-1] < 0.5 * to_numpy(result.objective)[0]
+
+
+def small():
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((12, 20)), rng.standard_normal(12)
+
+
+def shrunk(x, tau):
+    return np.sign(x) * np.maximum(np.abs(x) - tau, 0)
+
+
+# Weight, operator as the solver is given it, and what that does; the last is not known by name.
+KNOWN = {
+    "l1": (0.75, lambda: slra.prox.prox_l1, shrunk),
+    "l1, a weight for each entry": (np.linspace(0, 2, 20), lambda: slra.prox.prox_l1, shrunk),
+    "nonneg": (0.75, lambda: slra.prox.prox_nonneg_l1, lambda x, tau: np.maximum(x - tau, 0)),
+    "elastic net": (
+        0.75,
+        lambda: partial(slra.prox.prox_elastic_net, l2=2.0),
+        lambda x, tau: shrunk(x, tau) / (1 + 2 * tau),
+    ),
+    "another": (0.75, lambda: lambda x, tau: x / (1 + tau), lambda x, tau: x / (1 + tau)),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_weight_and_operators_known_by_name(xp, name):
+    """The same as a loop of NumPy that calls the operator with ``step * weight``."""
+    A, b = small()
+    weight, known, called = KNOWN[name]
+    step, x = 0.02, np.zeros(20)
+    for _ in range(5):
+        x = called(x - step * (A.T @ (A @ x - b)), step * weight)
+    smooth = as_functions(xp, A, b)[0]
+    result = slra.proximal_gradient(
+        to_xp(xp, np.zeros(20)),
+        smooth,
+        known(),
+        weight=weight if isinstance(weight, float) else to_xp(xp, weight),
+        step=step,
+        accelerated=False,
+        tol=None,
+        max_iter=5,
+    )
+    # Five steps, each with sums of 20 and 12 terms in another order, which the next steps take on without enlarging.
+    eps = np.finfo("float64").eps
+    np.testing.assert_allclose(to_numpy(result.x), x, atol=500 * eps * np.max(np.abs(x)))
+
+
+def test_a_gradient_of_another_dtype_is_taken_in_that_of_the_start(xp):
+    A, b = small()
+    smooth = as_functions(xp, A, b)[0]
+    x0 = to_xp(xp, np.zeros(20, "float32"))
+    result = slra.proximal_gradient(
+        x0,
+        lambda x: smooth(xp.astype(x, xp.float64)),
+        slra.prox.prox_l1,
+        step=0.02,
+        tol=None,
+        max_iter=3,
+    )
+    assert result.x.dtype == xp.float32
+
+
+def test_a_complex_gradient_of_a_real_start_is_refused():
+    with pytest.raises(TypeError, match="real gradient where x0 is real, got complex128"):
+        slra.proximal_gradient(np.ones(3), lambda x: (0.0, x + 0j), lambda x, tau: x, step=0.1)
+
+
+def test_operators_known_by_name_are_checked():
+    def solve(x0, operator, **options):
+        return slra.proximal_gradient(x0, lambda x: (0.0, x), operator, step=0.1, **options)
+
+    with pytest.raises(ValueError, match="l2 must be finite and 0 or more"):
+        solve(np.ones(3), partial(slra.prox.prox_elastic_net, l2=-1.0))
+    with pytest.raises(TypeError, match="x must have a real floating dtype"):
+        solve(np.ones(3) + 0j, slra.prox.prox_nonneg_l1)
+    with pytest.raises(TypeError, match="l2"):
+        solve(np.ones(3), slra.prox.prox_elastic_net)
+    with pytest.raises(ValueError, match="weight must be finite and 0 or more"):
+        solve(np.ones(3), slra.prox.prox_l1, weight=-1.0)
+    with pytest.raises(ValueError, match="weight must broadcast to x"):
+        solve(np.ones(3), slra.prox.prox_l1, weight=np.ones(4))
 
 
 def test_jit_makes_one_loop():

@@ -60,7 +60,7 @@ class Primitives(SparseRows, Rows):
         return False
 
     def refusal(self, x: Array) -> str | None:
-        """Say why an array of this library cannot be used, or None."""
+        """Say what an array of this library must be and is not, or None."""
         return None
 
     def device(self, x: Array) -> Any:
@@ -252,6 +252,18 @@ class Primitives(SparseRows, Rows):
     def elastic_threshold(self, x: Array, tau: Array | float, l2: float) -> Array:
         """Soft-threshold by ``tau``, then divide by ``1 + tau * l2``."""
         return self.soft_threshold(x, tau) / (1 + tau * l2)
+
+    def nonneg_threshold_step(
+        self, x: Array, grad: Array, step: Array | float, tau: Array | float
+    ) -> Array:
+        """Step against a gradient, then take off ``step * tau``, down to no less than zero."""
+        return self.nonneg_threshold(x - step * grad, step * tau)
+
+    def elastic_threshold_step(
+        self, x: Array, grad: Array, step: Array | float, tau: Array | float, l2: float
+    ) -> Array:
+        """Step against a gradient, then `elastic_threshold` by ``step * tau``."""
+        return self.elastic_threshold(x - step * grad, step * tau, l2)
 
     def extrapolate(self, x: Array, move: Array, factor: Array | float) -> Array:
         """Go from ``x`` by ``factor`` times ``move``."""

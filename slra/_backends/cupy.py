@@ -20,6 +20,10 @@ __all__ = ["CupyPrimitives"]
 
 # One tile of scores over all matrices of a batch, and its width. Not tuned: that takes a GPU.
 TILE_BYTES, TILE_WIDTH = 1 << 26, 4096
+# CuPy gives each result of a reduction one block of threads, unless CUB spreads it: a single one, of one contiguous
+# input, where a CUDA path is set (cupy/cupy#9720). So no result may come from more entries than this where there are
+# not enough results to occupy the device. Not tuned either.
+SEGMENT, ENOUGH_RESULTS = 1 << 14, 256
 # Longest side of the matrices whose SVDs cuSOLVER computes in a batch.
 LARGEST_IN_BATCH = 32
 
@@ -28,6 +32,13 @@ class CupyPrimitives(Primitives):
     """Overrides for CuPy."""
 
     takes_half = True
+
+    def refusal(self, x: Array) -> str | None:
+        """Refuse arrays on another device than the current one, where results would come out."""
+        current = cupy.cuda.Device()
+        if self.device(x) == current:
+            return None
+        return f"must be on CuPy's current device, {current}, got {x.device}; enter `with x.device:` before the call"
 
     def cholesky(self, g: Array) -> Array:
         """Wait for the device to say whether it failed, which CuPy does not unless told to."""
@@ -58,6 +69,19 @@ class CupyPrimitives(Primitives):
         """Shrink and divide in one pass."""
         return kernel("elastic_threshold", x)(x, tau, 1 + tau * l2)
 
+    def nonneg_threshold_step(
+        self, x: Array, grad: Array, step: Array | float, tau: Array | float
+    ) -> Array:
+        """Step, subtract and cut off in one pass."""
+        return kernel("nonneg_threshold_step", x)(x, grad, step, step * tau)
+
+    def elastic_threshold_step(
+        self, x: Array, grad: Array, step: Array | float, tau: Array | float, l2: float
+    ) -> Array:
+        """Step, shrink and divide in one pass."""
+        tau = step * tau
+        return kernel("elastic_threshold_step", x)(x, grad, step, tau, 1 + tau * l2)
+
     def extrapolate(self, x: Array, move: Array, factor: Array | float) -> Array:
         """Scale and add in one pass."""
         return kernel("extrapolate", x)(x, move, factor)
@@ -65,9 +89,24 @@ class CupyPrimitives(Primitives):
     def scaled_group_norm(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
         """Read ``x`` twice, once for the largest modulus."""
         xp = self.xp
+        if self._are_few(x, axes):
+            return self._few_group_norms(x, axes)
         peak = kernel("max_abs", x)(x, axis=axes, keepdims=True)
         unit = xp.where((peak == 0) | xp.isinf(peak), xp.ones_like(peak), peak)
         return unit, kernel("norm", x)(x, unit, axis=axes, keepdims=True)
+
+    def _few_group_norms(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+        """Largest moduli and norms of segments, and those of these."""
+        xp = self.xp
+        pieces = self._segments(x, axes)
+        peaks = [kernel("max_abs", x)(piece, axis=-1) for piece in pieces]
+        peak = xp.max(xp.concat(peaks, axis=1), axis=1)[:, None]
+        unit = xp.where((peak == 0) | xp.isinf(peak), xp.ones_like(peak), peak)
+        norms = [kernel("norm", x)(piece, unit[..., None], axis=-1) for piece in pieces]
+        norm = xp.concat(norms, axis=1)
+        norm = xp.sqrt(xp.sum(norm * norm, axis=1, keepdims=True))
+        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        return xp.reshape(unit, shape), xp.reshape(norm, shape)
 
     def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
         """Shorten in one pass, given the norms."""
@@ -75,8 +114,29 @@ class CupyPrimitives(Primitives):
         return kernel("group_threshold", x)(x, norm, tau / unit)
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
-        """Add up moduli as they are read."""
-        return kernel("sum_abs", x)(x, axis=axis)
+        """Add up moduli as they are read; in segments first where there are few sums."""
+        xp = self.xp
+        axes = tuple(range(x.ndim))
+        if axis is not None:
+            axes = tuple(axes[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
+        if not self._are_few(x, axes):
+            return kernel("sum_abs", x)(x, axis=axes)
+        sums = [kernel("sum_abs", x)(piece, axis=-1) for piece in self._segments(x, axes)]
+        total = xp.sum(xp.concat(sums, axis=1), axis=1)
+        return xp.reshape(total, tuple(n for a, n in enumerate(x.shape) if a not in axes))
+
+    def _are_few(self, x: Array, axes: tuple[int, ...]) -> bool:
+        """Whether a reduction would leave most of the device idle."""
+        length = math.prod(x.shape[axis] for axis in axes)
+        return bool(length > SEGMENT and x.size < ENOUGH_RESULTS * length)
+
+    def _segments(self, x: Array, axes: tuple[int, ...]) -> list[Array]:
+        """Cut what each of n results comes from: (n, k, SEGMENT), and what is left, (n, 1, rest)."""
+        kept = tuple(a for a in range(x.ndim) if a not in axes)
+        n = math.prod(x.shape[a] for a in kept)
+        flat = self.xp.reshape(self.xp.permute_dims(x, kept + axes), (n, -1))
+        end = flat.shape[1] // SEGMENT * SEGMENT
+        return [self.xp.reshape(flat[:, :end], (n, -1, SEGMENT)), flat[:, None, end:]]
 
     # Attention: products by cuBLAS, and kernels for all that lies between
 

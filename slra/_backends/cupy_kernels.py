@@ -157,6 +157,18 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "{T} y",
         "y = slra_shrink({X}, tau) / divisor",
     ),
+    "nonneg_threshold_step": Elementwise(
+        REAL,
+        "{T} x, {T} grad, {R} step, {R} tau",
+        "{T} y",
+        "y = slra_excess(x - step * grad, tau)",
+    ),
+    "elastic_threshold_step": Elementwise(
+        REAL | COMPLEX,
+        "{T} x, {T} grad, {R} step, {R} tau, {R} divisor",
+        "{T} y",
+        "y = slra_shrink(x - step * grad, tau) / divisor",
+    ),
     "extrapolate": Elementwise(
         REAL | COMPLEX, "{T} x, {T} move, {R} factor", "{T} y", "y = x + factor * move"
     ),

@@ -126,7 +126,10 @@ class DaskPrimitives(Primitives):
     def refusal(self, x: Array) -> str | None:
         """Refuse shapes that are not known before the graph is computed."""
         if any(np.isnan(n) for n in x.shape):
-            return f"an array of unknown shape {x.shape}; call compute_chunk_sizes() first"
+            return (
+                f"must be a dense array, got an array of unknown shape {x.shape}; "
+                "call compute_chunk_sizes() first"
+            )
         return None
 
     def qr(self, y: Array) -> tuple[Array, Array]:

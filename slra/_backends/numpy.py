@@ -23,7 +23,9 @@ class NumpyPrimitives(Primitives):
     def refusal(self, x: Array) -> str | None:
         """Refuse masked arrays: their arithmetic is not an array's."""
         if isinstance(x, np.ma.MaskedArray):
-            return "a masked array, whose mask would be lost; fill it first"
+            return (
+                "must be a dense array, got a masked array, whose mask would be lost; fill it first"
+            )
         return None
 
     def gram(self, x: Array, y: Array | None = None) -> Array:

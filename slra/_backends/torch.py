@@ -63,7 +63,9 @@ class TorchPrimitives(Primitives):
     def refusal(self, x: Array) -> str | None:
         """Refuse sparse and quantised layouts."""
         if x.layout != torch.strided or x.is_quantized:
-            return f"a tensor of layout {x.layout}; call to_dense() first"
+            return (
+                f"must be a dense array, got a tensor of layout {x.layout}; call to_dense() first"
+            )
         return None
 
     def quietly(self) -> contextlib.AbstractContextManager[Any]:

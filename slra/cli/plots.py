@@ -18,7 +18,7 @@ __all__ = ["METHOD_STYLES", "draw", "draw_errors", "draw_maps", "draw_spectra", 
 
 # Okabe and Ito, told apart with any colour vision; the markers tell them apart in grey.
 METHOD_STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"))
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -33,7 +33,7 @@ _STYLE = {
 
 def draw(sample: AttentionSample, comparison: Comparison) -> Figure:
     """Spectra per head, error against rank, and one attention map exact beside low rank."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.1)  # inches
         figure = Figure(figsize=(10, 8.6), layout=layout)
         rows = figure.add_gridspec(2, 1, height_ratios=(3.3, 5.3))

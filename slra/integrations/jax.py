@@ -28,7 +28,8 @@ class Attended(NamedTuple):
     out : array, shape (..., L, E)
     penalty : array, 0-d
         lambda_Q ||Q^||_1 + lambda_K ||K^||_1 + lambda_V ||V^||_1, the norms summed over heads, tokens and features and
-        averaged over leading axes. To be added to the loss in the form "penalty".
+        averaged over leading axes. To be added to the loss in the form "penalty"; in the form "prox" that would count
+        the term twice.
     q, k, v : array, shape (..., H, L, D)
         Q^, K^ and V^, as attention met them; the shift of the values not added.
     """

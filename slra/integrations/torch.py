@@ -67,7 +67,8 @@ class LowRankAttention(nn.MultiheadAttention):
         lambda_Q, lambda_K and lambda_V. May be set later, so that a schedule can.
     l1_form : {"penalty", "prox"}
         "penalty": add `penalty` to the loss. "prox": soft-threshold Q^, K^ and V^ by ``l1``, in the units of their
-        entries, before attention, which then runs in all dimensions.
+        entries, before attention, which then runs in all dimensions; a loss that adds `penalty` as well counts the
+        term twice, and drives all three to 0.
 
     Attributes
     ----------
@@ -272,7 +273,7 @@ class LowRankAttention(nn.MultiheadAttention):
         tensor
             0-d: lambda_Q ||Q^||_1 + lambda_K ||K^||_1 + lambda_V ||V^||_1, the norms summed over heads, tokens and
             features and averaged over the batch. It carries a gradient. In the form "prox", where the threshold takes
-            its place, it is reported for what came out of the threshold.
+            its place, it is that of what came out of the threshold: to be reported, not added to the loss.
 
         Raises
         ------

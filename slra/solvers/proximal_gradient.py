@@ -2,6 +2,7 @@
 
 import numbers
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from slra._backends import Primitives
@@ -10,19 +11,22 @@ from slra._validate import (
     check_callable,
     check_finite,
     check_flag,
+    check_gradient,
     check_positive,
     check_returned,
     check_tau,
     promote,
     resolve,
 )
-from slra.prox.l1 import prox_l1
+from slra.prox.l1 import prox_elastic_net, prox_l1, prox_nonneg_l1
 from slra.solvers._loop import Callback, SolveResult, Step, check_limits, inner, norm, run
 
 __all__ = ["proximal_gradient"]
 
 ValueAndGrad = Callable[[Array], tuple[Any, Array]]
 Prox = Callable[[Array, Any], Array]
+# (y, grad, step) -> where a step against the gradient and the operator lead.
+ForwardBackward = Callable[[Array, Array, Any], Array]
 
 
 class _State(NamedTuple):
@@ -39,6 +43,7 @@ def proximal_gradient(
     value_and_grad: ValueAndGrad,
     prox: Prox,
     *,
+    weight: float | Array = 1.0,
     step: float | Array | None = None,
     accelerated: bool = True,
     tol: float | None = 1e-6,
@@ -46,7 +51,7 @@ def proximal_gradient(
     objective: Callable[[Array], Any] | None = None,
     callback: Callback | None = None,
 ) -> SolveResult:
-    r"""Minimise ``f(x) + g(x)``, f smooth and g with a proximal operator, by ISTA or FISTA.
+    r"""Minimise ``f(x) + weight * g(x)``, f smooth and g with a proximal operator, by ISTA or FISTA.
 
     Parameters
     ----------
@@ -56,8 +61,13 @@ def proximal_gradient(
         ``x -> (f(x), gradient of f at x)``: a number or 0-d array, and an array like ``x``. For complex ``x`` the
         gradient ``G`` with ``f(x + d) = f(x) + Re <G, d> + o(|d|)``. The value is used by the search for a step only.
     prox : callable
-        ``(x, step) -> argmin_y step * g(y) + 1/2 ||y - x||^2``, for example
-        ``lambda x, step: slra.prox.prox_l1(x, step * weight)``.
+        ``(x, tau) -> argmin_y tau * g(y) + 1/2 ||y - x||^2``, such as `slra.prox.prox_l1`; called with
+        ``tau = step * weight``. That one, `slra.prox.prox_nonneg_l1` and
+        ``functools.partial(slra.prox.prox_elastic_net, l2=...)``, given as they are, are known by name: the step
+        against the gradient and the operator are then one primitive, on CuPy one kernel.
+    weight : float or array
+        Factor on g, 0 or more; an array broadcasts to ``x``, for an operator that takes such a ``tau``: with `prox_l1`
+        it weighs each entry.
     step : float or 0-d array, optional
         Step length, at most 1/L for an L-Lipschitz gradient. By default it is found by backtracking, starting from
         the curvature along the gradient at ``x0``; that needs values that can be looked at.
@@ -69,7 +79,7 @@ def proximal_gradient(
     max_iter : int
         Largest number of iterations.
     objective : callable, optional
-        ``x -> f(x) + g(x)``, evaluated after each iteration for the history only.
+        ``x -> f(x) + weight * g(x)``, evaluated after each iteration for the history only.
     callback : callable, optional
         Called with a `Progress` after each iteration; returning True stops the solver.
 
@@ -83,7 +93,7 @@ def proximal_gradient(
     Raises
     ------
     TypeError
-        If ``x0`` is not a floating array, or an option is of a wrong type.
+        If ``x0`` is not a floating array, or an option is of a wrong type; if a gradient is complex and ``x0`` is not.
     ValueError
         If ``x0`` has NaN or infinity; if an option is out of range; if ``tol`` or ``callback`` is given or ``step`` is
         not where values cannot be looked at.
@@ -92,7 +102,7 @@ def proximal_gradient(
     -----
     .. math::
 
-        x_{k+1} = \operatorname{prox}_{s g}(y_k - s \nabla f(y_k)), \qquad
+        x_{k+1} = \operatorname{prox}_{s w g}(y_k - s \nabla f(y_k)), \qquad
         y_{k+1} = x_{k+1} + \frac{t_k - 1}{t_{k+1}} (x_{k+1} - x_k), \qquad
         t_{k+1} = \tfrac12 \bigl(1 + \sqrt{1 + 4 t_k^2}\bigr)
 
@@ -115,6 +125,16 @@ def proximal_gradient(
     ... )
     >>> result.x.round(9).tolist(), result.converged
     ([2.0, 0.0], True)
+
+    With another weight, and an elastic net in the place of the l1 norm:
+
+    >>> from functools import partial
+    >>> result = slra.proximal_gradient(
+    ...     np.zeros(2), lambda x: (((x - b) ** 2).sum() / 2, x - b), partial(slra.prox.prox_elastic_net, l2=1.0),
+    ...     weight=0.25, tol=1e-12,
+    ... )
+    >>> result.x.round(9).tolist()
+    [2.2, 0.2]
     """
     table = resolve(x0=x0)
     promoted = promote(table, x0=x0)
@@ -134,11 +154,13 @@ def proximal_gradient(
     else:
         step = _check_step(step, x, table)
         searches = False
+    weight = check_tau(table, x, weight, "weight")
+    forward_backward = _forward_backward(prox, weight, x, table)
     like: dict[str, Any] = {"dtype": table.real_dtype(x.dtype), "device": table.creation_device(x)}
     start = _State(x, x, table.xp.ones((), **like), step, table.xp.zeros((), **like))
 
     def advance(state: _State) -> Step:
-        return _advance(state, value_and_grad, prox, accelerated, searches, table)
+        return _advance(state, value_and_grad, forward_backward, accelerated, searches, table)
 
     result = run(advance, start, objective, tol, max_iter, callback, table, may_scan=not searches)
     return result._replace(x=promoted.answer(table, result.x)[0])
@@ -172,40 +194,61 @@ def _checked(value_and_grad: Any) -> ValueAndGrad:
 def _advance(
     state: _State,
     value_and_grad: ValueAndGrad,
-    prox: Prox,
+    forward_backward: ForwardBackward,
     accelerated: bool,
     searches: bool,
     table: Primitives,
 ) -> Step:
     xp = table.xp
     value, grad = value_and_grad(state.y)
+    grad = check_gradient(table, state.y, grad)
     step = state.step
-    new = _forward_backward(state.y, grad, step, prox, table)
+    new = forward_backward(state.y, grad, step)
     while searches and not _descends(state.y, new, value, grad, step, value_and_grad, table):
         step /= 2
-        new = _forward_backward(state.y, grad, step, prox, table)
+        new = forward_backward(state.y, grad, step)
     y, t = new, state.momentum
     # Not around what the caller's functions compute.
     with table.quietly():
-        move = new - state.x
+        move, gap = new - state.x, state.y - new
         largest = xp.maximum(state.largest_gradient, norm(grad, table))
-        residual = norm(state.y - new, table) / (step * xp.where(largest == 0, 1.0, largest))
+        residual = norm(gap, table) / (step * xp.where(largest == 0, 1.0, largest))
         if accelerated:
             following = (1 + xp.sqrt(1 + 4 * t * t)) / 2
-            uphill = inner(state.y - new, move, table) > 0
+            uphill = inner(gap, move, table) > 0
             y = table.extrapolate(new, move, xp.where(uphill, 0.0, (t - 1) / following))
             t = xp.where(uphill, 1.0, following)
     return Step(_State(new, y, t, step, largest), new, xp.reshape(residual, ()))
 
 
-def _forward_backward(y: Array, grad: Array, step: Any, prox: Prox, table: Primitives) -> Array:
-    """Return ``prox(y - step * grad, step)``, for the l1 norm in one pass where the library has it."""
-    with table.quietly():
-        if prox is prox_l1:
-            return table.soft_threshold_step(y, grad, step, 1.0)
-        # An array, where NumPy makes a scalar of a difference of 0-d ones.
-        forward = table.xp.asarray(y - step * grad)
-    return check_returned(prox(forward, step), "prox", y.shape)
+def _forward_backward(prox: Prox, weight: Any, x: Array, table: Primitives) -> ForwardBackward:
+    """Return ``(y, grad, step) -> prox(y - step * grad, step * weight)``, one primitive where there is one."""
+    primitive = _primitive(prox, x, table)
+
+    def call(y: Array, grad: Array, step: Any) -> Array:
+        with table.quietly():
+            if primitive is not None:
+                return primitive(y, grad, step, weight)
+            # An array, where NumPy makes a scalar of a difference of 0-d ones.
+            forward, tau = table.xp.asarray(y - step * grad), step * weight
+        return check_returned(prox(forward, tau), "prox", y.shape)
+
+    return call
+
+
+def _primitive(prox: Prox, x: Array, table: Primitives) -> Callable[..., Array] | None:
+    """Find the primitive that steps and applies ``prox`` at once, or None; what ``prox`` does is not guessed at."""
+    if prox is prox_l1:
+        return table.soft_threshold_step
+    if prox is prox_nonneg_l1 and not table.is_complex(x):
+        return table.nonneg_threshold_step
+    if isinstance(prox, partial) and prox.func is prox_elastic_net:
+        if prox.args or set(prox.keywords) != {"l2"}:
+            return None
+        limits = table.xp.finfo(x.dtype)
+        l2 = check_positive(prox.keywords["l2"], "l2", allow_zero=True, limits=limits)
+        return partial(table.elastic_threshold_step, l2=l2)
+    return None
 
 
 def _descends(
@@ -229,7 +272,7 @@ def _descends(
 
 def _first_step(x: Array, value_and_grad: ValueAndGrad, table: Primitives) -> float:
     """Inverse of the curvature of f at ``x`` along its gradient: at least as long as the longest safe step."""
-    grad = value_and_grad(x)[1]
+    grad = check_gradient(table, x, value_and_grad(x)[1])
     size = float(norm(grad, table))
     if size == 0:
         return 1.0

@@ -59,6 +59,12 @@ def thresholds(dtype):
     return numbers | arrays(real, 0.0, 1024.0, shape=(4, 1))
 
 
+def step_arguments(dtype):
+    """A point, a gradient there, a step and a threshold."""
+    steps = st.sampled_from([0.0, 0.5, 1e-3])
+    return arrays(dtype), arrays(dtype), steps, thresholds(dtype)
+
+
 def groups(dtype):
     """Rows, columns or everything of an array, and a threshold for each."""
     real = np.result_type(np.finfo(dtype).dtype, np.float32)
@@ -129,9 +135,11 @@ REAL, HALF = FLOATING[:2], ["float16"]
 # What each primitive with kernels is given: dtypes, and a strategy for its arguments.
 ARGUMENTS = {
     "soft_threshold": (HALF + FLOATING, lambda t: st.tuples(arrays(t), thresholds(t))),
-    "soft_threshold_step": (
+    "soft_threshold_step": (FLOATING, lambda t: st.tuples(*step_arguments(t))),
+    "nonneg_threshold_step": (REAL, lambda t: st.tuples(*step_arguments(t))),
+    "elastic_threshold_step": (
         FLOATING,
-        lambda t: st.tuples(arrays(t), arrays(t), st.sampled_from([0.0, 0.5, 1e-3]), thresholds(t)),
+        lambda t: st.tuples(*step_arguments(t), st.floats(0, 100)),
     ),
     "nonneg_threshold": (HALF + REAL, lambda t: st.tuples(arrays(t), thresholds(t))),
     "elastic_threshold": (
@@ -240,6 +248,7 @@ def check_values(
     dtype,
     *,
     phases=(Phase.generate, Phase.shrink),
+    max_examples=40,
     bring=unchanged,
     fetch=unchanged,
     allowed=slack,
@@ -247,7 +256,7 @@ def check_values(
     """Compare a primitive with its reference over many arguments; ``bring`` and ``fetch`` move arrays to ``table``."""
 
     @settings(
-        max_examples=40,
+        max_examples=max_examples,
         deadline=None,
         derandomize=True,
         database=None,

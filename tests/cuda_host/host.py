@@ -266,6 +266,17 @@ def _compiled(source: str) -> Any:
     return ctypes.CDLL(str(library))
 
 
+class HostDevice(str):
+    """The device of a NumPy array, as ``cupy.cuda.Device``."""
+
+    __slots__ = ()
+    id = 0
+
+    def __new__(cls) -> "HostDevice":
+        """Make the only one."""
+        return super().__new__(cls, "cpu")
+
+
 class HostCupy(ModuleType):
     """In the place of ``cupy``; what it does not define is NumPy's."""
 
@@ -277,7 +288,7 @@ class HostCupy(ModuleType):
         self.ElementwiseKernel = functools.partial(HostElementwise, self.library)
         self.ReductionKernel = functools.partial(HostReduction, self.library)
         self.cuda = SimpleNamespace(
-            Device=lambda: SimpleNamespace(id=0),
+            Device=HostDevice,
             runtime=SimpleNamespace(
                 getDeviceCount=lambda: 1,
                 getDeviceProperties=lambda _: {"name": b"none"},

@@ -379,6 +379,7 @@ def _add_solvers() -> None:
             "x0": normal(3),
             "value_and_grad": _quadratic,
             "prox": _shrink,
+            "weight": 1.0,
             "step": None,
             "accelerated": True,
             "tol": 1e-6,
@@ -399,6 +400,7 @@ def _add_solvers() -> None:
         ),
         _check_solution,
         requests=("max_iter",),
+        names=("tau",),  # step * weight, as the operator calls it
         works_on_dask=False,
     )
     add(
