@@ -63,7 +63,8 @@ def attention(
     -----
     .. math:: \operatorname{softmax}(s Q K^T + M) V
 
-    NaN and infinities in the input propagate.
+    NaN and infinities in the input propagate. Scores, and sums of values over the keys, have to be in the range of the
+    dtype computed in: where they are not, the output is NaN or infinite too.
 
     References
     ----------
