@@ -89,6 +89,18 @@ def _options_of(args: dict[str, Any]) -> dict[str, Any]:
     return {name: args[name] for name in ATTENTION if name in args}
 
 
+def _is_in_range(args: dict[str, Any], room: float = 1.0) -> bool:
+    """Whether all is finite, and products stay in range: what attention asks for."""
+    if not is_finite({name: args[name] for name in "qkv"}):
+        return False
+    mask = args.get("mask")
+    if mask is not None and is_floating(mask):
+        mask = dense(mask)
+        if np.any(np.isnan(mask) | (mask > 1e30)):
+            return False
+    return oracles.in_range(args["q"], args["k"], args["v"], args, room=room)
+
+
 def _check_attention(args: dict[str, Any], out: Any) -> None:
     q, k, v = (args[name] for name in "qkv")
     lse = None
@@ -96,15 +108,9 @@ def _check_attention(args: dict[str, Any], out: Any) -> None:
         out, lse = out
     dtype = np.result_type(*(dense(x).dtype for x in (q, k, v)))
     assert dense(out).dtype == dtype
-    if not is_finite({"q": q, "k": k, "v": v}) or not oracles.in_range(q, k, v, args):
+    if not _is_in_range(args):
         return
     mask = args.get("mask")
-    if (
-        mask is not None
-        and is_floating(mask)
-        and np.any(np.isnan(dense(mask)) | (dense(mask) > 1e30))
-    ):
-        return
     right, right_lse, _ = oracles.naive(q, k, v, _options_of(args))
     # Errors of the scores become relative errors of the weights.
     work = np.result_type(dtype, "float32")
@@ -192,15 +198,7 @@ def _check_vjp(args: dict[str, Any], out: Any) -> None:
 
 def _finite_attention(args: dict[str, Any], out: Any) -> None:
     """No NaN where exact attention has none, and maps have room."""
-    q, k, v = (args[name] for name in "qkv")
-    if not is_finite({"q": q, "k": k, "v": v}) or not oracles.in_range(q, k, v, args, room=1e9):
-        return
-    mask = args.get("mask")
-    if (
-        mask is not None
-        and is_floating(mask)
-        and np.any(np.isnan(dense(mask)) | (dense(mask) > 1e30))
-    ):
+    if not _is_in_range(args, room=1e9):
         return
     for x in out if isinstance(out, tuple) else (out,):
         assert not np.any(np.isnan(dense(x))), "NaN from finite input"

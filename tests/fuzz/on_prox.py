@@ -38,8 +38,8 @@ def _tau(shape: tuple[int, ...], dtype: str, limit: float = 1e30) -> Any:
     )
 
 
-@st.composite
-def _prox_args(draw: Any, name: str) -> dict[str, Any]:
+def _array_and_options(draw: Any, name: str) -> tuple[dict[str, Any], float]:
+    """Draw what all take; return it with the largest number that the dtype has room for."""
     shape = draw(st.sampled_from(MATRICES if name in NEEDS_MATRIX else SHAPES))
     if name in ALONG and (not shape or 0 in shape):
         shape = (4,)
@@ -47,6 +47,15 @@ def _prox_args(draw: Any, name: str) -> dict[str, Any]:
     x = draw(arrays(shape, dtypes=kinds))
     args: dict[str, Any] = {"x": x}
     limit = 1e300 if real_dtype(x.dtype) == np.float64 else 1e30
+    for option in OPTIONS.get(name, ()):
+        args[option] = draw(floats(1e-30 if option == "delta" else 0.0, limit))
+    return args, limit
+
+
+@st.composite
+def _prox_args(draw: Any, name: str) -> dict[str, Any]:
+    args, limit = _array_and_options(draw, name)
+    x, shape = args["x"], args["x"].shape
     if name in ALONG:
         axes = st.integers(-len(shape), len(shape) - 1)
         if name in NEEDS_MATRIX:
@@ -63,9 +72,6 @@ def _prox_args(draw: Any, name: str) -> dict[str, Any]:
         args["tau"] = draw(_tau(shape, x.dtype, limit))
     elif name in ("project_l1_ball", "project_l2_ball", "project_simplex"):
         args["radius"] = draw(_tau(shape, x.dtype, limit))
-    for option in OPTIONS.get(name, ()):
-        least = 1e-30 if option == "delta" else 0.0
-        args[option] = draw(floats(least, limit))
     if name == "project_box":
         low, high = sorted(float(draw(floats(-limit, limit))) for _ in range(2))
         args |= {"lo": low, "hi": high}
@@ -76,15 +82,8 @@ def _prox_args(draw: Any, name: str) -> dict[str, Any]:
 
 @st.composite
 def _norm_args(draw: Any, name: str) -> dict[str, Any]:
-    shape = draw(st.sampled_from(MATRICES if name in NEEDS_MATRIX else SHAPES))
-    if name in ALONG and (not shape or 0 in shape):
-        shape = (4,)
-    kinds = FLOATS if name in REAL else (*FLOATS, "complex64", "complex128")
-    x = draw(arrays(shape, dtypes=kinds))
-    args: dict[str, Any] = {"x": x}
-    limit = 1e300 if real_dtype(x.dtype) == np.float64 else 1e30
-    for option in OPTIONS.get(name, ()):
-        args[option] = draw(floats(1e-30 if option == "delta" else 0.0, limit))
+    args, _ = _array_and_options(draw, name)
+    shape = args["x"].shape
     axes = list(range(-len(shape), len(shape)))
     if name == "norm_l21":
         args["axis"] = draw(st.sampled_from([-1, -2]))
