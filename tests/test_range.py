@@ -60,6 +60,12 @@ def test_steps_and_weights_beyond_single_precision():
     np.testing.assert_array_equal(found, np.zeros((3, 3)))
 
 
+def test_a_fit_where_one_key_gets_all_the_attention():
+    q, k, v = random(3, 2, 4).astype("float32")
+    out = slra.low_rank_attention(q, k, v, 1, scale=1000.0)
+    assert np.all(np.isfinite(out))
+
+
 def test_singular_values_of_an_approximation_that_overflow():
     x, u = np.ones((3, 1)), np.full((3, 1), 2.0)
     found = slra.estimate_error(x, (u, np.full(1, MAX), np.zeros((1, 1))), rng=0)
@@ -140,7 +146,14 @@ def test_only_the_span_of_a_start_counts(scale):
 
 @pytest.mark.parametrize(
     ("x", "left", "right"),
-    [(5e-324, 0.1, 0.1), (1e300, 0.1, 0.1), (0.1, 0.0, MAX), (0.1, 1e-300, 1e300), (MAX, 0.0, 0.0)],
+    [
+        (5e-324, 0.1, 0.1),
+        (1e300, 0.1, 0.1),
+        (0.1, 0.0, MAX),
+        (0.1, 1e-300, 1e300),
+        (MAX, 0.0, 0.0),
+        (5e-324, 0.0, 1e300),
+    ],
 )
 def test_errors_of_approximations_of_another_size(x, left, right):
     found = slra.estimate_error(

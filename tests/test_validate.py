@@ -369,6 +369,11 @@ def test_arrays_in_the_place_of_words():
         slra.compress(x, 2, words)
 
 
+def test_booleans_to_compress():
+    with pytest.raises(TypeError, match="x must have a floating dtype, got bool"):
+        slra.compress(np.ones((4, 3), dtype=bool), 1, "auto")
+
+
 def test_booleans_of_torch_for_ints():
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match="rank must be an int"):

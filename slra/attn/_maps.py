@@ -101,7 +101,8 @@ def fit_output(data: Grouped, sample: RowSample) -> Factors:
     mu = xp.sum(out, axis=-2, keepdims=True) / total
     left, wk = _weighted_low_rank(
         _moment(_some_queries(data, sample), table),
-        _gram((k - c) / _peak(k, xp) * xp.sqrt(received), xp),
+        # Both are needed: where one key gets all the attention, the weights of the others are tiny.
+        _moment((k - c) / _peak(k, xp) * xp.sqrt(received), table),
         table,
     )
     # Not from its Gram matrix: the output is smooth, and a high rank needs directions below sqrt(eps) of the largest.

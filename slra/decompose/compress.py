@@ -83,6 +83,7 @@ def compress(
     check_matrix(x, "x")
     rank = check_rank(rank, min(x.shape[-2:]), limit_is="min of the last two axes of x")
     n_iter = check_count(n_iter, "n_iter")
+    promoted = promote(table, x=x)
     if isinstance(density, str) and density == "auto":
         if x.ndim != 2 or not table.is_eager(x):
             raise ValueError(
@@ -95,7 +96,6 @@ def compress(
         if fraction > 1:
             raise ValueError(f"density must be between 0 and 1, or 'auto', got {density}")
         splits = [(rank, round(fraction * x.shape[-1]))]
-    promoted = promote(table, x=x)
     (work,) = promoted.arrays
     check_finite(table, work, "x")
     work, exponent = brought_in_range(work, table)

@@ -125,4 +125,5 @@ def _difference(problem: Problem, factors: list[Array], omega: Array) -> tuple[A
     logarithm = xp.floor(xp.log2(xp.where(size > 0, size, xp.ones_like(size))))
     exponent = xp.where(size > 0, xp.minimum(of_x, of_factors - logarithm), of_x)
     image = power_of_two(image, exponent - of_x, table)
-    return image - power_of_two(product, exponent - of_factors, table), exponent
+    change = xp.where(size > 0, exponent - of_factors, zero)
+    return image - power_of_two(product, change, table), exponent
