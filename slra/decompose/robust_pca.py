@@ -42,6 +42,16 @@ class RobustPCAResult(NamedTuple):
         What ``tol`` is compared with: the larger of the relative primal residual and a tenth of the dual one.
     converged : bool
         Whether ``residual`` is at most ``tol``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> x = np.ones((20, 20))
+    >>> x[3, 4] = 9.0
+    >>> result = slra.robust_pca(x)
+    >>> result.converged, float(result.sparse[3, 4].round(3)), float(result.low_rank[3, 4].round(3))
+    (True, 8.0, 1.0)
     """
 
     low_rank: Array

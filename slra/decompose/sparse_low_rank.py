@@ -48,6 +48,16 @@ class SparseLowRankResult(NamedTuple):
     lower_bound : float
         No matrix of this rank has a smaller objective: where ``objective[-1]`` equals it, the result is the global
         minimiser.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> result = slra.sparse_low_rank(np.diag([3.0, 2.0, 0.5]), 2, 1.0)
+    >>> np.diag(result.x).round(6).tolist(), result.left.shape, result.right.shape
+    ([2.0, 1.0, 0.0], (3, 2), (2, 3))
+    >>> bool(result.objective[-1] - result.lower_bound < 1e-9)
+    True
     """
 
     x: Array

@@ -35,6 +35,14 @@ class EighResult(NamedTuple):
         Eigenvalues, real, by descending modulus.
     V : array, shape (..., n, k)
         Eigenvectors, orthonormal columns.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> w, V = slra.randomized_eigh(np.diag([1.0, -3.0, 2.0]), 2, rng=0)
+    >>> w.round(6).tolist(), V.shape
+    ([-3.0, 2.0], (3, 2))
     """
 
     w: Array

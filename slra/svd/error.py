@@ -23,6 +23,15 @@ class ErrorEstimate(NamedTuple):
         Estimate of the Frobenius norm; the mean of its square is exact.
     spectral : array, shape (...,)
         Upper bound of the spectral norm, with probability 0.99 or more.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> x = np.diag([3.0, 2.0, 1.0])
+    >>> error = slra.estimate_error(x, slra.truncated_svd(x, 2), rng=0)
+    >>> bool(error.frobenius < error.spectral)
+    True
     """
 
     frobenius: Array
