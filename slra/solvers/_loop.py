@@ -164,9 +164,10 @@ def _as_array(value: Any, like: Array, table: Primitives) -> Array:
 def inner(x: Array, y: Array, table: Primitives) -> Array:
     """Real inner product of two arrays of one shape."""
     xp = table.xp
-    if table.is_complex(x):
-        return xp.sum(xp.real(x) * xp.real(y) + xp.imag(x) * xp.imag(y))
-    return xp.sum(x * y)
+    with table.quietly():
+        if table.is_complex(x):
+            return xp.sum(xp.real(x) * xp.real(y) + xp.imag(x) * xp.imag(y))
+        return xp.sum(x * y)
 
 
 def norm(x: Array, table: Primitives) -> Array:

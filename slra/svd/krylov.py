@@ -71,9 +71,11 @@ class KrylovSpace:
         block = self._project(block)[0]
         block = flattened(block, table.gram(block), table)
         block, overlap = self._project(block)
-        block = orthonormal(block, table)
-        # Twice is enough unless the first projection left nothing but rounding errors.
-        return redo(overlap <= 0.01, (block,), jointly, (*self.V, block), table)[0]
+        # Twice is enough unless the first projection left nothing but rounding errors in a column, or not even these:
+        # whatever orthonormal column is put in the place of zeros has a part in the space.
+        sizes = xp.min(xp.max(xp.abs(block), axis=-2), axis=-1)
+        ok = (overlap <= 0.01) & (sizes > xp.finfo(block.dtype).eps)
+        return redo(ok, (orthonormal(block, table),), jointly, (*self.V, block), table)[0]
 
     def _project(self, block: Array) -> tuple[Array, Array]:
         """Take from ``block`` its part in the space; also the largest modulus of its coordinates there."""
