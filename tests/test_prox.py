@@ -238,7 +238,20 @@ def test_tau_may_be_an_array(xp, operator, dtype):
     np.testing.assert_allclose(result, np.stack(one_by_one), atol=tolerance(dtype, x))
 
 
-@pytest.mark.parametrize("name", sorted(set(CONVEX) - {"simplex", "box", "nuclear"}))
+def test_price_of_an_entry_may_be_an_array(xp):
+    x = np.asarray([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    y = prox.prox_l0(to_xp(xp, x), to_xp(xp, np.asarray([[0.5], [2.0]])))
+    # At |x| = sqrt(2 tau) both are right; this one is zero.
+    np.testing.assert_array_equal(to_numpy(y), [[0, 2, 3], [0, 0, 3]])
+
+
+def test_threshold_may_be_an_array_without_axes(xp):
+    x = np.diag([3.0, 2.0, 1.0])
+    y = to_numpy(prox.prox_nuclear(to_xp(xp, x), to_xp(xp, np.asarray(1.5))))
+    np.testing.assert_allclose(y, np.diag([1.5, 0.5, 0]), atol=8 * EPS["float64"])
+
+
+@pytest.mark.parametrize("name", list(CONVEX))
 def test_half_precision_is_computed_in_single(xp, name):
     if not hasattr(xp, "float16"):
         pytest.skip("no float16 here")
@@ -251,10 +264,57 @@ def test_half_precision_is_computed_in_single(xp, name):
         assert CONVEX[name].value(to_xp(xp, x)).dtype == xp.float32
 
 
+@pytest.mark.eager_only("one shape a call")
+def test_half_precision_where_nothing_is_convex(xp):
+    if not hasattr(xp, "float16"):
+        pytest.skip("no float16 here")
+    x = np.random.default_rng(0).standard_normal(SHAPE).astype("float16")
+    wide = x.astype("float64")
+    rank_1 = prox.project_rank(to_xp(xp, x), 1)
+    assert rank_1.dtype == xp.float16
+    np.testing.assert_allclose(to_numpy(rank_1), prox.project_rank(wide, 1), atol=2e-3)
+    kept = prox.prox_l0(to_xp(xp, x), 0.5)
+    assert kept.dtype == xp.float16
+    np.testing.assert_array_equal(to_numpy(kept), np.where(np.abs(x) > 1, x, 0))
+    factors = prox.prox_nuclear(to_xp(xp, x), 0.5, return_factors=True)
+    assert all(factor.dtype == xp.float16 for factor in factors)
+
+
+# Operators of vectors, and what makes a scalar of one.
+ALONG_AN_AXIS = {
+    "linf": lambda x, tau, axis: prox.prox_linf(x, tau, axis=axis),
+    "norm_linf": lambda x, tau, axis: prox.norm_linf(x, axis=axis),
+    "l1_ball": lambda x, tau, axis: prox.project_l1_ball(x, tau, axis=axis),
+    "l2_ball": lambda x, tau, axis: prox.project_l2_ball(x, tau, axis=axis),
+    "simplex": lambda x, tau, axis: prox.project_simplex(x, tau, axis=axis),
+}
+
+
+@pytest.mark.parametrize("axis", [0, -2])
+@pytest.mark.parametrize("name", ALONG_AN_AXIS)
+def test_vectors_along_any_axis(xp, name, axis):
+    apply = ALONG_AN_AXIS[name]
+    x = np.random.default_rng(0).standard_normal(SHAPE)
+    result = to_numpy(apply(to_xp(xp, x), 0.75, axis))
+    last = apply(np.moveaxis(x, axis, -1), 0.75, -1)
+    expected = np.moveaxis(last, -1, axis) if last.ndim == x.ndim else last
+    np.testing.assert_allclose(result, expected, rtol=0, atol=16 * EPS["float64"])
+
+
 @pytest.mark.parametrize("name", list(CONVEX))
 def test_result_stays_on_the_device_of_the_input(xp, device, name):
     x = xp.asarray(np.random.default_rng(0).standard_normal(SHAPE), device=device)
     assert CONVEX[name].apply(x, 0.5).device == x.device
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (120, 110)], ids=str)
+def test_nan_fills_the_result_of_what_is_spectral(xp, shape):
+    x = np.random.default_rng(0).standard_normal(shape)
+    x.reshape(-1, *shape[-2:])[0, 1, 2] = np.nan
+    for y in (prox.prox_nuclear(to_xp(xp, x), 0.5, rng=0), prox.project_rank(to_xp(xp, x), 1)):
+        is_bad = np.isnan(to_numpy(y)).reshape(-1, *shape[-2:])
+        assert np.all(is_bad[0])
+        assert not np.any(is_bad[1:])
 
 
 @pytest.mark.parametrize("name", sorted(set(CONVEX) - {"box"}))
@@ -362,6 +422,46 @@ def test_long_single_precision_vectors_meet_the_simplex(xp):
     assert np.all(y >= 0)
 
 
+@pytest.mark.parametrize("name", ["project_simplex", "project_l1_ball"])
+def test_sum_is_right_to_the_rounding_of_the_level(xp, name):
+    """The running sum of the entries is off by more, and the level must not come out above all of them."""
+    # Two values in one row, of which the larger is kept; seven; one. No entry is near the level.
+    index = np.arange(100_000)
+    x = np.stack([50.1 + index % 2, 10.1 + index % 7, 0.1 + 0 * index]).astype("float32")
+    radius = np.asarray([[2e4], [1.0], [1.0]], "float32")
+    y = to_numpy(getattr(prox, name)(to_xp(xp, x), to_xp(xp, radius))).astype("float64")
+    n_above = np.count_nonzero(y, axis=-1)
+    assert n_above.tolist() == [50_000, 14_285, 100_000]
+    error = np.abs(np.sum(y, axis=-1) - radius[:, 0])
+    # The level, and the sum of what exceeds it, are rounded to a few units in the last place.
+    assert np.all(error <= 4 * EPS["float32"] * (n_above * np.max(x, axis=-1) + radius[:, 0]))
+
+
+def test_simplex_sum_does_not_depend_on_where_the_entries_lie():
+    # Two of three entries of the first row are kept, at two heights; a running sum of them drifts.
+    index = np.arange(100_000)
+    x = np.stack([50.1 + (index % 3 > 0) + 0.3 * (index % 3 > 1), 10.1 + index % 7])
+    x, radius = x.astype("float32"), np.asarray([[2e4], [1.0]], "float32")
+    y = prox.project_simplex(x, radius).astype("float64")
+    n_above = np.count_nonzero(y, axis=-1)
+    assert n_above.tolist() == [66_666, 14_285]
+    # Heights above the level, and their sum, are rounded to a few units in the last place.
+    allowed = 4 * EPS["float32"] * (n_above * np.max(y, axis=-1) + radius[:, 0])
+    assert np.all(np.abs(np.sum(y, axis=-1) - radius[:, 0]) <= allowed)
+
+
+def test_functions_at_the_edge_of_their_domain():
+    x = np.asarray([0.0, 0.5, 2.0])
+    assert prox.norm_nonneg_l1(x) == 2.5
+    assert prox.norm_nonneg_l1(-x) == np.inf
+    assert prox.norm_elastic_net(x, l2=0) == 2.5
+    np.testing.assert_array_equal(prox.prox_elastic_net(x, 1.0, l2=0), [0, 0, 1])
+    # A vector on the sphere, and one at the level itself.
+    np.testing.assert_array_equal(prox.project_l2_ball(np.asarray([3.0, 4.0]), 5.0), [3, 4])
+    np.testing.assert_array_equal(prox.project_box(x, 0.5, 0.5), [0.5, 0.5, 0.5])
+    np.testing.assert_array_equal(prox.project_box(x, np.zeros(3), np.asarray(1.0)), [0, 0.5, 1])
+
+
 @pytest.mark.parametrize("tau", [0.0, 1e-3])
 def test_points_inside_stay_as_they_are(xp, tau):
     x = np.asarray([[0.0, 0.25, -0.5], [0.0, 0.0, 0.0]])
@@ -399,7 +499,7 @@ def test_points_inside_stay_as_they_are(xp, tau):
             TypeError,
             "x must have a real floating dtype",
         ),
-        (lambda x: prox.project_simplex(x + 0j, 1.0), TypeError, "real floating"),
+        (lambda x: prox.project_simplex(x + 0j, 1.0), TypeError, "x must have a real floating"),
         (lambda x: prox.project_box(x, 1.0, 0.0), ValueError, "lo must be at most hi"),
         (lambda x: prox.project_box(x, x, x[:, ::-1]), ValueError, "lo must be at most hi"),
         (
@@ -416,12 +516,66 @@ def test_points_inside_stay_as_they_are(xp, tau):
             "warm_start must have",
         ),
         (lambda x: prox.prox_l1([1.0], 1.0), TypeError, "x must be an array"),
+        (lambda x: prox.norm_huber(x, delta=0.0), ValueError, "delta must be finite and greater"),
+        (lambda x: prox.norm_elastic_net(x, l2=-1.0), ValueError, "l2 must be finite and 0"),
+        (lambda x: prox.norm_nonneg_l1(x + 0j), TypeError, "x must have a real floating dtype"),
+        (lambda x: prox.project_box(x + 0j, 0.0, 1.0), TypeError, "x must have a real floating"),
+        (lambda x: prox.project_box(x, "0", 1.0), TypeError, "lo must be a real number"),
+        (lambda x: prox.project_box(x, 0.0, None), TypeError, "hi must be a real number"),
+        (
+            lambda x: prox.project_box(x, 1.0, 0.0),
+            ValueError,
+            "lo must be at most hi everywhere, and neither may be NaN$",
+        ),
+        (lambda x: prox.project_box(x, np.nan, 1.0), ValueError, "lo must be at most hi"),
+        (lambda x: prox.norm_l21(x[0], axis=0), ValueError, "x must have at least 2 dimensions"),
+        (lambda x: prox.norm_nuclear(x[0]), ValueError, "x must have at least 2 dimensions"),
+        (lambda x: prox.project_rank(x[0], 1), ValueError, "x must have at least 2 dimensions"),
+        (
+            lambda x: prox.project_rank(x, 0),
+            ValueError,
+            r"rank must be between 1 and 2 \(min of the last two axes of x\), got 0",
+        ),
+        (
+            lambda x: prox.prox_nuclear(x, 1.0, warm_start=x[:, :2]),
+            ValueError,
+            r"warm_start must have shape \(k, 5\) for x of shape \(2, 5\), got \(2, 2\)",
+        ),
+        (
+            lambda x: prox.prox_nuclear(x, 1.0, warm_start=[[1.0]]),
+            TypeError,
+            "warm_start must be an array",
+        ),
+        (lambda x: prox.prox_nuclear(x, 1.0, rng="0"), TypeError, "rng must be an int"),
+        (lambda x: prox.prox_linf(x, -1.0), ValueError, "tau must be finite and 0 or more"),
     ],
 )
 def test_errors_name_the_argument(call, error, message):
     x = np.random.default_rng(0).standard_normal((2, 5))
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=f"^{message}"):
         call(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "alone"),
+    [
+        (lambda x, tau: prox.prox_l2(x, tau, axis=-1), "tau", (2, 1)),
+        (lambda x, tau: prox.prox_l21(x, tau, axis=-2), "tau", (1, 5)),
+        (lambda x, tau: prox.prox_linf(x, tau), "tau", (2, 1)),
+        (lambda x, tau: prox.prox_nuclear(x, tau), "tau", (1, 1)),
+        (lambda x, tau: prox.project_l1_ball(x, tau), "radius", (2, 1)),
+        (lambda x, tau: prox.project_l2_ball(x, tau), "radius", (2, 1)),
+        (lambda x, tau: prox.project_simplex(x, tau), "radius", (2, 1)),
+    ],
+)
+def test_one_threshold_for_each_vector_or_matrix(call, name, alone):
+    x = np.random.default_rng(0).standard_normal((2, 5))
+    assert call(x, np.ones(alone)).shape == x.shape
+    for shape in {(2, 1), (1, 5), (2, 5)} - {alone}:
+        with pytest.raises(ValueError, match=f"^{name} must broadcast to x"):
+            call(x, np.ones(shape))
+    with pytest.raises(ValueError, match=f"^{name} must be finite and 0 or more"):
+        call(x, -1.0)
 
 
 # prox_nuclear where it is partial.
@@ -472,6 +626,21 @@ def test_prox_nuclear_starts_warm(xp):
         assert np.linalg.norm(y - full_prox(moved, 30.0)) <= 1e-13 * np.linalg.norm(moved)
 
 
+def test_a_batch_takes_a_warm_start_and_ignores_it():
+    x = np.random.default_rng(0).standard_normal((2, 9, 6))
+    y = prox.prox_nuclear(x, 1.0, warm_start=np.eye(6)[:2])
+    np.testing.assert_array_equal(y, prox.prox_nuclear(x, 1.0))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_prox_nuclear_at_extreme_scales(xp, scale):
+    # In single precision the squares of both are out of range.
+    x = low_rank_plus_noise(160, 140, 10, 0.01, "float32") * np.float32(scale)
+    y = to_numpy(prox.prox_nuclear(to_xp(xp, x), 30.0 * scale, rng=0))
+    tol = 20 * EPS["float32"] * np.sqrt(160) * np.linalg.norm(x.astype("float64"), 2)
+    assert np.linalg.norm(y.astype("float64") - full_prox(x, 30.0 * scale)) <= tol
+
+
 @pytest.mark.parametrize("shape", [(160, 140), (9, 6), (2, 9, 6)], ids=str)
 def test_factors_of_prox_nuclear(xp, shape):
     x = np.random.default_rng(0).standard_normal(shape)
@@ -493,3 +662,76 @@ def test_a_partial_svd_is_what_prox_nuclear_takes(monkeypatch):
     prox.prox_nuclear(low_rank_plus_noise(160, 140, 10, 0.01), 30.0, rng=0)
     with pytest.raises(AssertionError, match="full SVD"):
         prox.prox_nuclear(low_rank_plus_noise(160, 140, 3, 1.0), 17.0, rng=0)
+    prox.prox_nuclear(np.zeros((160, 140)), 1.0, rng=0)
+
+
+@pytest.mark.parametrize("rank", [10, 25])
+def test_a_partial_svd_is_reproducible(rank):
+    x = low_rank_plus_noise(160, 140, rank, 1e-4)
+    first, again, other = (prox.prox_nuclear(x, 20.0, rng=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other)
+
+
+def blocks(monkeypatch, x, tau, **options):
+    """Widths of the blocks that the iteration multiplies by x, in turn."""
+    from slra.prox import nuclear
+
+    widths = []
+
+    def count(image, table):
+        widths.append(image.shape[-1])
+        return orthonormal(image, table)
+
+    orthonormal = nuclear.orthonormal
+    with monkeypatch.context() as patch:
+        patch.setattr(nuclear, "orthonormal", count)
+        result = prox.prox_nuclear(x, tau, return_factors=True, rng=0, **options)
+    return widths, result
+
+
+def test_what_a_partial_svd_costs(monkeypatch):
+    """From a warm start few columns and few iterations; without hope, no more than a full SVD."""
+    x = low_rank_plus_noise(160, 140, 10, 0.01)
+    cold, first = blocks(monkeypatch, x, 30.0)
+    assert set(cold) == {16}
+    warm, _ = blocks(monkeypatch, x, 30.0, warm_start=first.Vh)
+    assert set(warm) == {18}
+    assert len(warm) < len(cold)
+    none_yet, _ = blocks(monkeypatch, x, 30.0, warm_start=first.Vh[:0])
+    assert none_yet == cold
+    # Wider while the smallest Ritz value is wanted, up to a quarter of the matrix.
+    wider, _ = blocks(monkeypatch, low_rank_plus_noise(160, 140, 30, 0.01), 20.0)
+    assert wider[:2] == [16, 32]
+    assert max(wider) <= 35
+    everything, _ = blocks(monkeypatch, x, 0.0)
+    assert everything == [16, 32]
+    hopeless, _ = blocks(monkeypatch, low_rank_plus_noise(160, 140, 3, 1.0), 17.0)
+    assert 140 - 16 <= sum(hopeless) <= 140 + 16
+
+
+@pytest.mark.parametrize(
+    ("errors", "is_found"),
+    [
+        ((0.0, 0.0, 0.0), True),
+        # Of the kept triplets, relative to the largest value, together: 0.00075, 0.0055 and 0.0011 for 0.001 allowed.
+        ((0.0015, 0.0, 0.0), True),
+        ((0.011, 0.0, 0.0), False),
+        ((0.0016, 0.0016, 0.0), False),
+        # Of the other, whose value of 0.9 may be off by as much and must stay below 1.
+        ((0.0, 0.0, 0.04), True),
+        ((0.0, 0.0, 0.16), False),
+    ],
+)
+def test_what_ends_the_iteration(errors, is_found):
+    from array_api_compat import numpy as xp
+
+    from slra._backends import primitives
+    from slra.prox.nuclear import _is_found
+    from slra.svd import SVDResult
+
+    U, S = np.eye(6)[:, :3], np.asarray([2.0, 1.5, 0.9])
+    image = U * S
+    image[3:] = np.diag(errors)
+    found = SVDResult(U, S, np.eye(3))
+    assert _is_found(image, found, 1.0, 1e-3, primitives(xp)) == is_found

@@ -1,5 +1,7 @@
 """Singular value decompositions against LAPACK in double precision."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -107,6 +109,18 @@ def test_half_precision_is_computed_in_single(xp):
     assert U.dtype == S.dtype == Vh.dtype == xp.float16
     exact = np.linalg.svd(a.astype("float64"), compute_uv=False)[:3]
     np.testing.assert_allclose(to_numpy(S), exact, rtol=np.finfo("float16").eps)
+    for one, other in zip(slra.truncated_svd(to_xp(xp, a), 3), (U, S, Vh), strict=True):
+        assert one.dtype == xp.float16
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), atol=2e-3)
+
+
+@pytest.mark.parametrize("function", ["randomized_svd", "truncated_svd"])
+def test_ranks_out_of_range(function):
+    message = r"^rank must be between 1 and 3 \(min of the last two axes of x\), got "
+    for shape in ((3, 5), (5, 3)):
+        for rank in (0, 4):
+            with pytest.raises(ValueError, match=f"{message}{rank}$"):
+                getattr(slra, function)(np.ones(shape), rank)
 
 
 def test_test_matrix_replaces_the_draw(xp):
@@ -115,6 +129,75 @@ def test_test_matrix_replaces_the_draw(xp):
     result = slra.randomized_svd(to_xp(xp, a), 2, test_matrix=to_xp(xp, omega))
     reference = slra.randomized_svd(a, 2, test_matrix=omega)
     np.testing.assert_allclose(to_numpy(result.U), reference.U, atol=1e-12)
+
+
+def test_batches_share_a_test_matrix_or_have_their_own():
+    a = with_spectrum(1 / np.arange(1.0, 41), 60, 40, "float64", batch=(2,))
+    omega = np.random.default_rng(5).standard_normal((2, 40, 2))
+    own = slra.randomized_svd(a, 2, n_iter=2, test_matrix=omega)
+    for i in range(2):
+        alone = slra.randomized_svd(a[i], 2, n_iter=2, test_matrix=omega[i])
+        np.testing.assert_allclose(own.U[i], alone.U, atol=1e-12)
+        shared = slra.randomized_svd(a, 2, n_iter=2, test_matrix=omega[i])
+        np.testing.assert_allclose(shared.U[i], alone.U, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batch", "shape"),
+    [
+        ((), ()),
+        ((), (40,)),
+        ((), (60, 6)),
+        ((), (40, 1)),
+        ((), (2, 40, 6)),
+        ((2,), (3, 40, 6)),
+        ((2,), (2, 60, 6)),
+        ((2,), (60, 6)),
+    ],
+)
+def test_test_matrices_that_do_not_fit(batch, shape):
+    message = (
+        rf"^test_matrix must have shape \(\.\.\., 40, 2 or more\) for x of shape "
+        rf"{re.escape(str((*batch, 60, 40)))} and rank 2, got {re.escape(str(shape))}$"
+    )
+    with pytest.raises(ValueError, match=message):
+        slra.randomized_svd(np.ones((*batch, 60, 40)), 2, test_matrix=np.ones(shape))
+
+
+def flops_of_gram(short, long):
+    return 2 * long * short**2 + 40 * short**3
+
+
+def flops_of_krylov(short, long, width, depth):
+    basis = depth * width
+    products = 2 * long * short * width * (2 * depth + 1)
+    return products + 2 * basis**2 * (long + 2 * short) + 40 * basis**3
+
+
+@pytest.mark.parametrize("depth", [None, 0, 1, 2, 5])
+@pytest.mark.parametrize("width", [12, 60])
+@pytest.mark.parametrize("long", [2_000, 100_000])
+def test_the_method_with_fewer_flops_is_chosen(long, width, depth):
+    from array_api_compat import numpy as xp
+
+    from slra._backends import primitives
+    from slra.svd._linear_map import dense_map
+    from slra.svd.randomized import _cheapest
+
+    def chosen(short):
+        x = np.broadcast_to(np.zeros(()), (long, short))
+        maps = dense_map(x, primitives(xp)), dense_map(x.T, primitives(xp))
+        (method,) = {_cheapest(A, width, depth) for A in maps}
+        return method
+
+    steps = 3 if depth is None else max(1, depth)
+    is_gram = [
+        flops_of_gram(n, long) <= flops_of_krylov(n, long, width, steps) for n in range(1, 2_000)
+    ]
+    longest = sum(is_gram)
+    assert is_gram == [n <= longest for n in range(1, 2_000)]
+    for n in (longest - 1, longest, longest + 1, longest + 2):
+        assert chosen(n) == ("gram" if n <= longest else "krylov")
 
 
 def test_result_stays_on_the_device_of_the_input(xp, device):

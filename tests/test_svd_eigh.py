@@ -55,13 +55,29 @@ def test_degenerate(lam):
     check(a, 3, slra.randomized_eigh(a, 3, n_oversamples=2, rng=0))
 
 
+def test_order_of_equal_moduli_and_of_each_element():
+    # Of equal moduli the smaller value comes first, as LAPACK gives them; each matrix has its own order.
+    lam = np.asarray([[3.0, -3.0, 2.0, 1.0], [1.0, -2.0, 3.0, -4.0]])
+    a = np.stack([np.diag(row) for row in lam])
+    w, V = slra.randomized_eigh(a, 3, rng=0)
+    np.testing.assert_allclose(w, [[-3, 3, 2], [-4, 3, -2]], atol=1e-14)
+    np.testing.assert_allclose(np.argmax(np.abs(V), axis=1), [[1, 0, 2], [3, 2, 1]])
+
+
+def test_eigenpairs_stay_on_the_device_of_the_input(xp, device):
+    a = xp.asarray(hermitian(np.asarray([3.0, -2, 1, 0.5]), "float64"), device=device)
+    for x in slra.randomized_eigh(a, 2, rng=0):
+        assert x.device == a.device
+
+
 def test_small_is_exact(xp):
     a = hermitian(np.asarray([3.0, -2, 1, 0.5]), "float64")
     check(a, 2, slra.randomized_eigh(to_xp(xp, a), 2, rng=0))
 
 
 def test_nystrom(xp):
-    a = hermitian(0.6 ** np.arange(100), "float64")
+    # Long enough for the sample not to fill it.
+    a = hermitian(0.6 ** np.arange(200), "float64")
     result = slra.randomized_eigh(
         to_xp(xp, a), 4, n_oversamples=4, method="nystrom", n_iter=8, rng=0
     )
@@ -72,6 +88,91 @@ def test_nystrom(xp):
     np.testing.assert_allclose(V.T @ V, np.eye(4), atol=50 * eps_of("float64") * 2)
 
 
+@pytest.mark.parametrize("n_iter", ["auto", 1])
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_nystrom_of_every_kind(dtype, n_iter):
+    # Of rank 5, so that one product finds all of it; a batch, of which one is zero.
+    a = hermitian(np.where(np.arange(120) < 5, 0.5 ** np.arange(120), 0), dtype, (2,))
+    a[1] = 0
+    w, V = slra.randomized_eigh(a, 6, n_oversamples=2, method="nystrom", n_iter=n_iter, rng=0)
+    assert w.dtype == a.real.dtype
+    assert V.dtype == a.dtype
+    assert np.all(w >= 0)
+    # The shift that is put in and taken out again is eps times the norm.
+    np.testing.assert_allclose(
+        w, [[1, 0.5, 0.25, 0.125, 0.0625, 0], [0] * 6], atol=20 * eps_of(dtype)
+    )
+    gram = np.conj(V).swapaxes(-1, -2) @ V
+    np.testing.assert_allclose(gram, np.stack([np.eye(6)] * 2), atol=100 * eps_of(dtype))
+    rebuilt = (V * w[:, None, :]) @ np.conj(V).swapaxes(-1, -2)
+    np.testing.assert_allclose(rebuilt, a, atol=100 * eps_of(dtype))
+
+
+@pytest.mark.parametrize("method", ["krylov", "nystrom"])
+@pytest.mark.parametrize("exponent", [-660, 660])
+def test_squares_out_of_range_of_double_precision(method, exponent):
+    a, scale = hermitian(0.3 ** np.arange(100), "float64"), 2.0**exponent
+    w, V = slra.randomized_eigh(a * scale, 4, method=method, n_iter=3, rng=0)
+    check(a, 4, (w / scale, V))
+
+
+@pytest.mark.parametrize("method", ["krylov", "nystrom"])
+def test_test_matrix_replaces_the_draw(method):
+    a = hermitian(0.6 ** np.arange(100), "float64")
+    options = {"n_iter": 2, "method": method}
+    omega = np.random.default_rng(5).standard_normal((100, 8))
+    w, V = slra.randomized_eigh(a, 2, test_matrix=omega, **options)
+    same = slra.randomized_eigh(a, 2, test_matrix=omega, n_oversamples=50, **options)
+    np.testing.assert_array_equal(V, same.V)
+    other = slra.randomized_eigh(a, 2, test_matrix=omega[:, :4], **options)
+    assert np.any(V != other.V)
+    np.testing.assert_allclose(w, [1, 0.6], rtol=1e-3)
+    with pytest.raises(ValueError, match=r"^test_matrix must have shape \(\.\.\., 100, 2 or more"):
+        slra.randomized_eigh(a, 2, test_matrix=omega[:, :1], **options)
+
+
+@pytest.mark.parametrize("method", ["krylov", "nystrom"])
+def test_draws_follow_the_seed(method):
+    a = hermitian(0.9 ** np.arange(150), "float64")
+    options = {"n_iter": 2, "method": method}
+    first, again, other = (slra.randomized_eigh(a, 4, rng=seed, **options) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.V, again.V)
+    assert np.any(first.w != other.w)
+    default = slra.randomized_eigh(a, 4, n_oversamples=8, rng=0, **options)
+    np.testing.assert_array_equal(first.w, default.w)
+
+
+def products(lam, **options):
+    """Products with blocks that `randomized_eigh` takes."""
+    a, taken = hermitian(lam, "float64"), []
+
+    def matmat(v):
+        taken.append(v.shape[-1])
+        return a @ v
+
+    operator = slra.MatrixOperator(matmat, matmat, a.shape, a)
+    slra.randomized_eigh(operator, 4, rng=0, **options)
+    # The first is of one vector, to find the scale.
+    return taken[1:]
+
+
+def test_how_many_products_are_taken():
+    lam = 0.1 ** np.arange(400)
+    # One for the sample, which the first two blocks begin with.
+    for n_iter in (0, 1, 2, 4):
+        assert products(lam, n_iter=n_iter) == [12] * (1 + 2 * max(1, n_iter))
+        assert products(lam, n_iter=n_iter, method="nystrom") == [12] * (2 + n_iter)
+    # Five blocks, and one more to see that nothing moves.
+    assert products(lam) == [12] * 7
+    assert products(lam, n_oversamples=3) == [7] * 7
+    assert products(lam, method="nystrom") == [12] * 6
+    # Where the space would be as long as the matrix, the matrix is multiplied out.
+    assert products(lam[:72]) == [72]
+    assert products(lam[:73]) == [12] * 7
+    assert products(lam[:24], n_iter=1) == [24]
+    assert products(lam[:25], n_iter=1) == [12] * 3
+
+
 def test_sparse_operator_agrees_with_the_array():
     sp = pytest.importorskip("scipy.sparse")
     a = hermitian(0.6 ** np.arange(120), "float64")
@@ -80,6 +181,16 @@ def test_sparse_operator_agrees_with_the_array():
 
 
 def test_refusals():
+    with pytest.raises(ValueError, match=r"^method must be one of 'krylov', 'nystrom', got 'qr'"):
+        slra.randomized_eigh(np.eye(5), 2, method="qr")
+    with pytest.raises(
+        ValueError, match=r"^rank must be between 1 and 5 \(the last axis of x\), got 6"
+    ):
+        slra.randomized_eigh(np.eye(5), 6)
+    with pytest.raises(ValueError, match="^n_oversamples must be 0 or more, got -1"):
+        slra.randomized_eigh(np.eye(5), 2, n_oversamples=-1)
+    with pytest.raises(ValueError, match="^n_iter must be 0 or more, got -1"):
+        slra.randomized_eigh(np.eye(5), 2, n_iter=-1)
     with pytest.raises(ValueError, match="x must be Hermitian"):
         slra.randomized_eigh(np.triu(np.ones((5, 5))), 2)
     with pytest.raises(ValueError, match="x must be square"):
@@ -104,6 +215,24 @@ def test_estimate_error(xp):
     pair = tuple(to_xp(xp, x) for x in (U * S, Vh))
     same = slra.estimate_error(to_xp(xp, a), pair, n_probes=20, rng=1)
     np.testing.assert_allclose(to_numpy(same.frobenius), to_numpy(found.frobenius), rtol=1e-10)
+
+
+def test_estimate_error_is_what_its_notes_say():
+    from array_api_compat import numpy as xp
+
+    from slra._backends import primitives
+
+    x = np.stack([np.diag([3.0, 1.0]), np.diag([0.5, 2.0])])
+    nothing = np.zeros((2, 2, 1)), np.zeros((2, 1, 2))
+    for p in (1, 10):
+        w = primitives(xp).test_matrix((2, 2, p), np.random.default_rng(7), x)
+        norms = np.linalg.norm(x @ w, axis=-2)
+        found = slra.estimate_error(x, nothing, n_probes=p, rng=7)
+        np.testing.assert_allclose(found.frobenius, np.sqrt(np.mean(norms**2, axis=-1)), rtol=1e-14)
+        bound = 100 ** (1 / p) * np.sqrt(2 / np.pi) * np.max(norms, axis=-1)
+        np.testing.assert_allclose(found.spectral, bound, rtol=1e-14)
+    default = slra.estimate_error(x, nothing, rng=7)
+    np.testing.assert_array_equal(default.frobenius, found.frobenius)
 
 
 def test_confidence_of_the_spectral_bound():

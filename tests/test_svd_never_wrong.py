@@ -119,6 +119,51 @@ def test_never_wrong(name, dtype, shape, rank):
     check(a, rank, slra.randomized_svd(a, rank, rng=0), near, reference_error(a, rank, 3))
 
 
+def along_axes(name, dtype):
+    """Matrices whose products are zero but for a few entries, so that a basis is completed with unit vectors."""
+    rng, a = np.random.default_rng(0), np.zeros((300, 200))
+    if name == "one entry":
+        a[3, 4] = 2
+    elif name == "diagonal":
+        a[:5, :5] = np.diag([5, 4, 3, 2, 1])
+    elif name == "two columns":
+        a[:, [0, 7]] = rng.standard_normal((300, 2))
+    elif name == "two rows":
+        a[[0, 7]] = rng.standard_normal((2, 200))
+    elif name == "classes":
+        a[np.arange(300), rng.integers(8, size=300)] = 1
+    elif name == "fading":
+        # Down to where single precision ends.
+        np.fill_diagonal(a, 2.0 ** -np.arange(200))
+    else:
+        a[:20, :20] = rng.standard_normal((20, 20))
+    return a.astype(dtype) * (1 + 1j if np.dtype(dtype).kind == "c" else 1)
+
+
+AXES = ["one entry", "diagonal", "two columns", "two rows", "classes", "fading", "padded"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize("name", AXES)
+def test_what_lies_along_few_axes(name, dtype):
+    for a in (along_axes(name, dtype), along_axes(name, dtype).T):
+        for options in ({}, {"n_iter": 5}, {"method": "subspace"}, {"method": "gram"}):
+            result = slra.randomized_svd(a, 6, rng=0, **options)
+            check(a, 6, result, 1.01, reference_error(a, 6, 3))
+        U, S, Vh = slra.randomized_svd(a, rtol=0.3, rng=0)
+        assert np.linalg.norm(a - (U * S) @ Vh) <= 0.3 * np.linalg.norm(a)
+        gram = a @ np.conj(a).T
+        w, V = slra.randomized_eigh(gram, 6, rng=0)
+        exact = np.linalg.eigvalsh(gram.astype("complex128"))[::-1][:6]
+        np.testing.assert_allclose(w, exact, atol=1e-2 * exact[5] + 20 * eps_of(dtype) * exact[0])
+        np.testing.assert_allclose(np.conj(V).T @ V, np.eye(6), atol=100 * eps_of(dtype))
+
+
+def test_few_axes_on_every_backend(xp):
+    a = along_axes("diagonal", "float32")
+    check(a, 6, slra.randomized_svd(to_xp(xp, a), 6, rng=0))
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -154,6 +199,15 @@ def test_every_method_is_never_wrong(name, dtype, method):
     a = make(name, (300, 200), dtype)
     result = slra.randomized_svd(a, 20, n_iter=3, method=method, rng=0)
     check(a, 20, result, 1.01, reference_error(a, 20, 3))
+
+
+@pytest.mark.parametrize("exponent", [-660, 660])
+@pytest.mark.parametrize("method", ["krylov", "subspace", "gram"])
+def test_squares_out_of_range_of_double_precision(method, exponent):
+    # Times a power of two, which is exact, the answer is the same.
+    a, scale = make("exponential", (140, 110), "complex128"), 2.0**exponent
+    U, S, Vh = slra.randomized_svd(a * scale, 6, method=method, rng=0)
+    check(a, 6, (U, S / scale, Vh), 1.01, reference_error(a, 6, 3))
 
 
 @pytest.mark.parametrize("n_iter", [0, 1, 2, 4])

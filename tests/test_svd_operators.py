@@ -49,6 +49,45 @@ def test_scales(scale):
         check(a, 8, slra.randomized_svd(x, 8, rng=0), 1.01, reference_error(a, 8, 3))
 
 
+@pytest.mark.parametrize("exponent", [-660, 0, 660])
+def test_squares_out_of_range_of_double_precision(exponent):
+    scale = 2.0**exponent
+    s = sparse()
+    a, norm = s.toarray(), sp.linalg.norm(s) * scale
+    x = s * scale
+    # Two ways to the norm: the stored entries, and what the caller says.
+    for y in (x, slra.MatrixOperator(x.__matmul__, x.T.__matmul__, x.shape, x.data, norm)):
+        U, S, Vh = slra.randomized_svd(y, 8, rng=0)
+        check(a, 8, (U, S / scale, Vh), 1.01, reference_error(a, 8, 3))
+        U, S, Vh = slra.randomized_svd(y, rtol=0.1, rng=0)
+        assert np.linalg.norm(a - (U * S / scale) @ Vh) <= 0.1 * np.linalg.norm(a)
+        U, S, Vh = slra.randomized_svd(y, rtol=0.1, center=True, rng=0)
+        c = a - a.mean(axis=0)
+        assert np.linalg.norm(c - (U * S / scale) @ Vh) <= 0.1 * np.linalg.norm(c)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_short_sparse_matrices_are_decomposed_exactly(dtype, shape):
+    s = sp.random(*shape, density=0.3, random_state=0, format="csr").astype(dtype)
+    for x in (s, aslinearoperator(s)):
+        check(s.toarray(), 3, slra.randomized_svd(x, 3, rng=0))
+        check(s.toarray(), 12, slra.randomized_svd(x, 12, rng=0))
+
+
+def test_powers_of_two_are_exact_to_the_ends_of_the_range():
+    from array_api_compat import numpy as xp
+
+    from slra._backends import primitives
+    from slra.svd._linear_map import power_of_two
+
+    x = np.asarray([[3.0, 1e-300], [5e-324, 1.7e308]])
+    exponent = np.asarray([[1070.0, 990.0], [1074.0, -2098.0]])
+    with np.errstate(under="ignore"):
+        found = power_of_two(x * 0.5**1000, exponent, primitives(xp))
+    np.testing.assert_array_equal(found, np.ldexp(x * 0.5**1000, exponent.astype(int)))
+
+
 def test_operator_on_every_backend(xp):
     a = make("exponential", (120, 100), "complex128")
     x = to_xp(xp, a)
@@ -79,8 +118,77 @@ def test_tolerance_by_products(center):
         assert len(S) <= 1.05 * best + 1
     with pytest.raises(ValueError, match=r"rtol must be at least 5\.5e-03 for float32"):
         slra.randomized_svd(s.astype("float32"), rtol=1e-3)
-    with pytest.raises(ValueError, match="rtol needs the Frobenius norm of x"):
+    with pytest.raises(
+        ValueError,
+        match="^rtol needs the Frobenius norm of x, which products do not tell; "
+        "pass a slra.MatrixOperator with frobenius_norm$",
+    ):
         slra.randomized_svd(aslinearoperator(s), rtol=0.1)
+
+
+def products(a, *args, **options):
+    """Columns of each product with A, and less than zero with A^H, that `randomized_svd` takes."""
+    taken = []
+
+    def matmat(v):
+        taken.append(v.shape[-1])
+        return a @ v
+
+    def rmatmat(u):
+        taken.append(-u.shape[-1])
+        return a.T @ u
+
+    x = slra.MatrixOperator(matmat, rmatmat, a.shape, a, np.linalg.norm(a))
+    slra.randomized_svd(x, *args, rng=0, **options)
+    # The first is of one vector, to find the scale.
+    assert taken[0] == 1
+    return taken[1:]
+
+
+@pytest.mark.parametrize("name", ["steep", "slow"])
+def test_how_many_products_are_taken(name):
+    tall = make(name, (300, 200), "float64")
+    for n_iter in (1, 2, 4):
+        krylov = products(tall, 4, n_iter=n_iter, method="krylov")
+        assert krylov == [12, -12] * n_iter + [12]
+        assert products(tall.T, 4, n_iter=n_iter) == [12, -12] * (n_iter + 1)
+        subspace = products(tall, 4, n_iter=n_iter, method="subspace")
+        assert subspace == [12, -12] * (n_iter + 1)
+    for method in ("krylov", "subspace"):
+        assert products(tall, 4, n_iter=0, method=method) == [12, -12]
+    assert products(tall, 4, method="subspace") == [12, -12] * 5
+    # Three blocks, of which the last moves no value by much.
+    assert products(tall, 4) == products(tall, 4, n_oversamples=8) == [12, -12] * 3 + [12]
+    assert products(tall.T, 4) == [12, -12] * 4
+    assert products(tall, 4, n_oversamples=3) == [7, -7] * 3 + [7]
+    # Where values do move, six blocks.
+    hard = make("bad Cholesky-QR", (600, 500), "float64")
+    assert products(hard, 20, n_oversamples=0) == [20, -20] * 6 + [20]
+    # Where the blocks would fill it, the matrix is multiplied out.
+    assert products(tall[:, :36], 4) == [36]
+    assert products(tall[:36], 4) == [-36]
+    assert products(tall[:, :37], 4) == [12, -12] * 3 + [12]
+    assert products(tall[:, :24], 4, n_iter=2) == [24]
+    assert products(tall[:, :25], 4, n_iter=2) == [12, -12] * 2 + [12]
+    assert products(tall[:, :36], 4, method="subspace", n_iter=1) == [12, -12] * 2
+    assert products(tall[:, :12], 4, method="subspace", n_iter=1) == [12]
+    assert products(tall, 4, method="gram") == [200]
+
+
+def test_how_many_products_a_tolerance_takes():
+    tall = make("exponential", (300, 200), "float64")
+    # Blocks of 16 until the rank has settled, and one product with as many vectors to verify it.
+    assert products(tall, rtol=0.1) == [16, -16] * 3 + [16, 22]
+    assert products(tall.T, rtol=0.1) == [16, -16] * 4 + [22]
+    assert products(tall, rtol=0.01) == [16, -16] * 5 + [16, 44]
+    # With a cap on the rank, no deeper than a call with this rank.
+    assert products(tall, 5, rtol=0.01) == [16, -16] * 4 + [16, 5]
+    # A wide space is looked at only once it has grown by a tenth.
+    wide = products(make("slow", (600, 500), "float64"), rtol=0.3)
+    assert wide == [16, -16] * 28 + [16, 272]
+    # Too many to settle in the space: the matrix is multiplied out.
+    slow = products(make("slow", (300, 200), "float64"), rtol=0.1)
+    assert slow == [16, -16] * 12 + [16, 200, 189]
 
 
 @pytest.mark.parametrize("shape", [(120, 40), (300, 200), (40, 120)], ids=str)
@@ -93,6 +201,40 @@ def test_centering(xp, shape):
     exact = np.linalg.svd(c, compute_uv=False)[:4]
     allowed = 10 * reference_error(c, 4, 3, 3) + 20 * np.finfo("float64").eps * np.linalg.norm(a)
     assert np.all(np.abs(S - exact) <= allowed)
+
+
+@pytest.mark.parametrize("exponent", [0, 660])
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_products_and_norm_of_what_is_centred(dtype, exponent):
+    from slra.svd._inputs import read
+
+    scale = 2.0**exponent
+    s = sparse(dtype) * scale
+    a = s.toarray() / scale
+    c = a - a.mean(axis=0)
+    v, u = (np.random.default_rng(0).standard_normal((n, 3)).astype(dtype) for n in (300, 400))
+    norm = sp.linalg.norm(s / scale) * scale
+    without = slra.MatrixOperator(s.__matmul__, s.conj().T.__matmul__, s.shape, s.data)
+    for x in (s, without._replace(frobenius_norm=norm), without):
+        A = read(x, center=True).A
+        factor = 1 / np.linalg.norm(c @ v) * np.linalg.norm(A.matmat(v))
+        np.testing.assert_allclose(A.matmat(v), factor * (c @ v), atol=1e-12 * factor)
+        np.testing.assert_allclose(A.rmatmat(u), factor * (np.conj(c).T @ u), atol=1e-12 * factor)
+        if x is without:
+            assert A.norm is None
+            assert read(x).A.norm is None
+        else:
+            np.testing.assert_allclose(A.norm(), factor * np.linalg.norm(c), rtol=1e-12)
+
+
+@pytest.mark.eager_only("an operator cannot be traced")
+def test_operators_stay_on_their_device(xp, device):
+    x = xp.asarray(make("exponential", (120, 90), "float32"), device=device)
+    xh = xp.matrix_transpose(x)
+    A = slra.MatrixOperator(lambda v: x @ v, lambda u: xh @ u, tuple(x.shape), x)
+    for factor in slra.randomized_svd(A, 4, center=True, method="gram", rng=0):
+        assert factor.dtype == x.dtype
+        assert factor.device == x.device
 
 
 def test_centering_agrees_with_pca():
@@ -140,6 +282,42 @@ def test_explained_variance_of_sparse_text():
 def test_refusals(x, error, message):
     with pytest.raises(error, match=message), np.errstate(invalid="ignore"):
         slra.randomized_svd(x, 1, rng=0)
+
+
+def test_refusals_of_what_belongs_to_an_operator():
+    s = sparse()
+    x = slra.MatrixOperator(s.__matmul__, s.T.__matmul__, s.shape, s.data)
+    with pytest.raises(TypeError, match=r"^x\.like must be an array"):
+        slra.randomized_svd(x._replace(like=[1.0]), 2)
+    with pytest.raises(ValueError, match=r"^x\.frobenius_norm must be finite and 0 or more"):
+        slra.randomized_svd(x._replace(frobenius_norm=-1.0), rtol=0.1)
+    for y in (s, x):
+        with pytest.raises(TypeError, match="^test_matrix must be an array"):
+            slra.randomized_svd(y, 2, test_matrix=[[1.0]])
+
+
+def test_test_matrix_for_products():
+    s, omega = sparse(), np.random.default_rng(5).standard_normal((300, 10))
+    dense = slra.randomized_svd(s.toarray(), 2, n_iter=3, test_matrix=omega)
+    for x in (s, aslinearoperator(s)):
+        found = slra.randomized_svd(x, 2, n_iter=3, test_matrix=omega)
+        np.testing.assert_allclose(found.U, dense.U, atol=1e-10)
+
+
+def test_norms_of_products():
+    from slra.svd._inputs import read
+
+    zero = sp.csr_matrix((120, 80), dtype="float32")
+    one = sp.csr_matrix(([2.0], ([3], [4])), (120, 80), dtype="float32")
+    for s, norm in ((zero, 0.0), (one, 2.0)):
+        x = slra.MatrixOperator(s.__matmul__, s.T.__matmul__, s.shape, s.data, norm)
+        for y in (s.tocsr(), x):
+            found = read(y).A.norm()
+            assert found.dtype == np.float64
+            assert found == norm
+            U, S, Vh = slra.randomized_svd(y, rtol=0.1, rng=0)
+            np.testing.assert_allclose(S, [norm], rtol=1e-5)
+            np.testing.assert_allclose([U.T @ U, Vh @ Vh.T], [[[1]], [[1]]], rtol=1e-5)
 
 
 def test_stored_zeros_and_duplicates():

@@ -132,6 +132,20 @@ def test_tall_qr(xp, dtype):
     assert np.all(np.abs(Q @ R - a) <= 50 * eps * size)
 
 
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_lower_cholesky_factor_and_its_inverse(xp, batch):
+    a, _ = arrays(xp, (*batch, 5, 5), "complex128")
+    g = a @ np.conj(a).swapaxes(-1, -2) + np.eye(5)
+    expected, eye = np.linalg.cholesky(g), np.eye(5) + 0 * g
+    # Dask's own factor is the upper one, and of one matrix.
+    reference = [] if compat.is_dask_namespace(xp) else [Primitives(xp)]
+    for table in (primitives(xp), *reference):
+        L = table.cholesky(to_xp(xp, g))
+        inverse = to_numpy(table.small_inverse(L))
+        np.testing.assert_allclose(to_numpy(L), expected, atol=1e-13)
+        np.testing.assert_allclose(inverse @ expected, eye, atol=1e-13)
+
+
 @pytest.mark.eager_only("not called on lazy arrays")
 def test_cholesky_marks_what_has_none(xp):
     g = np.stack([np.eye(3), -np.eye(3), 4 * np.eye(3)])

@@ -82,6 +82,96 @@ def test_scales(scale):
     check_tolerance(a, 0.05, slra.randomized_svd(a, rtol=0.05, rng=0))
 
 
+@pytest.mark.parametrize("exponent", [-660, 660])
+@pytest.mark.parametrize("function", ["randomized_svd", "truncated_svd"])
+def test_squares_out_of_range_of_double_precision(function, exponent):
+    a, scale = make("exponential", (140, 110), "float64"), 2.0**exponent
+    options = {"rng": 0} if function == "randomized_svd" else {}
+    U, S, Vh = getattr(slra, function)(a * scale, rtol=0.05, **options)
+    check_tolerance(a, 0.05, (U, S / scale, Vh))
+
+
+def test_scales_of_a_batch_are_apart():
+    a = make("polynomial", (2, 60, 40), "float64") * np.asarray([1.0, 2.0**-600])[:, None, None]
+    S = slra.truncated_svd(a, rtol=0.1).S
+    for i in range(2):
+        assert np.count_nonzero(S[i]) == len(slra.truncated_svd(a[i], rtol=0.1).S)
+
+
+def test_a_batch_grows_together(monkeypatch):
+    from slra.svd import tolerance
+
+    monkeypatch.setattr(tolerance, "_by_gram", None)
+    a = np.stack([make(name, (250, 200), "float64") for name in ("rank 7", "steep", "exponential")])
+    for x in (a, np.conj(a).swapaxes(-1, -2)):
+        U, S, Vh = slra.randomized_svd(x, rtol=0.1, rng=0)
+        ranks = np.count_nonzero(S, axis=-1)
+        assert ranks.tolist() == [len(slra.randomized_svd(y, rtol=0.1, rng=0).S) for y in x]
+        for i, rank in enumerate(ranks):
+            check_tolerance(x[i], 0.1, (U[i, :, :rank], S[i, :rank], Vh[i, :rank]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rtol", "ways"),
+    [
+        ((300, 200), 0.1, ["krylov"]),
+        ((200, 300), 0.1, ["krylov"]),
+        # What three blocks would fill is decomposed.
+        ((300, 49), 0.7, ["krylov", "gram"]),
+        ((300, 48), 0.7, ["gram"]),
+        ((48, 300), 0.7, ["gram"]),
+        # The Gram matrix squares: it is not asked for less than sqrt(16 n eps), nor the difference of two sums of
+        # squares for less than sqrt(1000 eps).
+        ((300, 200), 8.5e-7, ["krylov", "gram"]),
+        ((300, 200), 5e-7, ["krylov", "svd"]),
+        ((200, 300), 4e-7, ["svd"]),
+    ],
+    ids=str,
+)
+def test_which_way_is_taken(monkeypatch, shape, rtol, ways):
+    from slra.svd import tolerance
+
+    taken = []
+
+    def record(name, function):
+        def call(*args):
+            taken.append(name)
+            return function(*args)
+
+        return call
+
+    for name, inside in (("krylov", "_grow"), ("gram", "cut_at_tolerance"), ("svd", "thin_svd")):
+        monkeypatch.setattr(tolerance, inside, record(name, getattr(tolerance, inside)))
+    a = make("exponential", shape, "float64")
+    check_tolerance(a, rtol, slra.randomized_svd(a, rtol=rtol, rng=0))
+    assert taken == ways
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_residual_norm(monkeypatch, dtype):
+    from slra.svd import tolerance
+    from slra.svd._inputs import read
+
+    # Tiles of seven rows, and one of what is left.
+    monkeypatch.setattr(tolerance, "_TILE", 7 * 30)
+    a = make("polynomial", (2, 50, 30), dtype)
+    U, S, Vh = slra.truncated_svd(a, 4)
+    V = np.conj(Vh).swapaxes(-1, -2)
+    # Values that are not the best, too.
+    for values in (S, S * S.dtype.type(0.5)):
+        exact = np.linalg.norm(a - (U * values[:, None, :]) @ Vh, axis=(-2, -1))
+        A = read(a).A
+        found = tolerance.residual_norm(A, U, values, V, A.norm())
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, exact, rtol=20 * np.finfo(dtype).eps)
+        for i in range(2):
+            A = read(
+                slra.MatrixOperator(a[i].__matmul__, None, (50, 30), a, np.linalg.norm(a[i]))
+            ).A
+            found = tolerance.residual_norm(A, U[i], values[i], V[i], A.norm())
+            np.testing.assert_allclose(found, exact[i], rtol=100 * np.finfo(dtype).eps)
+
+
 def test_rank_is_a_cap():
     a = make("polynomial", (400, 300), "float64")
     S = slra.randomized_svd(a, 12, rtol=1e-3, rng=0).S
@@ -108,9 +198,14 @@ def test_options_that_contradict_a_tolerance():
         slra.randomized_svd(a)
     with pytest.raises(ValueError, match="n_iter must be 'auto' where rtol is given, got 3"):
         slra.randomized_svd(a, rtol=0.1, n_iter=3)
-    with pytest.raises(ValueError, match="method must be 'auto' or 'krylov'"):
+    with pytest.raises(
+        ValueError,
+        match="^method must be 'auto' or 'krylov' where rtol is given, got 'gram'; "
+        "for a deterministic answer use truncated_svd$",
+    ):
         slra.randomized_svd(a, rtol=0.1, method="gram")
-    with pytest.raises(ValueError, match="test_matrix must be None"):
+    assert slra.randomized_svd(a, rtol=0.1, method="krylov", rng=0).S.shape == (1,)
+    with pytest.raises(ValueError, match="^test_matrix must be None .*: the width is not known$"):
         slra.randomized_svd(a, rtol=0.1, test_matrix=np.ones((40, 3)))
 
 

@@ -122,6 +122,10 @@ class Primitives(SparseRows, Rows):
             return self.xp.full_like(g, math.nan)
         return self.xp.stack([self.cholesky(g[i, ...]) for i in range(g.shape[0])])
 
+    def small_inverse(self, g: Array) -> Array:
+        """Inverse of a small matrix."""
+        return self.xp.linalg.inv(g)
+
     def wide(self, like: Array) -> DType:
         """Dtype to accumulate sums over ``like`` in: double precision where the library has it."""
         return self.xp.complex128 if self.is_complex(like) else self.xp.float64

@@ -7,6 +7,8 @@ from slra._typing import Array
 __all__ = ["flattened", "orthonormal", "tall_qr", "with_phases"]
 
 _MAX_PASSES = 3
+# An inverse factor may be as large as one over the square root of a shift.
+_NEGLIGIBLE = 1e-10
 
 
 def orthonormal(y: Array, table: Primitives) -> Array:
@@ -36,7 +38,7 @@ def tall_qr(y: Array, table: Primitives) -> tuple[Array, Array]:
         was_near = _is_near_identity(gram, table)
         # The last pass goes without a shift, which would show in its result.
         far = xp.astype(xp.logical_not(was_near), gram.dtype)[..., None, None]
-        L, norms = _factor(gram, far * _shift(gram, table), table)
+        L, norms = _factor(gram, far * _shift(gram, table), y, table)
         Q = _divide(Q, L, norms, table)
         step = matrix_h(L, xp) * norms[..., None, :]
         R = step if R is None else step @ R
@@ -50,7 +52,7 @@ def flattened(y: Array, gram: Array, table: Primitives) -> Array:
     if not table.is_eager(y):
         return table.qr(y)[0]
     xp = table.xp
-    Q = _divide(y, *_factor(gram, _shift(gram, table), table), table)
+    Q = _divide(y, *_factor(gram, _shift(gram, table), y, table), table)
     ok = xp.all(xp.isfinite(Q), axis=(-2, -1))
     return redo(ok, (Q,), lambda part: table.qr(part)[:1], (y,), table)[0]
 
@@ -61,15 +63,21 @@ def with_phases(Q: Array, R: Array, table: Primitives) -> Array:
     diagonal = xp.linalg.diagonal(R)
     size = xp.abs(diagonal)
     one = xp.ones_like(diagonal)
-    phase = xp.where(size > 0, diagonal / xp.where(size > 0, size, xp.ones_like(size)), one)
+    # Complex subnormals cannot be divided, and their phase changes nothing.
+    has_phase = size > float(xp.finfo(R.dtype).smallest_normal)
+    phase = xp.where(has_phase, diagonal / xp.where(has_phase, size, xp.ones_like(size)), one)
     return Q * phase[..., None, :]
 
 
-def _factor(gram: Array, shift: Array | float, table: Primitives) -> tuple[Array, Array]:
-    """Cholesky factor of the Gram matrix of unit columns, plus a shift, and the norms of the columns."""
+def _factor(gram: Array, shift: Array | float, y: Array, table: Primitives) -> tuple[Array, Array]:
+    """Cholesky factor of the Gram matrix of unit columns, plus a shift, and the norms of the columns of ``y``."""
     xp = table.xp
     squares = table.real_part(xp.linalg.diagonal(gram))
-    norms = xp.sqrt(xp.where(squares > 0, squares, xp.ones_like(squares)))
+    # Shorter columns count as zero: what would bring them to unit length is out of the range of y, or their square
+    # has lost digits.
+    tiny, tiny_square = (float(xp.finfo(x.dtype).smallest_normal) for x in (y, gram))
+    least = max((tiny / _NEGLIGIBLE) ** 2, tiny_square / _NEGLIGIBLE**2)
+    norms = xp.sqrt(xp.where(squares > least, squares, xp.ones_like(squares)))
     norms = xp.astype(norms, gram.dtype)
     unit = gram / (norms[..., :, None] * norms[..., None, :])
     return table.cholesky(unit + shift * _eye(gram, table)), norms
@@ -84,7 +92,7 @@ def _shift(gram: Array, table: Primitives) -> float:
 def _divide(y: Array, L: Array, norms: Array, table: Primitives) -> Array:
     """``y`` times the inverse of ``L^H diag(norms)``: a product with a small inverse runs faster than a solve."""
     xp = table.xp
-    inverse = matrix_h(xp.linalg.inv(L), xp) / norms[..., :, None]
+    inverse = matrix_h(table.small_inverse(L), xp) / norms[..., :, None]
     return y @ xp.astype(inverse, y.dtype, copy=False)
 
 

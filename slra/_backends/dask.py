@@ -211,6 +211,14 @@ class DaskPrimitives(Primitives):
         )
         return w, v
 
+    def cholesky(self, g: Array) -> Array:
+        """LAPACK on one worker, each matrix whole; Dask's own gives the upper factor."""
+        return _by_matrix(np.linalg.cholesky, "(n,n)->(n,n)", g, dtypes=[g.dtype])
+
+    def small_inverse(self, g: Array) -> Array:
+        """LAPACK on one worker, each matrix whole; Dask's own takes one matrix."""
+        return _by_matrix(np.linalg.inv, "(n,n)->(n,n)", g, dtypes=[g.dtype])
+
     def top_indices(self, x: Array, k: int) -> Array:
         """Sort on one worker."""
 

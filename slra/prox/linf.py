@@ -208,13 +208,16 @@ def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array
 def _simplex_level(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:
     """Level theta for which ``sum(max(x - theta, 0)) == radius`` along ``axis``, which is kept.
 
-    The mean excess of the j largest entries grows with j as long as the entries stay above the level and falls
-    afterwards, so its maximum is the level: no index depends on data.
+    The largest entry of ``x`` is 0. The mean excess of the j largest entries grows with j as long as the entries stay
+    above the level and falls afterwards, so its maximum is the level: no index depends on data. No term of it is
+    positive, so none cancels, and the level comes out below the largest entry.
     """
     xp = table.xp
     n = x.shape[axis]
     counts = xp.arange(1, n + 1, dtype=x.dtype, device=table.creation_device(x))
     counts = xp.reshape(counts, (n,) + (1,) * (x.ndim - 1 - axis))
+    # What lies lower than the level can be does not count; its sum could overflow.
+    x = table.at_least(x, -radius)
     sums = xp.cumulative_sum(xp.sort(x, axis=axis, descending=True), axis=axis)
     theta = xp.max((sums - radius) / counts, axis=axis, keepdims=True)
     # One Newton step, which takes off the rounding of the running sum.

@@ -178,7 +178,7 @@ def shrink_singular_values(
     U, S, Vh = masked_svd(x, table) if found is None else found
     S = table.nonneg_threshold(S, _level(tau))
     if eager:
-        rank = int(xp.max(xp.count_nonzero(S, axis=-1))) if S.size else 0
+        rank = int(xp.max(xp.count_nonzero(S, axis=-1)))
         U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
     return SVDResult(U, S, Vh)
 
@@ -251,4 +251,4 @@ def _is_found(image: Array, found: SVDResult, tau: float, tol: float, table: Pri
     errors = xp.linalg.vector_norm((image - U * S) / scale, axis=0)
     is_kept = xp.astype(tau < S, S.dtype)
     accurate = float(xp.sum(is_kept * errors * errors)) <= tol * tol
-    return accurate and bool(xp.all((errors <= tol) | ((1 - is_kept) * S + errors * scale <= tau)))
+    return accurate and bool(xp.all((errors <= tol) | (S + errors * scale <= tau)))

@@ -9,7 +9,9 @@ __all__ = ["cut_at_tolerance", "cut_values", "keep_leading", "ranks_for"]
 def cut_at_tolerance(S: Array, rtol: float, cap: int, table: Primitives) -> Array:
     """Smallest rank, at most ``cap``, for each set of *all* singular values; eager only."""
     xp = table.xp
-    squares = xp.astype(S, table.wide(S)) ** 2
+    values, largest = xp.astype(S, table.wide(S)), xp.max(S, axis=-1, keepdims=True)
+    # Of values over the largest, because squares overflow.
+    squares = (values / xp.where(largest > 0, largest, xp.ones_like(largest))) ** 2
     # From the small end: the tail of a long sum is not the difference of two large ones.
     tails = xp.flip(xp.cumulative_sum(xp.flip(squares, axis=-1), axis=-1), axis=-1)
     after = xp.concat([tails[..., 1:], xp.zeros_like(tails[..., :1])], axis=-1)

@@ -180,12 +180,13 @@ def _nystrom(A: LinearMap, sample: Array, rank: int, n_iter: int | None) -> tupl
         Q = orthonormal(A.matmat(Q), table)
     Y = A.matmat(Q)
     eps = xp.finfo(Y.dtype).eps
-    shift = eps * xp.sqrt(table.norm_squared(Y))[..., None, None]
+    norm = xp.sqrt(table.norm_squared(Y))[..., None, None]
+    shift = eps * xp.where(norm > 0, norm, xp.ones_like(norm))
     Y = Y + xp.astype(shift, Y.dtype) * Q
     core = table.gram(Q, Y)
     L = table.cholesky((core + matrix_h(core, xp)) / 2)
     check_positive_semidefinite(table, L)
-    B = Y @ xp.astype(matrix_h(xp.linalg.inv(L), xp), Y.dtype, copy=False)
+    B = Y @ xp.astype(matrix_h(table.small_inverse(L), xp), Y.dtype, copy=False)
     if A.is_eager:
         V, S, _ = tall_svd([B], spectrum(table.gram(B), table), rank, table)
     else:

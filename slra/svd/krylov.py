@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from slra._backends.agnostic import matrix_h
-from slra._backends.cholesky_qr import flattened, orthonormal
+from slra._backends.cholesky_qr import flattened, orthonormal, tall_qr
 from slra._backends.elements import redo
 from slra._typing import Array
 from slra.svd._linear_map import LinearMap
@@ -71,11 +71,12 @@ class KrylovSpace:
         block = self._project(block)[0]
         block = flattened(block, table.gram(block), table)
         block, overlap = self._project(block)
-        # Twice is enough unless the first projection left nothing but rounding errors in a column, or not even these:
-        # whatever orthonormal column is put in the place of zeros has a part in the space.
-        sizes = xp.min(xp.max(xp.abs(block), axis=-2), axis=-1)
-        ok = (overlap <= 0.01) & (sizes > xp.finfo(block.dtype).eps)
-        return redo(ok, (orthonormal(block, table),), jointly, (*self.V, block), table)[0]
+        block, R = tall_qr(block, table)
+        # Twice is enough unless the first projection left nothing but rounding errors, or of some columns not even
+        # those: what is orthogonal to the other columns is then not orthogonal to the space.
+        left = xp.min(xp.abs(xp.linalg.diagonal(R)), axis=-1)
+        ok = (overlap <= 0.01) & (left >= 0.1)
+        return redo(ok, (block,), jointly, (*self.V, block), table)[0]
 
     def _project(self, block: Array) -> tuple[Array, Array]:
         """Take from ``block`` its part in the space; also the largest modulus of its coordinates there."""
@@ -157,10 +158,9 @@ def _grow_until_settled(space: KrylovSpace, rank: int) -> None:
     width = space.dimension
     deepest = min(MAX_ITER, space.A.shape[-1] // width)
     before = None
-    for depth in range(2, deepest + 1):
+    # A first look at the second block, so that none ends before the third.
+    for _ in range(MIN_ITER - 1, deepest + 1):
         space.grow()
-        if depth < MIN_ITER - 1:
-            continue
         values = space.ritz_values()[..., :rank]
         if before is not None and bool(xp.all(values - before <= RITZ_TOLERANCE * values)):
             return
