@@ -1,6 +1,7 @@
 """Exact attention: time and memory against naive NumPy, torch SDPA and jax.nn.dot_product_attention.
 
-`python -m benchmarks.attention` writes results/attention.json and attention.png. Memory is the growth of the peak
+`python -m benchmarks.attention` takes about seven minutes on two cores and writes results/attention.json and
+attention.png. Memory is the growth of the peak
 resident set over the call, in a process of its own, and for NumPy also what tracemalloc sees.
 """
 

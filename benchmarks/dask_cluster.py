@@ -1,6 +1,7 @@
 """400,000 x 2,000 float32 (3.2 GB) on a cluster of two processes limited to 1 GB each: memory, spilling, time, error.
 
-Run as ``python -m benchmarks.dask_cluster [case ...]``; writes ``benchmarks/results/dask_cluster.json`` (case by case).
+Run as ``python -m benchmarks.dask_cluster [case ...]``; writes ``benchmarks/results/dask_cluster.json`` (case by case),
+in about 15 minutes.
 Cases: ``rows`` (chunks of rows, generated), ``zarr`` (the same, read), ``zarr, both axes`` (read, in chunks along both
 axes), ``killed`` (generated, one worker killed in the second pass). Linux only.
 """

@@ -1,7 +1,8 @@
 """Randomized SVD on Dask beside ``da.linalg.svd_compressed``: passes over the data, error, time.
 
-Run as ``python -m benchmarks.dask_svd``; writes ``benchmarks/results/dask_svd.json``. A cluster of two processes with a
-thread each; float32, singular values 1, 1/2, 1/3, ...; every chunk that is made is counted.
+Run as ``python -m benchmarks.dask_svd``; writes ``benchmarks/results/dask_svd.json``, in about three minutes.
+A cluster of two processes with a thread each; float32, singular values 1, 1/2, 1/3, ...; chunks that are made are
+counted.
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """Robust PCA beside TensorLy and a full-SVD solver; compression of real keys at equal bytes.
 
-    python -m benchmarks.decompose     writes benchmarks/results/decompose.json
+    python -m benchmarks.decompose     about three minutes; writes benchmarks/results/decompose.json
 
 Needs the ``bench`` extra and tensorly.
 """

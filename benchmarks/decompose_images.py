@@ -1,6 +1,6 @@
 """Two pictures of robust PCA: a moving foreground, and the outlier channels of real keys.
 
-    python -m benchmarks.decompose_images     writes benchmarks/results/decompose_images.json and .png
+    python -m benchmarks.decompose_images     about a minute; writes benchmarks/results/decompose_images.json and .png
 
 The frames are composed, not filmed: a photograph that ships with scikit-learn under a light that changes, and a patch
 of another one that moves across it. So the truth is known. Needs the ``bench`` extra and Pillow.

@@ -15,6 +15,8 @@ import numpy as np
 import slra
 from benchmarks.common import RESULTS, save
 from benchmarks.minilm import exact_attention, load_qkv
+from slra.cli.bench.problems import attention_inputs
+from slra.cli.demo import relative_errors as relative
 
 Data = tuple[np.ndarray, np.ndarray, np.ndarray]
 OURS = ("svd", "joint", "output")
@@ -28,25 +30,12 @@ def minilm() -> Data:
 
 def synthetic(kind: str, n: int = 1024, d: int = 64, heads: int = 8) -> Data:
     """Q, K and V with a stated spectrum; scores have a standard deviation of about 3."""
-    rng = np.random.default_rng(0)
     spectrum = {
         "flat": np.ones(d),
         "power-law": 1 / np.arange(1.0, d + 1),
         "outlier": np.where(np.arange(d) < 2, 20.0, 1.0),
     }[kind]
-    spectrum *= np.sqrt(d / np.sum(spectrum**2))
-
-    def draw() -> np.ndarray:
-        rotation = np.linalg.qr(rng.standard_normal((heads, d, d)))[0]
-        return rng.standard_normal((heads, n, d)) * spectrum @ rotation
-
-    q, k, v = draw(), draw(), draw()
-    spread = np.std(q @ k.swapaxes(-1, -2)) / np.sqrt(d)
-    return tuple((x * f).astype(np.float32) for x, f in ((q, 3 / spread), (k, 1), (v, 1)))
-
-
-def relative(out: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(out - exact, axis=(-2, -1)) / np.linalg.norm(exact, axis=(-2, -1))
+    return attention_inputs(spectrum, n, heads)
 
 
 def summary(errors: np.ndarray) -> dict[str, float]:

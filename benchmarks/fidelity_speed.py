@@ -17,18 +17,9 @@ import slra
 from benchmarks.common import interleaved, save
 from benchmarks.fidelity import Data, minilm, relative, synthetic
 from benchmarks.minilm import exact_attention
+from slra.cli.bench.problems import naive_attention
 
 RANK = 32
-
-
-def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The formula with the whole matrix of scores, in place."""
-    scores = q @ k.swapaxes(-1, -2)
-    scores *= np.float32(q.shape[-1] ** -0.5)
-    scores -= scores.max(-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(-1, keepdims=True)
-    return scores @ v
 
 
 def long() -> dict[str, Any]:
@@ -37,7 +28,7 @@ def long() -> dict[str, Any]:
     bases = {"numpy": slra.fit_attention(*data, RANK), "torch": slra.fit_attention(*tensors, RANK)}
     seconds = interleaved(
         {
-            "naive numpy": lambda: naive(*data),
+            "naive numpy": lambda: naive_attention(*data),
             "torch sdpa": lambda: scaled_dot_product_attention(*(x[None] for x in tensors)),
             "numpy exact": lambda: slra.attention(*data),
             "numpy": lambda: slra.low_rank_attention(*data, RANK),

@@ -1,6 +1,6 @@
 """Time of ``import slra`` beside ``import scipy.linalg``, each in a fresh interpreter.
 
-Run: python -m benchmarks.import_time
+python -m benchmarks.import_time     about 20 seconds; writes results/import_time.json
 """
 
 import statistics

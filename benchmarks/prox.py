@@ -1,6 +1,6 @@
 """Proximal operators and solvers beside PyProximal, NumPy's own steps and scikit-learn.
 
-    python -m benchmarks.prox     writes benchmarks/results/prox.json
+    python -m benchmarks.prox     about a minute; writes benchmarks/results/prox.json
 
 Needs the ``bench`` extra and pyproximal.
 """

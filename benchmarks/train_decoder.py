@@ -1,6 +1,6 @@
 """A small decoder with grouped heads, trained on the documentation that comes with Python, byte by byte.
 
-    python -m benchmarks.train_decoder     five minutes on one thread; writes .cache/decoder.safetensors
+    python -m benchmarks.train_decoder     about five minutes on one thread; writes .cache/decoder.safetensors
 
 Nothing is downloaded: the text is ``pydoc_data.topics``, of which the last tenth is held out. Needs transformers.
 """

@@ -21,25 +21,33 @@ __all__ = [
     "broadcasts_to",
     "check_axis",
     "check_bound",
+    "check_callable",
     "check_choice",
     "check_count",
     "check_draws",
     "check_factors",
     "check_finite",
+    "check_flag",
     "check_gradient",
     "check_hermitian",
     "check_l1",
+    "check_mask",
     "check_matrix",
     "check_operator",
     "check_positive",
     "check_positive_semidefinite",
     "check_product",
     "check_rank",
+    "check_returned",
     "check_rng",
     "check_rtol",
+    "check_scalar",
+    "check_sum_axis",
     "check_tau",
+    "is_kind",
     "promote",
     "resolve",
+    "shown",
 ]
 
 _HALF_BITS, _WIDEST_BITS = 16, 64
@@ -113,9 +121,12 @@ class Promoted(NamedTuple):
 
     def answer(self, table: Primitives, *xs: Array) -> tuple[Array, ...]:
         """Cast results back to half precision, where that is what came."""
+        # NumPy makes scalars of its own of 0-d arrays as soon as it computes with them.
+        xs = tuple(table.xp.asarray(x) if isinstance(x, np.generic) else x for x in xs)
         if self.narrow is None:
             return xs
-        return tuple(table.xp.astype(x, self.narrow) for x in xs)
+        with table.quietly():
+            return tuple(table.xp.astype(x, self.narrow) for x in xs)
 
 
 def promote(
@@ -153,7 +164,7 @@ def promote(
 def _check_floating(xp: Any, x: Array, name: str, *, allow_complex: bool) -> None:
     kinds = ("real floating", "complex floating") if allow_complex else ("real floating",)
     known = "floating" if allow_complex else "real floating"
-    if not _is_kind(xp, x.dtype, kinds):
+    if not is_kind(xp, x.dtype, *kinds):
         raise TypeError(f"{name} must have a {known} dtype, got {x.dtype}; convert it first")
     bits = xp.finfo(x.dtype).bits
     if not _HALF_BITS <= bits <= _WIDEST_BITS:
@@ -162,10 +173,11 @@ def _check_floating(xp: Any, x: Array, name: str, *, allow_complex: bool) -> Non
         )
 
 
-def _is_kind(xp: Any, dtype: DType, kinds: tuple[str, ...]) -> bool:
+def is_kind(xp: Any, dtype: DType, *kinds: str) -> bool:
+    """Whether a dtype is of one of these kinds of the standard; not so for a dtype outside of it."""
     try:
         return bool(xp.isdtype(dtype, kinds))
-    except TypeError:  # a dtype outside the standard, such as NumPy's strings and records
+    except TypeError:  # such as NumPy's strings and records
         return False
 
 
@@ -181,9 +193,11 @@ def check_matrix(x: Array, name: str) -> None:
 
 def check_operator(table: Primitives, shape: Any, like: Array, name: str = "x") -> None:
     """Raise unless a sparse matrix or operator has two axes, none empty, and 32 or 64 bits a component."""
-    if len(shape) != 2 or 0 in shape:
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"{name}.shape must be a tuple (m, n), got {type(shape).__name__}")
+    if len(shape) != 2 or min(_integer(n, f"{name}.shape") for n in shape) < 1:
         raise ValueError(
-            f"{name} must have 2 dimensions, (m, n), and no empty axis, got shape {tuple(shape)}"
+            f"{name} must have 2 dimensions, (m, n), and no empty axis, got shape {shown(shape)}"
         )
     _check_floating(table.xp, like, name, allow_complex=True)
     if table.xp.finfo(like.dtype).bits == _HALF_BITS:
@@ -192,16 +206,15 @@ def check_operator(table: Primitives, shape: Any, like: Array, name: str = "x") 
         )
 
 
-def check_product(
-    table: Primitives, product: Array, shape: tuple[int, ...], name: str = "x"
-) -> None:
-    """Raise ValueError unless a product with an operator has the shape that follows from its own, and is finite."""
+def check_product(table: Primitives, product: Array, shape: tuple[int, ...], name: str) -> None:
+    """Raise unless ``name``, a product with an operator, is an array of the library and shape that it has to be."""
+    if resolve(**{name: product}).xp is not table.xp:
+        raise TypeError(f"{name} must return an array of {_title(table.xp)}, as x.like is")
     if tuple(product.shape) != shape:
         raise ValueError(
-            f"{name}.matmat must return an array of shape {shape}, got {tuple(product.shape)}"
+            f"{name} must return an array of shape {shape}, got {tuple(product.shape)}"
         )
-    if not bool(table.xp.all(table.xp.isfinite(product))):
-        raise ValueError(f"{name} must be finite, got NaN or infinity in a product with it")
+    _check_floating(table.xp, product, f"what {name} returns", allow_complex=True)
 
 
 def check_hermitian(
@@ -232,8 +245,8 @@ def check_positive_semidefinite(table: Primitives, factor: Array, name: str = "x
 
 def check_factors(
     table: Primitives, shape: tuple[int, ...], like: Array, approx: Any, name: str = "approx"
-) -> tuple[Array, Array]:
-    """Return ``(U, S, Vh)`` or ``(left, right)`` as two factors of a matrix of this shape, in the dtype of ``like``."""
+) -> list[Array]:
+    """Return ``(U, S, Vh)`` or ``(left, right)`` as factors of a matrix of this shape, in the dtype of ``like``."""
     if not isinstance(approx, tuple) or len(approx) not in (2, 3):
         raise TypeError(
             f"{name} must be a tuple (U, S, Vh) or (left, right), got {type(approx).__name__}"
@@ -249,8 +262,7 @@ def check_factors(
     got = [tuple(factor.shape) for factor in approx]
     if got != expected:
         raise ValueError(f"{name} must have shapes {expected} to fit x, got {got}")
-    left, *middle, right = (table.xp.astype(x, like.dtype, copy=False) for x in approx)
-    return left * middle[0][..., None, :] if middle else left, right
+    return [table.xp.astype(x, like.dtype, copy=False) for x in approx]
 
 
 def check_finite(table: Primitives, x: Array, name: str) -> None:
@@ -280,44 +292,111 @@ def check_rank(rank: Any, limit: int, name: str = "rank", limit_is: str = "") ->
     value = _integer(rank, name)
     if not 1 <= value <= limit:
         because = f" ({limit_is})" if limit_is else ""
-        raise ValueError(f"{name} must be between 1 and {limit}{because}, got {value}")
+        raise ValueError(f"{name} must be between 1 and {limit}{because}, got {shown(value)}")
     return value
 
 
-def check_count(value: Any, name: str) -> int:
-    """Return a non-negative count as an int."""
+def check_count(value: Any, name: str, *, most: int | None = None) -> int:
+    """Return a non-negative count, which is at most so many, as an int."""
     count = _integer(value, name)
+    if most is not None and count > most:
+        raise ValueError(f"{name} must be at most {most}, got {shown(count)}")
     if count < 0:
-        raise ValueError(f"{name} must be 0 or more, got {count}")
+        raise ValueError(f"{name} must be 0 or more, got {shown(count)}")
     return count
 
 
 def _integer(value: Any, name: str) -> int:
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+    if isinstance(value, (bool, np.bool_)) or "bool" in str(getattr(value, "dtype", "")):
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
     try:
         return operator.index(value)
-    except TypeError:
+    except (TypeError, ValueError):  # arrays of other sizes than one raise either
         raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
 
 
-def check_positive(value: Any, name: str, *, allow_zero: bool = False) -> float:
-    """Return a positive (or non-negative) finite number as a float."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    number = float(value)
+def check_flag(value: Any, name: str) -> bool:
+    """Return a bool, NumPy's own too, as Python's."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return bool(value)
+
+
+def check_scalar(table: Primitives, value: Any, name: str) -> Any:
+    """Return a real number as a float, or a 0-d array of the library of ``table`` as it is."""
+    if isinstance(value, np.generic) or not compat.is_array_api_obj(value):
+        return _real(value, name, "number or array")
+    if resolve(**{name: value}).xp is not table.xp:
+        raise TypeError(f"{name} must come from {_title(table.xp)}, as the other arrays do")
+    _check_floating(table.xp, value, name, allow_complex=False)
+    if value.ndim:
+        raise ValueError(f"{name} must have no dimensions, got shape {tuple(value.shape)}")
+    return value
+
+
+def check_returned(x: Any, name: str, shape: tuple[int, ...]) -> Array:
+    """Return what a function of the caller's returned, if it is an array of this shape."""
+    if not compat.is_array_api_obj(x):
+        raise TypeError(f"{name} must return an array, got {type(x).__name__}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must return an array of shape {tuple(shape)}, got {tuple(x.shape)}"
+        )
+    return x
+
+
+def check_callable(value: Any, name: str, *, optional: bool = False) -> None:
+    """Raise TypeError unless ``value`` can be called, or is None where it may be left out."""
+    if not (callable(value) or (optional and value is None)):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")
+
+
+def check_positive(value: Any, name: str, *, allow_zero: bool = False, limits: Any = None) -> float:
+    """Return a positive (or non-negative) finite number as a float.
+
+    ``limits``: what ``finfo`` says of the dtype that it is computed in, whose range it must then be in.
+    """
+    number = _real(value, name)
     if not math.isfinite(number) or number < 0 or (number == 0 and not allow_zero):
         bound = "0 or more" if allow_zero else "greater than 0"
-        raise ValueError(f"{name} must be finite and {bound}, got {value!r}")
+        raise ValueError(f"{name} must be finite and {bound}, got {shown(value)}")
+    if limits is None:
+        return number
+    low, high = 0.0 if allow_zero else float(limits.smallest_normal), float(limits.max)
+    if not low <= number <= high:
+        raise ValueError(
+            f"{name} must be from {low:.2g} to {high:.2g} in {limits.bits} bits, got {shown(value)}"
+        )
     return number
 
 
-def check_l1(l1: Any) -> tuple[float, float, float]:
-    """Return the weights or thresholds of Q^, K^ and V^, given as one number or three."""
-    triple = l1 if isinstance(l1, Sequence) and not isinstance(l1, str) else (l1, l1, l1)
+def _real(value: Any, name: str, kind: str = "number") -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real {kind}, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite in double precision, got {shown(value)}") from None
+
+
+def shown(value: Any) -> str:
+    """Show what came, in so many words as fit a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return f"a {type(value).__name__} of too many digits to show"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_l1(l1: Any, limits: Sequence[Any] = (None, None, None)) -> tuple[float, float, float]:
+    """Return the weights or thresholds of Q^, K^ and V^, given as one number or three; ``limits`` of each's dtype."""
+    triple = l1 if isinstance(l1, (tuple, list)) else (l1, l1, l1)
     if len(triple) != 3:
-        raise TypeError(f"l1 must be a number or a triple (l_q, l_k, l_v), got {l1!r}")
-    l_q, l_k, l_v = (check_positive(one, "l1", allow_zero=True) for one in triple)
+        raise TypeError(f"l1 must be a number or a triple (l_q, l_k, l_v), got {shown(l1)}")
+    l_q, l_k, l_v = (
+        check_positive(one, "l1", allow_zero=True, limits=limit)
+        for one, limit in zip(triple, limits, strict=True)
+    )
     return l_q, l_k, l_v
 
 
@@ -343,9 +422,9 @@ def check_rtol(table: Primitives, x: Array, rtol: Any, *, by_products: bool = Fa
 
 def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         known = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        raise ValueError(f"{name} must be one of {known}, got {shown(value)}")
 
 
 def broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
@@ -356,19 +435,40 @@ def broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
         return False
 
 
+def check_mask(table: Primitives, mask: Array, scores: tuple[int, ...], axes: str) -> None:
+    """Raise unless a mask is boolean or real floating, and broadcasts to scores of this shape, with these ``axes``."""
+    if not is_kind(table.xp, mask.dtype, "bool", "real floating"):
+        raise TypeError(f"mask must be boolean or real floating, got {mask.dtype}")
+    if mask.ndim < 2 or not broadcasts_to(mask.shape, scores):
+        raise ValueError(
+            f"mask must have 2 or more dimensions and broadcast to {axes}, here {scores}, "
+            f"got shape {tuple(mask.shape)}"
+        )
+
+
 def check_axis(x: Array, axis: Any, name: str = "axis") -> tuple[int, ...]:
     """Return one or several axes of ``x`` as a tuple, counted from the front; none of them may be empty."""
+    axes = _axes(x, axis, name)
+    if any(x.shape[a] == 0 for a in axes):
+        raise ValueError(f"x must not be empty along {name} {axis}, got shape {tuple(x.shape)}")
+    return axes
+
+
+def check_sum_axis(x: Array, axis: Any, name: str = "axis") -> tuple[int, ...] | None:
+    """Return axes of ``x`` to sum over as a tuple, counted from the front; None, which means all, as it is."""
+    return None if axis is None else _axes(x, axis, name)
+
+
+def _axes(x: Array, axis: Any, name: str) -> tuple[int, ...]:
     given = axis if isinstance(axis, tuple) else (axis,)
     axes = tuple(_integer(a, name) for a in given)
     if not axes or any(not -x.ndim <= a < x.ndim for a in axes):
         raise ValueError(
-            f"{name} must be among the {x.ndim} axes of x, of shape {tuple(x.shape)}, got {axis}"
+            f"{name} must be among the {x.ndim} axes of x, of shape {tuple(x.shape)}, got {shown(axis)}"
         )
     axes = tuple(a % x.ndim for a in axes)
     if len(set(axes)) < len(axes):
         raise ValueError(f"{name} must name different axes, got {axis}")
-    if any(x.shape[a] == 0 for a in axes):
-        raise ValueError(f"x must not be empty along {name} {axis}, got shape {tuple(x.shape)}")
     return axes
 
 
@@ -380,7 +480,9 @@ def check_tau(
     An array has length one along ``axes``, those of the vectors or matrices that share one threshold.
     """
     if isinstance(tau, np.generic) or not compat.is_array_api_obj(tau):
-        return check_positive(tau, name, allow_zero=True)
+        return check_positive(
+            tau, name, allow_zero=True, limits=table.xp.finfo(_computed_in(table, x))
+        )
     tau = check_bound(table, x, tau, name, axes=axes)
     if table.is_eager(tau) and not bool(table.xp.all((tau >= 0) & table.xp.isfinite(tau))):
         raise ValueError(f"{name} must be finite and 0 or more everywhere")
@@ -392,9 +494,10 @@ def check_bound(
 ) -> Any:
     """Return a real number as a float, or an array that broadcasts to ``x``, of the real dtype it is computed in."""
     if isinstance(bound, np.generic) or not compat.is_array_api_obj(bound):
-        if isinstance(bound, (bool, np.bool_)) or not isinstance(bound, numbers.Real):
-            raise TypeError(f"{name} must be a real number or array, got {type(bound).__name__}")
-        return float(bound)
+        number = _real(bound, name, "number or array")
+        # What lies beyond the largest number is no bound.
+        largest = float(table.xp.finfo(_computed_in(table, x)).max)
+        return math.copysign(math.inf, number) if abs(number) > largest else number
     resolve(x=x, **{name: bound})
     _check_floating(table.xp, bound, name, allow_complex=False)
     target = tuple(1 if axis in axes else n for axis, n in enumerate(x.shape))
@@ -406,11 +509,15 @@ def check_bound(
             f"{name} must broadcast to x, whose shape is {tuple(x.shape)}{where}, "
             f"got {tuple(bound.shape)}"
         )
-    xp = table.xp
+    real = _computed_in(table, x)
+    with table.quietly():
+        return bound if bound.dtype == real else table.xp.astype(bound, real)
+
+
+def _computed_in(table: Primitives, x: Array) -> DType:
+    """Real dtype that ``x`` is computed in."""
     real = table.real_dtype(x.dtype)
-    if xp.finfo(real).bits == _HALF_BITS:
-        real = xp.float32
-    return bound if bound.dtype == real else xp.astype(bound, real)
+    return table.xp.float32 if table.xp.finfo(real).bits == _HALF_BITS else real
 
 
 def check_draws(table: Primitives, like: Array, rng: Any) -> np.random.Generator | int | None:
@@ -419,7 +526,7 @@ def check_draws(table: Primitives, like: Array, rng: Any) -> np.random.Generator
         if rng is None:
             return None
         if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
-            return int(rng)
+            return check_count(rng, "rng")
     return check_rng(rng)
 
 
@@ -428,13 +535,13 @@ def check_rng(rng: Any, name: str = "rng") -> np.random.Generator:
 
     Source: Scientific Python SPEC 7, Seeding pseudo-random number generation.
     """
-    if isinstance(rng, (bool, float, np.random.RandomState)):
-        raise TypeError(
-            f"{name} must be an int, a numpy.random.Generator or None, got {type(rng).__name__}"
-        )
+    if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
+        return np.random.default_rng(check_count(rng, name))
     try:
+        if isinstance(rng, (bool, np.bool_, float, np.random.RandomState)):
+            raise TypeError
         return np.random.default_rng(rng)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(
             f"{name} must be an int, a numpy.random.Generator or None, got {type(rng).__name__}"
         ) from None

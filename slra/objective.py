@@ -10,7 +10,7 @@ from typing import Any
 
 from slra._backends import Primitives
 from slra._typing import Array, Namespace
-from slra._validate import check_l1, check_positive, promote, resolve
+from slra._validate import check_l1, check_positive, check_scalar, promote, resolve
 from slra.prox.l1 import norm_l1, prox_l1
 
 __all__ = ["combined_objective", "l1_penalty", "l1_penalty_grad", "l1_penalty_prox"]
@@ -56,7 +56,11 @@ def combined_objective(task: Any, q: Array, k: Array, v: Array, l1: L1) -> Array
     >>> float(objective.combined_objective(10.0, q, k, v, (1.0, 2.0, 0.0)))
     14.0
     """
-    return task + l1_penalty(q, k, v, l1)
+    table = _check(q, k, v)
+    task = check_scalar(table, task, "task")
+    penalty = l1_penalty(q, k, v, l1)
+    with table.quietly():
+        return task + penalty
 
 
 def l1_penalty(q: Array, k: Array, v: Array, l1: L1) -> Array:
@@ -95,9 +99,13 @@ def l1_penalty(q: Array, k: Array, v: Array, l1: L1) -> Array:
     >>> float(objective.l1_penalty(q, k, v, (1.0, 2.0, 0.0)))
     4.0
     """
-    _check(q, k, v)
-    l_q, l_k, l_v = check_l1(l1)
-    return l_q * norm_l1(q) + l_k * norm_l1(k) + l_v * norm_l1(v)
+    table = _check(q, k, v)
+    weights = check_l1(l1, _summed_in(table, q, k, v))
+    with table.quietly():
+        parts = [
+            _weighted_norm(x, weight, table) for x, weight in zip((q, k, v), weights, strict=True)
+        ]
+        return parts[0] + parts[1] + parts[2]
 
 
 def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array, Array]:
@@ -137,8 +145,9 @@ def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array,
     >>> [x.tolist() for x in objective.l1_penalty_grad(q, k, v, (1.0, 2.0, 0.5))]
     [[-1.0, 0.0], [2.0], [0.5]]
     """
-    xp = _check(q, k, v).xp
-    dq, dk, dv = (weight * _sign(x, xp) for x, weight in zip((q, k, v), check_l1(l1), strict=True))
+    table = _check(q, k, v)
+    weights = check_l1(l1, [table.xp.finfo(x.dtype) for x in (q, k, v)])
+    dq, dk, dv = (weight * _sign(x, table.xp) for x, weight in zip((q, k, v), weights, strict=True))
     return dq, dk, dv
 
 
@@ -185,11 +194,13 @@ def l1_penalty_prox(
     >>> objective.l1_penalty_prox(q - 1.0 * (q - b), none, none, 1.0)[0].tolist()
     [2.0, 0.0]
     """
-    _check(q, k, v)
+    table = _check(q, k, v)
     step = check_positive(step, "step", allow_zero=True)
+    limits = _summed_in(table, q, k, v)
+    # A product beyond the largest number leaves nothing of any array, as does that number.
     q, k, v = (
-        x if weight == 0 else prox_l1(x, step * weight)
-        for x, weight in zip((q, k, v), check_l1(l1), strict=True)
+        x if weight == 0 else prox_l1(x, min(step * weight, float(limit.max)))
+        for x, weight, limit in zip((q, k, v), check_l1(l1, limits), limits, strict=True)
     )
     return q, k, v
 
@@ -200,6 +211,18 @@ def _check(q: Array, k: Array, v: Array) -> Primitives:
     for name, x in (("q", q), ("k", k), ("v", v)):
         promote(table, allow_complex=False, **{name: x})
     return table
+
+
+def _summed_in(table: Primitives, *arrays: Array) -> list[Any]:
+    """Return what `finfo` says of the dtypes of sums over these arrays, which are single for half precision."""
+    return [table.xp.finfo(promote(table, x=x).arrays[0].dtype) for x in arrays]
+
+
+def _weighted_norm(x: Array, weight: float, table: Primitives) -> Array:
+    """Product of the weight and the l1 norm; without a weight it is 0 for an infinite norm too."""
+    if weight >= float(_summed_in(table, x)[0].smallest_normal):
+        return weight * norm_l1(x)
+    return norm_l1(table.xp.reshape(x, (-1,))[:0])
 
 
 def _sign(x: Array, xp: Namespace) -> Array:

@@ -5,7 +5,6 @@ import importlib.util
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from types import FunctionType
 from typing import Any
 
 import pytest
@@ -23,8 +22,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import array_api_compat as compat
 
-import slra
 from tests.backends import BACKENDS, other_device
+from tests.capabilities import Seen, disagreements, watch
 from tests.cuda_host import host
 
 if importlib.util.find_spec("jax") is not None:
@@ -53,12 +52,9 @@ def xp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Itera
     for marker in request.node.iter_markers("needs"):
         if marker.args[0] in backend.lacks:
             pytest.skip(backend.lacks[marker.args[0]])
-    for module in (slra, slra.prox, slra.objective):
-        for name in module.__all__:
-            function = getattr(module, name)
-            if isinstance(function, FunctionType):
-                monkeypatch.setattr(module, name, backend.wrap(function, request))
     with backend.enter() as namespace:
+        called = watch(monkeypatch, lambda function: backend.wrap(function, request), namespace)
+        request.node.user_properties.append(("called", called))
         yield namespace
 
 
@@ -101,6 +97,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     config.hook.pytest_deselected(items=sorted(dropped, key=items.index))
     items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """After a full run: does the table of capabilities say what was seen?"""
+    config = session.config
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if (
+        _is_partial(config)
+        or session.testsfailed
+        or reporter is None
+        or not reporter.stats.get("passed")
+    ):
+        return
+    seen = Seen()
+    for report in reporter.stats["passed"]:
+        seen.add(report)
+    if wrong := disagreements(seen):
+        reporter.write_line("")
+        reporter.write_line("docs/backends.md is out of date: python -m tests.capabilities")
+        for line in wrong:
+            reporter.write_line(line)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _is_partial(config: pytest.Config) -> bool:
+    """Whether not all tests were asked for."""
+    narrowing = ("keyword", "markexpr", "collectonly", "lf", "stepwise", "deselect", "ignore")
+    chosen = [name for name in narrowing if getattr(config.option, name, None)]
+    return bool(chosen) or config.args_source is not pytest.Config.ArgsSource.TESTPATHS
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -24,7 +24,9 @@ def skip_most_on_jax(xp, case=None, kept="window and sinks"):
         pytest.skip("takes the same path on JAX as elsewhere, and long to compile")
 
 
-EAGER = pytest.mark.eager_only("a cache is an object, whose methods are not compiled one by one")
+EAGER = pytest.mark.eager_only(
+    "a cache writes to arrays in memory; under jit it goes in and out as a whole, with a capacity"
+)
 D, DV, HQ, HK = 8, 6, 4, 2
 FREQUENCIES = (1.0, 0.3, 0.05)
 

@@ -164,3 +164,24 @@ def test_complex_and_mixed_arrays_are_refused():
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match="q and v must come from one array library"):
         slra.objective.l1_penalty(q, k, torch.tensor(v), 1.0)
+
+
+@pytest.mark.parametrize("l1", [0.0, (0.0, 0.0, 1.0)])
+def test_without_a_weight_infinity_is_nothing(xp, l1):
+    q, k, v = (to_xp(xp, x) for x in (np.asarray([np.inf, 1.0]), np.asarray(np.inf), np.ones(3)))
+    right = 0.0 if l1 == 0.0 else 3.0
+    assert float(slra.objective.l1_penalty(q, k, v, l1)) == right
+    assert float(slra.objective.combined_objective(1.0, q, k, v, l1)) == right + 1
+
+
+def test_without_a_weight_there_is_a_gradient_of_zero():
+    torch = pytest.importorskip("torch")
+    q = torch.ones(3, requires_grad=True)
+    slra.objective.l1_penalty(q, q.detach(), q.detach(), 0.0).backward()
+    assert q.grad.tolist() == [0.0] * 3
+
+
+def test_weights_beyond_the_dtype():
+    q = np.ones(3, dtype="float16")
+    with pytest.raises(ValueError, match="l1 must be from 0 to 6.6e.04 in 16 bits"):
+        slra.objective.l1_penalty_grad(q, q, q, 1e5)

@@ -155,6 +155,34 @@ def test_every_public_name_has_a_page():
     assert listed == public
 
 
+def public_classes():
+    modules = (slra, slra.prox, slra.objective)
+    named = {name: getattr(module, name) for module in modules for name in module.__all__}
+    return {name: found for name, found in named.items() if isinstance(found, type)}
+
+
+@pytest.mark.parametrize("name", public_classes())
+def test_public_classes_have_examples_that_run(name):
+    assert f"Examples\n    {'-' * 8}\n" in public_classes()[name].__doc__
+    (test,) = doctest.DocTestFinder(recurse=False).find(public_classes()[name], name, globs={})
+    assert test.examples, f"{name} has no example"
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0
+
+
+def test_adapters_have_examples():
+    """They run in the tests of each adapter, where its framework is."""
+    for path in sorted((PACKAGE / "integrations").glob("[!_]*.py")):
+        nodes = ast.parse(path.read_text()).body
+        kinds = ast.ClassDef | ast.FunctionDef
+        documented = {n.name: ast.get_docstring(n) for n in nodes if isinstance(n, kinds)}
+        for name in integrated_names() & set(documented):
+            examples = documented[name].partition("Examples\n--------\n")[2]
+            if elsewhere := re.match(r"See `(\w+)`\.", examples):
+                examples = documented[elsewhere[1]]
+                assert f"{name}(" in examples, f"{elsewhere[0]} has no example of {name}"
+            assert ">>> " in examples, f"{path.name}: {name} has no example"
+
+
 def readme_blocks():
     text = (PACKAGE.parent / "README.md").read_text()
     return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)

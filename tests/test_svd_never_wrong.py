@@ -218,3 +218,24 @@ def test_no_worse_than_subspace_iteration_at_the_same_depth(shape, n_iter):
     exact = np.linalg.svd(a.astype("float64"), compute_uv=False)
     error = np.max(np.abs(S - exact[:20]))
     assert error <= 10 * reference_error(a, 20, n_iter)[0] + 20 * eps_of("float32") * exact[0]
+
+
+@pytest.mark.parametrize("value", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_space_that_is_full_after_one_block(value, dtype):
+    """What the first block leaves of the second is zero to the last bit."""
+    x = np.full((40, 40), value, dtype=dtype)
+    eps = np.finfo(dtype).eps
+    w, V = slra.randomized_eigh(x, 2, n_oversamples=0, n_iter=2, rng=0)
+    np.testing.assert_allclose(w, [40 * value, 0.0], atol=200 * eps * value * 40)
+    np.testing.assert_allclose(V.T @ V, np.eye(2), atol=200 * eps)
+    U, S, Vh = slra.randomized_svd(x, 2, n_oversamples=0, n_iter=3, method="krylov", rng=0)
+    np.testing.assert_allclose(S, [40 * value, 0.0], atol=200 * eps * value * 40)
+    np.testing.assert_allclose(U.T @ U, np.eye(2), atol=200 * eps)
+    np.testing.assert_allclose(Vh @ Vh.T, np.eye(2), atol=200 * eps)
+
+
+def test_eigenvectors_of_a_small_constant_matrix():
+    w, V = slra.randomized_eigh(np.full((4, 4), 0.3), 1, n_oversamples=0, n_iter=0, rng=0)
+    np.testing.assert_allclose(w, [1.2])
+    np.testing.assert_allclose(V[:, 0], np.full(4, 0.5))

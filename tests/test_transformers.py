@@ -342,7 +342,7 @@ def test_a_model_compiles_in_one_graph(hf):
         torch.testing.assert_close(compiled(ids).logits, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["register", "calibrate"])
+@pytest.mark.parametrize("name", ["register", "calibrate", "detach", "load"])
 def test_the_examples_run(hf, name):
     (test,) = doctest.DocTestFinder(recurse=False).find(getattr(hf, name), name)
     assert test.examples

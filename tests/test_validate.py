@@ -1,6 +1,8 @@
 """Bad input meets one error at the door, which names the argument, what came, and what is right."""
 
 import contextlib
+import dataclasses
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -302,3 +304,216 @@ def test_bad_l1(l1, error):
     q = np.ones((4, 3))
     with pytest.raises(error, match="l1 must be"):
         slra.low_rank_attention(q, q, q, 2, l1=l1)
+
+
+@pytest.mark.parametrize("axis", [2, (0, 5), (0, 0), ()], ids=str)
+def test_axes_of_a_sum_that_are_not_there(xp, axis):
+    with pytest.raises(ValueError, match="axis must (be among the 2 axes|name different)"):
+        slra.prox.norm_l1(to_xp(xp, np.ones((2, 3))), axis=axis)
+
+
+@pytest.mark.parametrize("axis", [True, 0.0, "x", [0]], ids=repr)
+@pytest.mark.parametrize("name", ["norm_l0", "norm_l1", "norm_nonneg_l1"])
+def test_axes_of_a_sum_that_are_no_ints(name, axis):
+    with pytest.raises(TypeError, match="axis must be an int"):
+        getattr(slra.prox, name)(np.ones((2, 3)), axis=axis)
+
+
+@pytest.mark.parametrize(
+    ("tau", "message"),
+    [
+        (10**400, "tau must be finite in double precision"),
+        (Fraction(10**400), "tau must be finite in double precision"),
+        (10**5000, "tau must be finite in double precision, got a int of too many digits"),
+        (1e300, r"tau must be from 0 to 3.4e\+38 in 32 bits, got 1e\+300"),
+        (np.full(3, 1e300), "tau must be finite and 0 or more everywhere"),
+    ],
+    ids=["int", "fraction", "long", "float", "array"],
+)
+def test_numbers_beyond_the_dtype(tau, message):
+    with pytest.raises(ValueError, match=message):
+        slra.soft_threshold(np.ones(3, dtype="float32"), tau)
+
+
+def test_numbers_that_would_vanish_in_the_dtype():
+    q = np.ones((4, 3), dtype="float32")
+    with pytest.raises(ValueError, match="softcap must be from 1.2e-38 to 3.4e.38 in 32 bits"):
+        slra.attention(q, q, q, softcap=1e-300)
+    with pytest.raises(ValueError, match="delta must be from 1.2e-38"):
+        slra.prox.prox_huber(q, 1.0, delta=1e-300)
+
+
+@pytest.mark.parametrize("rng", [-1, np.int64(-7)])
+def test_negative_seeds(rng):
+    with pytest.raises(ValueError, match="rng must be 0 or more, got -"):
+        slra.randomized_svd(np.ones((50, 40)), 2, rng=rng)
+
+
+def test_flags_that_are_none():
+    x = np.ones((4, 3))
+    with pytest.raises(TypeError, match="center must be a bool, got str"):
+        slra.randomized_svd(x, 2, center="no")
+    with pytest.raises(TypeError, match="return_lse must be a bool, got ndarray"):
+        slra.attention(x, x, x, return_lse=np.ones(2))
+    with pytest.raises(TypeError, match="pool_batch must be a bool, got int"):
+        slra.fit_attention(x, x, x, 2, pool_batch=1)
+
+
+def test_arrays_in_the_place_of_words():
+    x, words = np.ones((4, 3)), np.ones(3)
+    with pytest.raises(ValueError, match="method must be one of 'auto'"):
+        slra.randomized_svd(x, 2, method=words)
+    with pytest.raises(TypeError, match="n_iter must be an int, got ndarray"):
+        slra.randomized_eigh(np.eye(3), 2, n_iter=words)
+    with pytest.raises(TypeError, match="density must be a real number, got ndarray"):
+        slra.compress(x, 2, words)
+
+
+def test_booleans_to_compress():
+    with pytest.raises(TypeError, match="x must have a floating dtype, got bool"):
+        slra.compress(np.ones((4, 3), dtype=bool), 1, "auto")
+
+
+def test_booleans_of_torch_for_ints():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match="rank must be an int"):
+        slra.truncated_svd(np.ones((4, 3)), torch.tensor(True))
+
+
+def test_masks_outside_the_standard():
+    q = np.ones((4, 3))
+    with pytest.raises(TypeError, match="mask must be boolean or real floating, got <U1"):
+        slra.attention(q, q, q, mask=np.full((4, 4), "a"))
+
+
+def solve(**options):
+    x = options.pop("x0", np.zeros(2))
+    given = {"value_and_grad": lambda x: (0.0, x), "prox": slra.prox.prox_l1, **options}
+    return slra.proximal_gradient(x, given.pop("value_and_grad"), given.pop("prox"), **given)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prox": 3}, TypeError, "prox must be callable, got int"),
+        ({"callback": 3}, TypeError, "callback must be callable, got int"),
+        ({"value_and_grad": lambda x: x}, TypeError, "value_and_grad must return a pair"),
+        ({"value_and_grad": lambda x: (0.0, x[:1])}, ValueError, r"return an array of shape \(2,"),
+        ({"prox": lambda x, step: x[:1]}, ValueError, r"prox must return an array of shape \(2,\)"),
+        ({"prox": lambda x, step: 0.0}, TypeError, "prox must return an array, got float"),
+        ({"step": 0}, ValueError, "step must be finite and greater than 0"),
+        ({"step": np.zeros(())}, ValueError, "step must be finite and greater than 0"),
+        ({"accelerated": "no"}, TypeError, "accelerated must be a bool"),
+    ],
+)
+def test_functions_of_a_solver(options, error, message):
+    with pytest.raises(error, match=message):
+        solve(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"matmat": 3}, TypeError, "x.matmat must be callable, got int"),
+        ({"rmatmat": len}, TypeError, "x.rmatmat must be an array .* got int"),
+        ({"rmatmat": lambda u: u}, ValueError, r"x.rmatmat must return an array of shape \(9, "),
+        ({"shape": 9}, TypeError, r"x.shape must be a tuple \(m, n\), got int"),
+        ({"shape": (9, 0.5)}, TypeError, "x.shape must be an int"),
+        ({"shape": (9, -1)}, ValueError, "x must have 2 dimensions"),
+    ],
+)
+def test_operators_that_are_none(change, error, message):
+    a = np.ones((10, 9))
+    given = {"matmat": lambda v: a @ v, "rmatmat": lambda u: a.T @ u, "shape": (10, 9), "like": a}
+    with pytest.raises(error, match=message):
+        slra.randomized_svd(
+            slra.MatrixOperator(**{**given, **change}), 1, rng=0, n_iter=1, n_oversamples=0
+        )
+
+
+def test_test_matrix_that_is_not_finite():
+    omega = np.full((20, 3), np.nan)
+    with pytest.raises(ValueError, match="test_matrix must be finite"):
+        slra.randomized_svd(np.eye(20), 2, test_matrix=omega)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"wq": None}, TypeError, "wq must be an array"),
+        ({"wk": np.ones((2, 3, 1))}, ValueError, r"wq of a basis must have shape \(2, 3, 1\)"),
+        ({"mu": np.ones(3)}, ValueError, r"mu of a basis must have shape \(2, 1, 3\), got \(3,\)"),
+        ({"wk": np.ones(3)}, ValueError, "wk must have 2 dimensions or more"),
+        ({"ranks": ()}, ValueError, "ranks of a basis must be 2 pairs"),
+        ({"ranks": (2, 2)}, TypeError, "ranks of a basis must be pairs of ints, got 2"),
+        ({"ranks": ((2, 9), (2, 2))}, ValueError, "ranks of a basis must be between 1 and 2"),
+    ],
+)
+def test_bases_whose_parts_do_not_fit(change, error, message):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6, 3))
+    basis = dataclasses.replace(slra.fit_attention(q, k, v, 2), **change)
+    with pytest.raises(error, match=message):
+        slra.low_rank_attention(q, k, v, basis=basis)
+    with pytest.raises(error, match=message):
+        slra.KVCache(basis)
+
+
+def test_what_is_no_basis():
+    q = np.ones((2, 6, 3))
+    with pytest.raises(TypeError, match="basis must be an AttentionBasis, got str"):
+        slra.low_rank_attention(q, q, q, basis="basis")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch": (2,)}, TypeError, "batch must be left out of from_prefix"),
+        ({"q": [1.0]}, TypeError, "q must be an array"),
+        ({"q": np.ones(3)}, ValueError, "q must have at least 2 dimensions"),
+        ({"rank": None, "rtol": "few"}, TypeError, "rtol must be a real number, got str"),
+        ({"rotary": "fast"}, TypeError, "rotary must be real numbers, got str"),
+        ({"rotary": [[1.0, 2.0], [3.0]]}, TypeError, "rotary must be real numbers, got list"),
+        ({"window": 10**400}, ValueError, "window must be at most 2147483647"),
+        ({"dtype": np.dtype("float32")}, ValueError, "dtype must be one of 'float16'"),
+    ],
+    ids=str,
+)
+def test_caches_from_a_prefix(options, error, message):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6, 3))
+    given = {"q": q, "k": k, "v": v, "rank": 2, **options}
+    with pytest.raises(error, match=message):
+        slra.KVCache.from_prefix(**given)
+
+
+def test_ragged_lists_for_lengths():
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6, 3))
+    cache = slra.KVCache(slra.fit_attention(q, k, v, 2), batch=(2,))
+    with pytest.raises(TypeError, match="lengths must be integers, got list"):
+        cache.append(np.ones((2, 2, 1, 3)), np.ones((2, 2, 1, 3)), lengths=[[1], [1, 2]])
+
+
+@pytest.mark.eager_only("values cannot be checked here")
+def test_scores_beyond_the_dtype_when_fitting(xp):
+    q = to_xp(xp, np.full((4, 3), 1e200))
+    with pytest.raises(ValueError, match="q, k and mask must have finite scores"):
+        slra.fit_attention(q, q, q, 2)
+
+
+@pytest.mark.parametrize("other", [np.ones(()), np.ones((5, 2), dtype=int)])
+def test_factors_of_a_compressed_matrix(other):
+    small = slra.compress(np.random.default_rng(0).standard_normal((4, 5)), 1, 0.2)
+    with pytest.raises((TypeError, ValueError), match="other must have (1 dimension|a floating)"):
+        small @ other
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "message"),
+    [
+        ("big", TypeError, "task must be a real number or array, got str"),
+        (np.ones(2), ValueError, r"task must have no dimensions, got shape \(2,\)"),
+        (np.asarray(1), TypeError, "task must have a real floating dtype"),
+    ],
+)
+def test_task_of_the_objective(task, error, message):
+    with pytest.raises(error, match=message):
+        slra.objective.combined_objective(task, *np.ones((3, 2)), 1.0)

@@ -1,8 +1,8 @@
 """Train every method on every task.
 
-    python -m benchmarks.training            the whole study, on two cores; writes results/training.json and plots
+    python -m benchmarks.training            about half an hour on two cores; writes results/training.json and plots
     python -m benchmarks.training --quick    small versions of all of it, checked and thrown away
-    python -m benchmarks.training.report     tables of docs/does_it_work.md and plots, from results/training.json
+    python -m benchmarks.training.report     the plots once more, from results/training.json
 
 Each finished run is a file in ``--runs``; a study that was stopped goes on where it was.
 """
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks.common import RESULTS, save
+from benchmarks.tables.training import main_table
 from benchmarks.training import report
 from benchmarks.training.plan import plan, quick_plan
 from benchmarks.training.runs import collect, run_all
@@ -33,7 +34,7 @@ def main() -> None:
             result = report.summarise(collect(groups, runs))
             report.check(result, groups)
             report.draw(result, runs)
-        print(report.main_table(result))
+        print(main_table(result))
         print(f"form of the results is right; {time.perf_counter() - start:.0f} s")
         return
     groups = plan()
@@ -41,7 +42,7 @@ def main() -> None:
     result = report.summarise(collect(groups, arguments.runs))
     report.check(result, groups)
     path = save("training", result)
-    report.write_docs(json.loads(path.read_text()))
+    report.draw(json.loads(path.read_text()), RESULTS)
     print(f"{path}; {time.perf_counter() - start:.0f} s")
 
 

@@ -1,23 +1,22 @@
-"""Results file, tables of the docs page and plots, from finished runs.
+"""Results file and plots, from finished runs.
 
-python -m benchmarks.training.report     from results/training.json, as it is
+python -m benchmarks.training.report     the plots once more, from results/training.json
 """
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common import RESULTS
+from benchmarks.tables.training import select
 from benchmarks.training.attend import n_baseline
 from benchmarks.training.plan import SETTINGS, Group
 from benchmarks.training.settings import Setting
 from benchmarks.training.tasks import IGNORE
 
-DOCS = Path(__file__).parents[2] / "docs" / "does_it_work.md"
 Run = dict[str, Any]
 
 
@@ -86,205 +85,6 @@ def check(result: dict[str, Any], groups: list[Group]) -> None:
             raise ValueError(f"impossible numbers in {run}")
 
 
-def select(
-    result: dict[str, Any], part: str, task: str | None = None
-) -> dict[tuple[str, str], list[Run]]:
-    """Runs of a part by task and method, in the order they were planned in."""
-    chosen: dict[tuple[str, str], list[Run]] = {}
-    for run in result["runs"]:
-        if run["part"] == part and task in (None, run["task"]):
-            chosen.setdefault((run["task"], run["method"]), []).append(run)
-    return chosen
-
-
-def spread(values: Iterable[float]) -> str:
-    """Mean and sample standard deviation, in percent."""
-    x = 100 * np.asarray(list(values))
-    return f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" if len(x) > 1 else f"{x.mean():.1f}"
-
-
-def table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def zeros(runs: list[Run], which: int | None = 0) -> str:
-    """Mean share over runs, layers and arrays, and the smallest of any array and run; None: off the filler of MQAR."""
-    forms = ("threshold",) if which is None else ("threshold", "penalty")
-    if not any(run["options"][form] for run in runs for form in forms):
-        return ""
-    if which is None:
-        x = 100 * np.asarray([run["zeros_off_filler"] for run in runs])
-    else:
-        x = 100 * np.asarray([run["zeros"] for run in runs])[..., which]
-    return f"{x.mean():.1f} ({x.min():.1f})"
-
-
-def main_table(result: dict[str, Any]) -> str:
-    selected = select(result, "main")
-    exact = {
-        (task, run["seed"]): run["accuracy"]
-        for (task, method), runs in selected.items()
-        if method == "exact"
-        for run in runs
-    }
-    rows = []
-    for task, setting in result["tasks"].items():
-        for (of, method), runs in selected.items():
-            if of == task:
-                kept = np.mean([run["stored"] for run in runs])
-                ratio = [run["accuracy"] / exact[task, run["seed"]] for run in runs]
-                rows.append(
-                    (
-                        task,
-                        method,
-                        f"{kept:.3g}",
-                        spread(run["accuracy"] for run in runs),
-                        spread(ratio),
-                        zeros(runs),
-                        zeros(runs, None) if task == "mqar" else "",
-                        len(runs),
-                    )
-                )
-        by = " by root operator" if task == "listops" else ""
-        rows.append(
-            (task, f"most frequent answer{by}", "", f"{100 * setting['trivial']:.1f}", *[""] * 4)
-        )
-    head = ["task", "method", "stored", "accuracy, %", "of exact, %", "zeros, %"]
-    head += ["zeros off filler, %", "seeds"]
-    return table(head, rows)
-
-
-def sweep_table(result: dict[str, Any]) -> str:
-    chosen = select(result, "sweep", "mqar")
-    for key, runs in select(result, "main", "mqar").items():
-        seeds = {run["seed"] for other in chosen.values() for run in other}
-        if any(runs[0]["options"][name] for name in ("threshold", "penalty")):
-            chosen[key] = [run for run in runs if run["seed"] in seeds]
-    rows = []
-    for form in ("threshold", "penalty"):
-        of_form = [runs for runs in chosen.values() if runs and runs[0]["options"][form]]
-        of_form.sort(key=lambda runs: runs[0]["options"][form])
-        rows += [
-            (
-                form,
-                runs[0]["options"][form],
-                spread(run["accuracy"] for run in runs),
-                *(zeros(runs, which) for which in range(3)),
-                len(runs),
-            )
-            for runs in of_form
-        ]
-    head = [
-        "form",
-        "lambda",
-        "accuracy, %",
-        "zeros, %",
-        "below 1e-3 of the largest, %",
-        "zero columns, %",
-        "seeds",
-    ]
-    return table(head, rows)
-
-
-def budget_table(result: dict[str, Any]) -> str:
-    """Accuracy by rank and method; the rank D/4 is that of the main table, on the same seeds."""
-    runs = [run for some in select(result, "budget", "mqar").values() for run in some]
-    kinds = list(dict.fromkeys(run["options"]["kind"] for run in runs))
-    seeds = {run["seed"] for run in runs}
-    runs += [
-        run
-        for kind in kinds
-        for run in select(result, "main", "mqar").get(("mqar", kind), [])
-        if run["seed"] in seeds
-    ]
-    width = result["tasks"]["mqar"]["width"] // result["tasks"]["mqar"]["heads"]
-    rows = []
-    for cut in sorted({run["options"]["cut"] for run in runs}):
-        by_kind = [
-            [run for run in runs if (run["options"]["cut"], run["options"]["kind"]) == (cut, kind)]
-            for kind in kinds
-        ]
-        accuracies = (spread(run["accuracy"] for run in some) for some in by_kind)
-        rows.append((width // cut, 2 * width // cut, *accuracies, len(seeds)))
-    return table(["rank", "stored", *kinds, "seeds"], rows)
-
-
-def dynamic_table(result: dict[str, Any]) -> str:
-    rows = []
-    for (task, method), runs in select(result, "dynamic").items():
-        ranks = np.mean([np.mean(run["ranks"], axis=(0, 1)) for run in runs], axis=0)
-        width = result["tasks"][task]["width"] // result["tasks"][task]["heads"]
-        per_head = ", ".join(f"{qk}/{v}" for layer in runs[0]["ranks"] for qk, v in layer)
-        rows.append(
-            (
-                task,
-                method,
-                spread(run["accuracy"] for run in runs),
-                f"{ranks[0]:.1f} and {ranks[1]:.1f} of {width}",
-                per_head,
-                len(runs),
-            )
-        )
-    head = [
-        "task",
-        "method",
-        "accuracy, %",
-        "mean rank of Q, K and of V",
-        "by head, first seed",
-        "seeds",
-    ]
-    return table(head, rows)
-
-
-def untrained_table(result: dict[str, Any]) -> str:
-    """Exact models, approximated only once they are trained."""
-    rows = []
-    for (task, _), runs in select(result, "main").items():
-        for cut in zip(*(run.get("untrained", []) for run in runs), strict=True):
-            ranks = np.mean([np.mean(one["ranks"], axis=(0, 1)) for one in cut], axis=0)
-            rule = f"rtol {cut[0]['rtol']}" if cut[0]["rtol"] else "rank D/4"
-            rows.append(
-                (
-                    task,
-                    cut[0]["kind"],
-                    rule,
-                    spread(one["accuracy"] for one in cut),
-                    f"{ranks[0]:.1f} and {ranks[1]:.1f}",
-                )
-            )
-    head = ["task", "method", "rule", "accuracy, %", "mean rank of Q, K and of V"]
-    return table(head, rows)
-
-
-def no_warm_up_table(result: dict[str, Any]) -> str:
-    rows = [
-        (task, method.partition(",")[0], spread(run["accuracy"] for run in runs), len(runs))
-        for (task, method), runs in select(result, "no warm-up").items()
-    ]
-    return table(["task", "method", "accuracy, %", "seeds"], rows)
-
-
-TABLES = {
-    "main": main_table,
-    "budget": budget_table,
-    "sweep": sweep_table,
-    "dynamic": dynamic_table,
-    "untrained": untrained_table,
-    "no warm-up": no_warm_up_table,
-}
-
-
-def fill(text: str, result: dict[str, Any]) -> str:
-    """Put the tables between their marks."""
-    for name, make in TABLES.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        text = f"{before}{begin}\n{make(result)}\n{end}{after}"
-    return text
-
-
 def draw(result: dict[str, Any], folder: Path) -> None:
     """Accuracy against zeros, accuracy over training, and ranks over training."""
     import matplotlib
@@ -339,10 +139,5 @@ def draw_tradeoff(axis: Any, result: dict[str, Any]) -> None:
     axis.set(title="MQAR at rank D/4", xlabel="share of entries of Q^, K^, V^", ylabel="accuracy")
 
 
-def write_docs(result: dict[str, Any]) -> None:
-    draw(result, RESULTS)
-    DOCS.write_text(fill(DOCS.read_text(), result))
-
-
 if __name__ == "__main__":
-    write_docs(json.loads((RESULTS / "training.json").read_text()))
+    draw(json.loads((RESULTS / "training.json").read_text()), RESULTS)

@@ -4,6 +4,7 @@ This is the reference that each override is tested against, and what an unknown 
 Arguments have been validated: matching namespaces, devices and a floating dtype of 32 or 64 bits.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +85,10 @@ class Primitives(SparseRows, Rows):
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Bring an array to NumPy; lazy ones are computed."""
         return np.asarray(x)
+
+    def quietly(self) -> contextlib.AbstractContextManager[Any]:
+        """Let numbers leave the range of their dtype without NumPy's warnings, which other libraries do not have."""
+        return np.errstate(all="ignore")
 
     # Linear algebra
 
@@ -182,11 +187,6 @@ class Primitives(SparseRows, Rows):
         sizes = [xp.max(xp.abs(part), axis=(-2, -1)) for part in parts]
         return sizes[0] if len(sizes) == 1 else xp.maximum(*sizes)
 
-    def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
-        """Solve ``a @ x = b`` for triangular ``a``; only that triangle of ``a`` is read."""
-        a = self.xp.tril(a) if lower else self.xp.triu(a)
-        return self.xp.linalg.solve(a, b)
-
     def test_matrix(
         self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
     ) -> Array:
@@ -275,17 +275,22 @@ class Primitives(SparseRows, Rows):
 
     def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
         """Euclidean norm along ``axes``, which are kept; scaled, because squares overflow."""
+        unit, norm = self.scaled_group_norm(x, axes)
+        return unit * norm
+
+    def scaled_group_norm(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+        """Largest modulus along ``axes`` (1 for zero and infinity) and the norm over it; their product may overflow."""
         xp = self.xp
         modulus = xp.abs(x)
         peak = xp.max(modulus, axis=axes, keepdims=True)
         unit = xp.where((peak == 0) | (peak == math.inf), 1.0, peak)
         scaled = modulus / unit
-        return unit * xp.sqrt(xp.sum(scaled * scaled, axis=axes, keepdims=True))
+        return unit, xp.sqrt(xp.sum(scaled * scaled, axis=axes, keepdims=True))
 
     def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
         """Shorten each vector along ``axes`` by ``tau``, to no less than zero."""
-        norm = self.group_norm(x, axes)
-        return x * (self.at_least(norm - tau, 0.0) / self.xp.where(norm == 0, 1.0, norm))
+        unit, norm = self.scaled_group_norm(x, axes)
+        return x * (self.at_least(norm - tau / unit, 0.0) / self.xp.where(norm == 0, 1.0, norm))
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Sum of moduli along ``axis``."""

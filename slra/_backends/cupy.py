@@ -86,17 +86,17 @@ class CupyPrimitives(Primitives):
         """Scale and add in one pass."""
         return kernel("extrapolate", x)(x, move, factor)
 
-    def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
+    def scaled_group_norm(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
         """Read ``x`` twice, once for the largest modulus."""
         xp = self.xp
         if self._are_few(x, axes):
             return self._few_group_norms(x, axes)
         peak = kernel("max_abs", x)(x, axis=axes, keepdims=True)
         unit = xp.where((peak == 0) | xp.isinf(peak), xp.ones_like(peak), peak)
-        return unit * kernel("norm", x)(x, unit, axis=axes, keepdims=True)
+        return unit, kernel("norm", x)(x, unit, axis=axes, keepdims=True)
 
-    def _few_group_norms(self, x: Array, axes: tuple[int, ...]) -> Array:
-        """Norms of segments, and the norm of these."""
+    def _few_group_norms(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+        """Largest moduli and norms of segments, and those of these."""
         xp = self.xp
         pieces = self._segments(x, axes)
         peaks = [kernel("max_abs", x)(piece, axis=-1) for piece in pieces]
@@ -104,12 +104,14 @@ class CupyPrimitives(Primitives):
         unit = xp.where((peak == 0) | xp.isinf(peak), xp.ones_like(peak), peak)
         norms = [kernel("norm", x)(piece, unit[..., None], axis=-1) for piece in pieces]
         norm = xp.concat(norms, axis=1)
-        norm = unit * xp.sqrt(xp.sum(norm * norm, axis=1, keepdims=True))
-        return xp.reshape(norm, tuple(1 if a in axes else n for a, n in enumerate(x.shape)))
+        norm = xp.sqrt(xp.sum(norm * norm, axis=1, keepdims=True))
+        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        return xp.reshape(unit, shape), xp.reshape(norm, shape)
 
     def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
         """Shorten in one pass, given the norms."""
-        return kernel("group_threshold", x)(x, self.group_norm(x, axes), tau)
+        unit, norm = self.scaled_group_norm(x, axes)
+        return kernel("group_threshold", x)(x, norm, tau / unit)
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Add up moduli as they are read; in segments first where there are few sums."""

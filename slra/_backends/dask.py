@@ -40,10 +40,6 @@ def _draw(block: GaussianBlock, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     return block.draw().astype(dtype)
 
 
-def _solve_triangular(a: Any, b: Any, *, lower: bool) -> Any:
-    return np.linalg.solve(np.tril(a) if lower else np.triu(a), b)
-
-
 def _adjoint_part(x: Any, w: Any, wide: Any) -> Any:
     """Return ``x^H w`` of one chunk, (1, n, l), in the wide dtype."""
     largest = float(np.max(np.abs(w)))
@@ -222,11 +218,6 @@ class DaskPrimitives(Primitives):
     def small_inverse(self, g: Array) -> Array:
         """LAPACK on one worker, each matrix whole; Dask's own takes one matrix."""
         return _by_matrix(np.linalg.inv, "(n,n)->(n,n)", g, dtypes=[g.dtype])
-
-    def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
-        """Solve on one worker, each matrix whole."""
-        solve = partial(_solve_triangular, lower=lower)
-        return _by_matrix(solve, "(n,n),(n,k)->(n,k)", a, b, dtypes=[b.dtype])
 
     def top_indices(self, x: Array, k: int) -> Array:
         """Sort on one worker."""

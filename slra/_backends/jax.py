@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import jax
-import jax.scipy.linalg
 
 from slra._backends.agnostic import Primitives, ScoreOptions
 from slra._backends.agnostic_sparse import index_dtype
@@ -74,10 +73,6 @@ class JaxPrimitives(Primitives):
         element = jax.numpy.arange(buffer.shape[0])[:, None]
         rows = jax.numpy.swapaxes(rows, 1, 2).astype(buffer.dtype)
         return buffer.at[element, :, places, :].set(rows, mode="drop")
-
-    def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
-        """Solve by substitution."""
-        return jax.scipy.linalg.solve_triangular(a, b, lower=lower)
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Sum x * sign(x): its gradient at 0 is 0, where that of ``jax.numpy.abs`` is 1."""

@@ -1,10 +1,9 @@
-"""NumPy: results written in place, triangular solves by LAPACK.
+"""NumPy: results written in place.
 
 Needs: numpy, scipy. Reads its input only, which may be read-only.
 """
 
 import numpy as np
-import scipy.linalg
 
 from slra._backends import numpy_attention
 from slra._backends.agnostic import Primitives, ScoreOptions
@@ -38,10 +37,6 @@ class NumpyPrimitives(Primitives):
         parts = [x.real, x.imag] if self.is_complex(x) else [x]
         extremes = [f(part, axis=(-2, -1)) for part in parts for f in (np.max, np.min)]
         return np.max(np.abs(extremes), axis=0)
-
-    def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
-        """Solve by substitution (LAPACK trtrs)."""
-        return scipy.linalg.solve_triangular(a, b, lower=lower, check_finite=False)
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Clip and subtract, block by block, so that the second step finds the first in the cache."""

@@ -3,6 +3,7 @@
 Needs: torch. Results carry gradients wherever the operations they are made of do.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,10 @@ class TorchPrimitives(Primitives):
             )
         return None
 
+    def quietly(self) -> contextlib.AbstractContextManager[Any]:
+        """There is nothing to silence, and torch.compile does not follow NumPy's way to."""
+        return contextlib.nullcontext()
+
     def cholesky(self, g: Array) -> Array:
         """Factor without raising, and mark what failed."""
         factor, info = torch.linalg.cholesky_ex(g)
@@ -93,10 +98,6 @@ class TorchPrimitives(Primitives):
     def wide(self, like: Array) -> Any:
         """Stay in single precision on a device that has no double."""
         return like.dtype if like.device.type == "mps" else super().wide(like)
-
-    def solve_triangular(self, a: Array, b: Array, *, lower: bool) -> Array:
-        """Solve by substitution."""
-        return torch.linalg.solve_triangular(a, b, upper=not lower)
 
     def test_matrix(
         self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array

@@ -43,7 +43,7 @@ def check_options(
     check_choice(method, methods, "method")
     for name in ("q", "k", "v"):
         check_finite(inputs.table, getattr(inputs, name), name)
-    thresholds = check_l1(l1)
+    thresholds = check_l1(l1, [inputs.table.xp.finfo(inputs.q.dtype)] * 3)
     n_exact, n_keys = check_count(n_exact, "n_exact"), int(inputs.k.shape[-2])
     if n_exact >= n_keys:
         raise ValueError(f"n_exact must be less than {n_keys}, the number of keys, got {n_exact}")

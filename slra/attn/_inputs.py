@@ -11,8 +11,9 @@ from slra._backends.agnostic import ScoreOptions
 from slra._typing import Array, CausalAlign
 from slra._validate import (
     Promoted,
-    broadcasts_to,
     check_choice,
+    check_flag,
+    check_mask,
     check_matrix,
     check_positive,
     promote,
@@ -58,26 +59,26 @@ def check_inputs(
     _check_lengths(q, k, v)
     batch = _check_batch(q, k, v, enable_gqa=enable_gqa)
     if mask is not None:
-        _check_mask(table.xp, mask, (*batch, q.shape[-2], k.shape[-2]))
+        scores = (*batch, q.shape[-2], k.shape[-2])
+        check_mask(table, mask, scores, "(..., Hq, Nq, Nk)")
     check_choice(causal_align, ("bottom_right", "top_left"), "causal_align")
-    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-        if not isinstance(flag, (bool, np.bool_)):
-            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
-    options = ScoreOptions(
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else check_scale(scale),
-        is_causal=bool(is_causal),
-        causal_align=causal_align,
-        softcap=None if softcap is None else check_positive(softcap, "softcap"),
-    )
     promoted = promote(table, allow_complex=False, q=q, k=k, v=v)
     work_q, work_k, work_v = promoted.arrays
+    limits = table.xp.finfo(work_q.dtype)
+    options = ScoreOptions(
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else check_scale(scale, limits),
+        is_causal=check_flag(is_causal, "is_causal"),
+        causal_align=causal_align,
+        softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
+    )
     return Inputs(table, work_q, work_k, work_v, mask, options, promoted)
 
 
-def check_scale(scale: Any) -> float:
+def check_scale(scale: Any, limits: Any = None) -> float:
+    """Return a finite number, of either sign, as a float."""
     negative = isinstance(scale, numbers.Real) and scale < 0
-    magnitude = check_positive(-scale if negative else scale, "scale", allow_zero=True)
-    return -magnitude if negative else magnitude
+    size = check_positive(-scale if negative else scale, "scale", allow_zero=True, limits=limits)
+    return -size if negative else size
 
 
 def _check_lengths(q: Array, k: Array, v: Array) -> None:
@@ -99,7 +100,7 @@ def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> tuple[int
     """
     heads: tuple[int, ...] = ()
     shapes = [tuple(x.shape[:-2]) for x in (q, k, v)]
-    if enable_gqa:
+    if check_flag(enable_gqa, "enable_gqa"):
         if min(map(len, shapes)) < 1:
             raise ValueError("q, k and v must have a head axis, (..., H, N, D), with enable_gqa")
         heads_q, heads_k, heads_v = (shape[-1] for shape in shapes)
@@ -117,16 +118,6 @@ def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> tuple[int
             f"the leading axes of q, k and v must broadcast, got shapes "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         ) from None
-
-
-def _check_mask(xp: Any, mask: Array, scores: tuple[int, ...]) -> None:
-    if not xp.isdtype(mask.dtype, ("bool", "real floating")):
-        raise TypeError(f"mask must be boolean or real floating, got {mask.dtype}")
-    if mask.ndim < 2 or not broadcasts_to(mask.shape, scores):
-        raise ValueError(
-            f"mask must have 2 or more dimensions and broadcast to (..., Hq, Nq, Nk), here {scores}, "
-            f"got shape {tuple(mask.shape)}"
-        )
 
 
 def group_heads(inputs: Inputs) -> Inputs:

@@ -51,7 +51,7 @@ def fit_svd(data: Grouped, sample: RowSample) -> Factors:
     """Right singular vectors of Q (per query head), K and V, uncentred: the formula to the letter."""
     table, xp = data.table, data.table.xp
     q, k, v = (_pooled(x, n, sample, data) for x, n in ((data.q, 4), (data.k, 3), (data.v, 3)))
-    left, wk, wv = (xp.matrix_transpose(thin_svd(x, table)[2]) for x in (q, k, v))
+    left, wk, wv = (_right_vectors(x, table) for x in (q, k, v))
     return Factors(left, wk, wv, xp.zeros_like(k[..., :1, :]), xp.zeros_like(v[..., :1, :]), True)
 
 
@@ -62,14 +62,16 @@ def fit_joint(data: Grouped, sample: RowSample) -> Factors:
     vectors Y give Wq = B Y and Wk = B^{-T} Y, where B B^T = (K - c)^T (K - c).
     """
     table, xp = data.table, data.table.xp
-    q = _triangle(_pooled(_stacked(data.q, xp), 3, sample, data), table)
+    q = _pooled(_stacked(data.q, xp), 3, sample, data)
+    q = _triangle(q / _peak(q, xp), table)
     k, v = _pooled(data.k, 3, sample, data), _pooled(data.v, 3, sample, data)
     c, mu = xp.mean(k, axis=-2, keepdims=True), xp.mean(v, axis=-2, keepdims=True)
-    _, S, Vh = table.small_svd(_triangle(k - c, table))
+    # Scales of Q and K do not matter: what one map is multiplied by, the other is divided by.
+    _, S, Vh = table.small_svd(_triangle((k - c) / _peak(k, xp), table))
     root = _floored(S, k.shape[-1] * xp.finfo(k.dtype).eps, xp)[..., None, :]
     V = xp.matrix_transpose(Vh)
     Y = xp.matrix_transpose(thin_svd(q @ (V * root), table)[2])
-    wv = xp.matrix_transpose(thin_svd(v - mu, table)[2])
+    wv = _right_vectors(v - mu, table)
     return Factors(((V * root) @ Y)[..., None, :, :], (V / root) @ Y, wv, c, mu)
 
 
@@ -86,6 +88,9 @@ def fit_output(data: Grouped, sample: RowSample) -> Factors:
     if sample.keep is not None:
         rows = rows * xp.astype(sample.keep, rows.dtype)[..., None, :]
     received = xp.sum(rows, axis=-2)[..., None]
+    if table.is_eager(received) and not bool(xp.all(xp.isfinite(received))):
+        # An eigensolver would not converge.
+        raise ValueError("q, k and mask must have finite scores, got NaN or infinity in a product")
     k, v = _pooled(data.k, 3, sample, data), data.v
     out = _pooled(rows @ v, 3, sample, data)
     mass = _pooled(xp.sum(rows, axis=-1, keepdims=True), 3, sample, data)
@@ -96,11 +101,13 @@ def fit_output(data: Grouped, sample: RowSample) -> Factors:
     mu = xp.sum(out, axis=-2, keepdims=True) / total
     left, wk = _weighted_low_rank(
         _moment(_some_queries(data, sample), table),
-        _gram((k - c) * (xp.sqrt(received) / _peak(k, xp)), xp),
+        # Both are needed: where one key gets all the attention, the weights of the others are tiny.
+        _moment((k - c) / _peak(k, xp) * xp.sqrt(received), table),
         table,
     )
     # Not from its Gram matrix: the output is smooth, and a high rank needs directions below sqrt(eps) of the largest.
-    _, _, Vh = table.small_svd(_square(_triangle(out - mass * mu, table), table))
+    spread = out - mass * mu
+    _, _, Vh = table.small_svd(_square(_triangle(spread / _peak(spread, xp), table), table))
     return Factors(left[..., None, :, :], wk, xp.matrix_transpose(Vh), c, mu)
 
 
@@ -132,6 +139,11 @@ def _some_queries(data: Grouped, sample: RowSample) -> Array:
 def _triangle(x: Array, table: Primitives) -> Array:
     """Return a matrix of at most D rows with the Gram matrix of ``x``."""
     return table.qr(x)[1] if x.shape[-2] > x.shape[-1] else x
+
+
+def _right_vectors(x: Array, table: Primitives) -> Array:
+    """Right singular vectors, as columns; the scale does not matter, but squares are to stay in range."""
+    return table.xp.matrix_transpose(thin_svd(x / _peak(x, table.xp), table)[2])
 
 
 def _square(x: Array, table: Primitives) -> Array:

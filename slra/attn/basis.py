@@ -10,13 +10,21 @@ import numpy as np
 
 from slra._backends import Primitives
 from slra._typing import Array, CausalAlign, Namespace
-from slra._validate import resolve
+from slra._validate import check_flag, check_rank, promote, resolve, shown
 from slra.attn._inputs import Inputs, check_inputs
 from slra.attn.exact import attend, attend_output
 from slra.attn.fold import FoldedProjections, fold_maps
-from slra.attn.storage import load_arrays, save_arrays
+from slra.attn.storage import NAMES, load_arrays, save_arrays, shapes_of
 
-__all__ = ["AttentionBasis", "Maps", "attend_maps", "basis_from", "check_basis", "per_query_head"]
+__all__ = [
+    "AttentionBasis",
+    "Maps",
+    "attend_maps",
+    "basis_from",
+    "check_basis",
+    "check_parts",
+    "per_query_head",
+]
 
 # Heads whose ranks round up to the same multiple of this run together: a kernel's register holds as many numbers.
 RANK_STEP = 8
@@ -124,9 +132,11 @@ class AttentionBasis:
             softcap=softcap,
         )
         check_basis(self, inputs, enable_gqa=enable_gqa)
-        maps = Maps.of(self, inputs.q)
-        out, lse = attend_maps(maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
-        (out,) = inputs.promoted.answer(inputs.table, out)
+        check_flag(return_lse, "return_lse")
+        with inputs.table.quietly():
+            maps = Maps.of(self, inputs.q)
+            out, lse = attend_maps(maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
+            (out,) = inputs.promoted.answer(inputs.table, out)
         return (out, lse) if return_lse else out
 
     def project(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
@@ -162,9 +172,12 @@ class AttentionBasis:
             softcap=None,
         )
         check_basis(self, inputs, enable_gqa=enable_gqa)
-        maps = Maps.of(self, inputs.q)
-        q, k, v = inputs.promoted.answer(inputs.table, *maps.project(inputs.q, inputs.k, inputs.v))
-        return q, k, v
+        with inputs.table.quietly():
+            maps = Maps.of(self, inputs.q)
+            q, k, v = inputs.promoted.answer(
+                inputs.table, *maps.project(inputs.q, inputs.k, inputs.v)
+            )
+            return q, k, v
 
     def fold(
         self,
@@ -314,8 +327,32 @@ def _n_heads(x: Array) -> int:
     return int(x.shape[-3]) if x.ndim > 2 else 1
 
 
+def check_parts(basis: Any) -> None:
+    """Raise unless this is a basis, which anybody can make, whose arrays and ranks belong together."""
+    if not isinstance(basis, AttentionBasis):
+        raise TypeError(f"basis must be an AttentionBasis, got {type(basis).__name__}")
+    arrays = {name: getattr(basis, name) for name in NAMES}
+    promote(resolve(**arrays), allow_complex=False, **arrays)
+    expected = shapes_of(basis.wq, basis.wk, basis.wv)
+    (n_heads,) = expected.pop("ranks")
+    for name, shape in expected.items():
+        if tuple(arrays[name].shape) != shape:
+            raise ValueError(
+                f"{name} of a basis must have shape {shape}, got {tuple(arrays[name].shape)}"
+            )
+    if not isinstance(basis.ranks, (tuple, list)) or len(basis.ranks) != n_heads:
+        raise ValueError(f"ranks of a basis must be {n_heads} pairs, got {shown(basis.ranks)}")
+    limits = basis.wk.shape[-1], basis.wv.shape[-1]
+    for pair in basis.ranks:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"ranks of a basis must be pairs of ints, got {shown(pair)}")
+        for rank, limit in zip(pair, limits, strict=True):
+            check_rank(rank, limit, "ranks of a basis")
+
+
 def check_basis(basis: AttentionBasis, inputs: Inputs, *, enable_gqa: bool) -> None:
     """Raise unless the inputs have the library, device, heads and widths of the basis."""
+    check_parts(basis)
     q, k, v = inputs.q, inputs.k, inputs.v
     resolve(q=q, basis=basis.wq)
     widths, expected = (q.shape[-1], v.shape[-1]), (basis.wq.shape[-2], basis.uv.shape[-1])

@@ -1,6 +1,7 @@
 """Exact attention, in memory linear in the length of the sequence."""
 
 from slra._typing import Array, CausalAlign
+from slra._validate import check_flag
 from slra.attn._inputs import Inputs, check_inputs, group_heads, join_heads
 
 __all__ = ["attend", "attend_output", "attention"]
@@ -62,7 +63,8 @@ def attention(
     -----
     .. math:: \operatorname{softmax}(s Q K^T + M) V
 
-    NaN and infinities in the input propagate.
+    NaN and infinities in the input propagate. Scores, and sums of values over the keys, have to be in the range of the
+    dtype computed in: where they are not, the output is NaN or infinite too.
 
     References
     ----------
@@ -88,7 +90,7 @@ def attention(
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
-    if not return_lse:
+    if not check_flag(return_lse, "return_lse"):
         (out,) = inputs.promoted.answer(inputs.table, attend_output(inputs, enable_gqa=enable_gqa))
         return out
     out, lse = attend(inputs, enable_gqa=enable_gqa)

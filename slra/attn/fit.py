@@ -1,13 +1,19 @@
 """Fitting a basis to queries, keys and values."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from slra._typing import RNG, Array, CausalAlign
-from slra._validate import check_choice, check_finite, check_positive, check_rank, check_rng
+from slra._validate import (
+    check_choice,
+    check_finite,
+    check_flag,
+    check_positive,
+    check_rank,
+    check_rng,
+)
 from slra.attn._adaptive import choose_ranks, mask_ranks
 from slra.attn._inputs import Inputs, check_inputs
 from slra.attn._maps import METHODS, Factors, RowSample, cut
@@ -118,6 +124,7 @@ def fit_attention(
     True
     """
     check_choice(method, tuple(METHODS), "method")
+    check_flag(pool_batch, "pool_batch")
     inputs = check_inputs(
         q,
         k,
@@ -131,17 +138,18 @@ def fit_attention(
     )
     for name in ("q", "k", "v"):
         check_finite(inputs.table, getattr(inputs, name), name)
-    fitted = fit_inputs(
-        inputs,
-        rank,
-        rtol=rtol,
-        method=method,
-        enable_gqa=enable_gqa,
-        pool_batch=pool_batch,
-        rng=None if rng is None else check_rng(rng),
-    )
-    maps = lay_out(fitted)
-    arrays = {**maps._asdict(), "error": predict_error(fitted)}
+    with inputs.table.quietly():
+        fitted = fit_inputs(
+            inputs,
+            rank,
+            rtol=rtol,
+            method=method,
+            enable_gqa=enable_gqa,
+            pool_batch=pool_batch,
+            rng=None if rng is None else check_rng(rng),
+        )
+        maps = lay_out(fitted)
+        arrays = {**maps._asdict(), "error": predict_error(fitted)}
     ranks = arrays.pop("ranks")
     basis: AttentionBasis = inputs.table.record(AttentionBasis, arrays, {"ranks": ranks})
     return basis
@@ -173,6 +181,7 @@ def fit_inputs(
     """Fit validated inputs, to the keys that are to be kept; raise where rank or rtol is wrong."""
     table = inputs.table
     limits = check_ranks(inputs, rank, rtol)
+    rtol = None if rtol is None else check_positive(rtol, "rtol")
     data = group(constant_inputs(inputs), enable_gqa=enable_gqa)
     n_rows = max(N_ROWS if rtol is None else N_TEST_ROWS, 2 * max(limits))
     rows, test_rows = (
@@ -212,7 +221,7 @@ def check_ranks(inputs: Inputs, rank: Any, rtol: Any = None) -> tuple[int, int]:
             return limit_qk, limit_v
     elif rank is None:
         raise TypeError("rank must be an int or a pair (rank_qk, rank_v) unless rtol is given")
-    pair = rank if isinstance(rank, Sequence) and not isinstance(rank, str) else (rank, rank)
+    pair = rank if isinstance(rank, (tuple, list)) else (rank, rank)
     if len(pair) != 2:
         raise TypeError(f"rank must be an int or a pair (rank_qk, rank_v), got {rank!r}")
     return (

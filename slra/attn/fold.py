@@ -69,6 +69,8 @@ def _check(maps: dict[str, Array], given: dict[str, Array]) -> None:
             f"a basis to fold must have one set of maps, (Hq, D, r), got {tuple(wq.shape)}; "
             f"fit with pool_batch=True"
         )
+    if given["w_q"].ndim != 3:
+        raise ValueError(f"w_q must have shape (Hq, E, D), got {tuple(given['w_q'].shape)}")
     n_heads_q, width, _ = wq.shape
     n_heads_k, width_v, n_model = wk.shape[0], uv.shape[-1], given["w_q"].shape[-2]
     right = {

@@ -3,7 +3,7 @@
 from typing import Any
 
 from slra._typing import Array, CausalAlign
-from slra._validate import check_rank
+from slra._validate import check_flag, check_rank
 from slra.attn._approximation import Thresholded, approximate, check_options
 from slra.attn._inputs import Inputs, check_inputs, join_heads
 from slra.attn._maps import METHODS
@@ -114,30 +114,32 @@ def low_rank_attention(
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
+    check_flag(return_lse, "return_lse")
     methods = (*METHODS, *BASELINES)
     thresholds, n_exact = check_options(inputs, method, methods, rtol, l1, n_exact)
-    if method in BASELINES:
-        others = {"rtol": rtol is not None, "l1": any(thresholds), "basis": basis is not None}
-        _check_baseline(inputs, method, {**others, "return_lse": return_lse}, n_exact)
-        out = _baseline(inputs, method, rank, n_exact, enable_gqa=enable_gqa)
-        return inputs.promoted.answer(inputs.table, out)[0]
-    found = approximate(
-        inputs,
-        rank,
-        rtol=rtol,
-        method=method,
-        thresholds=thresholds,
-        n_exact=n_exact,
-        basis=basis,
-        enable_gqa=enable_gqa,
-    )
-    if isinstance(found, Thresholded):
-        out, lse = attend(found.inputs(inputs), enable_gqa=enable_gqa)
-    elif found.keys is None:
-        out, lse = attend_maps(found.maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
-    else:
-        out, lse = attend_with_exact_keys(found.maps, inputs, found.keys, enable_gqa=enable_gqa)
-    (out,) = inputs.promoted.answer(inputs.table, out)
+    with inputs.table.quietly():
+        if method in BASELINES:
+            others = {"rtol": rtol is not None, "l1": any(thresholds), "basis": basis is not None}
+            _check_baseline(inputs, method, {**others, "return_lse": return_lse}, n_exact)
+            out = _baseline(inputs, method, rank, n_exact, enable_gqa=enable_gqa)
+            return inputs.promoted.answer(inputs.table, out)[0]
+        found = approximate(
+            inputs,
+            rank,
+            rtol=rtol,
+            method=method,
+            thresholds=thresholds,
+            n_exact=n_exact,
+            basis=basis,
+            enable_gqa=enable_gqa,
+        )
+        if isinstance(found, Thresholded):
+            out, lse = attend(found.inputs(inputs), enable_gqa=enable_gqa)
+        elif found.keys is None:
+            out, lse = attend_maps(found.maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
+        else:
+            out, lse = attend_with_exact_keys(found.maps, inputs, found.keys, enable_gqa=enable_gqa)
+        (out,) = inputs.promoted.answer(inputs.table, out)
     return (out, lse) if return_lse else out
 
 

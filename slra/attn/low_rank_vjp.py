@@ -119,22 +119,23 @@ def low_rank_attention_vjp(
         softcap=softcap,
     )
     thresholds, n_exact = check_options(inputs, method, tuple(METHODS), rtol, l1, n_exact)
-    found = approximate(
-        inputs,
-        rank,
-        rtol=rtol,
-        method=method,
-        thresholds=thresholds,
-        n_exact=n_exact,
-        basis=basis,
-        enable_gqa=enable_gqa,
-    )
-    given = (out, lse, grad_out, grad_lse)
-    if isinstance(found, Thresholded):
-        grads = _through_threshold(found, inputs, given, enable_gqa=enable_gqa)
-    else:
-        grads = _through_maps(found, inputs, given, enable_gqa=enable_gqa)
-    dq, dk, dv = inputs.promoted.answer(inputs.table, *_summed(grads, inputs))
+    with inputs.table.quietly():
+        found = approximate(
+            inputs,
+            rank,
+            rtol=rtol,
+            method=method,
+            thresholds=thresholds,
+            n_exact=n_exact,
+            basis=basis,
+            enable_gqa=enable_gqa,
+        )
+        given = (out, lse, grad_out, grad_lse)
+        if isinstance(found, Thresholded):
+            grads = _through_threshold(found, inputs, given, enable_gqa=enable_gqa)
+        else:
+            grads = _through_maps(found, inputs, given, enable_gqa=enable_gqa)
+        dq, dk, dv = inputs.promoted.answer(inputs.table, *_summed(grads, inputs))
     return dq, dk, dv
 
 

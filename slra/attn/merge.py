@@ -65,18 +65,19 @@ def merge_attention(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array
     _check_shapes(named_outs, named_lses)
     promoted = promote(table, allow_complex=False, **named_outs)
     xp, shards = table.xp, promoted.arrays
-    lse = xp.stack(promote(table, allow_complex=False, **named_lses).arrays)
-    peak = xp.max(lse, axis=0)
-    # Where no part attends to anything the peak is -inf, and -inf - -inf would be NaN.
-    shift = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
-    weights = xp.exp(lse - shift)
-    total = xp.sum(weights, axis=0)
-    empty = total == 0
-    total = xp.where(empty, xp.ones_like(total), total)
-    weights = xp.astype(weights / total, shards[0].dtype)
-    out = sum(weights[i, ..., None] * shard for i, shard in enumerate(shards))
-    (out,) = promoted.answer(table, out)
-    return out, xp.where(empty, peak, shift + xp.log(total))
+    with table.quietly():
+        lse = xp.stack(promote(table, allow_complex=False, **named_lses).arrays)
+        peak = xp.max(lse, axis=0)
+        # Where no part attends to anything the peak is -inf, and -inf - -inf would be NaN.
+        shift = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
+        weights = xp.exp(lse - shift)
+        total = xp.sum(weights, axis=0)
+        empty = total == 0
+        total = xp.where(empty, xp.ones_like(total), total)
+        weights = xp.astype(weights / total, shards[0].dtype)
+        out = sum(weights[i, ..., None] * shard for i, shard in enumerate(shards))
+        (out,) = promoted.answer(table, out)
+        return out, xp.where(empty, peak, shift + xp.log(total))
 
 
 def _named(arrays: Any, name: str) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from slra._npz import read_npz
 from slra._validate import resolve
 
-__all__ = ["load_arrays", "load_layers", "save_arrays", "save_layers"]
+__all__ = ["NAMES", "load_arrays", "load_layers", "save_arrays", "save_layers", "shapes_of"]
 
 Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 
@@ -44,7 +45,7 @@ def _arrays_of(basis: Any) -> Arrays:
 
 
 def _write(path: str | PathLike[str], arrays: dict[str, Any]) -> None:
-    with open(path, "wb") as file:
+    with Path(path).open("wb") as file:
         np.savez(file, **arrays)
 
 
@@ -74,20 +75,30 @@ def _check(arrays: Arrays) -> None:
         raise ValueError("its arrays are not of one real floating dtype")
     if not all(bool(np.all(np.isfinite(x))) for x in floating):
         raise ValueError("it holds NaN or infinity")
-    wq, wk, wv = arrays["wq"], arrays["wk"], arrays["wv"]
-    heads_q, heads_k = wq.shape[-3:-2], wk.shape[-3:-2]
-    (width, rank), (width_v, rank_v), batch = wk.shape[-2:], wv.shape[-2:], wk.shape[:-3]
-    expected = {
+    expected = shapes_of(arrays["wq"], arrays["wk"], arrays["wv"])
+    expected["ranks"] = (*expected.pop("ranks"), 2)
+    for name, shape in expected.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"its {name} has shape {arrays[name].shape}, not {shape}")
+    most = arrays["wk"].shape[-1], arrays["wv"].shape[-1]
+    if ranks.dtype.kind != "i" or np.any(ranks < 1) or np.any(ranks > most):
+        raise ValueError(f"its ranks are not between 1 and {most}")
+
+
+def shapes_of(wq: Any, wk: Any, wv: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes that the parts of a basis must have to belong together, as its three maps say; of ranks, how many."""
+    for name, x in (("wq", wq), ("wk", wk), ("wv", wv)):
+        if x.ndim < 2:
+            raise ValueError(f"{name} must have 2 dimensions or more, got shape {tuple(x.shape)}")
+    heads_q, heads_k = tuple(wq.shape[-3:-2]), tuple(wk.shape[-3:-2])
+    (width, rank), (width_v, rank_v), batch = wk.shape[-2:], wv.shape[-2:], tuple(wk.shape[:-3])
+    return {
         "wq": (*batch, *heads_q, width, rank),
+        "wk": (*batch, *heads_k, width, rank),
         "wv": (*batch, *heads_k, width_v, rank_v),
         "uv": (*batch, *heads_k, rank_v, width_v),
         "c": (*batch, *heads_k, 1, width),
         "mu": (*batch, *heads_k, 1, width_v),
         "error": (*batch, *heads_q),
-        "ranks": ((heads_k or (1,))[0], 2),
+        "ranks": (heads_k or (1,)),
     }
-    for name, shape in expected.items():
-        if arrays[name].shape != shape:
-            raise ValueError(f"its {name} has shape {arrays[name].shape}, not {shape}")
-    if ranks.dtype.kind != "i" or np.any(ranks < 1) or np.any(ranks > (rank, rank_v)):
-        raise ValueError(f"its ranks are not between 1 and {(rank, rank_v)}")

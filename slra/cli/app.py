@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from slra.cli.backends import BackendUnavailableError, open_backend
+from slra.cli.bench.command import bench
 from slra.cli.demo import compare, count_calls
 from slra.cli.demo_output import table, verdict
 from slra.cli.files import check_target, require_writable
@@ -23,6 +24,7 @@ __all__ = ["app"]
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
+app.command()(bench)
 
 BackendName = StrEnum("BackendName", ["numpy", "torch", "jax", "cupy"])
 

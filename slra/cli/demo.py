@@ -1,6 +1,5 @@
 """The measurements of ``python -m slra demo``: error, size and time of low-rank attention."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 import slra
 from slra.cli.backends import Backend
+from slra.cli.timing import rounds
 from slra.data import AttentionSample
 
 __all__ = [
@@ -114,18 +114,8 @@ def compare(backend: Backend, sample: AttentionSample, advance: Callable[[], obj
 def interleaved_medians(
     calls: list[Call], wait: Callable[[Any], object], advance: Callable[[], object]
 ) -> list[float]:
-    """Median seconds of each call over N_ROUNDS rounds.
-
-    A round makes every call once, so that a busy machine slows all of them alike.
-    """
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(N_ROUNDS):
-        for call, spent in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            wait(call())
-            spent.append(time.perf_counter() - start)
-        advance()
-    return [median(spent) for spent in seconds]
+    """Median seconds of each call over N_ROUNDS rounds."""
+    return [median(spent) for spent in rounds(calls, N_ROUNDS, wait, advance)]
 
 
 def relative_errors(out: NDArray[Any], exact: NDArray[Any]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ import numpy as np
 from slra._backends import Primitives
 from slra._npz import read_npz
 from slra._typing import Array
-from slra._validate import resolve
+from slra._validate import promote, resolve
 
 __all__ = ["SparseLowRank"]
 
@@ -72,11 +72,13 @@ class SparseLowRank(_Parts):
         """Return the matrix as an array, shape (..., m, n)."""
         table = resolve(left=self.left)
         sparse = table.scatter_rows(self.values, self.indices, self.shape[-1])
-        return self.left @ self.right + sparse
+        with table.quietly():
+            return self.left @ self.right + sparse
 
     def __matmul__(self, other: Array) -> Array:
         """Multiply by a vector (n,) or matrices (..., n, p)."""
         table = resolve(left=self.left, other=other)
+        _check_factor(table, other)
         if other.shape[-1 if other.ndim == 1 else -2] != self.shape[-1]:
             raise ValueError(
                 f"other must have {self.shape[-1]} rows for a matrix of shape {self.shape}, "
@@ -84,12 +86,14 @@ class SparseLowRank(_Parts):
             )
         if other.ndim == 1:
             return (self @ other[:, None])[..., 0]
-        sparse = table.sparse_matmul(self.values, self.indices, other)
-        return self.left @ (self.right @ other) + sparse
+        with table.quietly():
+            sparse = table.sparse_matmul(self.values, self.indices, other)
+            return self.left @ (self.right @ other) + sparse
 
     def __rmatmul__(self, other: Array) -> Array:
         """Multiply a vector (m,) or matrices (..., p, m) by this."""
         table = resolve(left=self.left, other=other)
+        _check_factor(table, other)
         if other.shape[-1] != self.shape[-2]:
             raise ValueError(
                 f"other must have {self.shape[-2]} columns for a matrix of shape {self.shape}, "
@@ -98,7 +102,8 @@ class SparseLowRank(_Parts):
         if other.ndim == 1:
             return self.__rmatmul__(other[None, :])[..., 0, :]
         sparse = table.scatter_rows(self.values, self.indices, self.shape[-1])
-        return (other @ self.left) @ self.right + other @ sparse
+        with table.quietly():
+            return (other @ self.left) @ self.right + other @ sparse
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to a ``.npz`` or ``.safetensors`` file (the latter needs the package safetensors).
@@ -148,6 +153,12 @@ class SparseLowRank(_Parts):
             for name, a in arrays.items():
                 arrays[name] = table.from_numpy(a, like, getattr(table.xp, a.dtype.name))
         return cls(**arrays)
+
+
+def _check_factor(table: Primitives, other: Array) -> None:
+    promote(table, other=other)
+    if other.ndim == 0:
+        raise ValueError("other must have 1 dimension or more, got shape ()")
 
 
 def size_in_bytes(table: Primitives, x: Array) -> int:

@@ -16,6 +16,7 @@ from slra._validate import (
     resolve,
 )
 from slra.decompose._sparse_low_rank_matrix import SparseLowRank, size_in_bytes
+from slra.svd._linear_map import brought_in_range, scaled_back
 from slra.svd.truncated import thin_svd
 
 __all__ = ["compress"]
@@ -82,7 +83,8 @@ def compress(
     check_matrix(x, "x")
     rank = check_rank(rank, min(x.shape[-2:]), limit_is="min of the last two axes of x")
     n_iter = check_count(n_iter, "n_iter")
-    if density == "auto":
+    promoted = promote(table, x=x)
+    if isinstance(density, str) and density == "auto":
         if x.ndim != 2 or not table.is_eager(x):
             raise ValueError(
                 "density must be a number for a batch, in a traced function and for a lazy array: "
@@ -94,12 +96,13 @@ def compress(
         if fraction > 1:
             raise ValueError(f"density must be between 0 and 1, or 'auto', got {density}")
         splits = [(rank, round(fraction * x.shape[-1]))]
-    check_finite(table, x, "x")
-    promoted = promote(table, x=x)
     (work,) = promoted.arrays
+    check_finite(table, work, "x")
+    work, exponent = brought_in_range(work, table)
     found = [_alternate(work, r, k, n_iter, table) for r, k in splits]
     best = (found[0] if len(found) == 1 else min(found, key=_by_error))[1]
-    left, right, values = promoted.answer(table, *best[:3])
+    left, values = (scaled_back(part, exponent, table) for part in (best.left, best.values))
+    left, right, values = promoted.answer(table, left, best.right, values)
     return SparseLowRank(left, right, values, best.indices)
 
 

@@ -14,11 +14,13 @@ from slra._validate import (
     check_matrix,
     check_positive,
     check_rng,
+    is_kind,
     promote,
     resolve,
 )
 from slra.prox.nuclear import shrink_singular_values
 from slra.svd import randomized_svd
+from slra.svd._linear_map import brought_in_range, scaled_back
 
 __all__ = ["RobustPCAResult", "robust_pca"]
 
@@ -40,6 +42,16 @@ class RobustPCAResult(NamedTuple):
         What ``tol`` is compared with: the larger of the relative primal residual and a tenth of the dual one.
     converged : bool
         Whether ``residual`` is at most ``tol``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> x = np.ones((20, 20))
+    >>> x[3, 4] = 9.0
+    >>> result = slra.robust_pca(x)
+    >>> result.converged, float(result.sparse[3, 4].round(3)), float(result.low_rank[3, 4].round(3))
+    (True, 8.0, 1.0)
     """
 
     low_rank: Array
@@ -149,13 +161,15 @@ def robust_pca(
     check_finite(table, work, "x")
     if l1 is None:
         l1 = 1 / math.sqrt(observed * max(x.shape))
-    weight = check_positive(l1, "l1")
+    weight = check_positive(l1, "l1", limits=table.xp.finfo(work.dtype))
     tol = max(check_positive(tol, "tol"), 30 * float(table.xp.finfo(work.dtype).eps))
     generator = check_rng(rng)
     if (limit := check_count(max_iter, "max_iter")) == 0:
         raise ValueError("max_iter must be 1 or more, got 0")
+    work, exponent = brought_in_range(work, table)
     result = _pursue(work, weight, mask, tol, limit, generator, table)
-    low_rank, sparse = promoted.answer(table, result.low_rank, result.sparse)
+    parts = [scaled_back(x, exponent, table) for x in (result.low_rank, result.sparse)]
+    low_rank, sparse = promoted.answer(table, *parts)
     return result._replace(low_rank=low_rank, sparse=sparse)
 
 
@@ -163,7 +177,7 @@ def _observed(mask: Array | None, x: Array, table: Primitives) -> float:
     """Fraction of entries that a mask lets through."""
     if mask is None:
         return 1.0
-    if not table.xp.isdtype(mask.dtype, "bool"):
+    if not is_kind(table.xp, mask.dtype, "bool"):
         raise TypeError(f"mask must be boolean, True where x was observed, got {mask.dtype}")
     if tuple(mask.shape) != tuple(x.shape):
         raise ValueError(

@@ -17,6 +17,7 @@ from slra._validate import (
     resolve,
 )
 from slra.solvers._loop import inner
+from slra.svd._linear_map import brought_in_range, scaled_back
 from slra.svd.truncated import thin_svd
 
 __all__ = ["SparseLowRankResult", "sparse_low_rank"]
@@ -47,6 +48,16 @@ class SparseLowRankResult(NamedTuple):
     lower_bound : float
         No matrix of this rank has a smaller objective: where ``objective[-1]`` equals it, the result is the global
         minimiser.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> result = slra.sparse_low_rank(np.diag([3.0, 2.0, 0.5]), 2, 1.0)
+    >>> np.diag(result.x).round(6).tolist(), result.left.shape, result.right.shape
+    ([2.0, 1.0, 0.0], (3, 2), (2, 3))
+    >>> bool(result.objective[-1] - result.lower_bound < 1e-9)
+    True
     """
 
     x: Array
@@ -162,26 +173,33 @@ def sparse_low_rank(
             "x must have values that can be looked at: sparse_low_rank iterates until they say so, "
             "which neither a traced function nor a lazy array can follow"
         )
-    check_finite(table, x, "x")
     promoted = promote(table, x=x)
     (work,) = promoted.arrays
+    check_finite(table, work, "x")
     tol = max(check_positive(tol, "tol"), 4 * float(table.xp.finfo(work.dtype).eps) ** 0.5)
+    work, exponent = brought_in_range(work, table)
     peak = float(table.xp.max(table.xp.abs(work))) or 1.0
     starts = ("soft", "svd") if start == "best" else (start,)
-    results = [_descend(work / peak, rank, l1 / peak, s, tol, n_max, table) for s in starts]
+    # Beyond 1 the solution is zero, whatever the weight, which may be infinite here.
+    weight = min(l1 / _scaled_back(peak, exponent), 2.0)
+    results = [_descend(work / peak, rank, weight, s, tol, n_max, table) for s in starts]
     best = min(results, key=lambda result: float(result.objective[-1]))
-    approx, left, right, objective = promoted.answer(
-        table, best.x * peak, best.left * peak, best.right, best.objective * peak * peak
-    )
+    parts = [scaled_back(x * peak, exponent, table) for x in (best.x, best.left)]
+    values = scaled_back(best.objective[:, None] * peak * peak, exponent, table)
+    values = scaled_back(values, exponent, table)[:, 0]
+    approx, left, right, values = promoted.answer(table, *parts, best.right, values)
+    bound = _scaled_back(_scaled_back(best.lower_bound * peak * peak, exponent), exponent)
     return SparseLowRankResult(
-        approx,
-        left,
-        right,
-        objective,
-        best.stationarity,
-        best.converged,
-        best.lower_bound * peak * peak,
+        approx, left, right, values, best.stationarity, best.converged, bound
     )
+
+
+def _scaled_back(number: float, exponent: Array | None) -> float:
+    """Undo the scaling on a number, which may become infinite."""
+    if exponent is None:
+        return number
+    back = -int(exponent[0, 0])
+    return number * 2.0 ** (back // 2) * 2.0 ** (back - back // 2)
 
 
 def _descend(

@@ -32,6 +32,16 @@ class Attended(NamedTuple):
         the term twice.
     q, k, v : array, shape (..., H, L, D)
         Q^, K^ and V^, as attention met them; the shift of the values not added.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from slra.integrations import jax as layer
+    >>> params = layer.init(jax.random.key(0), 8)
+    >>> x = jax.random.normal(jax.random.key(1), (10, 8))
+    >>> done = layer.apply(params, x, x, x, num_heads=2)
+    >>> done.out.shape, done.q.shape, float(done.penalty)
+    ((10, 8), (2, 10, 4), 0.0)
     """
 
     out: Array
@@ -119,6 +129,15 @@ def fit(
     ------
     TypeError, ValueError
         As `slra.fit_attention`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from slra.integrations import jax as layer
+    >>> params = layer.init(jax.random.key(0), 8)
+    >>> x = jax.random.normal(jax.random.key(1), (3, 10, 8))
+    >>> layer.fit(params, x, x, x, (2, 3), num_heads=2).q_down.shape
+    (2, 4, 2)
     """
     q, k, v = _heads(params, query, key, value, num_heads)
     projections, _ = fit_projections(

@@ -26,6 +26,16 @@ class Sparsity(NamedTuple):
     ----------
     q, k, v : float
         Of Q^, K^ and V^, over batch, heads, tokens and features.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from slra.integrations.torch import LowRankAttention
+    >>> layer = LowRankAttention(16, 2, batch_first=True, rank=4, l1=1e6, l1_form="prox")
+    >>> x = torch.randn(3, 10, 16)
+    >>> _ = layer(x, x, x, need_weights=False)
+    >>> layer.sparsity()
+    Sparsity(q=1.0, k=1.0, v=1.0)
     """
 
     q: float

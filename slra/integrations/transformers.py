@@ -201,6 +201,22 @@ def detach(model: Any) -> None:
     Parameters
     ----------
     model : transformers.PreTrainedModel
+
+    Examples
+    --------
+    >>> import torch, transformers
+    >>> from slra.integrations.transformers import attach, calibrate, detach, register
+    >>> config = transformers.LlamaConfig(
+    ...     hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50
+    ... )
+    >>> register("slra-example", rank=4)
+    >>> model = transformers.LlamaModel._from_config(config, attn_implementation="slra-example").eval()
+    >>> bases = calibrate(model, [torch.arange(40)[None, :]])
+    >>> attach(model, bases)
+    >>> detach(model)
+    >>> model.set_attn_implementation("sdpa")
+    >>> model(torch.arange(5)[None, :]).last_hidden_state.shape
+    torch.Size([1, 5, 32])
     """
     for module in model.modules():
         if hasattr(module, BASIS):
@@ -216,6 +232,10 @@ def save(path: str | PathLike[str], bases: Mapping[str, AttentionBasis]) -> None
         Written as it is, no suffix is added.
     bases : mapping of str to AttentionBasis
         From `calibrate`.
+
+    Examples
+    --------
+    See `load`.
     """
     save_layers(path, bases)
 
@@ -237,6 +257,20 @@ def load(path: str | PathLike[str]) -> dict[str, AttentionBasis]:
         If there is no such file.
     ValueError
         If the file is damaged, or not what `save` writes.
+
+    Examples
+    --------
+    >>> import tempfile, torch, transformers
+    >>> from slra.integrations.transformers import attach, calibrate, load, register, save
+    >>> config = transformers.LlamaConfig(
+    ...     hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50
+    ... )
+    >>> register("slra-example", rank=4)
+    >>> model = transformers.LlamaModel._from_config(config, attn_implementation="slra-example").eval()
+    >>> bases = calibrate(model, [torch.arange(40)[None, :]])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/bases.npz", bases)
+    ...     attach(model, load(f"{folder}/bases.npz"))
     """
     layers = load_layers(path, "slra.integrations.transformers.save")
     return {

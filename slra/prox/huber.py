@@ -1,7 +1,7 @@
 """The Huber function: a square near zero, a modulus further out."""
 
 from slra._typing import Array
-from slra._validate import check_positive, check_tau, promote, resolve
+from slra._validate import check_positive, check_sum_axis, check_tau, promote, resolve
 
 __all__ = ["norm_huber", "prox_huber"]
 
@@ -55,10 +55,11 @@ def prox_huber(x: Array, tau: float | Array, *, delta: float) -> Array:
     promoted = promote(table, x=x)
     (x,) = promoted.arrays
     tau = check_tau(table, x, tau)
-    delta = check_positive(delta, "delta")
-    shrunk = x / (1 + tau)
-    # What lies beyond delta is the soft threshold of the shrunk x; it moves by tau * delta instead.
-    return promoted.answer(table, shrunk + tau * table.soft_threshold(shrunk, delta))[0]
+    delta = check_positive(delta, "delta", limits=table.xp.finfo(x.dtype))
+    with table.quietly():
+        shrunk = x / (1 + tau)
+        # What lies beyond delta is the soft threshold of the shrunk x; it moves by tau * delta instead.
+        return promoted.answer(table, shrunk + tau * table.soft_threshold(shrunk, delta))[0]
 
 
 def norm_huber(x: Array, *, delta: float, axis: int | tuple[int, ...] | None = None) -> Array:
@@ -98,7 +99,9 @@ def norm_huber(x: Array, *, delta: float, axis: int | tuple[int, ...] | None = N
     """
     table = resolve(x=x)
     (x,) = promote(table, x=x).arrays
-    delta = check_positive(delta, "delta")
-    modulus = table.xp.abs(x)
-    square = table.at_most(modulus, delta)
-    return table.xp.sum(square * (modulus - square / 2), axis=axis)
+    delta = check_positive(delta, "delta", limits=table.xp.finfo(x.dtype))
+    axis = check_sum_axis(x, axis)
+    with table.quietly():
+        modulus = table.xp.abs(x)
+        square = table.at_most(modulus, delta)
+        return table.xp.sum(square * (modulus - square / 2), axis=axis)

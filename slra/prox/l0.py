@@ -1,7 +1,7 @@
 """Hard thresholding, for the number of nonzero entries."""
 
 from slra._typing import Array
-from slra._validate import check_tau, promote, resolve
+from slra._validate import check_sum_axis, check_tau, promote, resolve
 
 __all__ = ["norm_l0", "prox_l0"]
 
@@ -50,7 +50,8 @@ def prox_l0(x: Array, tau: float | Array) -> Array:
     promoted = promote(table, x=x)
     (x,) = promoted.arrays
     tau = check_tau(table, x, tau)
-    cut = (2 * tau) ** 0.5
+    # Not the root of 2 tau, which may be infinite.
+    cut = 2 * (tau / 2) ** 0.5
     # Written with <= so that NaN is kept.
     return promoted.answer(table, table.xp.where(table.xp.abs(x) <= cut, 0.0, x))[0]
 
@@ -88,4 +89,5 @@ def norm_l0(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
     """
     table = resolve(x=x)
     (x,) = promote(table, x=x).arrays
+    axis = check_sum_axis(x, axis)
     return table.xp.sum(table.xp.astype(x != 0, table.real_dtype(x.dtype)), axis=axis)

@@ -1,7 +1,7 @@
 """The l1 norm and two relatives: with a sign constraint, and with a square beside it."""
 
 from slra._typing import Array
-from slra._validate import check_positive, check_tau, promote, resolve
+from slra._validate import check_positive, check_sum_axis, check_tau, promote, resolve
 
 __all__ = [
     "norm_elastic_net",
@@ -94,7 +94,9 @@ def norm_l1(x: Array, *, axis: Axis = None) -> Array:
     """
     table = resolve(x=x)
     (x,) = promote(table, keep_half=table.takes_half, x=x).arrays
-    return table.sum_abs(x, axis)
+    axis = check_sum_axis(x, axis)
+    with table.quietly():
+        return table.sum_abs(x, axis)
 
 
 def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
@@ -137,7 +139,8 @@ def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
     table = resolve(x=x)
     promoted = promote(table, allow_complex=False, keep_half=table.takes_half, x=x)
     tau = check_tau(table, promoted.arrays[0], tau)
-    return promoted.answer(table, table.nonneg_threshold(promoted.arrays[0], tau))[0]
+    with table.quietly():
+        return promoted.answer(table, table.nonneg_threshold(promoted.arrays[0], tau))[0]
 
 
 def norm_nonneg_l1(x: Array, *, axis: Axis = None) -> Array:
@@ -173,8 +176,9 @@ def norm_nonneg_l1(x: Array, *, axis: Axis = None) -> Array:
     """
     table = resolve(x=x)
     (x,) = promote(table, allow_complex=False, x=x).arrays
-    xp = table.xp
-    return xp.sum(xp.where(x < 0, xp.full_like(x, float("inf")), x), axis=axis)
+    axis, xp = check_sum_axis(x, axis), table.xp
+    with table.quietly():
+        return xp.sum(xp.where(x < 0, xp.full_like(x, float("inf")), x), axis=axis)
 
 
 def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
@@ -219,8 +223,10 @@ def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
     table = resolve(x=x)
     promoted = promote(table, keep_half=table.takes_half, x=x)
     tau = check_tau(table, promoted.arrays[0], tau)
-    l2 = check_positive(l2, "l2", allow_zero=True)
-    return promoted.answer(table, table.elastic_threshold(promoted.arrays[0], tau, l2))[0]
+    limits = table.xp.finfo(promote(table, x=x).arrays[0].dtype)
+    l2 = check_positive(l2, "l2", allow_zero=True, limits=limits)
+    with table.quietly():
+        return promoted.answer(table, table.elastic_threshold(promoted.arrays[0], tau, l2))[0]
 
 
 def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:
@@ -260,6 +266,10 @@ def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:
     """
     table = resolve(x=x)
     (x,) = promote(table, x=x).arrays
-    l2 = check_positive(l2, "l2", allow_zero=True)
-    modulus = table.xp.abs(x)
-    return table.xp.sum(modulus + l2 / 2 * modulus * modulus, axis=axis)
+    l2 = check_positive(l2, "l2", allow_zero=True, limits=table.xp.finfo(x.dtype))
+    axis = check_sum_axis(x, axis)
+    with table.quietly():
+        modulus = table.xp.abs(x)
+        # Without a weight the square is nothing, even where it is infinite.
+        square = l2 / 2 * modulus * modulus if l2 else 0.0
+        return table.xp.sum(modulus + square, axis=axis)

@@ -49,7 +49,8 @@ def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...]) -> Arr
     promoted = promote(table, keep_half=table.takes_half, x=x)
     axes = check_axis(x, axis)
     tau = check_tau(table, promoted.arrays[0], tau, axes=axes)
-    return promoted.answer(table, table.group_threshold(promoted.arrays[0], tau, axes))[0]
+    with table.quietly():
+        return promoted.answer(table, table.group_threshold(promoted.arrays[0], tau, axes))[0]
 
 
 def norm_l2(x: Array, *, axis: int | tuple[int, ...]) -> Array:
@@ -88,7 +89,8 @@ def norm_l2(x: Array, *, axis: int | tuple[int, ...]) -> Array:
     table = resolve(x=x)
     (x,) = promote(table, keep_half=table.takes_half, x=x).arrays
     axes = check_axis(x, axis)
-    return table.xp.squeeze(table.group_norm(x, axes), axis=axes)
+    with table.quietly():
+        return table.xp.squeeze(table.group_norm(x, axes), axis=axes)
 
 
 def prox_l21(x: Array, tau: float | Array, *, axis: int) -> Array:
@@ -136,7 +138,8 @@ def prox_l21(x: Array, tau: float | Array, *, axis: int) -> Array:
     promoted = promote(table, keep_half=table.takes_half, x=x)
     axes = _check_group_axis(x, axis)
     tau = check_tau(table, promoted.arrays[0], tau, axes=axes)
-    return promoted.answer(table, table.group_threshold(promoted.arrays[0], tau, axes))[0]
+    with table.quietly():
+        return promoted.answer(table, table.group_threshold(promoted.arrays[0], tau, axes))[0]
 
 
 def norm_l21(x: Array, *, axis: int) -> Array:
@@ -174,8 +177,9 @@ def norm_l21(x: Array, *, axis: int) -> Array:
     """
     table = resolve(x=x)
     (x,) = promote(table, keep_half=table.takes_half, x=x).arrays
-    norms = table.group_norm(x, _check_group_axis(x, axis))
-    return table.xp.sum(norms, axis=(-2, -1))
+    axes = _check_group_axis(x, axis)
+    with table.quietly():
+        return table.xp.sum(table.group_norm(x, axes), axis=(-2, -1))
 
 
 def project_l2_ball(x: Array, radius: float | Array, *, axis: int | tuple[int, ...] = -1) -> Array:
@@ -223,10 +227,11 @@ def project_l2_ball(x: Array, radius: float | Array, *, axis: int | tuple[int, .
     axes = check_axis(x, axis)
     radius = check_tau(table, x, radius, "radius", axes=axes)
     xp = table.xp
-    norm = table.group_norm(x, axes)
-    inside = norm <= radius
-    scale = radius / xp.where(inside, 1.0, norm)
-    return promoted.answer(table, xp.where(inside, x, x * scale))[0]
+    with table.quietly():
+        unit, norm = table.scaled_group_norm(x, axes)
+        inside = unit * norm <= radius
+        scale = (radius / unit) / xp.where(inside, 1.0, norm)
+        return promoted.answer(table, xp.where(inside, x, x * scale))[0]
 
 
 def _check_group_axis(x: Array, axis: int) -> tuple[int, ...]:

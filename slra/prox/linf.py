@@ -55,7 +55,8 @@ def prox_linf(x: Array, tau: float | Array, *, axis: int = -1) -> Array:
     (x,) = promoted.arrays
     (along,) = check_axis(x, (axis,))
     tau = check_tau(table, x, tau, axes=(along,))
-    return promoted.answer(table, x - _onto_l1_ball(x, tau, along, table))[0]
+    with table.quietly():
+        return promoted.answer(table, x - _onto_l1_ball(x, tau, along, table))[0]
 
 
 def norm_linf(x: Array, *, axis: int = -1) -> Array:
@@ -145,7 +146,8 @@ def project_l1_ball(x: Array, radius: float | Array, *, axis: int = -1) -> Array
     (x,) = promoted.arrays
     (along,) = check_axis(x, (axis,))
     radius = check_tau(table, x, radius, "radius", axes=(along,))
-    return promoted.answer(table, _onto_l1_ball(x, radius, along, table))[0]
+    with table.quietly():
+        return promoted.answer(table, _onto_l1_ball(x, radius, along, table))[0]
 
 
 def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array:
@@ -196,10 +198,11 @@ def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array
     (x,) = promoted.arrays
     (along,) = check_axis(x, (axis,))
     radius = check_tau(table, x, radius, "radius", axes=(along,))
-    # To take one number off all entries changes nothing, and what is left is exact where it counts.
-    lowered = x - table.xp.max(x, axis=along, keepdims=True)
-    level = _simplex_level(lowered, radius, along, table)
-    return promoted.answer(table, table.nonneg_threshold(lowered, level))[0]
+    with table.quietly():
+        # Sums of what lies below the largest entry stay in range, and so does the level.
+        x = x - table.xp.max(x, axis=along, keepdims=True)
+        theta = _simplex_level(x, radius, along, table)
+        return promoted.answer(table, table.nonneg_threshold(x, theta))[0]
 
 
 def _simplex_level(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:
@@ -220,13 +223,14 @@ def _simplex_level(x: Array, radius: float | Array, axis: int, table: Primitives
     # One Newton step, which takes off the rounding of the running sum.
     excess = table.at_least(x - theta, 0.0)
     n_above = xp.sum(xp.astype(excess > 0, x.dtype), axis=axis, keepdims=True)
-    return theta + (xp.sum(excess, axis=axis, keepdims=True) - radius) / table.at_least(
-        n_above, 1.0
-    )
+    n_above = table.at_least(n_above, 1.0)
+    # Divided before they are summed, so that the sum stays in range.
+    return theta + (xp.sum(excess / n_above, axis=axis, keepdims=True) - radius / n_above)
 
 
 def _onto_l1_ball(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:
     modulus = table.xp.abs(x)
+    # Sums of what lies below the largest modulus stay in range.
     peak = table.xp.max(modulus, axis=axis, keepdims=True)
     level = peak + _simplex_level(modulus - peak, radius, axis, table)
     return table.soft_threshold(x, table.at_least(level, 0.0))

@@ -8,6 +8,7 @@ from slra._backends.cholesky_qr import orthonormal, tall_qr
 from slra._typing import RNG, Array
 from slra._validate import (
     check_draws,
+    check_flag,
     check_matrix,
     check_tau,
     promote,
@@ -15,7 +16,8 @@ from slra._validate import (
 )
 from slra.prox.rank import filtered, masked_svd
 from slra.svd import SVDResult
-from slra.svd._linear_map import scaling_exponent
+from slra.svd._inputs import near_one
+from slra.svd._linear_map import brought_in_range, power_of_two, scaled_back, scaling_exponent
 
 __all__ = ["norm_nuclear", "prox_nuclear", "shrink_singular_values"]
 
@@ -63,7 +65,7 @@ def prox_nuclear(
         of the same library, or ``rng`` of a wrong type.
     ValueError
         If ``x`` has fewer than two axes or an empty one; if ``tau`` is negative or not finite, or does not fit ``x``;
-        if ``warm_start`` has another number of columns than ``x``.
+        if ``warm_start`` has another number of columns than ``x``, or NaN or infinity.
 
     Notes
     -----
@@ -94,17 +96,25 @@ def prox_nuclear(
     work, basis = promoted.arrays
     tau = check_tau(table, work, tau, axes=(x.ndim - 2, x.ndim - 1))
     source = check_draws(table, work, rng)
+    check_flag(return_factors, "return_factors")
     if basis is not None and (basis.ndim != 2 or basis.shape[1] != x.shape[-1]):
         raise ValueError(
             f"warm_start must have shape (k, {x.shape[-1]}) for x of shape {tuple(x.shape)}, "
             f"got {tuple(basis.shape)}"
         )
+    if basis is not None:
+        basis = near_one(basis, "warm_start", table)
     if not return_factors and not table.is_eager(work):
         return promoted.answer(table, filtered(work, lambda S: _shrinkage(S, tau, table), table))[0]
+    work, exponent = brought_in_range(work, table)
+    if exponent is not None:
+        tau = power_of_two(tau * table.xp.ones_like(exponent), exponent, table)
     U, S, Vh = shrink_singular_values(work, tau, basis, source, table)
     if return_factors:
+        S = scaled_back(S[..., None, :], exponent, table)[..., 0, :]
         return SVDResult(*promoted.answer(table, U, S, Vh))
-    return promoted.answer(table, (U * S[..., None, :]) @ Vh)[0]
+    low_rank = scaled_back((U * S[..., None, :]) @ Vh, exponent, table)
+    return promoted.answer(table, low_rank)[0]
 
 
 def norm_nuclear(x: Array) -> Array:
@@ -141,7 +151,9 @@ def norm_nuclear(x: Array) -> Array:
     table = resolve(x=x)
     check_matrix(x, "x")
     (x,) = promote(table, x=x).arrays
-    return table.xp.sum(masked_svd(x, table).S, axis=-1)
+    x, exponent = brought_in_range(x, table)
+    total = table.xp.sum(masked_svd(x, table).S, axis=-1)[..., None, None]
+    return scaled_back(total, exponent, table)[..., 0, 0]
 
 
 def shrink_singular_values(
@@ -160,7 +172,7 @@ def shrink_singular_values(
         if tol is None:
             tol = 10 * float(xp.finfo(x.dtype).eps) * max(x.shape) ** 0.5
         assert isinstance(rng, np.random.Generator)
-        found = _partial_svd(x, float(tau), basis, rng, tol, table)
+        found = _partial_svd(x, _number(tau, table), basis, rng, tol, table)
     else:
         found = None
     U, S, Vh = masked_svd(x, table) if found is None else found
@@ -169,6 +181,11 @@ def shrink_singular_values(
         rank = int(xp.max(xp.count_nonzero(S, axis=-1)))
         U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
     return SVDResult(U, S, Vh)
+
+
+def _number(tau: float | Array, table: Primitives) -> float:
+    """Threshold of one matrix."""
+    return tau if isinstance(tau, float) else float(table.xp.reshape(tau, ()))
 
 
 def _level(tau: float | Array) -> float | Array:

@@ -8,6 +8,7 @@ from slra._backends.agnostic import matrix_h
 from slra._typing import Array
 from slra._validate import check_matrix, check_rank, promote, resolve
 from slra.svd import SVDResult
+from slra.svd._linear_map import brought_in_range, scaled_back
 from slra.svd.truncated import thin_svd
 
 __all__ = ["filtered", "masked_svd", "project_rank"]
@@ -58,8 +59,10 @@ def project_rank(x: Array, rank: int) -> Array:
     promoted = promote(table, x=x)
     (work,) = promoted.arrays
     if table.is_eager(work):
+        work, exponent = brought_in_range(work, table)
         U, S, Vh = masked_svd(work, table)
         low_rank = (U[..., :rank] * S[..., None, :rank]) @ Vh[..., :rank, :]
+        low_rank = scaled_back(low_rank, exponent, table)
     else:
         low_rank = filtered(work, lambda S: _is_leading(S, rank, table), table)
     return promoted.answer(table, low_rank)[0]

@@ -26,6 +26,16 @@ class SolveResult(NamedTuple):
         What ``tol`` is compared with, after each iteration; real.
     converged : bool or None
         Whether the last residual is at most ``tol``; None where ``tol`` is.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> y = np.asarray([3.0, 0.5])
+    >>> half = lambda x: (0.5 * np.sum((x - y) ** 2), x - y)
+    >>> result = slra.proximal_gradient(0 * y, half, slra.prox.prox_l1)
+    >>> result.x.round(6).tolist(), result.converged, result.residual.shape == (result.n_iter,)
+    ([2.0, 0.0], True, True)
     """
 
     x: Array
@@ -48,6 +58,17 @@ class Progress(NamedTuple):
         Value of ``objective`` there, where one was given; 0-d.
     residual : float
         What ``tol`` is compared with.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> y = np.asarray([3.0, 0.5])
+    >>> half = lambda x: (0.5 * np.sum((x - y) ** 2), x - y)
+    >>> seen = []
+    >>> result = slra.proximal_gradient(0 * y, half, slra.prox.prox_l1, callback=seen.append)
+    >>> [progress.n_iter for progress in seen] == list(range(1, result.n_iter + 1))
+    True
     """
 
     n_iter: int
@@ -143,9 +164,10 @@ def _as_array(value: Any, like: Array, table: Primitives) -> Array:
 def inner(x: Array, y: Array, table: Primitives) -> Array:
     """Real inner product of two arrays of one shape."""
     xp = table.xp
-    if table.is_complex(x):
-        return xp.sum(xp.real(x) * xp.real(y) + xp.imag(x) * xp.imag(y))
-    return xp.sum(x * y)
+    with table.quietly():
+        if table.is_complex(x):
+            return xp.sum(xp.real(x) * xp.real(y) + xp.imag(x) * xp.imag(y))
+        return xp.sum(x * y)
 
 
 def norm(x: Array, table: Primitives) -> Array:

@@ -5,7 +5,14 @@ from typing import Any, NamedTuple
 
 from slra._backends import Primitives
 from slra._typing import Array
-from slra._validate import check_finite, check_positive, promote, resolve
+from slra._validate import (
+    check_callable,
+    check_finite,
+    check_positive,
+    check_returned,
+    promote,
+    resolve,
+)
 from slra.solvers._loop import Callback, SolveResult, Step, check_limits, norm, run
 
 __all__ = ["admm"]
@@ -107,11 +114,21 @@ def admm(
     (z,) = promoted.arrays
     check_finite(table, z, "z0")
     tol, max_iter = check_limits(tol, max_iter)
-    rho, relaxation = check_positive(rho, "rho"), check_positive(relaxation, "relaxation")
+    check_callable(solve_x, "solve_x")
+    check_callable(prox_z, "prox_z")
+    for name, function in (
+        *(("operator", operator), ("adjoint", adjoint)),
+        *(("objective", objective), ("callback", callback)),
+    ):
+        check_callable(function, name, optional=True)
+    rho = check_positive(rho, "rho", limits=table.xp.finfo(z.dtype))
+    relaxation = check_positive(relaxation, "relaxation")
     if relaxation >= 2:
         raise ValueError(f"relaxation must be between 0 and 2, got {relaxation}")
-    if balance is not None and check_positive(balance, "balance") < 1:
-        raise ValueError(f"balance must be 1 or more, got {balance}")
+    if balance is not None:
+        balance = check_positive(balance, "balance", limits=table.xp.finfo(z.dtype))
+        if balance < 1:
+            raise ValueError(f"balance must be 1 or more, got {balance}")
     if (operator is None) != (adjoint is None):
         raise ValueError("operator and adjoint must be given both or neither")
     like: dict[str, Any] = {"dtype": table.real_dtype(z.dtype), "device": table.creation_device(z)}
@@ -121,15 +138,21 @@ def admm(
         rho_now = rho if balance is None else state.rho
         x = solve_x(state.z - state.u, rho_now)
         image = x if operator is None else operator(x)
-        mixed = image if relaxation == 1 else relaxation * image + (1 - relaxation) * state.z
-        z = prox_z(mixed + state.u, 1 / rho_now)
-        u = state.u + mixed - z
+        with table.quietly():
+            mixed = image if relaxation == 1 else relaxation * image + (1 - relaxation) * state.z
+            # An array, where NumPy makes a scalar of a sum of 0-d ones.
+            shifted = table.xp.asarray(mixed + state.u)
+        z = check_returned(prox_z(shifted, 1 / rho_now), "prox_z", state.z.shape)
+        with table.quietly():
+            u, move = shifted - z, z - state.z
         back = adjoint or (lambda v: v)
-        primal = _ratio(norm(image - z, table), norm(image, table), norm(z, table), table=table)
-        dual = _ratio(norm(back(z - state.z), table), norm(back(u), table), table=table)
-        factor = _balancing_factor(primal, dual, balance, table)
-        kept = z if operator is None else x
-        following = _State(kept, z, u / factor, state.rho * factor)
+        back_move, back_u = back(move), back(u)
+        with table.quietly():
+            primal = _ratio(norm(image - z, table), norm(image, table), norm(z, table), table=table)
+            dual = _ratio(norm(back_move, table), norm(back_u, table), table=table)
+            factor = _balancing_factor(primal, dual, balance, table)
+            kept = z if operator is None else x
+            following = _State(kept, z, u / factor, state.rho * factor)
         return Step(following, kept, table.xp.maximum(primal, dual))
 
     # The first x is known only after the first solve; where A is not the identity its shape may differ from z.

@@ -1,5 +1,6 @@
 """Proximal gradient: ISTA, and FISTA with adaptive restart."""
 
+import numbers
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,9 +8,12 @@ from typing import Any, NamedTuple
 from slra._backends import Primitives
 from slra._typing import Array
 from slra._validate import (
+    check_callable,
     check_finite,
+    check_flag,
     check_gradient,
     check_positive,
+    check_returned,
     check_tau,
     promote,
     resolve,
@@ -137,13 +141,18 @@ def proximal_gradient(
     (x,) = promoted.arrays
     check_finite(table, x, "x0")
     tol, max_iter = check_limits(tol, max_iter)
+    check_flag(accelerated, "accelerated")
+    value_and_grad = _checked(value_and_grad)
+    check_callable(prox, "prox")
+    check_callable(objective, "objective", optional=True)
+    check_callable(callback, "callback", optional=True)
     if step is None:
         if not table.is_eager(x):
             raise ValueError("step must be given where values cannot be looked at")
         step = _first_step(x, value_and_grad, table)
         searches = True
     else:
-        step = check_tau(table, x, step, "step", axes=tuple(range(x.ndim)))
+        step = _check_step(step, x, table)
         searches = False
     weight = check_tau(table, x, weight, "weight")
     forward_backward = _forward_backward(prox, weight, x, table)
@@ -155,6 +164,31 @@ def proximal_gradient(
 
     result = run(advance, start, objective, tol, max_iter, callback, table, may_scan=not searches)
     return result._replace(x=promoted.answer(table, result.x)[0])
+
+
+def _check_step(step: Any, x: Array, table: Primitives) -> float | Array:
+    """Return a step, which is not to be 0 in the dtype of ``x`` either, as a float or an array."""
+    if isinstance(step, numbers.Real):
+        return check_positive(step, "step", limits=table.xp.finfo(x.dtype))
+    step = check_tau(table, x, step, "step", axes=tuple(range(x.ndim)))
+    if table.is_eager(step) and bool(table.xp.any(step == 0)):
+        raise ValueError("step must be finite and greater than 0, got 0")
+    return step
+
+
+def _checked(value_and_grad: Any) -> ValueAndGrad:
+    """Look at what a function of the caller's returns."""
+    check_callable(value_and_grad, "value_and_grad")
+
+    def call(x: Array) -> tuple[Any, Array]:
+        pair = value_and_grad(x)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(
+                f"value_and_grad must return a pair of a value and a gradient, got {type(pair).__name__}"
+            )
+        return pair[0], check_returned(pair[1], "value_and_grad", x.shape)
+
+    return call
 
 
 def _advance(
@@ -173,24 +207,33 @@ def _advance(
     while searches and not _descends(state.y, new, value, grad, step, value_and_grad, table):
         step /= 2
         new = forward_backward(state.y, grad, step)
-    move, gap = new - state.x, state.y - new
-    largest = xp.maximum(state.largest_gradient, norm(grad, table))
-    residual = norm(gap, table) / (step * xp.where(largest == 0, 1.0, largest))
     y, t = new, state.momentum
-    if accelerated:
-        following = (1 + xp.sqrt(1 + 4 * t * t)) / 2
-        uphill = inner(gap, move, table) > 0
-        y = table.extrapolate(new, move, xp.where(uphill, 0.0, (t - 1) / following))
-        t = xp.where(uphill, 1.0, following)
+    # Not around what the caller's functions compute.
+    with table.quietly():
+        move, gap = new - state.x, state.y - new
+        largest = xp.maximum(state.largest_gradient, norm(grad, table))
+        residual = norm(gap, table) / (step * xp.where(largest == 0, 1.0, largest))
+        if accelerated:
+            following = (1 + xp.sqrt(1 + 4 * t * t)) / 2
+            uphill = inner(gap, move, table) > 0
+            y = table.extrapolate(new, move, xp.where(uphill, 0.0, (t - 1) / following))
+            t = xp.where(uphill, 1.0, following)
     return Step(_State(new, y, t, step, largest), new, xp.reshape(residual, ()))
 
 
 def _forward_backward(prox: Prox, weight: Any, x: Array, table: Primitives) -> ForwardBackward:
     """Return ``(y, grad, step) -> prox(y - step * grad, step * weight)``, one primitive where there is one."""
     primitive = _primitive(prox, x, table)
-    if primitive is not None:
-        return lambda y, grad, step: primitive(y, grad, step, weight)
-    return lambda y, grad, step: prox(y - step * grad, step * weight)
+
+    def call(y: Array, grad: Array, step: Any) -> Array:
+        with table.quietly():
+            if primitive is not None:
+                return primitive(y, grad, step, weight)
+            # An array, where NumPy makes a scalar of a difference of 0-d ones.
+            forward, tau = table.xp.asarray(y - step * grad), step * weight
+        return check_returned(prox(forward, tau), "prox", y.shape)
+
+    return call
 
 
 def _primitive(prox: Prox, x: Array, table: Primitives) -> Callable[..., Array] | None:
@@ -202,7 +245,8 @@ def _primitive(prox: Prox, x: Array, table: Primitives) -> Callable[..., Array] 
     if isinstance(prox, partial) and prox.func is prox_elastic_net:
         if prox.args or set(prox.keywords) != {"l2"}:
             return None
-        l2 = check_positive(prox.keywords["l2"], "l2", allow_zero=True)
+        limits = table.xp.finfo(x.dtype)
+        l2 = check_positive(prox.keywords["l2"], "l2", allow_zero=True, limits=limits)
         return partial(table.elastic_threshold_step, l2=l2)
     return None
 
@@ -217,9 +261,10 @@ def _descends(
     table: Primitives,
 ) -> bool:
     """Whether f lies below its quadratic model at the new point, but for the rounding of f."""
-    move = new - y
     reached, value = float(value_and_grad(new)[0]), float(value)
-    model = float(inner(grad, move, table)) + float(inner(move, move, table)) / (2 * step)
+    with table.quietly():
+        move = new - y
+        model = float(inner(grad, move, table)) + float(inner(move, move, table)) / (2 * step)
     slack = 10 * float(table.xp.finfo(y.dtype).eps) * max(abs(value), abs(reached))
     # Written so that NaN, which no shorter step may cure, ends the search.
     return not reached - value > model + slack

@@ -11,6 +11,7 @@ from slra._backends.sparse import SparseProducts, sparse_products
 from slra._typing import Array
 from slra._validate import (
     Promoted,
+    check_callable,
     check_finite,
     check_matrix,
     check_operator,
@@ -19,10 +20,16 @@ from slra._validate import (
     promote,
     resolve,
 )
-from slra.svd._linear_map import LinearMap, dense_map, power_of_two, scaling_exponent
+from slra.svd._linear_map import (
+    LinearMap,
+    brought_in_range,
+    dense_map,
+    power_of_two,
+    scaling_exponent,
+)
 from slra.svd.operator import MatrixOperator
 
-__all__ = ["Problem", "draw", "read"]
+__all__ = ["Problem", "draw", "near_one", "read"]
 
 
 class Problem(NamedTuple):
@@ -63,7 +70,18 @@ def read(x: Any, test_matrix: Array | None = None, *, center: bool = False) -> P
         A = A.scaled(exponent)
     if center:
         A = _centered(A)
-    return Problem(A, exponent, promoted.arrays[1], promoted)
+    omega = promoted.arrays[1]
+    if omega is not None:
+        omega = near_one(omega, "test_matrix", A.table)
+    return Problem(A, exponent, omega, promoted)
+
+
+def near_one(columns: Array, name: str, table: Primitives) -> Array:
+    """Scale a matrix, of which only the span counts, so that squares stay in range; raise unless it is finite."""
+    if columns.ndim < 2:
+        return columns
+    check_finite(table, columns, name)
+    return brought_in_range(columns, table)[0]
 
 
 def _wrap(
@@ -76,8 +94,26 @@ def _wrap(
     table = resolve(**named, optional={"test_matrix": test_matrix})
     check_operator(table, x.shape, like)
     promoted = promote(table, x=like, test_matrix=test_matrix)
-    A = LinearMap(table, tuple(x.shape), like, source.matmat, source.rmatmat, _norm(source, table))
+    matmat, rmatmat, (m, n) = source.matmat, source.rmatmat, map(int, x.shape)
+    if found is None:
+        matmat, rmatmat = (
+            _checked(getattr(x, name), f"x.{name}", n_rows, table)
+            for name, n_rows in (("matmat", m), ("rmatmat", n))
+        )
+    A = LinearMap(table, (m, n), like, matmat, rmatmat, _norm(source, table))
     return A, promoted
+
+
+def _checked(product: Any, name: str, n_rows: int, table: Primitives) -> Callable[[Array], Array]:
+    """Look at what a function of the caller's returns."""
+    check_callable(product, name)
+
+    def call(v: Array) -> Array:
+        result = product(v)
+        check_product(table, result, (n_rows, v.shape[-1]), name)
+        return result
+
+    return call
 
 
 def _norm(source: MatrixOperator | SparseProducts, table: Primitives) -> Callable[[], Array] | None:
@@ -114,7 +150,8 @@ def _largest(A: LinearMap, source: Any) -> Array:
         return table.max_abs(values[None, :])
     vector = table.test_matrix((A.shape[-1], 1), 0, A.like)
     product = A.matmat(vector)
-    check_product(table, product, (A.shape[-2], 1))
+    if not bool(table.xp.all(table.xp.isfinite(product))):
+        raise ValueError("x must be finite, got NaN or infinity in a product with it")
     return table.max_abs(product)
 
 

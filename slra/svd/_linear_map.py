@@ -7,7 +7,14 @@ from slra._backends import Primitives
 from slra._backends.agnostic import matrix_h
 from slra._typing import Array
 
-__all__ = ["LinearMap", "dense_map", "power_of_two", "scaling_exponent"]
+__all__ = [
+    "LinearMap",
+    "brought_in_range",
+    "dense_map",
+    "power_of_two",
+    "scaled_back",
+    "scaling_exponent",
+]
 
 # Squares of entries within 2**-20 to 2**20 leave the range of no dtype, however many are summed.
 _HARMLESS_EXPONENT = 20
@@ -96,15 +103,33 @@ def dense_map(x: Array, table: Primitives) -> LinearMap:
 def scaling_exponent(largest: Array, table: Primitives) -> Array | None:
     """Return the exponents that bring entries of modulus ``largest`` near one; None where all are near."""
     xp = table.xp
-    positive = xp.where(largest > 0, largest, xp.ones_like(largest))
+    is_usual = (largest > 0) & xp.isfinite(largest)
+    positive = xp.where(is_usual, largest, xp.ones_like(largest))
     exponent = -xp.floor(xp.log2(positive))
     return exponent if bool(xp.any(xp.abs(exponent) > _HARMLESS_EXPONENT)) else None
+
+
+def brought_in_range(x: Array, table: Primitives) -> tuple[Array, Array | None]:
+    """Scale each matrix of an eager ``x`` so that squares stay in range; also exponents (..., 1, 1), None if it is."""
+    if not table.is_eager(x) or 0 in x.shape:
+        return x, None
+    exponent = scaling_exponent(table.max_abs(x), table)
+    if exponent is None:
+        return x, None
+    exponent = exponent[..., None, None]
+    return power_of_two(x, exponent, table), exponent
+
+
+def scaled_back(x: Array, exponent: Array | None, table: Primitives) -> Array:
+    """Undo `brought_in_range` on a result, which may be the same."""
+    return x if exponent is None else power_of_two(x, -exponent, table)
 
 
 def power_of_two(x: Array, exponent: Array, table: Primitives) -> Array:
     """Return ``x * 2**exponent``, in two steps so that neither factor leaves the range."""
     xp = table.xp
     half = xp.floor(exponent / 2)
-    for part in (half, exponent - half):
-        x = x * xp.astype(xp.pow(xp.full_like(part, 2.0), part), x.dtype)
+    with table.quietly():
+        for part in (half, exponent - half):
+            x = x * xp.astype(xp.pow(xp.full_like(part, 2.0), part), x.dtype)
     return x

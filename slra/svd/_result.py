@@ -19,6 +19,15 @@ class SVDResult(NamedTuple):
         Singular values, real, descending.
     Vh : array, shape (..., k, n)
         Conjugate transpose of the right singular vectors, orthonormal rows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> result = slra.truncated_svd(np.diag([3.0, 2.0, 1.0]), 2)
+    >>> U, S, Vh = result
+    >>> S.tolist(), result.S is S
+    ([3.0, 2.0], True)
     """
 
     U: Array

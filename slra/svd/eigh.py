@@ -19,7 +19,7 @@ from slra.svd._linear_map import LinearMap
 from slra.svd._result import fix_signs
 from slra.svd.gram import combine, spectrum, tall_svd
 from slra.svd.krylov import LAZY_ITER, MAX_ITER, MIN_ITER, RITZ_TOLERANCE, KrylovSpace
-from slra.svd.randomized import check_test_matrix
+from slra.svd.randomized import check_depth, check_test_matrix
 from slra.svd.subspace import DEFAULT_ITER
 from slra.svd.truncated import by_triangle
 
@@ -35,6 +35,14 @@ class EighResult(NamedTuple):
         Eigenvalues, real, by descending modulus.
     V : array, shape (..., n, k)
         Eigenvectors, orthonormal columns.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> w, V = slra.randomized_eigh(np.diag([1.0, -3.0, 2.0]), 2, rng=0)
+    >>> w.round(6).tolist(), V.shape
+    ([-3.0, 2.0], (3, 2))
     """
 
     w: Array
@@ -105,7 +113,7 @@ def randomized_eigh(
     check_hermitian(table, A.shape, A.dense)
     rank = check_rank(rank, A.shape[-1], limit_is="the last axis of x")
     width = min(rank + check_count(n_oversamples, "n_oversamples"), A.shape[-1])
-    depth = None if n_iter == "auto" else check_count(n_iter, "n_iter")
+    depth = check_depth(n_iter)
     source = check_draws(table, A.like, rng) if test_matrix is None else None
     if test_matrix is not None:
         width = check_test_matrix(A, test_matrix, rank)

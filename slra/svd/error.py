@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from slra._typing import RNG, Array
 from slra._validate import check_draws, check_factors, check_rank
-from slra.svd._inputs import draw, read
-from slra.svd._linear_map import power_of_two
+from slra.svd._inputs import Problem, draw, read
+from slra.svd._linear_map import brought_in_range, power_of_two, scaled_back
 
 __all__ = ["ErrorEstimate", "estimate_error"]
 
@@ -23,6 +23,15 @@ class ErrorEstimate(NamedTuple):
         Estimate of the Frobenius norm; the mean of its square is exact.
     spectral : array, shape (...,)
         Upper bound of the spectral norm, with probability 0.99 or more.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> x = np.diag([3.0, 2.0, 1.0])
+    >>> error = slra.estimate_error(x, slra.truncated_svd(x, 2), rng=0)
+    >>> bool(error.frobenius < error.spectral)
+    True
     """
 
     frobenius: Array
@@ -86,16 +95,44 @@ def estimate_error(
     xp = table.xp
     n_probes = check_rank(n_probes, 1 << 30, "n_probes")
     source = check_draws(table, A.like, rng)
-    left, right = check_factors(table, A.shape, A.like, approx)
-    if problem.exponent is not None:
-        left = power_of_two(left, problem.exponent[..., None, None], table)
-    omega = draw(A, n_probes, source)
-    difference = A.matmat(omega) - left @ (right @ omega)
-    wide = xp.astype(difference, table.wide(difference), copy=False)
-    squares = xp.sum(table.real_part(wide * table.conj(wide)), axis=-2)
-    factor = (1 / (1 - _CONFIDENCE)) ** (1 / n_probes) * math.sqrt(2 / math.pi)
-    norms = xp.stack(
-        [xp.sqrt(xp.mean(squares, axis=-1)), factor * xp.sqrt(xp.max(squares, axis=-1))], axis=-1
-    )
-    norms = problem.unscaled(xp.astype(norms, table.real_dtype(A.like.dtype)))
+    factors = check_factors(table, A.shape, A.like, approx)
+    with table.quietly():
+        omega = draw(A, n_probes, source)
+        difference, exponent = _difference(problem, factors, omega)
+        wide = xp.astype(difference, table.wide(difference), copy=False)
+        squares = xp.sum(table.real_part(wide * table.conj(wide)), axis=-2)
+        factor = (1 / (1 - _CONFIDENCE)) ** (1 / n_probes) * math.sqrt(2 / math.pi)
+        norms = xp.stack(
+            [xp.sqrt(xp.mean(squares, axis=-1)), factor * xp.sqrt(xp.max(squares, axis=-1))],
+            axis=-1,
+        )
+        norms = xp.astype(norms, table.real_dtype(A.like.dtype))
+        norms = scaled_back(norms[..., None, :], exponent, table)[..., 0, :]
     return ErrorEstimate(norms[..., 0], norms[..., 1])
+
+
+def _difference(problem: Problem, factors: list[Array], omega: Array) -> tuple[Array, Array | None]:
+    """Return ``(x - left right) omega`` times ``2**exponent``, which keeps squares in range, and the exponent.
+
+    It is that of the larger of the two: an approximation may be of quite another size than the matrix.
+    """
+    A, table = problem.A, problem.A.table
+    xp = table.xp
+    left, *values, right = factors
+    named = [left, *(S[..., None, :] for S in values), right]
+    (left, *values, right), exponents = zip(
+        *(brought_in_range(x, table) for x in named), strict=True
+    )
+    image, product = A.matmat(omega), (left * values[0] if values else left) @ (right @ omega)
+    known = [exponent for exponent in exponents if exponent is not None]
+    if problem.exponent is None and not known:
+        return image - product, None
+    size = table.max_abs(product)[..., None, None]
+    zero = xp.zeros_like(size)
+    of_x = zero if problem.exponent is None else problem.exponent[..., None, None]
+    of_factors = sum(known, zero)
+    logarithm = xp.floor(xp.log2(xp.where(size > 0, size, xp.ones_like(size))))
+    exponent = xp.where(size > 0, xp.minimum(of_x, of_factors - logarithm), of_x)
+    image = power_of_two(image, exponent - of_x, table)
+    change = xp.where(size > 0, exponent - of_factors, zero)
+    return image - power_of_two(product, change, table), exponent

@@ -5,7 +5,14 @@ from typing import Any, Literal
 
 from slra._backends.agnostic import matrix_h
 from slra._typing import RNG, Array
-from slra._validate import check_choice, check_count, check_draws, check_rank, check_rtol
+from slra._validate import (
+    check_choice,
+    check_count,
+    check_draws,
+    check_flag,
+    check_rank,
+    check_rtol,
+)
 from slra.svd import krylov, subspace
 from slra.svd._inputs import Problem, draw, read
 from slra.svd._linear_map import LinearMap
@@ -103,7 +110,7 @@ def randomized_svd(
     (2,)
     """
     check_choice(method, ("auto", "krylov", "subspace", "gram"), "method")
-    problem = read(x, test_matrix, center=center)
+    problem = read(x, test_matrix, center=check_flag(center, "center"))
     A = problem.A
     limit = min(A.shape[-2:])
     if rank is None and rtol is None:
@@ -111,7 +118,7 @@ def randomized_svd(
     if rank is not None:
         rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
     width = (rank or 1) + check_count(n_oversamples, "n_oversamples")
-    depth = None if _is_auto(n_iter) else check_count(n_iter, "n_iter")
+    depth = check_depth(n_iter)
     source = check_draws(A.table, A.like, rng) if test_matrix is None else None
     if test_matrix is not None:
         width = check_test_matrix(A, test_matrix, rank or 1)
@@ -123,7 +130,7 @@ def randomized_svd(
     if rtol is None and rank is not None:
         U, S, V = _fixed_rank(A, omega, rank, min(width, limit), depth, method)
     else:
-        rtol = _check_tolerance(A, rtol, method, n_iter, test_matrix)
+        rtol = _check_tolerance(A, rtol, method, depth, test_matrix)
         U, S, V = tolerance_svd(A, lambda width: A.matmat(omega(width)), rtol, rank or limit)
     return _finished(problem, U, S, V)
 
@@ -174,16 +181,12 @@ def _finished(problem: Problem, U: Array, S: Array, V: Array) -> SVDResult:
     return SVDResult(*problem.promoted.answer(table, *factors))
 
 
-def _is_auto(n_iter: int | str) -> bool:
-    return isinstance(n_iter, str) and n_iter == "auto"
-
-
 def _check_tolerance(
-    A: LinearMap, rtol: Any, method: str, n_iter: int | str, test_matrix: Array | None
+    A: LinearMap, rtol: Any, method: str, depth: int | None, test_matrix: Array | None
 ) -> float:
     """Check what goes together with ``rtol``."""
-    if not _is_auto(n_iter):
-        raise ValueError(f"n_iter must be 'auto' where rtol is given, got {n_iter!r}")
+    if depth is not None:
+        raise ValueError(f"n_iter must be 'auto' where rtol is given, got {depth}")
     if method not in ("auto", "krylov"):
         raise ValueError(
             f"method must be 'auto' or 'krylov' where rtol is given, got {method!r}; "
@@ -197,6 +200,13 @@ def _check_tolerance(
             "pass a slra.MatrixOperator with frobenius_norm"
         )
     return check_rtol(A.table, A.like, rtol, by_products=A.dense is None)
+
+
+def check_depth(n_iter: Any) -> int | None:
+    """Return a number of iterations, None for "auto"."""
+    if isinstance(n_iter, str) and n_iter == "auto":
+        return None
+    return check_count(n_iter, "n_iter")
 
 
 def check_test_matrix(A: LinearMap, test_matrix: Array, rank: int) -> int:

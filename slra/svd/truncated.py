@@ -7,6 +7,7 @@ from slra._backends.agnostic import matrix_h
 from slra._typing import Array
 from slra._validate import check_finite, check_matrix, check_rank, check_rtol, promote, resolve
 from slra.svd._cut import cut_values
+from slra.svd._linear_map import brought_in_range, scaled_back
 from slra.svd._result import SVDResult, fix_signs
 
 __all__ = ["by_triangle", "thin_svd", "truncated_svd"]
@@ -62,12 +63,15 @@ def truncated_svd(x: Array, rank: int | None = None, *, rtol: float | None = Non
         rank = limit
     rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
     promoted = promote(table, x=x)
-    check_finite(table, promoted.arrays[0], "x")
+    (work,) = promoted.arrays
+    check_finite(table, work, "x")
     if rtol is not None:
         rtol = check_rtol(table, x, rtol)
-    U, S, Vh = thin_svd(promoted.arrays[0], table, rank)
+    work, exponent = brought_in_range(work, table)
+    U, S, Vh = thin_svd(work, table, rank)
     if rtol is not None:
         S, rank = cut_values(S, rtol, rank, table)
+    S = scaled_back(S[..., None, :], exponent, table)[..., 0, :]
     factors = fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :], table)
     return SVDResult(*promoted.answer(table, *factors))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from slra._backends import Primitives
 from slra._typing import RNG, Array
-from slra._validate import resolve
+from slra._validate import check_flag, resolve
 from slra.attn.basis import AttentionBasis
 from slra.attn.cache import checks
 from slra.attn.cache.ask import ask
@@ -184,7 +184,7 @@ class KVCache:
         method, pool_batch, rng
             As in `fit_attention`; by default one basis serves all leading axes.
         **options
-            As for `KVCache`.
+            As for `KVCache`, but for ``batch``, which is that of ``k``.
 
         Returns
         -------
@@ -206,6 +206,8 @@ class KVCache:
         >>> bool(np.all(cache.error <= 0.1))
         True
         """
+        if "batch" in options:
+            raise TypeError("batch must be left out of from_prefix: it is that of k")
         fit: dict[str, Any] = {"rtol": rtol, "method": method, "pool_batch": pool_batch, "rng": rng}
         fit |= {name: options[name] for name in ("scale", "softcap") if name in options}
         fit |= {"is_causal": True, "enable_gqa": True}
@@ -251,11 +253,12 @@ class KVCache:
         k, v, q = checks.check_tokens(k, v, q, state, settings, table)
         counts = checks.check_lengths(lengths, k.shape[-2], state, settings, table)
         checks.check_room(state, k.shape[-2], counts, settings)
-        if k.shape[-2]:
-            state = store(state, k, v, counts, settings, table)
-            if state.recent is not None:
-                state = state._replace(recent=remember(state.recent, q, settings, table))
-                state = follow(state, settings, table)
+        with table.quietly():
+            if k.shape[-2]:
+                state = store(state, k, v, counts, settings, table)
+                if state.recent is not None:
+                    state = state._replace(recent=remember(state.recent, q, settings, table))
+                    state = follow(state, settings, table)
         if table.is_functional:
             return _made(state, settings)
         self._state = state
@@ -306,12 +309,14 @@ class KVCache:
         exact. Here memory is in proportion to ``m n`` where a mask is needed.
         """
         table, settings, state = self._table(), self._settings, self._state
+        check_flag(return_lse, "return_lse")
         work, mask = checks.check_queries(q, mask, is_causal, state, settings, table)
         counts = checks.check_lengths(lengths, q.shape[-2], state, settings, table)
         asked = ask(work, mask, counts, state.lengths, is_causal=is_causal, table=table)
-        out, lse = attend_state(state, asked, settings, table)
-        xp = table.xp
-        out = xp.astype(xp.reshape(out, (*q.shape[:-1], settings.width_v)), q.dtype, copy=False)
+        with table.quietly():
+            out, lse = attend_state(state, asked, settings, table)
+            xp = table.xp
+            out = xp.astype(xp.reshape(out, (*q.shape[:-1], settings.width_v)), q.dtype, copy=False)
         return (out, xp.reshape(lse, q.shape[:-1])) if return_lse else out
 
     def decode(self) -> tuple[Array, Array]:
@@ -325,7 +330,8 @@ class KVCache:
         v : array, shape (..., Hkv, n, Dv)
         """
         table, settings = self._table(), self._settings
-        k, v = read_state(self._state, settings, table)
+        with table.quietly():
+            k, v = read_state(self._state, settings, table)
         lead = (*settings.batch, settings.n_heads)
         k, v = (table.xp.reshape(x, (*lead, *x.shape[2:])) for x in (k, v))
         return k, v

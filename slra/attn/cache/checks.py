@@ -7,7 +7,7 @@ import numpy as np
 
 from slra._backends import Primitives
 from slra._typing import Array
-from slra._validate import broadcasts_to, promote, resolve
+from slra._validate import check_flag, check_mask, promote, resolve
 from slra.attn.cache.state import Settings, State, is_host
 
 __all__ = [
@@ -72,8 +72,7 @@ def check_queries(
     """Return queries (B, H * shared, M, D) in the dtype to compute in, and the mask with four axes."""
     resolve(basis=state.segments[0].maps.wk, q=q, optional={"mask": mask})
     promote(table, allow_complex=False, q=q)
-    if not isinstance(is_causal, (bool, np.bool_)):
-        raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}")
+    check_flag(is_causal, "is_causal")
     n_rows = q.shape[-2] if q.ndim > 1 else 0
     n_heads = settings.n_heads * settings.n_shared
     _check_shape(q, "q", settings, n_heads, n_rows, settings.width)
@@ -88,15 +87,9 @@ def _check_mask(
     mask: Array, q: Array, state: State, settings: Settings, table: Primitives
 ) -> Array:
     xp = table.xp
-    if not xp.isdtype(mask.dtype, ("bool", "real floating")):
-        raise TypeError(f"mask must be boolean or real floating, got {mask.dtype}")
     n_tokens = int(state.lengths.max()) if is_host(state.lengths) else settings.capacity
     scores = (*q.shape[:-1], n_tokens)
-    if mask.ndim < 2 or not broadcasts_to(mask.shape, scores):
-        raise ValueError(
-            f"mask must have 2 or more dimensions and broadcast to (..., Hq, m, n), here {scores}, "
-            f"got shape {tuple(mask.shape)}"
-        )
+    check_mask(table, mask, scores, "(..., Hq, m, n)")
     core = ((1,) * max(0, 3 - mask.ndim) + tuple(mask.shape))[-3:]
     if mask.ndim <= 3:
         return xp.reshape(mask, (1, *core))
@@ -150,8 +143,14 @@ def check_selection(indices: Any, settings: Settings, table: Primitives) -> np.n
 
 
 def _host_integers(x: Any, name: str, table: Primitives) -> np.ndarray[Any, Any]:
-    is_foreign = compat.is_array_api_obj(x) and not isinstance(x, np.ndarray)
-    values = np.asarray(table.to_numpy(x) if is_foreign else x)
+    is_foreign = compat.is_array_api_obj(x) and not isinstance(x, (np.ndarray, np.generic))
+    if is_foreign:
+        # Of the library of the cache, or of any other whose values can be looked at.
+        x = resolve(**{name: x}).to_numpy(x)
+    try:
+        values = np.asarray(x)
+    except (TypeError, ValueError):  # ragged lists
+        raise TypeError(f"{name} must be integers, got {type(x).__name__}") from None
     if values.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {values.dtype}")
     return values

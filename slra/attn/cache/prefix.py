@@ -7,7 +7,7 @@ import numpy as np
 
 from slra._backends import Primitives
 from slra._typing import Array
-from slra._validate import resolve
+from slra._validate import check_matrix, check_positive, resolve
 from slra.attn._rows import sample_rows
 from slra.attn.basis import AttentionBasis
 from slra.attn.cache.ask import Ask
@@ -31,13 +31,18 @@ def fit_prefix(
     make: Callable[[AttentionBasis], tuple[State, Settings]],
 ) -> tuple[State, Settings]:
     """Fit, and ``make`` a cache that holds the prefix; with rtol, more and more tightly until the check holds."""
-    rtol, (q, k, _) = fit["rtol"], prefix
+    rtol, (q, k, v) = fit["rtol"], prefix
+    resolve(q=q, k=k, v=v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_matrix(x, name)
     if q.shape[-2] != k.shape[-2]:
         raise ValueError(
             f"q and k must have the same length (second last axis), got shapes {tuple(q.shape)} and {tuple(k.shape)}"
         )
     if rtol is None:
         return make(fit_attention(*prefix, rank, **fit))
+    rtol = check_positive(rtol, "rtol")
+    fit = {**fit, "rtol": rtol}
     exact = None
     for basis in _bases(prefix, rank, fit):
         state, settings = make(basis)

@@ -1,6 +1,5 @@
 """The options of a cache, checked."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat as compat
@@ -11,10 +10,14 @@ from slra._backends.agnostic import ScoreOptions
 from slra._validate import check_choice, check_count, check_positive, promote, resolve
 from slra.attn._inputs import check_scale
 from slra.attn._maps import METHODS
-from slra.attn.basis import AttentionBasis
+from slra.attn.basis import AttentionBasis, check_parts
 from slra.attn.cache.state import SegmentMaps, Settings
 
 __all__ = ["check_settings", "maps_of"]
+
+
+# Of tokens, or of sequences: what a position in 32 bits can count.
+MOST = 2**31 - 1
 
 
 def check_settings(
@@ -34,8 +37,7 @@ def check_settings(
     method: Any,
 ) -> tuple[Primitives, Settings]:
     """Check what a cache is made with; raise on the first that is wrong."""
-    if not isinstance(basis, AttentionBasis):
-        raise TypeError(f"basis must be an AttentionBasis, got {type(basis).__name__}")
+    check_parts(basis)
     table = resolve(basis=basis.wk)
     if not table.is_functional and not table.is_eager(basis.wk):
         raise TypeError(
@@ -45,7 +47,7 @@ def check_settings(
         raise ValueError(
             f"basis must have a head axis, got wk of shape {tuple(basis.wk.shape)}; fit it to (H, n, d)"
         )
-    own = tuple(basis.wk.shape[:-3])
+    own, limits = tuple(basis.wk.shape[:-3]), table.xp.finfo(basis.wk.dtype)
     n_heads, width, rank_qk = basis.wk.shape[-3:]
     width_v, rank_v = basis.wv.shape[-2:]
     settings = Settings(
@@ -56,14 +58,14 @@ def check_settings(
         width_v=width_v,
         rank=(rank_qk, rank_v),
         pool_batch=not own,
-        window=check_count(window, "window"),
-        n_sink=check_count(n_sink, "n_sink"),
+        window=check_count(window, "window", most=MOST),
+        n_sink=check_count(n_sink, "n_sink", most=MOST),
         n_sparse=_check_n_sparse(n_sparse, min(width, width_v)),
-        capacity=None if capacity is None else check_count(capacity, "capacity"),
+        capacity=None if capacity is None else check_count(capacity, "capacity", most=MOST),
         dtype=_check_dtype(dtype, table),
         options=ScoreOptions(
-            scale=width**-0.5 if scale is None else check_scale(scale),
-            softcap=None if softcap is None else check_positive(softcap, "softcap"),
+            scale=width**-0.5 if scale is None else check_scale(scale, limits),
+            softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
         ),
         rotary=None if rotary is None else _check_rotary(rotary, width),
         update=update,
@@ -94,9 +96,9 @@ def _check_together(settings: Settings) -> None:
 def _check_batch(batch: Any, own: tuple[int, ...]) -> tuple[int, ...]:
     if batch is None:
         return own
-    if not isinstance(batch, Sequence) or isinstance(batch, str):
+    if not isinstance(batch, (tuple, list)):
         raise TypeError(f"batch must be a tuple of ints, got {type(batch).__name__}")
-    shape = tuple(check_count(n, "batch") for n in batch)
+    shape = tuple(check_count(n, "batch", most=MOST) for n in batch)
     if 0 in shape or (own and shape != own):
         right = f"{own}, that of the basis" if own else "without zeros"
         raise ValueError(f"batch must be {right}, got {shape}")
@@ -121,9 +123,15 @@ def _check_dtype(dtype: Any, table: Primitives) -> str | None:
 
 def _check_rotary(rotary: Any, width: int) -> tuple[float, ...]:
     """Return the frequencies as floats."""
-    if compat.is_array_api_obj(rotary):
+    if compat.is_array_api_obj(rotary) and not isinstance(rotary, np.generic):
         rotary = resolve(rotary=rotary).to_numpy(rotary)
-    frequencies = np.asarray(rotary, dtype=np.float64)
+    try:
+        given = np.asarray(rotary)
+    except (TypeError, ValueError):  # ragged lists
+        given = np.asarray(None)
+    if given.dtype.kind not in "fiu":
+        raise TypeError(f"rotary must be real numbers, got {type(rotary).__name__}")
+    frequencies = given.astype(np.float64)
     if frequencies.ndim != 1 or not 1 <= frequencies.size <= width // 2:
         raise ValueError(
             f"rotary must be 1 to {width // 2} frequencies, half of D, got shape {frequencies.shape}"

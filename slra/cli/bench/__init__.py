@@ -1,0 +1,1 @@
+"""``python -m slra bench``: what slra takes beside what else there is, on the user's own machine."""
