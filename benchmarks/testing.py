@@ -5,7 +5,7 @@ python -m benchmarks.testing --collect  what is known only
 
 The mutants are those of mutmut, tried as [tool.mutmut] in pyproject.toml says, in the folder ``mutants``. Why one that
 no test kills is let live is in ``benchmarks/mutants.toml``. The lines are those that ``coverage combine`` left in
-``.coverage``.
+``.coverage``. All mutants together take about two hours.
 """
 
 import json
@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common
+from benchmarks.common import save
 
 ROOT = Path(__file__).parent.parent
 # What mutmut keeps of a mutant: the exit status of its tests, or that they ran out of time.
@@ -155,7 +155,7 @@ def main() -> None:
         print(f"{path:28}", *(f"{name} {n}" for name, n in counts.items() if n))
     lines = result["coverage"]["total"]
     print(f"{lines['run']} of {lines['lines']} lines run")
-    common.save("testing", result)
+    save("testing", result)
 
 
 if __name__ == "__main__":

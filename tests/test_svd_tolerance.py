@@ -172,6 +172,13 @@ def test_residual_norm(monkeypatch, dtype):
             np.testing.assert_allclose(found, exact[i], rtol=100 * np.finfo(dtype).eps)
 
 
+@pytest.mark.eager_only("rtol needs values")
+def test_result_stays_on_the_device_of_the_input(xp, device):
+    a = xp.asarray(make("exponential", (30, 20), "float64"), device=device)
+    for result in (slra.truncated_svd(a, rtol=0.5), slra.randomized_svd(a, rtol=0.5, rng=0)):
+        assert all(x.device == a.device for x in result)
+
+
 def test_rank_is_a_cap():
     a = make("polynomial", (400, 300), "float64")
     S = slra.randomized_svd(a, 12, rtol=1e-3, rng=0).S
