@@ -166,7 +166,9 @@ def test_residual_norm(monkeypatch, dtype):
         np.testing.assert_allclose(found, exact, rtol=20 * np.finfo(dtype).eps)
         for i in range(2):
             A = read(
-                slra.MatrixOperator(a[i].__matmul__, None, (50, 30), a, np.linalg.norm(a[i]))
+                slra.MatrixOperator(
+                    a[i].__matmul__, a[i].conj().T.__matmul__, (50, 30), a, np.linalg.norm(a[i])
+                )
             ).A
             found = tolerance.residual_norm(A, U[i], values[i], V[i], A.norm())
             np.testing.assert_allclose(found, exact[i], rtol=100 * np.finfo(dtype).eps)

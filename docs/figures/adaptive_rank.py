@@ -18,7 +18,8 @@ def errors_of_pairs(basis: slra.AttentionBasis, q, k, v, exact) -> np.ndarray:
     width = k.shape[-1]
     table = np.empty((len(q), width, width))
     for rank in range(1, width + 1):
-        cut = replace(basis, wq=basis.wq[..., :rank], wk=basis.wk[..., :rank])
+        ranks = tuple((min(rank_qk, rank), rank_v) for rank_qk, rank_v in basis.ranks)
+        cut = replace(basis, wq=basis.wq[..., :rank], wk=basis.wk[..., :rank], ranks=ranks)
         # In the coordinates of the values a lower rank leaves the last ones out, and the columns are orthonormal.
         out = (cut.attend(q, k, v) - basis.mu) @ basis.wv
         wanted = (exact - basis.mu) @ basis.wv
