@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slra.cli.files import replacing
-from slra.cli.timing import machine, rounds
+from slra.cli.timing import REST, machine, rounds
 
 __all__ = ["RESULTS", "interleaved", "machine", "save"]
 
@@ -19,7 +19,7 @@ def interleaved(
     """Time functions in turn, ``repeats`` times each after one call to warm up; seconds."""
     for function in functions.values():
         function()
-    return dict(zip(functions, rounds(list(functions.values()), repeats), strict=True))
+    return dict(zip(functions, rounds(list(functions.values()), repeats, rest=REST), strict=True))
 
 
 def save(topic: str, result: dict[str, Any]) -> Path:

@@ -9,7 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "machine", "rounds"]
+__all__ = ["PACKAGES", "REST", "machine", "rounds"]
+
+# The threads of a BLAS spin for some hundredths of a second after its last product, on the cores that the next call
+# needs if that brings a BLAS of its own: SciPy's, NumPy's and torch's are three.
+REST = 0.1
 
 PACKAGES = (
     "slra",
@@ -30,6 +34,7 @@ def rounds(
     repeats: int,
     wait: Callable[[Any], object] = lambda result: None,
     advance: Callable[[], object] = lambda: None,
+    rest: float = 0.0,
 ) -> list[list[float]]:
     """Seconds of each call in each round.
 
@@ -45,10 +50,13 @@ def rounds(
         Gets each result, and returns when it is computed.
     advance : callable
         Called after each round.
+    rest : float
+        Seconds to sleep before each call; `REST` where different libraries take turns.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
         for call, spent in zip(calls, seconds, strict=True):
+            time.sleep(rest)
             start = time.perf_counter()
             wait(call())
             spent.append(time.perf_counter() - start)

@@ -19,7 +19,7 @@ from slra.cli.bench.problems import (
     textbook_soft_threshold,
 )
 from slra.cli.demo import relative_errors
-from slra.cli.timing import rounds
+from slra.cli.timing import REST, rounds
 
 __all__ = ["COMPARISONS", "N_ROUNDS", "Comparison", "Row", "measure"]
 
@@ -58,7 +58,8 @@ def measure(comparison: Comparison, advance: Callable[[], object] = lambda: None
     calls = {name: call for name, call in comparison.calls.items() if call is not None}
     errors = {name: comparison.error(call()) for name, call in calls.items()}
     advance()
-    seconds = dict(zip(calls, rounds(list(calls.values()), N_ROUNDS, advance=advance), strict=True))
+    spent = rounds(list(calls.values()), N_ROUNDS, advance=advance, rest=REST)
+    seconds = dict(zip(calls, spent, strict=True))
     return [Row(name, seconds.get(name, []), errors.get(name)) for name in comparison.calls]
 
 
