@@ -21,7 +21,7 @@ from benchmarks.common import save
 
 N_TOKENS, N_PASSAGES, N_CALIBRATION, N_NEIGHBOURS = 96, 224, 32, 10
 HEADS = 12
-RANKS, METHODS = (8, 16, 24), ("svd", "joint", "output")
+RANKS, METHODS = (8, 16, 24), ("svd", "scores", "output")
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 

@@ -60,7 +60,7 @@ def long() -> dict[str, Any]:
 def short(data: Data) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"method": method, "rank": rank}
-        for method in ("svd", "joint", "output")
+        for method in ("svd", "scores", "output")
         for rank in (8, 16, 24)
     ]
     rows += [{"method": "output", "rank": rank, "n_exact": 16} for rank in (8, 16, 24)]

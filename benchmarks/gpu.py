@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import slra
 from benchmarks.common import interleaved, save
-from slra._backends import Primitives, primitives
-from slra._backends.agnostic_attention import SoftmaxState
+from slra._backends import Backend, backend_of
+from slra._backends.standard.attention import SoftmaxState
 
 
 class Libraries(NamedTuple):
@@ -92,7 +92,7 @@ def elementwise(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
     rng = cp.random.default_rng(0)
     x, grad = (rng.standard_normal(sizes.n_entries, dtype=cp.float32) for _ in range(2))
     target = cp.empty_like(x)
-    table = primitives(libraries.xp)
+    table = backend_of(libraries.xp)
     step, tau = 0.1, 0.5
 
     def unfused() -> Any:
@@ -123,7 +123,7 @@ def elementwise(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
 
 def steps(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
     """Fused steps of the three operators that are known by name, against CuPy's own expressions; a loop of FISTA."""
-    cp, table = libraries.cp, primitives(libraries.xp)
+    cp, table = libraries.cp, backend_of(libraries.xp)
     rng = cp.random.default_rng(0)
     x, grad = (rng.standard_normal(sizes.n_entries, dtype=cp.float32) for _ in range(2))
     step, tau, l2 = 0.1, 0.5, 2.0
@@ -188,7 +188,7 @@ def groups(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
     """Thresholds of rows by their norms, against the array API reference, which is CuPy's own operations."""
     cp = libraries.cp
     x = cp.random.default_rng(0).standard_normal(sizes.groups, dtype=cp.float32)
-    reference = Primitives(libraries.xp)
+    reference = Backend(libraries.xp)
     functions: dict[str, Callable[[], Any]] = {
         "slra, prox_l21": lambda: slra.prox.prox_l21(x, 1.0, axis=-1),
         "reference": lambda: reference.group_threshold(x, 1.0, (1,)),
@@ -206,7 +206,7 @@ def softmax(libraries: Libraries, sizes: Sizes) -> dict[str, Any]:
     v = rng.standard_normal((sizes.scores[0], sizes.scores[2], sizes.d), dtype=cp.float32)
     zeros = cp.zeros_like(scores[..., 0])
     state = SoftmaxState(zeros, zeros, cp.zeros_like(scores @ v))
-    ours, reference = primitives(libraries.xp), Primitives(libraries.xp)
+    ours, reference = backend_of(libraries.xp), Backend(libraries.xp)
     functions: dict[str, Callable[[], Any]] = {
         "slra": lambda: ours.softmax_step(state, scores, v),
         "reference": lambda: reference.softmax_step(state, scores, v),
@@ -256,7 +256,7 @@ def small_svd(libraries: Libraries, sizes: Sizes, dtype: str) -> dict[str, Any]:
     cp = libraries.cp
     batch, _, n = sizes.svd
     x = cp.random.default_rng(0).standard_normal((batch, n, n), dtype=cp.float64).astype(dtype)
-    table = primitives(libraries.xp)
+    table = backend_of(libraries.xp)
     functions: dict[str, Callable[[], Any]] = {
         "slra": lambda: table.small_svd(x),
         "cupy.linalg.svd": lambda: cp.linalg.svd(x, full_matrices=False),

@@ -12,8 +12,8 @@ from slra.attn import (
     merge_attention,
 )
 from slra.decompose import (
+    LowRankPlusSparse,
     RobustPCAResult,
-    SparseLowRank,
     SparseLowRankResult,
     compress,
     robust_pca,
@@ -39,12 +39,12 @@ __all__ = [
     "EighResult",
     "ErrorEstimate",
     "KVCache",
+    "LowRankPlusSparse",
     "MatrixOperator",
     "Progress",
     "RobustPCAResult",
     "SVDResult",
     "SolveResult",
-    "SparseLowRank",
     "SparseLowRankResult",
     "admm",
     "attention",

@@ -1,6 +1,6 @@
 """The door: every public function comes through here first, and every message is written here.
 
-Arrays are resolved to one namespace (hence one table of primitives), one device and one floating dtype; ranks,
+Arrays are resolved to one namespace (hence one backend), one device and one floating dtype; ranks,
 tolerances and generators to plain values. Nothing after this file checks an argument again.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from slra._backends import Primitives, primitives
+from slra._backends import Backend, backend_of
 from slra._typing import Array, DType
 
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
 _HALF_BITS, _WIDEST_BITS = 16, 64
 
 
-def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Array) -> Primitives:
+def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Array) -> Backend:
     """Return the primitives for the one library and device that all these arrays share.
 
     Parameters
@@ -79,8 +79,8 @@ def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Arr
                 f"{first} and {name} must come from one array library, "
                 f"got {_title(xp)} and {_title(other)}"
             )
-    table = primitives(xp)
-    devices = {name: table.device(x) for name, x in given.items()}
+    backend = backend_of(xp)
+    devices = {name: backend.device(x) for name, x in given.items()}
     fixed = [(name, device) for name, device in devices.items() if device is not None]
     for name, device in fixed[1:]:
         if device != fixed[0][1]:
@@ -89,9 +89,9 @@ def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Arr
                 f"got {_device_title(fixed[0][1])} and {_device_title(device)}"
             )
     for name, x in given.items():
-        if reason := table.refusal(x):
+        if reason := backend.refusal(x):
             raise TypeError(f"{name} {reason}")
-    return table
+    return backend
 
 
 def _namespace(x: Array, name: str) -> Any:
@@ -119,18 +119,18 @@ class Promoted(NamedTuple):
     arrays: list[Array]
     narrow: DType | None
 
-    def answer(self, table: Primitives, *xs: Array) -> tuple[Array, ...]:
+    def cast_back(self, backend: Backend, *xs: Array) -> tuple[Array, ...]:
         """Cast results back to half precision, where that is what came."""
         # NumPy makes scalars of its own of 0-d arrays as soon as it computes with them.
-        xs = tuple(table.xp.asarray(x) if isinstance(x, np.generic) else x for x in xs)
+        xs = tuple(backend.xp.asarray(x) if isinstance(x, np.generic) else x for x in xs)
         if self.narrow is None:
             return xs
-        with table.quietly():
-            return tuple(table.xp.astype(x, self.narrow) for x in xs)
+        with backend.ignore_overflow():
+            return tuple(backend.xp.astype(x, self.narrow) for x in xs)
 
 
 def promote(
-    table: Primitives,
+    backend: Backend,
     *,
     allow_complex: bool = True,
     keep_half: bool = False,
@@ -146,7 +146,7 @@ def promote(
         For integers and booleans, for complex numbers where ``allow_complex`` is false, for dtypes narrower than 16
         or wider than 64 bits a component, and where the library has no common dtype.
     """
-    xp = table.xp
+    xp = backend.xp
     given = {name: x for name, x in arrays.items() if x is not None}
     for name, x in given.items():
         _check_floating(xp, x, name, allow_complex=allow_complex)
@@ -191,7 +191,7 @@ def check_matrix(x: Array, name: str) -> None:
         raise ValueError(f"{name} must have no empty axis, got shape {tuple(x.shape)}")
 
 
-def check_operator(table: Primitives, shape: Any, like: Array, name: str = "x") -> None:
+def check_operator(backend: Backend, shape: Any, like: Array, name: str = "x") -> None:
     """Raise unless a sparse matrix or operator has two axes, none empty, and 32 or 64 bits a component."""
     if not isinstance(shape, (tuple, list)):
         raise TypeError(f"{name}.shape must be a tuple (m, n), got {type(shape).__name__}")
@@ -199,44 +199,44 @@ def check_operator(table: Primitives, shape: Any, like: Array, name: str = "x") 
         raise ValueError(
             f"{name} must have 2 dimensions, (m, n), and no empty axis, got shape {shown(shape)}"
         )
-    _check_floating(table.xp, like, name, allow_complex=True)
-    if table.xp.finfo(like.dtype).bits == _HALF_BITS:
+    _check_floating(backend.xp, like, name, allow_complex=True)
+    if backend.xp.finfo(like.dtype).bits == _HALF_BITS:
         raise TypeError(
             f"{name} must have 32 or 64 bits a component where it is not a dense array, got {like.dtype}"
         )
 
 
-def check_product(table: Primitives, product: Array, shape: tuple[int, ...], name: str) -> None:
+def check_product(backend: Backend, product: Array, shape: tuple[int, ...], name: str) -> None:
     """Raise unless ``name``, a product with an operator, is an array of the library and shape that it has to be."""
-    if resolve(**{name: product}).xp is not table.xp:
-        raise TypeError(f"{name} must return an array of {_title(table.xp)}, as x.like is")
+    if resolve(**{name: product}).xp is not backend.xp:
+        raise TypeError(f"{name} must return an array of {_title(backend.xp)}, as x.like is")
     if tuple(product.shape) != shape:
         raise ValueError(
             f"{name} must return an array of shape {shape}, got {tuple(product.shape)}"
         )
-    _check_floating(table.xp, product, f"what {name} returns", allow_complex=True)
+    _check_floating(backend.xp, product, f"what {name} returns", allow_complex=True)
 
 
 def check_hermitian(
-    table: Primitives, shape: tuple[int, ...], dense: Array | None, name: str = "x"
+    backend: Backend, shape: tuple[int, ...], dense: Array | None, name: str = "x"
 ) -> None:
     """Raise ValueError unless a matrix is square and, where entries can be looked at, Hermitian to rounding."""
     if shape[-1] != shape[-2]:
         raise ValueError(f"{name} must be square in its last two axes, got shape {tuple(shape)}")
-    if dense is None or not table.is_eager(dense):
+    if dense is None or not backend.is_eager(dense):
         return
-    xp = table.xp
-    skew = table.max_abs(dense - table.conj(xp.matrix_transpose(dense)))
-    allowed = 100 * xp.finfo(dense.dtype).eps * table.max_abs(dense)
+    xp = backend.xp
+    skew = backend.max_abs(dense - backend.conj(xp.matrix_transpose(dense)))
+    allowed = 100 * xp.finfo(dense.dtype).eps * backend.max_abs(dense)
     if not bool(xp.all(skew <= allowed)):
         raise ValueError(
             f"{name} must be Hermitian, got a matrix that differs from its conjugate transpose"
         )
 
 
-def check_positive_semidefinite(table: Primitives, factor: Array, name: str = "x") -> None:
+def check_positive_semidefinite(backend: Backend, factor: Array, name: str = "x") -> None:
     """Raise ValueError if a Cholesky factor of ``x`` on a subspace came out as NaN, where it can be looked at."""
-    if table.is_eager(factor) and not bool(table.xp.all(table.xp.isfinite(factor))):
+    if backend.is_eager(factor) and not bool(backend.xp.all(backend.xp.isfinite(factor))):
         raise ValueError(
             f"{name} must be positive semidefinite for method='nystrom', got a matrix with a negative eigenvalue; "
             "use method='krylov'"
@@ -244,7 +244,7 @@ def check_positive_semidefinite(table: Primitives, factor: Array, name: str = "x
 
 
 def check_factors(
-    table: Primitives, shape: tuple[int, ...], like: Array, approx: Any, name: str = "approx"
+    backend: Backend, shape: tuple[int, ...], like: Array, approx: Any, name: str = "approx"
 ) -> list[Array]:
     """Return ``(U, S, Vh)`` or ``(left, right)`` as factors of a matrix of this shape, in the dtype of ``like``."""
     if not isinstance(approx, tuple) or len(approx) not in (2, 3):
@@ -253,7 +253,7 @@ def check_factors(
         )
     named = {f"{name}[{i}]": factor for i, factor in enumerate(approx)}
     resolve(x=like, **named)
-    promote(table, allow_complex=table.is_complex(like), **named)
+    promote(backend, allow_complex=backend.is_complex(like), **named)
     *batch, m, n = shape
     k = approx[0].shape[-1] if approx[0].ndim else 0
     expected = [(*batch, m, k), (*batch, k), (*batch, k, n)]
@@ -262,29 +262,29 @@ def check_factors(
     got = [tuple(factor.shape) for factor in approx]
     if got != expected:
         raise ValueError(f"{name} must have shapes {expected} to fit x, got {got}")
-    return [table.xp.astype(x, like.dtype, copy=False) for x in approx]
+    return [backend.xp.astype(x, like.dtype, copy=False) for x in approx]
 
 
-def check_finite(table: Primitives, x: Array, name: str) -> None:
+def check_finite(backend: Backend, x: Array, name: str) -> None:
     """Raise ValueError on NaN and infinities, where values can be looked at."""
-    if not table.is_eager(x):
+    if not backend.is_eager(x):
         return
     # Extremes are NaN or infinite where any entry is, and take a fraction of the time that looking at each does.
-    extremes = table.max_abs(x) if x.ndim >= 2 and 0 not in x.shape else x
-    if not bool(table.xp.all(table.xp.isfinite(extremes))):
+    extremes = backend.max_abs(x) if x.ndim >= 2 and 0 not in x.shape else x
+    if not bool(backend.xp.all(backend.xp.isfinite(extremes))):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
-def check_gradient(table: Primitives, x: Array, grad: Array) -> Array:
+def check_gradient(backend: Backend, x: Array, grad: Array) -> Array:
     """Return a gradient at ``x`` in the dtype of ``x``; it must be real where ``x`` is."""
     if grad.dtype == x.dtype:
         return grad
-    if table.is_complex(grad) and not table.is_complex(x):
+    if backend.is_complex(grad) and not backend.is_complex(x):
         raise TypeError(
             f"value_and_grad must return a real gradient where x0 is real, got {grad.dtype}; "
             "start from a complex x0"
         )
-    return table.xp.astype(grad, x.dtype)
+    return backend.xp.astype(grad, x.dtype)
 
 
 def check_rank(rank: Any, limit: int, name: str = "rank", limit_is: str = "") -> int:
@@ -322,13 +322,13 @@ def check_flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
-def check_scalar(table: Primitives, value: Any, name: str) -> Any:
-    """Return a real number as a float, or a 0-d array of the library of ``table`` as it is."""
+def check_scalar(backend: Backend, value: Any, name: str) -> Any:
+    """Return a real number as a float, or a 0-d array of the library of ``backend`` as it is."""
     if isinstance(value, np.generic) or not compat.is_array_api_obj(value):
         return _real(value, name, "number or array")
-    if resolve(**{name: value}).xp is not table.xp:
-        raise TypeError(f"{name} must come from {_title(table.xp)}, as the other arrays do")
-    _check_floating(table.xp, value, name, allow_complex=False)
+    if resolve(**{name: value}).xp is not backend.xp:
+        raise TypeError(f"{name} must come from {_title(backend.xp)}, as the other arrays do")
+    _check_floating(backend.xp, value, name, allow_complex=False)
     if value.ndim:
         raise ValueError(f"{name} must have no dimensions, got shape {tuple(value.shape)}")
     return value
@@ -400,19 +400,19 @@ def check_l1(l1: Any, limits: Sequence[Any] = (None, None, None)) -> tuple[float
     return l_q, l_k, l_v
 
 
-def check_rtol(table: Primitives, x: Array, rtol: Any, *, by_products: bool = False) -> float:
+def check_rtol(backend: Backend, x: Array, rtol: Any, *, by_products: bool = False) -> float:
     """Return a relative tolerance between what rounding allows in the dtype of ``x`` and 1.
 
     ``by_products``: the residual is known from products only, which loses half of the digits.
     """
     value = check_positive(rtol, "rtol")
-    eps = float(table.xp.finfo(x.dtype).eps)
+    eps = float(backend.xp.finfo(x.dtype).eps)
     least = 16 * (math.sqrt(eps) if by_products else eps)
     if not least <= value < 1:
         raise ValueError(
             f"rtol must be at least {least:.1e} for {x.dtype} and less than 1, got {rtol!r}"
         )
-    if not table.is_eager(x):
+    if not backend.is_eager(x):
         raise ValueError(
             "rtol must be None where values cannot be looked at (traced and lazy arrays): "
             "the rank of the result would depend on them; pass rank"
@@ -435,9 +435,9 @@ def broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
         return False
 
 
-def check_mask(table: Primitives, mask: Array, scores: tuple[int, ...], axes: str) -> None:
+def check_mask(backend: Backend, mask: Array, scores: tuple[int, ...], axes: str) -> None:
     """Raise unless a mask is boolean or real floating, and broadcasts to scores of this shape, with these ``axes``."""
-    if not is_kind(table.xp, mask.dtype, "bool", "real floating"):
+    if not is_kind(backend.xp, mask.dtype, "bool", "real floating"):
         raise TypeError(f"mask must be boolean or real floating, got {mask.dtype}")
     if mask.ndim < 2 or not broadcasts_to(mask.shape, scores):
         raise ValueError(
@@ -473,7 +473,7 @@ def _axes(x: Array, axis: Any, name: str) -> tuple[int, ...]:
 
 
 def check_tau(
-    table: Primitives, x: Array, tau: Any, name: str = "tau", *, axes: tuple[int, ...] = ()
+    backend: Backend, x: Array, tau: Any, name: str = "tau", *, axes: tuple[int, ...] = ()
 ) -> Any:
     """Return a threshold as a float, or as an array of the real dtype of ``x`` that broadcasts to it.
 
@@ -481,25 +481,25 @@ def check_tau(
     """
     if isinstance(tau, np.generic) or not compat.is_array_api_obj(tau):
         return check_positive(
-            tau, name, allow_zero=True, limits=table.xp.finfo(_computed_in(table, x))
+            tau, name, allow_zero=True, limits=backend.xp.finfo(_computed_in(backend, x))
         )
-    tau = check_bound(table, x, tau, name, axes=axes)
-    if table.is_eager(tau) and not bool(table.xp.all((tau >= 0) & table.xp.isfinite(tau))):
+    tau = check_bound(backend, x, tau, name, axes=axes)
+    if backend.is_eager(tau) and not bool(backend.xp.all((tau >= 0) & backend.xp.isfinite(tau))):
         raise ValueError(f"{name} must be finite and 0 or more everywhere")
     return tau
 
 
 def check_bound(
-    table: Primitives, x: Array, bound: Any, name: str, *, axes: tuple[int, ...] = ()
+    backend: Backend, x: Array, bound: Any, name: str, *, axes: tuple[int, ...] = ()
 ) -> Any:
     """Return a real number as a float, or an array that broadcasts to ``x``, of the real dtype it is computed in."""
     if isinstance(bound, np.generic) or not compat.is_array_api_obj(bound):
         number = _real(bound, name, "number or array")
         # What lies beyond the largest number is no bound.
-        largest = float(table.xp.finfo(_computed_in(table, x)).max)
+        largest = float(backend.xp.finfo(_computed_in(backend, x)).max)
         return math.copysign(math.inf, number) if abs(number) > largest else number
     resolve(x=x, **{name: bound})
-    _check_floating(table.xp, bound, name, allow_complex=False)
+    _check_floating(backend.xp, bound, name, allow_complex=False)
     target = tuple(1 if axis in axes else n for axis, n in enumerate(x.shape))
     if not broadcasts_to(bound.shape, target):
         where = ""
@@ -509,20 +509,20 @@ def check_bound(
             f"{name} must broadcast to x, whose shape is {tuple(x.shape)}{where}, "
             f"got {tuple(bound.shape)}"
         )
-    real = _computed_in(table, x)
-    with table.quietly():
-        return bound if bound.dtype == real else table.xp.astype(bound, real)
+    real = _computed_in(backend, x)
+    with backend.ignore_overflow():
+        return bound if bound.dtype == real else backend.xp.astype(bound, real)
 
 
-def _computed_in(table: Primitives, x: Array) -> DType:
+def _computed_in(backend: Backend, x: Array) -> DType:
     """Real dtype that ``x`` is computed in."""
-    real = table.real_dtype(x.dtype)
-    return table.xp.float32 if table.xp.finfo(real).bits == _HALF_BITS else real
+    real = backend.real_dtype(x.dtype)
+    return backend.xp.float32 if backend.xp.finfo(real).bits == _HALF_BITS else real
 
 
-def check_draws(table: Primitives, like: Array, rng: Any) -> np.random.Generator | int | None:
+def check_draws(backend: Backend, like: Array, rng: Any) -> np.random.Generator | int | None:
     """Return what to draw from: a generator, or the seed where what is drawn becomes a constant of traced code."""
-    if table.freezes_draws(like):
+    if backend.freezes_draws(like):
         if rng is None:
             return None
         if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):

@@ -8,7 +8,7 @@ entries near zero, or with its proximal operator, which makes them exactly zero.
 
 from typing import Any
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import Array, Namespace
 from slra._validate import check_l1, check_positive, check_scalar, promote, resolve
 from slra.prox.l1 import norm_l1, prox_l1
@@ -56,10 +56,10 @@ def combined_objective(task: Any, q: Array, k: Array, v: Array, l1: L1) -> Array
     >>> float(objective.combined_objective(10.0, q, k, v, (1.0, 2.0, 0.0)))
     14.0
     """
-    table = _check(q, k, v)
-    task = check_scalar(table, task, "task")
+    backend = _check(q, k, v)
+    task = check_scalar(backend, task, "task")
     penalty = l1_penalty(q, k, v, l1)
-    with table.quietly():
+    with backend.ignore_overflow():
         return task + penalty
 
 
@@ -99,11 +99,11 @@ def l1_penalty(q: Array, k: Array, v: Array, l1: L1) -> Array:
     >>> float(objective.l1_penalty(q, k, v, (1.0, 2.0, 0.0)))
     4.0
     """
-    table = _check(q, k, v)
-    weights = check_l1(l1, _summed_in(table, q, k, v))
-    with table.quietly():
+    backend = _check(q, k, v)
+    weights = check_l1(l1, _summed_in(backend, q, k, v))
+    with backend.ignore_overflow():
         parts = [
-            _weighted_norm(x, weight, table) for x, weight in zip((q, k, v), weights, strict=True)
+            _weighted_norm(x, weight, backend) for x, weight in zip((q, k, v), weights, strict=True)
         ]
         return parts[0] + parts[1] + parts[2]
 
@@ -145,9 +145,11 @@ def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array,
     >>> [x.tolist() for x in objective.l1_penalty_grad(q, k, v, (1.0, 2.0, 0.5))]
     [[-1.0, 0.0], [2.0], [0.5]]
     """
-    table = _check(q, k, v)
-    weights = check_l1(l1, [table.xp.finfo(x.dtype) for x in (q, k, v)])
-    dq, dk, dv = (weight * _sign(x, table.xp) for x, weight in zip((q, k, v), weights, strict=True))
+    backend = _check(q, k, v)
+    weights = check_l1(l1, [backend.xp.finfo(x.dtype) for x in (q, k, v)])
+    dq, dk, dv = (
+        weight * _sign(x, backend.xp) for x, weight in zip((q, k, v), weights, strict=True)
+    )
     return dq, dk, dv
 
 
@@ -194,9 +196,9 @@ def l1_penalty_prox(
     >>> objective.l1_penalty_prox(q - 1.0 * (q - b), none, none, 1.0)[0].tolist()
     [2.0, 0.0]
     """
-    table = _check(q, k, v)
+    backend = _check(q, k, v)
     step = check_positive(step, "step", allow_zero=True)
-    limits = _summed_in(table, q, k, v)
+    limits = _summed_in(backend, q, k, v)
     # A product beyond the largest number leaves nothing of any array, as does that number.
     q, k, v = (
         x if weight == 0 else prox_l1(x, min(step * weight, float(limit.max)))
@@ -205,24 +207,24 @@ def l1_penalty_prox(
     return q, k, v
 
 
-def _check(q: Array, k: Array, v: Array) -> Primitives:
+def _check(q: Array, k: Array, v: Array) -> Backend:
     """Raise unless the three are real floating arrays of one library; they may differ in dtype."""
-    table = resolve(q=q, k=k, v=v)
+    backend = resolve(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        promote(table, allow_complex=False, **{name: x})
-    return table
+        promote(backend, allow_complex=False, **{name: x})
+    return backend
 
 
-def _summed_in(table: Primitives, *arrays: Array) -> list[Any]:
+def _summed_in(backend: Backend, *arrays: Array) -> list[Any]:
     """Return what `finfo` says of the dtypes of sums over these arrays, which are single for half precision."""
-    return [table.xp.finfo(promote(table, x=x).arrays[0].dtype) for x in arrays]
+    return [backend.xp.finfo(promote(backend, x=x).arrays[0].dtype) for x in arrays]
 
 
-def _weighted_norm(x: Array, weight: float, table: Primitives) -> Array:
+def _weighted_norm(x: Array, weight: float, backend: Backend) -> Array:
     """Product of the weight and the l1 norm; without a weight it is 0 for an infinite norm too."""
-    if weight >= float(_summed_in(table, x)[0].smallest_normal):
+    if weight >= float(_summed_in(backend, x)[0].smallest_normal):
         return weight * norm_l1(x)
-    return norm_l1(table.xp.reshape(x, (-1,))[:0])
+    return norm_l1(backend.xp.reshape(x, (-1,))[:0])
 
 
 def _sign(x: Array, xp: Namespace) -> Array:

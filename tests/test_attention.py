@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import slra
-from slra._backends import agnostic, primitives
+from slra._backends import backend_of, standard
 from tests.backends import to_numpy, to_xp
 
 
@@ -254,9 +254,9 @@ def test_the_reference_agrees_with_torch(options, n_keys):
 # Longer than every library's tiles, and no multiple of them.
 @pytest.mark.parametrize("kind", [None, "bool", "float64"])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_override_equals_the_agnostic_primitive(xp, is_causal, kind):
+def test_override_equals_the_standard(xp, is_causal, kind):
     q, k, v = qkv((2, 1, 600, 4), (2, 1100, 4), 3)
-    options = agnostic.ScoreOptions(0.5, is_causal)
+    options = standard.ScoreOptions(0.5, is_causal)
     rng = np.random.default_rng(1)
     mask = {
         None: None,
@@ -264,11 +264,11 @@ def test_override_equals_the_agnostic_primitive(xp, is_causal, kind):
         "float64": rng.standard_normal((2, 1, 1100)),
     }[kind]
     arrays = [None if x is None else to_xp(xp, x) for x in (q, k, v, mask)]
-    expected = agnostic.Primitives(xp).attention(*arrays, options)
-    got = primitives(xp).attention(*arrays, options)
+    expected = standard.Backend(xp).attention(*arrays, options)
+    got = backend_of(xp).attention(*arrays, options)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(to_numpy(a), to_numpy(b), rtol=0, atol=1e-13)
-    alone = primitives(xp).attention_output(*arrays, options)
+    alone = backend_of(xp).attention_output(*arrays, options)
     np.testing.assert_allclose(to_numpy(alone), to_numpy(expected[0]), rtol=0, atol=1e-13)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import slra
-from slra._backends import agnostic, primitives
+from slra._backends import backend_of, standard
 from tests.backends import to_numpy, to_xp
 from tests.test_attention import naive_attention, qkv
 
@@ -118,18 +118,18 @@ def test_vjp_equals_finite_differences():
 @pytest.mark.parametrize(
     ("batch_q", "batch_k", "batch_v"), [((), (), ()), ((2, 3), (2, 1), (1, 3)), ((1,), (2,), (2,))]
 )
-def test_numpy_equals_the_agnostic_primitive(batch_q, batch_k, batch_v, softcap):
+def test_numpy_equals_the_standard(batch_q, batch_k, batch_v, softcap):
     rng = np.random.default_rng(0)
     batch = np.broadcast_shapes(batch_q, batch_k, batch_v)
     shapes = ((*batch_q, 600, 4), (*batch_k, 1100, 4), (*batch_v, 1100, 3))
     q, k, v = (rng.standard_normal(shape) for shape in shapes)
     grad_out, grad_lse = rng.standard_normal((*batch, 600, 3)), rng.standard_normal((*batch, 600))
-    options = agnostic.ScoreOptions(0.5, True, softcap=softcap)
-    out, lse = primitives(compat_np).attention(q, k, v, None, options)
+    options = standard.ScoreOptions(0.5, True, softcap=softcap)
+    out, lse = backend_of(compat_np).attention(q, k, v, None, options)
     delta = np.sum(grad_out * out, axis=-1) - grad_lse
     arguments = (q, k, v, None, options, lse, delta, grad_out)
-    expected = agnostic.Primitives(compat_np).attention_vjp(*arguments)
-    got = primitives(compat_np).attention_vjp(*arguments)
+    expected = standard.Backend(compat_np).attention_vjp(*arguments)
+    got = backend_of(compat_np).attention_vjp(*arguments)
     assert_close(got, expected, 1e-12)
 
 

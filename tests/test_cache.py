@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import slra
-from slra._backends import primitives
-from slra._backends.agnostic_rows import runs
+from slra._backends import backend_of
+from slra._backends.standard.rows import runs
 from slra.attn.cache import cache as module
 from tests.backends import to_numpy, to_xp
 from tests.test_attention import naive_attention
@@ -129,7 +129,7 @@ def test_it_is_attention_to_what_it_stands_for(xp, case):
     assert compat.array_namespace(out) is compat.array_namespace(rows)
 
 
-@pytest.mark.parametrize("method", ["svd", "joint"])
+@pytest.mark.parametrize("method", ["svd", "scores"])
 def test_query_heads_may_have_maps_of_their_own(method):
     q, k, v = tokens()
     basis = basis_of((4, 3), method)
@@ -167,7 +167,7 @@ def histories(draw):
 @settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-@given(histories(), st.sampled_from(["output", "joint", "svd"]))
+@given(histories(), st.sampled_from(["output", "scores", "svd"]))
 def test_at_full_rank_it_is_exact_whatever_was_appended(history, method):
     batch, sizes, used, options, asked, seed = history
     q, k, v = tokens(sum(sizes), seed=seed, batch=batch)
@@ -721,12 +721,12 @@ def test_examples_run():
     assert (result.failed, result.attempted > 0) == (0, True)
 
 
-# Primitives
+# Backend
 
 
 @EAGER
 def test_buffers_are_zeros_whatever_their_layout(xp):
-    table, like = primitives(xp), to_xp(xp, np.ones(1, dtype="float32"))
+    table, like = backend_of(xp), to_xp(xp, np.ones(1, dtype="float32"))
     keys = table.key_buffer((2, 3, 7, 5), xp.float64, like)
     for buffer, n in ((keys, 7), (table.rows_like(keys, 9), 9), (xp.zeros((2, 3, 4, 5)), 4)):
         longer = table.rows_like(buffer, n + 1)
@@ -746,7 +746,7 @@ def test_rows_are_put_where_they_belong(xp):
             for i, place in enumerate(places[b]):
                 if place >= 0:
                     right[b, :, place] = rows[b, :, i]
-        table = primitives(xp)
+        table = backend_of(xp)
         out = table.put_rows(to_xp(xp, buffer.copy()), to_xp(xp, rows), places)
         np.testing.assert_array_equal(to_numpy(out), right)
     assert [len(runs(np.asarray(x))) for x in ([], [-1, -1], [3, 4, 5], [5, 0, 1])] == [0, 0, 1, 2]

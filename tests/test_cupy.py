@@ -2,7 +2,7 @@
 
 - NVRTC compiles every kernel for every dtype to PTX, for each supported generation of GPUs.
 - g++ compiles the same text, and what it computes is compared with the array API reference.
-- A CuPy namespace gets the CuPy table, whose overrides run.
+- A CuPy namespace gets the CuPy backend, whose overrides run.
 - Deliberately broken kernels fail each of these checks that should see them.
 
 Beyond this file, every test that takes ``xp`` runs on the backend ``cupy-on-host``.
@@ -17,7 +17,7 @@ import pytest
 from hypothesis import Phase
 
 import slra
-from slra._backends import primitives
+from slra._backends import backend_of
 from tests.cuda_host import host, nvrtc
 from tests.cuda_host.cases import check_values, primitives_and_dtypes
 
@@ -70,9 +70,9 @@ def test_nvrtc_compiles_what_other_arguments_make_of_a_kernel(options):
 
 @pytest.fixture
 def cupy_table():
-    """The CuPy table over NumPy's arrays, with kernels compiled by g++."""
+    """The CuPy backend over NumPy's arrays, with kernels compiled by g++."""
     with host.cupy_on_host() as xp:
-        yield primitives(xp)
+        yield backend_of(xp)
 
 
 @needs_compiler
@@ -193,8 +193,8 @@ def test_dispatch(cupy_table, monkeypatch, name):
 
 
 def test_a_cupy_namespace_gets_the_cupy_table(cupy_table):
-    assert type(cupy_table).__name__ == "CupyPrimitives"
-    assert type(primitives(np_xp)).__name__ == "NumpyPrimitives"
+    assert type(cupy_table).__name__ == "CupyBackend"
+    assert type(backend_of(np_xp)).__name__ == "NumpyBackend"
 
 
 def test_every_kernel_is_compared_with_a_reference_and_reached_by_a_public_call():
@@ -443,14 +443,14 @@ def built():
     return kernels
 
 
-def check_mutant(table, mutant, kernel, monkeypatch):
+def check_mutant(backend, mutant, kernel, monkeypatch):
     """Compare values with the mutant in the place of the kernel."""
     from slra._backends.cupy_kernels import KERNELS
 
     monkeypatch.setitem(KERNELS, (mutant.name, mutant.dtype), kernel)
     # Most fall to the first few examples; those that none of the usual 40 happens to meet get more.
     check_values(
-        table,
+        backend,
         mutant.primitive or mutant.name,
         mutant.dtype,
         phases=[Phase.generate],

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import slra
-from slra._backends import primitives
-from slra._backends.agnostic_attention import SoftmaxState, TileBounds
+from slra._backends import backend_of
+from slra._backends.standard.attention import SoftmaxState, TileBounds
 from tests.backends import BACKENDS
 from tests.cuda_host.cases import check_values, device_slack, primitives_and_dtypes
 
@@ -34,7 +34,7 @@ def test_values_are_the_reference_s(cupy, name, dtype):
             return x._replace(mask=bring(x.mask))
         return cupy.asarray(x) if isinstance(x, np.ndarray) else x
 
-    check_values(primitives(xp), name, dtype, bring=bring, fetch=cupy.asnumpy, allowed=device_slack)
+    check_values(backend_of(xp), name, dtype, bring=bring, fetch=cupy.asnumpy, allowed=device_slack)
 
 
 def test_kernels_run_on_the_current_stream(cupy):

@@ -316,22 +316,22 @@ def test_no_sparse_entries_and_no_rank():
 
 
 def test_sparse_row_primitives_equal_the_reference(xp):
-    from slra._backends import Primitives, primitives
+    from slra._backends import Backend, backend_of
 
-    table = primitives(xp)
-    reference = Primitives(xp)
+    backend = backend_of(xp)
+    reference = Backend(xp)
     x = to_xp(xp, np.random.default_rng(1).standard_normal((2, 20, 300)))
     y = to_xp(xp, np.random.default_rng(0).standard_normal((2, 300, 3)))
     for k in (0, 1, 5):
-        values, indices = table.largest_in_rows(x, k)
+        values, indices = backend.largest_in_rows(x, k)
         expected_values, expected_indices = reference.largest_in_rows(x, k)
         assert indices.dtype == expected_indices.dtype
         np.testing.assert_array_equal(to_numpy(indices), to_numpy(expected_indices))
         np.testing.assert_array_equal(to_numpy(values), to_numpy(expected_values))
         dense = to_numpy(reference.scatter_rows(values, indices, 300))
-        np.testing.assert_array_equal(to_numpy(table.scatter_rows(values, indices, 300)), dense)
+        np.testing.assert_array_equal(to_numpy(backend.scatter_rows(values, indices, 300)), dense)
         for one in (slice(None), 0):
-            product = table.sparse_matmul(values[one, ...], indices[one, ...], y[one, ...])
+            product = backend.sparse_matmul(values[one, ...], indices[one, ...], y[one, ...])
             np.testing.assert_allclose(to_numpy(product), dense[one] @ to_numpy(y)[one], atol=1e-12)
 
 
@@ -346,7 +346,7 @@ def test_files_hold_every_bit(tmp_path, suffix, shape):
     small = slra.compress(spiky(shape, "float32"), 3, 0.2, n_iter=2)
     path = tmp_path / f"matrix{suffix}"
     small.save(path)
-    again = slra.SparseLowRank.load(path)
+    again = slra.LowRankPlusSparse.load(path)
     for ours, theirs in zip(again, small, strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
@@ -356,7 +356,7 @@ def test_files_come_back_in_any_library(xp, tmp_path):
     small = slra.compress(to_xp(xp, spiky((20, 12))), 3, 0.2, n_iter=2)
     path = tmp_path / "matrix.npz"
     small.save(path)
-    again = slra.SparseLowRank.load(path, like=to_xp(xp, np.zeros((2, 2))))
+    again = slra.LowRankPlusSparse.load(path, like=to_xp(xp, np.zeros((2, 2))))
     for ours, theirs in zip(again, small, strict=True):
         assert type(ours) is type(theirs)
         assert ours.dtype == theirs.dtype
@@ -386,8 +386,8 @@ WRONG = {
 def test_files_that_are_something_else_are_refused(tmp_path, changed):
     path = tmp_path / "matrix.npz"
     write_npz(path, **changed)
-    with pytest.raises(ValueError, match="does not hold a SparseLowRank"):
-        slra.SparseLowRank.load(path)
+    with pytest.raises(ValueError, match="does not hold a LowRankPlusSparse"):
+        slra.LowRankPlusSparse.load(path)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -405,12 +405,12 @@ def test_damaged_files_are_refused(tmp_path, suffix):
     }
     for bad in damaged.values():
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match="does not hold a SparseLowRank"):
-            slra.SparseLowRank.load(path)
+        with pytest.raises(ValueError, match="does not hold a LowRankPlusSparse"):
+            slra.LowRankPlusSparse.load(path)
     with pytest.raises(ValueError, match="path must end in"):
-        slra.SparseLowRank.load(tmp_path / "matrix.pkl")
+        slra.LowRankPlusSparse.load(tmp_path / "matrix.pkl")
     with pytest.raises(FileNotFoundError):
-        slra.SparseLowRank.load(tmp_path / f"nothing{suffix}")
+        slra.LowRankPlusSparse.load(tmp_path / f"nothing{suffix}")
 
 
 def test_jax_takes_a_compressed_matrix_apart():
@@ -462,11 +462,11 @@ def test_errors_name_the_argument(call, error, message):
 def test_candidates_of_equal_bytes():
     from array_api_compat import numpy as xp
 
-    from slra._backends import primitives
+    from slra._backends import backend_of
     from slra.decompose.compress import _equal_bytes
 
     for (m, n), rank in itertools.product([(512, 32), (32, 512), (7, 3)], [1, 3]):
-        splits = _equal_bytes(np.zeros((m, n), "float32"), rank, primitives(xp))
+        splits = _equal_bytes(np.zeros((m, n), "float32"), rank, backend_of(xp))
         assert splits[0] == (rank, 0)
         width = 4 + (1 if n <= 128 else 2)
         for r, k in splits:
@@ -479,11 +479,11 @@ def test_archive_with_damaged_compressed_data(tmp_path):
     path = tmp_path / "damaged.npz"
     with path.open("wb") as file:
         np.savez_compressed(file, **small._asdict())
-    assert np.array_equal(slra.SparseLowRank.load(path).left, small.left)
+    assert np.array_equal(slra.LowRankPlusSparse.load(path).left, small.left)
     content = bytearray(path.read_bytes())
     # After the header of the first member and its two fields of variable length: a block of a type there is not.
     start = 30 + int.from_bytes(content[26:28], "little") + int.from_bytes(content[28:30], "little")
     content[start] = 0xFF
     path.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match="does not hold a SparseLowRank"):
-        slra.SparseLowRank.load(path)
+    with pytest.raises(ValueError, match="does not hold a LowRankPlusSparse"):
+        slra.LowRankPlusSparse.load(path)

@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
     return run_python("-W", "error", "-m", "slra", "demo", cwd=directory), directory / "slra-demo"
 
 
-METHODS = ("svd", "joint", "output")
+METHODS = ("svd", "scores", "output")
 
 
 def table_rows(stdout, method="svd"):
@@ -51,7 +51,7 @@ def test_demo_table(finished, method):
     assert (np.diff(median) < 0).all()
     assert (median <= worst).all()
     assert worst[-1] < ROUNDING
-    low, high = {"svd": (0.2, 0.5), "joint": (0.2, 0.5), "output": (0.05, 0.2)}[method]
+    low, high = {"svd": (0.2, 0.5), "scores": (0.2, 0.5), "output": (0.05, 0.2)}[method]
     assert low < median[2] < high
     # 6 heads, K and V, 512 x r coordinates and a 32 x r basis, 4 bytes each; a shift of 32 unless it is the SVD
     shift = 0 if method == "svd" else 32

@@ -169,7 +169,7 @@ def public_callables() -> set[str]:
 # Files are the user's own; damaged ones are tested beside the classes they hold.
 ON_FILES = {
     f"{kind}.{method}"
-    for kind in ("AttentionBasis", "KVCache", "SparseLowRank")
+    for kind in ("AttentionBasis", "KVCache", "LowRankPlusSparse")
     for method in ("save", "load")
 }
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from slra._backends import Primitives, gram_svd, primitives
+from slra._backends import Backend, backend_of, gram_svd
 from tests.backends import to_numpy, to_xp
 
 N = 40
@@ -71,13 +71,13 @@ def check(a, factors, sizes):
 
 def run(xp, a):
     """Decompose a batch; the factors, and how many matrices went the long way."""
-    table, redone = primitives(xp), []
+    backend, redone = backend_of(xp), []
 
     def otherwise(b):
         redone.append(b.shape[0])
-        return Primitives.small_svd(table, b)
+        return Backend.small_svd(backend, b)
 
-    factors = gram_svd.gram_svd(to_xp(xp, a), table, otherwise)
+    factors = gram_svd.gram_svd(to_xp(xp, a), backend, otherwise)
     return [to_numpy(x) for x in factors], sum(redone)
 
 

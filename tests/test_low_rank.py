@@ -77,13 +77,13 @@ def test_svd_with_l1_thresholds_each_low_rank_matrix(xp):
 
 @pytest.mark.parametrize(
     ("method", "dtype"),
-    [("svd", "float64"), ("joint", "float64"), ("output", "float64"), ("output", "float32")],
+    [("svd", "float64"), ("scores", "float64"), ("output", "float64"), ("output", "float32")],
 )
 def test_full_rank_is_exact(xp, method, dtype):
     q, k, v = decaying(heads=4, dtype=dtype)
     mask = np.random.default_rng(1).random((40, 50)) < 0.7
     mask[5] = False
-    options = {"enable_gqa": True, "softcap": 3.0 if method == "joint" else None}
+    options = {"enable_gqa": True, "softcap": 3.0 if method == "scores" else None}
     out, lse = slra.low_rank_attention(
         *(to_xp(xp, x) for x in (q, k, v)),
         (8, 6),
@@ -111,7 +111,7 @@ def test_full_rank_is_exact_with_fewer_tokens_than_dimensions(xp, dtype):
 
 def test_joint_is_the_best_rank_of_the_scores(xp):
     q, k, v = decaying()
-    basis = slra.fit_attention(*(to_xp(xp, x) for x in (q, k, v)), 3, method="joint")
+    basis = slra.fit_attention(*(to_xp(xp, x) for x in (q, k, v)), 3, method="scores")
     wq, wk, c, wv, mu = (to_numpy(getattr(basis, name)) for name in ("wq", "wk", "c", "wv", "mu"))
     np.testing.assert_allclose(c, k.mean(-2, keepdims=True), atol=1e-13)
     centred = k - k.mean(-2, keepdims=True)
@@ -146,7 +146,7 @@ def test_output_is_the_best_rank_in_the_metric_of_the_attention(xp, options):
     np.testing.assert_allclose(frobenius(projected - centred), tail(centred, 3), rtol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["svd", "joint", "output"])
+@pytest.mark.parametrize("method", ["svd", "scores", "output"])
 def test_grouped_heads_share_the_basis_of_their_key_head(xp, method):
     q, k, v = decaying(heads=4)
     arrays = [to_xp(xp, x) for x in (q, k, v)]
@@ -179,7 +179,7 @@ def test_error_is_that_of_the_output_where_all_rows_are_looked_at(xp, options):
     np.testing.assert_allclose(to_numpy(basis.error), error, rtol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["svd", "joint", "output"])
+@pytest.mark.parametrize("method", ["svd", "scores", "output"])
 def test_pooling_fits_one_basis_to_the_whole_batch(xp, method):
     q, k, v = decaying(batch=(3,))
     arrays = [to_xp(xp, x) for x in (q, k, v)]
@@ -234,7 +234,7 @@ def test_leading_axes_broadcast(xp, shapes):
     ("case", "method"),
     [
         *((case, "output") for case in ("zero", "one key", "equal keys", "huge", "tiny")),
-        *((case, "joint") for case in ("zero", "equal keys", "huge")),
+        *((case, "scores") for case in ("zero", "equal keys", "huge")),
         ("zero", "svd"),
     ],
 )
@@ -309,7 +309,7 @@ def test_a_basis_is_a_pytree_with_static_ranks():
 
 
 WRONG = {
-    "method": ({"rank": 3, "method": "best"}, "method must be one of 'svd', 'joint', 'output'"),
+    "method": ({"rank": 3, "method": "best"}, "method must be one of 'svd', 'scores', 'output'"),
     "rank": ({"rank": 9}, r"rank must be between 1 and 8 \(min of Nq, Nk and D\), got 9"),
     "rank_v": ({"rank": (8, 7)}, r"rank must be between 1 and 6 \(min of Nk and Dv\), got 7"),
     "l1": ({"rank": 3, "l1": 0.1}, 'l1 must be 0 unless method is "svd"'),

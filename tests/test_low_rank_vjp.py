@@ -13,7 +13,7 @@ from tests.test_low_rank import decaying
 ATOL = 1e-9
 
 CASES = {
-    "joint": {"rank": (3, 2), "method": "joint", "is_causal": True, "mask": "float64"},
+    "scores": {"rank": (3, 2), "method": "scores", "is_causal": True, "mask": "float64"},
     "output": {"rank": (3, 2), "softcap": 2.0, "scale": 0.5},
     "svd": {"rank": (3, 2), "method": "svd", "enable_gqa": True, "mask": "bool"},
     "exact keys": {
@@ -119,13 +119,13 @@ def test_ranks_chosen_by_tolerance():
 
 
 def test_a_basis_is_not_fitted_again(monkeypatch):
-    arrays, grads, options = problem("joint")
+    arrays, grads, options = problem("scores")
     basis = slra.fit_attention(*arrays, **options)
     del options["rank"], options["method"]
     monkeypatch.setattr("slra.attn._approximation.fit_inputs", None)
     got = gradients(np, arrays, grads, {**options, "basis": basis})
     monkeypatch.undo()
-    assert_close(got, expected_gradients("joint"))
+    assert_close(got, expected_gradients("scores"))
 
 
 def test_full_rank_is_the_gradient_of_exact_attention(xp):
@@ -173,7 +173,7 @@ def test_half_precision_is_computed_in_single():
 
 
 WRONG = {
-    "method": ({"rank": 3, "method": "topk"}, "method must be one of 'svd', 'joint', 'output'"),
+    "method": ({"rank": 3, "method": "topk"}, "method must be one of 'svd', 'scores', 'output'"),
     "l1": ({"rank": 3, "l1": 0.1}, 'l1 must be 0 unless method is "svd"'),
     "n_exact": ({"rank": 3, "n_exact": 50}, "n_exact must be less than 50"),
 }

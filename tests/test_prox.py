@@ -382,25 +382,25 @@ def test_soft_threshold_equals_the_textbook_form_and_has_no_signed_zeros(xp):
 def test_blocked_soft_threshold_equals_the_reference(arrange):
     from array_api_compat import numpy as xp
 
-    from slra._backends import Primitives, primitives
+    from slra._backends import Backend, backend_of
 
     x = np.asarray(arrange(np.random.default_rng(0).standard_normal((300, 1000))))
     for tau in (0.5, np.full(x.shape, 0.5)):
-        result = primitives(xp).soft_threshold(x, tau)
+        result = backend_of(xp).soft_threshold(x, tau)
         assert result.shape == x.shape
-        np.testing.assert_array_equal(result, Primitives(xp).soft_threshold(x, tau))
+        np.testing.assert_array_equal(result, Backend(xp).soft_threshold(x, tau))
 
 
 def test_torch_soft_threshold_equals_the_reference():
     torch = pytest.importorskip("torch")
     from array_api_compat import torch as xp
 
-    from slra._backends import Primitives, primitives
+    from slra._backends import Backend, backend_of
 
     x = torch.randn((50, 40), generator=torch.Generator().manual_seed(0))
     for tau in (0.5, torch.full((40,), 0.5)):
         assert torch.equal(
-            primitives(xp).soft_threshold(x, tau), Primitives(xp).soft_threshold(x, tau)
+            backend_of(xp).soft_threshold(x, tau), Backend(xp).soft_threshold(x, tau)
         )
 
 
@@ -655,7 +655,7 @@ def test_a_partial_svd_is_what_prox_nuclear_takes(monkeypatch):
     """The short cut is taken where it should be, and left where the spectrum is flat at tau."""
     from slra.prox import nuclear
 
-    def refuse(x, table):
+    def refuse(x, backend):
         raise AssertionError("full SVD")
 
     monkeypatch.setattr(nuclear, "masked_svd", refuse)
@@ -679,9 +679,9 @@ def blocks(monkeypatch, x, tau, **options):
 
     widths = []
 
-    def count(image, table):
+    def count(image, backend):
         widths.append(image.shape[-1])
-        return orthonormal(image, table)
+        return orthonormal(image, backend)
 
     orthonormal = nuclear.orthonormal
     with monkeypatch.context() as patch:
@@ -726,7 +726,7 @@ def test_what_a_partial_svd_costs(monkeypatch):
 def test_what_ends_the_iteration(errors, is_found):
     from array_api_compat import numpy as xp
 
-    from slra._backends import primitives
+    from slra._backends import backend_of
     from slra.prox.nuclear import _is_found
     from slra.svd import SVDResult
 
@@ -734,4 +734,4 @@ def test_what_ends_the_iteration(errors, is_found):
     image = U * S
     image[3:] = np.diag(errors)
     found = SVDResult(U, S, np.eye(3))
-    assert _is_found(image, found, 1.0, 1e-3, primitives(xp)) == is_found
+    assert _is_found(image, found, 1.0, 1e-3, backend_of(xp)) == is_found

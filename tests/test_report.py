@@ -81,7 +81,7 @@ def test_numbers_against_numpy(tmp_path, causal, scale):
     assert layer["ranks"] == [1, 2, 3, 4]
     assert layer["attends"] == ("causal" if causal else "every token sees all")
     assert layer["scale"] == scale
-    for method in ("svd", "joint"):
+    for method in ("svd", "scores"):
         expected = [
             [
                 naive_error(

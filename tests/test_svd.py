@@ -180,13 +180,13 @@ def flops_of_krylov(short, long, width, depth):
 def test_the_method_with_fewer_flops_is_chosen(long, width, depth):
     from array_api_compat import numpy as xp
 
-    from slra._backends import primitives
+    from slra._backends import backend_of
     from slra.svd._linear_map import dense_map
     from slra.svd.randomized import _cheapest
 
     def chosen(short):
         x = np.broadcast_to(np.zeros(()), (long, short))
-        maps = dense_map(x, primitives(xp)), dense_map(x.T, primitives(xp))
+        maps = dense_map(x, backend_of(xp)), dense_map(x.T, backend_of(xp))
         (method,) = {_cheapest(A, width, depth) for A in maps}
         return method
 
@@ -209,9 +209,9 @@ def test_result_stays_on_the_device_of_the_input(xp, device):
 def test_batch_elements_meet_different_test_matrices():
     from array_api_compat import numpy as xp
 
-    from slra._backends import primitives
+    from slra._backends import backend_of
 
-    omega = primitives(xp).test_matrix((2, 9, 3), np.random.default_rng(0), np.zeros(1))
+    omega = backend_of(xp).test_matrix((2, 9, 3), np.random.default_rng(0), np.zeros(1))
     assert np.max(np.abs(omega[0] - omega[1])) > 0.1
 
 

@@ -220,12 +220,12 @@ def test_estimate_error(xp):
 def test_estimate_error_is_what_its_notes_say():
     from array_api_compat import numpy as xp
 
-    from slra._backends import primitives
+    from slra._backends import backend_of
 
     x = np.stack([np.diag([3.0, 1.0]), np.diag([0.5, 2.0])])
     nothing = np.zeros((2, 2, 1)), np.zeros((2, 1, 2))
     for p in (1, 10):
-        w = primitives(xp).test_matrix((2, 2, p), np.random.default_rng(7), x)
+        w = backend_of(xp).test_matrix((2, 2, p), np.random.default_rng(7), x)
         norms = np.linalg.norm(x @ w, axis=-2)
         found = slra.estimate_error(x, nothing, n_probes=p, rng=7)
         np.testing.assert_allclose(found.frobenius, np.sqrt(np.mean(norms**2, axis=-1)), rtol=1e-14)

@@ -6,7 +6,7 @@ import array_api_compat as compat
 import numpy as np
 import pytest
 
-from slra._backends import Primitives, primitives
+from slra._backends import Backend, backend_of
 from slra._backends.cholesky_qr import tall_qr
 from tests.backends import to_numpy, to_xp
 
@@ -25,13 +25,13 @@ def arrays(xp, shape, dtype, seed=0):
 @pytest.mark.parametrize("dtype", ["float32", "complex64", "float64"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gram(xp, shape, dtype):
-    table = primitives(xp)
+    backend = backend_of(xp)
     a, x = arrays(xp, shape, dtype)
     b, y = arrays(xp, shape, dtype, seed=1)
     wide_a, wide_b = (z.astype(np.result_type(dtype, "float64")) for z in (a, b))
     for found, reference in (
-        (table.gram(x), np.conj(wide_a).swapaxes(-1, -2) @ wide_a),
-        (table.gram(x, y), np.conj(wide_a).swapaxes(-1, -2) @ wide_b),
+        (backend.gram(x), np.conj(wide_a).swapaxes(-1, -2) @ wide_a),
+        (backend.gram(x, y), np.conj(wide_a).swapaxes(-1, -2) @ wide_b),
     ):
         found = to_numpy(found)
         assert found.dtype == wide_a.dtype
@@ -41,10 +41,10 @@ def test_gram(xp, shape, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 def test_sizes(xp, dtype):
-    table, reference = primitives(xp), Primitives(xp)
+    backend, reference = backend_of(xp), Backend(xp)
     a, x = arrays(xp, (3, 50, 40), dtype)
     parts = np.maximum(np.abs(a.real), np.abs(a.imag)).max(axis=(-2, -1))
-    for one in (table, reference):
+    for one in (backend, reference):
         np.testing.assert_array_equal(to_numpy(one.max_abs(x)), parts)
         np.testing.assert_allclose(
             to_numpy(one.norm_squared(x)), np.sum(np.abs(a.astype("complex128")) ** 2, axis=(1, 2))
@@ -77,11 +77,11 @@ def test_products_of_a_large_matrix(xp, scale, chunks, dtype):
     # Each entry is a sum of 40 products of size about one.
     atol = 40 * 10 * np.finfo(dtype).eps * scale
     spans = []
-    for table in (primitives(xp), Primitives(xp)):
-        image, block = (to_numpy(z) for z in table.normal_product(x, y))
+    for backend in (backend_of(xp), Backend(xp)):
+        image, block = (to_numpy(z) for z in backend.normal_product(x, y))
         assert image.dtype == block.dtype == dtype
         np.testing.assert_allclose(image, expected, atol=atol)
-        np.testing.assert_allclose(to_numpy(table.product(x, y)), expected, atol=atol)
+        np.testing.assert_allclose(to_numpy(backend.product(x, y)), expected, atol=atol)
         spans.append(orthonormal(block))
     ours, reference = spans
     # The condition numbers of a Gaussian matrix of this shape, and of what it makes of v, are below 10.
@@ -95,8 +95,8 @@ def test_products_of_a_large_matrix(xp, scale, chunks, dtype):
 @pytest.mark.parametrize("dtype", ["float64", "complex64"])
 def test_triangular_factor(xp, chunks, dtype):
     a, _ = arrays(xp, (300, 40), dtype)
-    for table in (primitives(xp), Primitives(xp)):
-        R = to_numpy(table.triangular_factor(to_xp(xp, a, chunks=CHUNKS[chunks])))
+    for backend in (backend_of(xp), Backend(xp)):
+        R = to_numpy(backend.triangular_factor(to_xp(xp, a, chunks=CHUNKS[chunks])))
         assert R.shape == (40, 40)
         assert np.all(np.tril(R, -1) == 0)
         error = np.conj(R).T @ R - np.conj(a).T @ a
@@ -105,8 +105,8 @@ def test_triangular_factor(xp, chunks, dtype):
 
 def test_centered(xp):
     a, x = arrays(xp, (300, 40), "float64")
-    for table in (primitives(xp), Primitives(xp)):
-        found = to_numpy(table.centered(x))
+    for backend in (backend_of(xp), Backend(xp)):
+        found = to_numpy(backend.centered(x))
         np.testing.assert_allclose(found, a - a.mean(axis=0), atol=1e-14)
 
 
@@ -114,7 +114,7 @@ def test_centered(xp):
 def test_largest_modulus_shows_what_is_not_finite(xp, value):
     a = np.zeros((20, 10))
     a[7, 3] = value
-    assert not np.isfinite(to_numpy(primitives(xp).max_abs(to_xp(xp, a))))
+    assert not np.isfinite(to_numpy(backend_of(xp).max_abs(to_xp(xp, a))))
 
 
 @pytest.mark.eager_only("Cholesky-QR is for eager arrays; lazily it is QR")
@@ -125,7 +125,7 @@ def test_tall_qr(xp, dtype):
     a[1, :, 3] = a[1, :, 2]
     a[2, :, 5] = 0
     a[3] *= 10.0 ** -np.arange(12)
-    Q, R = (to_numpy(x) for x in tall_qr(to_xp(xp, a), primitives(xp)))
+    Q, R = (to_numpy(x) for x in tall_qr(to_xp(xp, a), backend_of(xp)))
     gram = np.conj(Q).swapaxes(-1, -2) @ Q
     np.testing.assert_allclose(gram, np.broadcast_to(np.eye(12), gram.shape), atol=50 * eps)
     size = np.linalg.norm(a, axis=(-2, -1))[:, None, None]
@@ -138,10 +138,10 @@ def test_lower_cholesky_factor_and_its_inverse(xp, batch):
     g = a @ np.conj(a).swapaxes(-1, -2) + np.eye(5)
     expected, eye = np.linalg.cholesky(g), np.eye(5) + 0 * g
     # Dask's own factor is the upper one, and of one matrix.
-    reference = [] if compat.is_dask_namespace(xp) else [Primitives(xp)]
-    for table in (primitives(xp), *reference):
-        L = table.cholesky(to_xp(xp, g))
-        inverse = to_numpy(table.small_inverse(L))
+    reference = [] if compat.is_dask_namespace(xp) else [Backend(xp)]
+    for backend in (backend_of(xp), *reference):
+        L = backend.cholesky(to_xp(xp, g))
+        inverse = to_numpy(backend.small_inverse(L))
         np.testing.assert_allclose(to_numpy(L), expected, atol=1e-13)
         np.testing.assert_allclose(inverse @ expected, eye, atol=1e-13)
 
@@ -149,7 +149,7 @@ def test_lower_cholesky_factor_and_its_inverse(xp, batch):
 @pytest.mark.eager_only("not called on lazy arrays")
 def test_cholesky_marks_what_has_none(xp):
     g = np.stack([np.eye(3), -np.eye(3), 4 * np.eye(3)])
-    L = to_numpy(primitives(xp).cholesky(to_xp(xp, g)))
+    L = to_numpy(backend_of(xp).cholesky(to_xp(xp, g)))
     np.testing.assert_array_equal(L[[0, 2]], np.stack([np.eye(3), 2 * np.eye(3)]))
     assert np.all(np.isnan(np.diagonal(L[1])))
 
@@ -158,7 +158,7 @@ def test_cholesky_marks_what_has_none(xp):
 def test_small_eigh(xp, batch):
     a, _ = arrays(xp, (*batch, 9, 9), "complex128")
     g = a @ np.conj(a).swapaxes(-1, -2)
-    w, v = (to_numpy(x) for x in primitives(xp).small_eigh(to_xp(xp, g)))
+    w, v = (to_numpy(x) for x in backend_of(xp).small_eigh(to_xp(xp, g)))
     np.testing.assert_allclose(w, np.linalg.eigvalsh(g), atol=1e-11)
     np.testing.assert_allclose((v * w[..., None, :]) @ np.conj(v).swapaxes(-1, -2), g, atol=1e-11)
 
@@ -179,7 +179,7 @@ def test_a_long_batch_is_split_over_threads_on_torch(monkeypatch):
     a, _ = arrays(np, (backend.WORTH_THREADS, 9, 9), "complex128")
     g = a @ np.conj(a).swapaxes(-1, -2)
     x = torch.asarray(g)
-    w, v = (to_numpy(y) for y in primitives(compat.array_namespace(x)).small_eigh(x))
+    w, v = (to_numpy(y) for y in backend_of(compat.array_namespace(x)).small_eigh(x))
     assert started == [2]
     np.testing.assert_allclose(w, np.linalg.eigvalsh(g), atol=1e-11)
     np.testing.assert_allclose((v * w[..., None, :]) @ np.conj(v).swapaxes(-1, -2), g, atol=1e-11)

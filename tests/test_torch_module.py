@@ -164,7 +164,7 @@ def test_the_prox_form_has_exact_zeros_and_is_the_formula():
         assert_close(one, other, 10 * ATOL)
 
 
-@pytest.mark.parametrize("method", ["svd", "joint", "output"])
+@pytest.mark.parametrize("method", ["svd", "scores", "output"])
 def test_attention_in_few_dimensions_is_that_on_the_matrices_written_out(method):
     """A threshold of next to nothing runs on Q^, K^ and V^ themselves."""
     module, x = layer(rank=(2, 3), method=method, refit_every=0), data()
@@ -255,7 +255,7 @@ WRONG = {
     "extra keys": ({"add_zero_attn": True}, "add_zero_attn must be False"),
     "rank": ({"rank": 5}, r"rank must be between 1 and 4 \(embed_dim / num_heads\), got 5"),
     "basis": ({"rank": 2, "basis": "head"}, "basis must be one of 'layer', 'sequence'"),
-    "method": ({"method": "topk"}, "method must be one of 'svd', 'joint', 'output'"),
+    "method": ({"method": "topk"}, "method must be one of 'svd', 'scores', 'output'"),
     "l1": ({"l1": -1.0}, "l1 must be finite and 0 or more"),
     "form": ({"l1_form": "both"}, "l1_form must be one of 'penalty', 'prox'"),
 }
@@ -399,7 +399,7 @@ def test_penalty_is_that_of_the_objective():
     assert_close(module.penalty() * BATCH, objective.l1_penalty(q, k, v, 0.5))
 
 
-@pytest.mark.parametrize("method", ["svd", "joint"])
+@pytest.mark.parametrize("method", ["svd", "scores"])
 def test_the_penalty_has_a_gradient_under_autocast(method):
     module, x = layer(rank=2, l1=0.1, method=method).float(), data().float()
     module.fit_basis(x, x, x)
@@ -447,7 +447,7 @@ def test_ranks_and_tolerances_are_checked_when_the_layer_is_made(basis, options,
 
 
 @pytest.mark.parametrize("basis", ["sequence", "layer"])
-@pytest.mark.parametrize("method", ["svd", "joint", "output"])
+@pytest.mark.parametrize("method", ["svd", "scores", "output"])
 def test_padding_is_not_fitted_to(method, basis):
     module, x = layer(rank=2, method=method, basis=basis), data()
     padding = torch.zeros(BATCH, N_Q, dtype=torch.bool)

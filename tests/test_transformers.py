@@ -108,7 +108,7 @@ def calibrated(hf, model, rank, **settings):
 
 @pytest.mark.parametrize(
     ("method", "side"),
-    [("output", "right"), ("output", "left"), ("joint", "right"), ("svd", "right")],
+    [("output", "right"), ("output", "left"), ("scores", "right"), ("svd", "right")],
 )
 def test_an_encoder_at_full_rank_is_the_eager_one(hf, minilm, method, side):
     tokenizer, model = minilm
@@ -140,14 +140,14 @@ def test_a_layer_computes_low_rank_attention(hf):
     import torch
     from transformers import AttentionInterface
 
-    hf.register("slra", (3, 4), method="joint")
+    hf.register("slra", (3, 4), method="scores")
     q, k, v = (torch.randn(2, n_heads, 20, WIDTH) for n_heads in (4, 2, 2))
     encoder = torch.nn.Module()
     out, weights = AttentionInterface()["slra"](
         encoder, q, k, v, None, scaling=0.2, softcap=5.0, is_causal=False
     )
     expected = slra.low_rank_attention(
-        q, k, v, (3, 4), method="joint", scale=0.2, softcap=5.0, enable_gqa=True
+        q, k, v, (3, 4), method="scores", scale=0.2, softcap=5.0, enable_gqa=True
     )
     assert weights is None
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-6)
@@ -231,7 +231,7 @@ def test_a_basis_of_a_prefix_is_fixed_while_the_rest_is_generated(hf):
     torch.testing.assert_close(before[:, :25], after[:, :25], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["output", "joint", "svd"])
+@pytest.mark.parametrize("method", ["output", "scores", "svd"])
 def test_calibration_leaves_padding_out(hf, method):
     """Padded together or run apart: the same tokens, so the same products of maps."""
     import torch

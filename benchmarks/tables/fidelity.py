@@ -5,7 +5,7 @@ from typing import Any
 from benchmarks.markdown import significant, table
 
 COMPARED = ("numpy", "scipy")
-METHODS = ("svd", "joint", "output")
+METHODS = ("svd", "scores", "output")
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
@@ -48,7 +48,7 @@ def statements(result: dict[str, Any]) -> dict[str, list[str]]:
     return {
         "docs/low_rank_attention.md": [
             f"exact keys make it worse, up to {significant(exact_keys, 3)}",
-            f'"joint" on its own can lose to "svd" by {lost:.0%} on the output of a head at rank 8',
+            f'"scores" on its own can lose to "svd" by {lost:.0%} on the output of a head at rank 8',
             f'predicted over true error of "output" is {predicted["median"]:.2f} in the median and '
             f"{predicted['min']:.2f} to {predicted['max']:.2f} over all heads",
         ],

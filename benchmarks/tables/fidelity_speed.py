@@ -51,7 +51,7 @@ def statements(result: dict[str, Any]) -> dict[str, list[str]]:
     plain = [row for row in result["short"] if "rank" in row and "n_exact" not in row]
     output, others = (
         _range([row["over_exact"] for row in plain if row["method"] in methods])
-        for methods in (("output",), ("svd", "joint"))
+        for methods in (("output",), ("svd", "scores"))
     )
     errors = _range(long["errors"]["numpy"])
     doubled = long["errors"]["float64"]
@@ -70,7 +70,7 @@ def statements(result: dict[str, Any]) -> dict[str, list[str]]:
             f"torch {on_torch} times faster than that kernel",
             f"Fitted in float64 the errors are the same within {math.ceil(100 * apart)}%",
             f'of "svd": {_range(long["errors"]["svd"])}',
-            f'{output} times the time of exact attention for "output", {others} for "svd" and "joint"',
+            f'{output} times the time of exact attention for "output", {others} for "svd" and "scores"',
         ],
         "docs/performance.md": [f'{output} times as long as exact attention for "output"'],
     }

@@ -29,8 +29,8 @@ def _svd(drawn: dict[str, Any]) -> list[str]:
 
 
 def _errors(drawn: dict[str, Any]) -> str:
-    svd, joint, output = (drawn[method]["8"] for method in ("svd", "joint", "output"))
-    return f"the error of this head is {svd:.2f}, {joint:.2f} and {output:.2f}"
+    svd, scores, output = (drawn[method]["8"] for method in ("svd", "scores", "output"))
+    return f"the error of this head is {svd:.2f}, {scores:.2f} and {output:.2f}"
 
 
 def _adaptive_rank(drawn: dict[str, Any]) -> list[str]:

@@ -115,7 +115,7 @@ class Trainer:
             found["zeros"] = np.mean(zeros, axis=0).round(4).tolist()
             if self.setting.task == "mqar":
                 found["zeros_off_filler"] = np.mean(off_filler, axis=0).round(4).tolist()
-        if self.method.kind in ("svd", "joint", "output"):
+        if self.method.kind in ("svd", "scores", "output"):
             found["ranks"] = [a.ranks.tolist() for a in self.model.low_rank]
         return found
 

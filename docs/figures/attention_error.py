@@ -8,7 +8,7 @@ from slra.data import load_sample
 
 HEAD, SHOWN_RANK, SHOWN_TOKENS = 2, 8, 40
 RANKS = (2, 4, 8, 12, 16, 20, 24, 28, 32)
-METHODS = {"svd": (ORANGE, "o"), "joint": (GREEN, "^"), "output": (BLUE, "s")}
+METHODS = {"svd": (ORANGE, "o"), "scores": (GREEN, "^"), "output": (BLUE, "s")}
 
 
 def weights(q: np.ndarray, k: np.ndarray, scale: float) -> np.ndarray:
@@ -32,7 +32,7 @@ def draw():
         for rank in RANKS:
             basis = slra.fit_attention(q, k, v, rank, method=name)
             errors.append(float(relative_error(basis.attend(q, k, v), exact)))
-            if rank == SHOWN_RANK and name != "joint":
+            if rank == SHOWN_RANK and name != "scores":
                 # The map goes with ranks of queries and keys; the shift of the keys changes no weight.
                 low_q, low_k, _ = basis.project(q, k, v)
                 maps.append((f"{name}, rank {rank}", weights(low_q, low_k, scale)))

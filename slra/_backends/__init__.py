@@ -1,38 +1,38 @@
 """The primitives, and the one place that knows which library they run on.
 
-`primitives` hands an algorithm the table for its namespace. Every table derives from `agnostic.Primitives`,
-written in the array API standard alone, and overrides what the library can do better. A library's table
+`backend_of` hands an algorithm the backend of its namespace. Every backend derives from `standard.Backend`,
+written in the array API standard alone, and overrides what the library can do better. A library's backend
 is imported only once an array of that library has been seen, so nothing here imports a framework.
 """
 
 import array_api_compat as compat
 
-from slra._backends.agnostic import Primitives
+from slra._backends.standard import Backend
 from slra._typing import Namespace
 
-__all__ = ["Primitives", "primitives"]
+__all__ = ["Backend", "backend_of"]
 
 
-def primitives(xp: Namespace) -> Primitives:
-    """Return the table of primitives for the namespace ``xp``."""
+def backend_of(xp: Namespace) -> Backend:
+    """Return the backend of the namespace ``xp``."""
     if compat.is_numpy_namespace(xp):
-        from slra._backends.numpy import NumpyPrimitives
+        from slra._backends.numpy import NumpyBackend
 
-        return NumpyPrimitives(xp)
+        return NumpyBackend(xp)
     if compat.is_cupy_namespace(xp):
-        from slra._backends.cupy import CupyPrimitives
+        from slra._backends.cupy import CupyBackend
 
-        return CupyPrimitives(xp)
+        return CupyBackend(xp)
     if compat.is_torch_namespace(xp):
-        from slra._backends.torch import TorchPrimitives
+        from slra._backends.torch import TorchBackend
 
-        return TorchPrimitives(xp)
+        return TorchBackend(xp)
     if compat.is_jax_namespace(xp):
-        from slra._backends.jax import JaxPrimitives
+        from slra._backends.jax import JaxBackend
 
-        return JaxPrimitives(xp)
+        return JaxBackend(xp)
     if compat.is_dask_namespace(xp):
-        from slra._backends.dask import DaskPrimitives
+        from slra._backends.dask import DaskBackend
 
-        return DaskPrimitives(xp)
-    return Primitives(xp)
+        return DaskBackend(xp)
+    return Backend(xp)

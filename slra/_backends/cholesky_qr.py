@@ -1,22 +1,22 @@
 """Orthonormal bases of tall blocks: scaled, shifted Cholesky-QR, and Householder's QR where that fails."""
 
-from slra._backends.agnostic import Primitives, matrix_h
 from slra._backends.elements import redo
+from slra._backends.standard import Backend, matrix_h
 from slra._typing import Array
 
-__all__ = ["flattened", "orthonormal", "tall_qr", "with_phases"]
+__all__ = ["orthonormal", "precondition", "tall_qr", "with_phases"]
 
 _MAX_PASSES = 3
 # An inverse factor may be as large as one over the square root of a shift.
 _NEGLIGIBLE = 1e-10
 
 
-def orthonormal(y: Array, table: Primitives) -> Array:
+def orthonormal(y: Array, backend: Backend) -> Array:
     """Orthonormal basis of the columns of ``y``, shape (..., m, l) with m >= l; see `tall_qr`."""
-    return tall_qr(y, table)[0]
+    return tall_qr(y, backend)[0]
 
 
-def tall_qr(y: Array, table: Primitives) -> tuple[Array, Array]:
+def tall_qr(y: Array, backend: Backend) -> tuple[Array, Array]:
     """Reduced QR of a tall ``y`` whose squares stay in range.
 
     Each pass scales the columns to unit norm and divides by the Cholesky factor of their Gram matrix. A pass whose
@@ -29,37 +29,37 @@ def tall_qr(y: Array, table: Primitives) -> tuple[Array, Array]:
     T. Fukaya, R. Kannan, Y. Nakatsukasa, Y. Yamamoto, Y. Yanagisawa, Shifted Cholesky QR for computing the QR
     factorization of ill-conditioned matrices, SIAM J. Sci. Comput. 42 (2020), A477-A503.
     """
-    if not table.is_eager(y):
-        return table.qr(y)
-    xp = table.xp
+    if not backend.is_eager(y):
+        return backend.qr(y)
+    xp = backend.xp
     Q, R = y, None
     for _ in range(_MAX_PASSES):
-        gram = table.gram(Q)
-        was_near = _is_near_identity(gram, table)
+        gram = backend.gram(Q)
+        was_near = _is_near_identity(gram, backend)
         # The last pass goes without a shift, which would show in its result.
         far = xp.astype(xp.logical_not(was_near), gram.dtype)[..., None, None]
-        L, norms = _factor(gram, far * _shift(gram, table), y, table)
-        Q = _divide(Q, L, norms, table)
+        L, norms = _factor(gram, far * _shift(gram, backend), y, backend)
+        Q = _divide(Q, L, norms, backend)
         step = matrix_h(L, xp) * norms[..., None, :]
         R = step if R is None else step @ R
         if bool(xp.all(was_near)):
             break
-    return redo(was_near, (Q, xp.astype(R, y.dtype)), table.qr, (y,), table)
+    return redo(was_near, (Q, xp.astype(R, y.dtype)), backend.qr, (y,), backend)
 
 
-def flattened(y: Array, gram: Array, table: Primitives) -> Array:
+def precondition(y: Array, gram: Array, backend: Backend) -> Array:
     """Basis of the columns of ``y``, well conditioned rather than orthonormal: one pass, given their Gram matrix."""
-    if not table.is_eager(y):
-        return table.qr(y)[0]
-    xp = table.xp
-    Q = _divide(y, *_factor(gram, _shift(gram, table), y, table), table)
+    if not backend.is_eager(y):
+        return backend.qr(y)[0]
+    xp = backend.xp
+    Q = _divide(y, *_factor(gram, _shift(gram, backend), y, backend), backend)
     ok = xp.all(xp.isfinite(Q), axis=(-2, -1))
-    return redo(ok, (Q,), lambda part: table.qr(part)[:1], (y,), table)[0]
+    return redo(ok, (Q,), lambda part: backend.qr(part)[:1], (y,), backend)[0]
 
 
-def with_phases(Q: Array, R: Array, table: Primitives) -> Array:
+def with_phases(Q: Array, R: Array, backend: Backend) -> Array:
     """Turn each column of ``Q`` by the phase of its entry on the diagonal of ``R``."""
-    xp = table.xp
+    xp = backend.xp
     diagonal = xp.linalg.diagonal(R)
     size = xp.abs(diagonal)
     one = xp.ones_like(diagonal)
@@ -69,10 +69,10 @@ def with_phases(Q: Array, R: Array, table: Primitives) -> Array:
     return Q * phase[..., None, :]
 
 
-def _factor(gram: Array, shift: Array | float, y: Array, table: Primitives) -> tuple[Array, Array]:
+def _factor(gram: Array, shift: Array | float, y: Array, backend: Backend) -> tuple[Array, Array]:
     """Cholesky factor of the Gram matrix of unit columns, plus a shift, and the norms of the columns of ``y``."""
-    xp = table.xp
-    squares = table.real_part(xp.linalg.diagonal(gram))
+    xp = backend.xp
+    squares = backend.real_part(xp.linalg.diagonal(gram))
     # Shorter columns count as zero: what would bring them to unit length is out of the range of y, or their square
     # has lost digits.
     tiny, tiny_square = (float(xp.finfo(x.dtype).smallest_normal) for x in (y, gram))
@@ -80,28 +80,28 @@ def _factor(gram: Array, shift: Array | float, y: Array, table: Primitives) -> t
     norms = xp.sqrt(xp.where(squares > least, squares, xp.ones_like(squares)))
     norms = xp.astype(norms, gram.dtype)
     unit = gram / (norms[..., :, None] * norms[..., None, :])
-    return table.cholesky(unit + shift * _eye(gram, table)), norms
+    return backend.cholesky(unit + shift * _eye(gram, backend)), norms
 
 
-def _shift(gram: Array, table: Primitives) -> float:
+def _shift(gram: Array, backend: Backend) -> float:
     """Bound what rounding takes from the eigenvalues of a Gram matrix of unit columns."""
     n_columns = int(gram.shape[-1])
-    return 4 * n_columns * float(table.xp.finfo(gram.dtype).eps)
+    return 4 * n_columns * float(backend.xp.finfo(gram.dtype).eps)
 
 
-def _divide(y: Array, L: Array, norms: Array, table: Primitives) -> Array:
+def _divide(y: Array, L: Array, norms: Array, backend: Backend) -> Array:
     """``y`` times the inverse of ``L^H diag(norms)``: a product with a small inverse runs faster than a solve."""
-    xp = table.xp
-    inverse = matrix_h(table.small_inverse(L), xp) / norms[..., :, None]
+    xp = backend.xp
+    inverse = matrix_h(backend.small_inverse(L), xp) / norms[..., :, None]
     return y @ xp.astype(inverse, y.dtype, copy=False)
 
 
-def _is_near_identity(gram: Array, table: Primitives) -> Array:
+def _is_near_identity(gram: Array, backend: Backend) -> Array:
     """Whether the columns of a Gram matrix are within 1/2 of orthonormal; false where it is NaN."""
-    off = table.xp.max(table.xp.abs(gram - _eye(gram, table)), axis=(-2, -1))
+    off = backend.xp.max(backend.xp.abs(gram - _eye(gram, backend)), axis=(-2, -1))
     return off * gram.shape[-1] <= 0.5
 
 
-def _eye(like: Array, table: Primitives) -> Array:
-    device = table.creation_device(like)
-    return table.xp.eye(like.shape[-1], dtype=like.dtype, device=device)
+def _eye(like: Array, backend: Backend) -> Array:
+    device = backend.creation_device(like)
+    return backend.xp.eye(like.shape[-1], dtype=like.dtype, device=device)

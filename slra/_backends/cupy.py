@@ -10,13 +10,13 @@ import cupy
 import cupyx
 import numpy as np
 
-from slra._backends.agnostic import Primitives
-from slra._backends.agnostic_attention import SoftmaxState, TileBounds
 from slra._backends.cupy_kernels import kernel
 from slra._backends.gram_svd import gram_svd
+from slra._backends.standard import Backend
+from slra._backends.standard.attention import SoftmaxState, TileBounds
 from slra._typing import Array
 
-__all__ = ["CupyPrimitives"]
+__all__ = ["CupyBackend"]
 
 # One tile of scores over all matrices of a batch, and its width. Not tuned: that takes a GPU.
 TILE_BYTES, TILE_WIDTH = 1 << 26, 4096
@@ -28,7 +28,7 @@ SEGMENT, ENOUGH_RESULTS = 1 << 14, 256
 LARGEST_IN_BATCH = 32
 
 
-class CupyPrimitives(Primitives):
+class CupyBackend(Backend):
     """Overrides for CuPy."""
 
     takes_half = True

@@ -21,11 +21,11 @@ from dask import delayed
 from dask.graph_manipulation import bind, clone
 
 from slra._backends import numpy_attention
-from slra._backends.agnostic import Primitives, ScoreOptions
 from slra._backends.gaussian import GaussianBlock, gaussian_blocks
+from slra._backends.standard import Backend, ScoreOptions
 from slra._typing import Array
 
-__all__ = ["DaskPrimitives"]
+__all__ = ["DaskBackend"]
 
 # Results of as many chunks are added at once.
 SPLIT_EVERY = 8
@@ -116,7 +116,7 @@ def _by_matrix(
     )
 
 
-class DaskPrimitives(Primitives):
+class DaskBackend(Backend):
     """Overrides for Dask."""
 
     def is_eager(self, x: Array) -> bool:
@@ -157,7 +157,7 @@ class DaskPrimitives(Primitives):
         """Both products with a row of chunks while it is there; without QR, which would have to wait for all rows."""
         if x.ndim > 2 or not _row_fits(x):
             return super().normal_product(x, v)
-        x, v, wide = _again(x, v, "normal"), v.rechunk(-1), self.wide(x)
+        x, v, wide = _again(x, v, "normal"), v.rechunk(-1), self.accumulation_dtype(x)
         part = {"meta": np.empty((0, 0, 0), dtype=wide)}
         if x.numblocks[1] == 1:
             # One task generates or reads, and multiplies twice: Dask fuses where no index is summed over.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from slra._backends.agnostic import Primitives
+from slra._backends.standard import Backend
 from slra._typing import Array
 
 __all__ = ["redo"]
@@ -13,13 +13,13 @@ def redo(
     results: tuple[Array, ...],
     again: Callable[..., tuple[Array, ...]],
     arguments: tuple[Array, ...],
-    table: Primitives,
+    backend: Backend,
 ) -> tuple[Array, ...]:
     """Return ``results``, with ``again(*arguments)`` in place of every element where ``ok`` is false.
 
     ``ok`` has the shape of the batch; the leading axes of every array are those of the batch. Eager arrays only.
     """
-    xp = table.xp
+    xp = backend.xp
     if bool(xp.all(ok)):
         return results
     if not bool(xp.any(ok)):
@@ -29,7 +29,7 @@ def redo(
     failed = [i for i, flag in enumerate(flags) if not flag]
     # Where each element is found once the redone ones are appended.
     places = {i: len(flags) + j for j, i in enumerate(failed)}
-    device = table.creation_device(results[0])
+    device = backend.creation_device(results[0])
     pick = xp.asarray(failed, device=device)
     order = xp.asarray([places.get(i, i) for i in range(len(flags))], device=device)
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 
-from slra._backends.agnostic import Primitives, ScoreOptions
-from slra._backends.agnostic_sparse import index_dtype
 from slra._backends.jax_attention import scanned_attention
+from slra._backends.standard import Backend, ScoreOptions
+from slra._backends.standard.sparse import index_dtype
 from slra._typing import Array
 
-__all__ = ["JaxPrimitives"]
+__all__ = ["JaxBackend"]
 
 
 @cache
@@ -27,7 +27,7 @@ def _register(kind: type, arrays: tuple[str, ...], static: tuple[str, ...]) -> N
     jax.tree_util.register_dataclass(kind, data_fields=arrays, meta_fields=static)
 
 
-class JaxPrimitives(Primitives):
+class JaxBackend(Backend):
     """Overrides for JAX."""
 
     is_functional = True
@@ -52,11 +52,11 @@ class JaxPrimitives(Primitives):
             return None
         return like.device
 
-    def wide(self, like: Array) -> Any:
+    def accumulation_dtype(self, like: Array) -> Any:
         """Stay in single precision unless double is enabled."""
-        return super().wide(like) if jax.config.jax_enable_x64 else like.dtype
+        return super().accumulation_dtype(like) if jax.config.jax_enable_x64 else like.dtype
 
-    def record(self, kind: type, arrays: dict[str, Array], static: dict[str, Any]) -> Any:
+    def make_dataclass(self, kind: type, arrays: dict[str, Array], static: dict[str, Any]) -> Any:
         """Make the dataclass a pytree, whose plain values are part of its structure."""
         _register(kind, tuple(arrays), tuple(static))
         return kind(**arrays, **static)
@@ -87,7 +87,7 @@ class JaxPrimitives(Primitives):
         out, lse = scanned_attention(q, k, v, mask, options=options)
         return out, lse
 
-    def constant(self, x: Array) -> Array:
+    def stop_gradient(self, x: Array) -> Array:
         """Stop the gradient."""
         return jax.lax.stop_gradient(x)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from slra._backends.agnostic_attention import ScoreOptions, scores_batch_shape
+from slra._backends.standard.attention import ScoreOptions, scores_batch_shape
 from slra._typing import Array
 
 __all__ = ["scanned_attention"]
@@ -68,7 +68,7 @@ def _rows(
     height: int,
     options: ScoreOptions,
 ) -> tuple[Array, Array]:
-    """Attention of one tile of queries, by online softmax as `agnostic_attention.SoftmaxState`."""
+    """Attention of one tile of queries, by online softmax as `standard.attention.SoftmaxState`."""
     diagonal = options.diagonal(q.shape[-2], k.shape[-2])
     n_tiles, width = _even(k.shape[-2], KEY_TILE)
     shape = (*scores_batch_shape(q, k, v, mask), height)

@@ -6,18 +6,18 @@ Needs: numpy, scipy. Reads its input only, which may be read-only.
 import numpy as np
 
 from slra._backends import numpy_attention
-from slra._backends.agnostic import Primitives, ScoreOptions
-from slra._backends.agnostic_sparse import index_dtype
 from slra._backends.numpy_decode import FEW_QUERIES, few_queries_attention
+from slra._backends.standard import Backend, ScoreOptions
+from slra._backends.standard.sparse import index_dtype
 from slra._typing import Array, DType
 
-__all__ = ["NumpyPrimitives"]
+__all__ = ["NumpyBackend"]
 
 # Two blocks of this size, one read and one written, stay in a second-level cache of 1 MB.
 BLOCK_BYTES = 1 << 19
 
 
-class NumpyPrimitives(Primitives):
+class NumpyBackend(Backend):
     """Overrides for NumPy."""
 
     def refusal(self, x: Array) -> str | None:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slra._backends.agnostic_attention import ScoreOptions, Tile, scores_batch_shape
 from slra._backends.blas_threads import workers
+from slra._backends.standard.attention import ScoreOptions, Tile, scores_batch_shape
 from slra._typing import Array
 
 __all__ = ["attention", "attention_vjp"]
@@ -186,7 +186,7 @@ def attention(
 
 
 def _attend_rows(one: Arguments, row: list[Tile], out: Array, lse: Array, buffers: Buffers) -> None:
-    """Online softmax over the tiles of one row, as `agnostic_attention.SoftmaxState`, in place."""
+    """Online softmax over the tiles of one row, as `standard.attention.SoftmaxState`, in place."""
     q, power = scaled_transposed(one, row[0], buffers), one.power()
     shift = np.full(q.shape[1], -np.inf, q.dtype)
     total = np.zeros(q.shape[1], q.dtype)
@@ -270,7 +270,7 @@ def attention_vjp(
     delta: Array,
     grad_out: Array,
 ) -> tuple[Array, Array, Array]:
-    """Gradients of attention with respect to q, k and v, as `agnostic_attention.tiled_attention_vjp`.
+    """Gradients of attention with respect to q, k and v, as `standard.attention.tiled_attention_vjp`.
 
     Each task owns its rows of dq and a copy of dk and dv: sums are formed in one order, whatever the threads do.
     """

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from slra._backends.agnostic_attention import ScoreOptions, Tile, scores_batch_shape
 from slra._backends.numpy_attention import (
     Arguments,
     Buffers,
@@ -19,6 +18,7 @@ from slra._backends.numpy_attention import (
     hide,
     in_threads,
 )
+from slra._backends.standard.attention import ScoreOptions, Tile, scores_batch_shape
 from slra._typing import Array
 
 __all__ = ["FEW_QUERIES", "few_queries_attention"]

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 
-from slra._backends.agnostic import Primitives, ScoreOptions
-from slra._backends.agnostic_sparse import index_dtype
 from slra._backends.gaussian import gaussian
+from slra._backends.standard import Backend, ScoreOptions
+from slra._backends.standard.sparse import index_dtype
 from slra._backends.torch_attention import expressible, sdpa_attention
 from slra._typing import Array
 
-__all__ = ["TorchPrimitives"]
+__all__ = ["TorchBackend"]
 
 # For fewer matrices than this, starting threads takes longer than they save.
 WORTH_THREADS = 256
@@ -47,7 +47,7 @@ def _drawn(shape: tuple[int, ...], seed: int, is_complex: bool) -> Array:
     return torch.from_numpy(gaussian(tuple(shape), seed, is_complex=is_complex))
 
 
-class TorchPrimitives(Primitives):
+class TorchBackend(Backend):
     """Overrides for PyTorch."""
 
     def is_eager(self, x: Array) -> bool:
@@ -68,7 +68,7 @@ class TorchPrimitives(Primitives):
             )
         return None
 
-    def quietly(self) -> contextlib.AbstractContextManager[Any]:
+    def ignore_overflow(self) -> contextlib.AbstractContextManager[Any]:
         """There is nothing to silence, and torch.compile does not follow NumPy's way to."""
         return contextlib.nullcontext()
 
@@ -95,9 +95,9 @@ class TorchPrimitives(Primitives):
             parts = list(pool.map(torch.linalg.eigh, torch.tensor_split(g, n_threads)))
         return torch.cat([w for w, _ in parts]), torch.cat([v for _, v in parts])
 
-    def wide(self, like: Array) -> Any:
+    def accumulation_dtype(self, like: Array) -> Any:
         """Stay in single precision on a device that has no double."""
-        return like.dtype if like.device.type == "mps" else super().wide(like)
+        return like.dtype if like.device.type == "mps" else super().accumulation_dtype(like)
 
     def test_matrix(
         self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
@@ -139,19 +139,19 @@ class TorchPrimitives(Primitives):
         values: np.ndarray[Any, Any] = x.detach().cpu().numpy()
         return values
 
-    def constant(self, x: Array) -> Array:
+    def stop_gradient(self, x: Array) -> Array:
         """Detach from the graph."""
         return x.detach()
 
-    def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Checkpoint, where a gradient is being recorded; not under torch.func, which has no hooks for it."""
 
-        def call(table: Any, q: Array, *rest: Any) -> Any:
+        def call(backend: Any, q: Array, *rest: Any) -> Any:
             tensors = [x for x in (q, *rest) if isinstance(x, torch.Tensor)]
             is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
             if not is_recorded or any(map(_is_wrapped, tensors)):
-                return function(table, q, *rest)
-            run = functools.partial(function, table)
+                return function(backend, q, *rest)
+            run = functools.partial(function, backend)
             return torch.utils.checkpoint.checkpoint(run, q, *rest, use_reentrant=False)
 
         return call

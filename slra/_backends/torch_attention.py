@@ -7,7 +7,7 @@ quietly takes a path that is several times slower and quadratic in memory.
 import torch
 from torch.nn import functional
 
-from slra._backends.agnostic_attention import ScoreOptions, Tile, scores_batch_shape
+from slra._backends.standard.attention import ScoreOptions, Tile, scores_batch_shape
 from slra._typing import Array
 
 __all__ = ["expressible", "sdpa_attention"]

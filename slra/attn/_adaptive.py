@@ -45,8 +45,8 @@ def _errors(data: Grouped, factors: Factors, exact: ExactRows, rank_qk: int) -> 
     With orthonormal columns :math:`w_j` its square at rank r is
     :math:`\sum_{j \le r} \|(\hat O - O) w_j\|^2 + \sum_{j > r} \|(O - \mu) w_j\|^2`, and what lies beyond all columns.
     """
-    table, xp = data.table, data.table.xp
-    wq, wk, wv = cut(factors, rank_qk, factors.wv.shape[-1], table)
+    backend, xp = data.backend, data.backend.xp
+    wq, wk, wv = cut(factors, rank_qk, factors.wv.shape[-1], backend)
     maps = GroupedMaps(wq, wk, wv, factors.c, factors.mu)
     columns = wv[..., None, :, :]
     wanted = exact.centred @ columns
@@ -62,7 +62,7 @@ def _errors(data: Grouped, factors: Factors, exact: ExactRows, rank_qk: int) -> 
 
 def _first_within(errors: Array, rtol: float, data: Grouped) -> list[int]:
     """Return for each key head the first rank at which all its errors are within ``rtol``; 0 if there is none."""
-    xp = data.table.xp
+    xp = data.backend.xp
     within = xp.all(errors <= rtol, axis=(*range(errors.ndim - 3), -2))
     found = xp.where(
         xp.any(within, axis=-1), xp.argmax(xp.astype(within, xp.int64), axis=-1) + 1, 0
@@ -72,11 +72,11 @@ def _first_within(errors: Array, rtol: float, data: Grouped) -> list[int]:
 
 def mask_ranks(factors: Factors, ranks: list[tuple[int, int]], data: Grouped) -> Factors:
     """Zero the columns of each head beyond its ranks."""
-    xp, table = data.table.xp, data.table
+    xp, backend = data.backend.xp, data.backend
 
     def mask(x: Array, which: int) -> Array:
-        numbers = table.from_numpy(np.asarray([pair[which] for pair in ranks]), x, xp.int64)
-        columns = xp.arange(x.shape[-1], device=table.creation_device(x))
+        numbers = backend.from_numpy(np.asarray([pair[which] for pair in ranks]), x, xp.int64)
+        columns = xp.arange(x.shape[-1], device=backend.creation_device(x))
         return xp.astype(columns < numbers[:, None], x.dtype)[:, None, :]
 
     return factors._replace(

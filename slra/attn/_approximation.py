@@ -30,7 +30,7 @@ class Thresholded(NamedTuple):
         """Replace q, k and v by what is attended to."""
         hats = self.projections.approximate(inputs.q, inputs.k, inputs.v)
         q, k, v = (
-            inputs.table.soft_threshold(x, tau) if tau else x
+            inputs.backend.soft_threshold(x, tau) if tau else x
             for x, tau in zip(hats, self.thresholds, strict=True)
         )
         return inputs._replace(q=q, k=k, v=v)
@@ -42,8 +42,8 @@ def check_options(
     """Check what does not depend on the kind of approximation; return thresholds and the number of exact keys."""
     check_choice(method, methods, "method")
     for name in ("q", "k", "v"):
-        check_finite(inputs.table, getattr(inputs, name), name)
-    thresholds = check_l1(l1, [inputs.table.xp.finfo(inputs.q.dtype)] * 3)
+        check_finite(inputs.backend, getattr(inputs, name), name)
+    thresholds = check_l1(l1, [inputs.backend.xp.finfo(inputs.q.dtype)] * 3)
     n_exact, n_keys = check_count(n_exact, "n_exact"), int(inputs.k.shape[-2])
     if n_exact >= n_keys:
         raise ValueError(f"n_exact must be less than {n_keys}, the number of keys, got {n_exact}")

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slra._backends import Primitives
-from slra._backends.agnostic import ScoreOptions
+from slra._backends import Backend
+from slra._backends.standard import ScoreOptions
 from slra._typing import Array, CausalAlign
 from slra._validate import (
     Promoted,
@@ -26,7 +26,7 @@ __all__ = ["Inputs", "check_inputs", "check_scale", "group_heads", "join_heads",
 class Inputs(NamedTuple):
     """Validated arguments of attention, in the dtype to compute in."""
 
-    table: Primitives
+    backend: Backend
     q: Array
     k: Array
     v: Array
@@ -53,25 +53,25 @@ def check_inputs(
     softcap: float | None,
 ) -> Inputs:
     """Check the arguments that all attention functions share; raise on the first that is wrong."""
-    table = resolve(q=q, k=k, v=v, optional={"mask": mask})
+    backend = resolve(q=q, k=k, v=v, optional={"mask": mask})
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_matrix(x, name)
     _check_lengths(q, k, v)
     batch = _check_batch(q, k, v, enable_gqa=enable_gqa)
     if mask is not None:
         scores = (*batch, q.shape[-2], k.shape[-2])
-        check_mask(table, mask, scores, "(..., Hq, Nq, Nk)")
+        check_mask(backend, mask, scores, "(..., Hq, Nq, Nk)")
     check_choice(causal_align, ("bottom_right", "top_left"), "causal_align")
-    promoted = promote(table, allow_complex=False, q=q, k=k, v=v)
+    promoted = promote(backend, allow_complex=False, q=q, k=k, v=v)
     work_q, work_k, work_v = promoted.arrays
-    limits = table.xp.finfo(work_q.dtype)
+    limits = backend.xp.finfo(work_q.dtype)
     options = ScoreOptions(
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else check_scale(scale, limits),
         is_causal=check_flag(is_causal, "is_causal"),
         causal_align=causal_align,
         softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
     )
-    return Inputs(table, work_q, work_k, work_v, mask, options, promoted)
+    return Inputs(backend, work_q, work_k, work_v, mask, options, promoted)
 
 
 def check_scale(scale: Any, limits: Any = None) -> float:
@@ -122,7 +122,7 @@ def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> tuple[int
 
 def group_heads(inputs: Inputs) -> Inputs:
     """Split the heads of q into (Hkv, group), so that k and v broadcast against them unrepeated."""
-    xp, n_heads = inputs.table.xp, inputs.k.shape[-3]
+    xp, n_heads = inputs.backend.xp, inputs.k.shape[-3]
     q, mask = inputs.q, inputs.mask
     group = q.shape[-3] // n_heads
     q = xp.reshape(q, (*q.shape[:-3], n_heads, group, *q.shape[-2:]))
@@ -137,10 +137,10 @@ def split_heads(x: Array, inputs: Inputs, n_trailing: int) -> Array:
     """Lay out a result or its gradient as `group_heads` did ``inputs``."""
     n_heads, group = inputs.k.shape[-4], inputs.q.shape[-3]
     at = x.ndim - n_trailing - 1
-    return inputs.table.xp.reshape(x, (*x.shape[:at], n_heads, group, *x.shape[at + 1 :]))
+    return inputs.backend.xp.reshape(x, (*x.shape[:at], n_heads, group, *x.shape[at + 1 :]))
 
 
 def join_heads(x: Array, inputs: Inputs, n_trailing: int) -> Array:
     """Undo `group_heads` on a result, whose heads are followed by ``n_trailing`` axes."""
     *batch, n_heads, group = x.shape[: x.ndim - n_trailing]
-    return inputs.table.xp.reshape(x, (*batch, n_heads * group, *x.shape[x.ndim - n_trailing :]))
+    return inputs.backend.xp.reshape(x, (*batch, n_heads * group, *x.shape[x.ndim - n_trailing :]))

@@ -6,7 +6,7 @@ prefix (`cut`).
 
 from typing import NamedTuple
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import Array, Namespace
 from slra.attn._rows import Grouped, row_weights, sample_rows, take_rows
 from slra.svd.truncated import thin_svd
@@ -37,10 +37,10 @@ class Factors(NamedTuple):
 
 
 def cut(
-    factors: Factors, rank_qk: int, rank_v: int, table: Primitives
+    factors: Factors, rank_qk: int, rank_v: int, backend: Backend
 ) -> tuple[Array, Array, Array]:
     """Return wq (..., H, G or 1, D, r), wk and wv for a rank of queries and keys, and one of values."""
-    transposed = table.xp.matrix_transpose
+    transposed = backend.xp.matrix_transpose
     left, wk = factors.left[..., :rank_qk], factors.wk[..., :rank_qk]
     if factors.is_formula:
         left = left @ (transposed(left) @ wk[..., None, :, :])
@@ -49,9 +49,9 @@ def cut(
 
 def fit_svd(data: Grouped, sample: RowSample) -> Factors:
     """Right singular vectors of Q (per query head), K and V, uncentred: the formula to the letter."""
-    table, xp = data.table, data.table.xp
+    backend, xp = data.backend, data.backend.xp
     q, k, v = (_pooled(x, n, sample, data) for x, n in ((data.q, 4), (data.k, 3), (data.v, 3)))
-    left, wk, wv = (_right_vectors(x, table) for x in (q, k, v))
+    left, wk, wv = (_right_vectors(x, backend) for x in (q, k, v))
     return Factors(left, wk, wv, xp.zeros_like(k[..., :1, :]), xp.zeros_like(v[..., :1, :]), True)
 
 
@@ -61,17 +61,17 @@ def fit_joint(data: Grouped, sample: RowSample) -> Factors:
     With the triangular factors of Q and K the scores have the singular values of a small core; its right singular
     vectors Y give Wq = B Y and Wk = B^{-T} Y, where B B^T = (K - c)^T (K - c).
     """
-    table, xp = data.table, data.table.xp
+    backend, xp = data.backend, data.backend.xp
     q = _pooled(_stacked(data.q, xp), 3, sample, data)
-    q = _triangle(q / _peak(q, xp), table)
+    q = _triangle(q / _peak(q, xp), backend)
     k, v = _pooled(data.k, 3, sample, data), _pooled(data.v, 3, sample, data)
     c, mu = xp.mean(k, axis=-2, keepdims=True), xp.mean(v, axis=-2, keepdims=True)
     # Scales of Q and K do not matter: what one map is multiplied by, the other is divided by.
-    _, S, Vh = table.small_svd(_triangle((k - c) / _peak(k, xp), table))
+    _, S, Vh = backend.small_svd(_triangle((k - c) / _peak(k, xp), backend))
     root = _floored(S, k.shape[-1] * xp.finfo(k.dtype).eps, xp)[..., None, :]
     V = xp.matrix_transpose(Vh)
-    Y = xp.matrix_transpose(thin_svd(q @ (V * root), table)[2])
-    wv = _right_vectors(v - mu, table)
+    Y = xp.matrix_transpose(thin_svd(q @ (V * root), backend)[2])
+    wv = _right_vectors(v - mu, backend)
     return Factors(((V * root) @ Y)[..., None, :, :], (V / root) @ Y, wv, c, mu)
 
 
@@ -82,13 +82,13 @@ def fit_output(data: Grouped, sample: RowSample) -> Factors:
     attention it receives, :math:`w_j = \sum_i P_{ij}` over the sampled rows, and the scores are approximated in
     :math:`\sum_{ij} w_j (dS_{ij})^2`; V only matters where the output, P V, goes.
     """
-    table, xp = data.table, data.table.xp
-    rows = row_weights(data, take_rows(data.q, sample.rows, table), data.k, sample.rows)
+    backend, xp = data.backend, data.backend.xp
+    rows = row_weights(data, take_rows(data.q, sample.rows, backend), data.k, sample.rows)
     rows = _stacked(rows, xp)
     if sample.keep is not None:
         rows = rows * xp.astype(sample.keep, rows.dtype)[..., None, :]
     received = xp.sum(rows, axis=-2)[..., None]
-    if table.is_eager(received) and not bool(xp.all(xp.isfinite(received))):
+    if backend.is_eager(received) and not bool(xp.all(xp.isfinite(received))):
         # An eigensolver would not converge.
         raise ValueError("q, k and mask must have finite scores, got NaN or infinity in a product")
     k, v = _pooled(data.k, 3, sample, data), data.v
@@ -100,18 +100,18 @@ def fit_output(data: Grouped, sample: RowSample) -> Factors:
     c = xp.matrix_transpose(received) @ k / total
     mu = xp.sum(out, axis=-2, keepdims=True) / total
     left, wk = _weighted_low_rank(
-        _moment(_some_queries(data, sample), table),
+        _moment(_some_queries(data, sample), backend),
         # Both are needed: where one key gets all the attention, the weights of the others are tiny.
-        _moment((k - c) / _peak(k, xp) * xp.sqrt(received), table),
-        table,
+        _moment((k - c) / _peak(k, xp) * xp.sqrt(received), backend),
+        backend,
     )
     # Not from its Gram matrix: the output is smooth, and a high rank needs directions below sqrt(eps) of the largest.
     spread = out - mass * mu
-    _, _, Vh = table.small_svd(_square(_triangle(spread / _peak(spread, xp), table), table))
+    _, _, Vh = backend.small_svd(_square(_triangle(spread / _peak(spread, xp), backend), backend))
     return Factors(left[..., None, :, :], wk, xp.matrix_transpose(Vh), c, mu)
 
 
-METHODS = {"svd": fit_svd, "joint": fit_joint, "output": fit_output}
+METHODS = {"svd": fit_svd, "scores": fit_joint, "output": fit_output}
 
 
 def _stacked(x: Array, xp: Namespace) -> Array:
@@ -124,7 +124,7 @@ def _pooled(x: Array, n_core: int, sample: RowSample, data: Grouped) -> Array:
     n_batch = x.ndim - n_core
     if not sample.pool_batch or n_batch == 0:
         return x
-    xp = data.table.xp
+    xp = data.backend.xp
     x = xp.permute_dims(x, (*range(n_batch, x.ndim - 2), *range(n_batch), x.ndim - 2, x.ndim - 1))
     return xp.reshape(x, (*x.shape[: n_core - 2], -1, x.shape[-1]))
 
@@ -132,32 +132,32 @@ def _pooled(x: Array, n_core: int, sample: RowSample, data: Grouped) -> Array:
 def _some_queries(data: Grouped, sample: RowSample) -> Array:
     """Take queries that stand for all, (..., H, rows, D)."""
     rows = sample_rows(data.q.shape[-2], N_MOMENT_ROWS, None)
-    q = _stacked(take_rows(data.q, rows, data.table), data.table.xp)
+    q = _stacked(take_rows(data.q, rows, data.backend), data.backend.xp)
     return _pooled(q, 3, sample, data)
 
 
-def _triangle(x: Array, table: Primitives) -> Array:
+def _triangle(x: Array, backend: Backend) -> Array:
     """Return a matrix of at most D rows with the Gram matrix of ``x``."""
-    return table.qr(x)[1] if x.shape[-2] > x.shape[-1] else x
+    return backend.qr(x)[1] if x.shape[-2] > x.shape[-1] else x
 
 
-def _right_vectors(x: Array, table: Primitives) -> Array:
+def _right_vectors(x: Array, backend: Backend) -> Array:
     """Right singular vectors, as columns; the scale does not matter, but squares are to stay in range."""
-    return table.xp.matrix_transpose(thin_svd(x / _peak(x, table.xp), table)[2])
+    return backend.xp.matrix_transpose(thin_svd(x / _peak(x, backend.xp), backend)[2])
 
 
-def _square(x: Array, table: Primitives) -> Array:
+def _square(x: Array, backend: Backend) -> Array:
     """Append rows of zeros to a wide matrix: its singular value decomposition then has all right vectors."""
     n_missing = x.shape[-1] - x.shape[-2]
     if n_missing == 0:
         return x
-    shape, device = (*x.shape[:-2], n_missing, x.shape[-1]), table.creation_device(x)
-    return table.xp.concat([x, table.xp.zeros(shape, dtype=x.dtype, device=device)], axis=-2)
+    shape, device = (*x.shape[:-2], n_missing, x.shape[-1]), backend.creation_device(x)
+    return backend.xp.concat([x, backend.xp.zeros(shape, dtype=x.dtype, device=device)], axis=-2)
 
 
-def _moment(x: Array, table: Primitives) -> Array:
+def _moment(x: Array, backend: Backend) -> Array:
     """Gram matrix of the columns over the square of the largest entry, which might overflow."""
-    return _gram(x / _peak(x, table.xp), table.xp)
+    return _gram(x / _peak(x, backend.xp), backend.xp)
 
 
 def _gram(x: Array, xp: Namespace) -> Array:
@@ -180,15 +180,15 @@ def _floored(x: Array, relative: float, xp: Namespace) -> Array:
     return xp.maximum(x, largest * relative)
 
 
-def _weighted_low_rank(moment_q: Array, moment_k: Array, table: Primitives) -> tuple[Array, Array]:
+def _weighted_low_rank(moment_q: Array, moment_k: Array, backend: Backend) -> tuple[Array, Array]:
     r"""Minimise :math:`\|A^{1/2} (I - W_q W_k^T) B^{1/2}\|_F` at every rank at once, for the moments A and B.
 
     With B = R R^T and Y the eigenvectors of R^T A R: Wq = R Y, Wk = R^{-T} Y.
     """
-    xp = table.xp
-    w, U = table.small_eigh(moment_k)
+    xp = backend.xp
+    w, U = backend.small_eigh(moment_k)
     root = xp.sqrt(_floored(w, w.shape[-1] * xp.finfo(w.dtype).eps, xp))[..., None, :]
     R = U * root
-    _, Y = table.small_eigh(xp.matrix_transpose(R) @ moment_q @ R)
+    _, Y = backend.small_eigh(xp.matrix_transpose(R) @ moment_q @ R)
     Y = xp.flip(Y, axis=-1)
     return R @ Y, (U / root) @ Y

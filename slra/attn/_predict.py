@@ -30,17 +30,17 @@ class ExactRows(NamedTuple):
 
 def exact_rows(data: Grouped, mu: Array, rows: list[int], *, pool_batch: bool) -> ExactRows:
     """Compute some rows of the output; pooled over the batch, the error is that of the whole batch."""
-    q = take_rows(data.q, rows, data.table)
+    q = take_rows(data.q, rows, data.backend)
     weights = row_weights(data, q, data.k, rows)
     axes = (*range(q.ndim - 4), -2, -1) if pool_batch else (-2, -1)
-    norm = _norm(weights @ data.v[..., None, :, :], axes, data.table.xp)
+    norm = _norm(weights @ data.v[..., None, :, :], axes, data.backend.xp)
     centred = weights @ (data.v - mu)[..., None, :, :] / norm
     return ExactRows(rows, q, centred, norm, axes)
 
 
 def approximate_rows(data: Grouped, maps: GroupedMaps, exact: ExactRows) -> Array:
     """Compute the same rows under the maps, over the same norm, in the coordinates of ``wv``."""
-    xp = data.table.xp
+    xp = data.backend.xp
     q, k = exact.q @ maps.wq, (data.k - maps.c) @ maps.wk
     if data.options.softcap is not None:
         shift = exact.q @ xp.matrix_transpose(maps.c)[..., None, :, :]
@@ -52,7 +52,7 @@ def approximate_rows(data: Grouped, maps: GroupedMaps, exact: ExactRows) -> Arra
 
 def output_error(data: Grouped, maps: GroupedMaps, rows: list[int], *, pool_batch: bool) -> Array:
     """Relative Frobenius error of these rows of the output, (..., H, G)."""
-    xp = data.table.xp
+    xp = data.backend.xp
     exact = exact_rows(data, maps.mu, rows, pool_batch=pool_batch)
     back = xp.matrix_transpose(maps.wv)[..., None, :, :]
     error = approximate_rows(data, maps, exact) @ back - exact.centred

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import Array, CausalAlign, Namespace
 from slra._validate import check_flag, check_rank, promote, resolve, shown
 from slra.attn._inputs import Inputs, check_inputs
@@ -133,10 +133,10 @@ class AttentionBasis:
         )
         check_basis(self, inputs, enable_gqa=enable_gqa)
         check_flag(return_lse, "return_lse")
-        with inputs.table.quietly():
+        with inputs.backend.ignore_overflow():
             maps = Maps.of(self, inputs.q)
             out, lse = attend_maps(maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
-            (out,) = inputs.promoted.answer(inputs.table, out)
+            (out,) = inputs.promoted.cast_back(inputs.backend, out)
         return (out, lse) if return_lse else out
 
     def project(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
@@ -172,10 +172,10 @@ class AttentionBasis:
             softcap=None,
         )
         check_basis(self, inputs, enable_gqa=enable_gqa)
-        with inputs.table.quietly():
+        with inputs.backend.ignore_overflow():
             maps = Maps.of(self, inputs.q)
-            q, k, v = inputs.promoted.answer(
-                inputs.table, *maps.project(inputs.q, inputs.k, inputs.v)
+            q, k, v = inputs.promoted.cast_back(
+                inputs.backend, *maps.project(inputs.q, inputs.k, inputs.v)
             )
             return q, k, v
 
@@ -284,9 +284,9 @@ def basis_from(arrays: Mapping[str, Any], like: Array | None) -> AttentionBasis:
     ranks = tuple((int(qk), int(v)) for qk, v in named.pop("ranks"))
     if like is None:
         return AttentionBasis(**named, ranks=ranks)
-    table = resolve(like=like)
-    named = {name: table.from_numpy(x, like) for name, x in named.items()}
-    basis: AttentionBasis = table.record(AttentionBasis, named, {"ranks": ranks})
+    backend = resolve(like=like)
+    named = {name: backend.from_numpy(x, like) for name, x in named.items()}
+    basis: AttentionBasis = backend.make_dataclass(AttentionBasis, named, {"ranks": ranks})
     return basis
 
 
@@ -383,17 +383,17 @@ def attend_maps(
     if len(buckets) == 1:
         ((_, *ranks),) = buckets
         return _attend(maps.cut(*ranks), inputs, enable_gqa=enable_gqa, with_lse=with_lse)
-    xp, table = inputs.table.xp, inputs.table
+    xp, backend = inputs.backend.xp, inputs.backend
     n_shared = _n_heads(maps.wq) // _n_heads(maps.wk)
     outs, lses, order = [], [], []
     for heads, *ranks in buckets:
         query_heads = [head * n_shared + i for head in heads for i in range(n_shared)]
-        some, part = _take_heads(maps, inputs, heads, query_heads, table)
+        some, part = _take_heads(maps, inputs, heads, query_heads, backend)
         out, lse = _attend(some.cut(*ranks), part, enable_gqa=enable_gqa, with_lse=with_lse)
         outs.append(out)
         lses.append(lse)
         order += query_heads
-    back = table.from_numpy(np.argsort(order), inputs.q, xp.int64)
+    back = backend.from_numpy(np.argsort(order), inputs.q, xp.int64)
     out = xp.take(xp.concat(outs, axis=-3), back, axis=-3)
     return out, xp.take(xp.concat(lses, axis=-2), back, axis=-2) if with_lse else None
 
@@ -413,12 +413,12 @@ def _buckets(maps: Maps) -> Iterator[tuple[list[int], int, int]]:
 
 
 def _take_heads(
-    maps: Maps, inputs: Inputs, heads: list[int], query_heads: list[int], table: Primitives
+    maps: Maps, inputs: Inputs, heads: list[int], query_heads: list[int], backend: Backend
 ) -> tuple[Maps, Inputs]:
     """Cut some key heads, and the query heads that share them, out of a basis and its inputs."""
-    xp = table.xp
+    xp = backend.xp
     of_keys, of_queries = (
-        table.from_numpy(np.asarray(one), inputs.q, xp.int64) for one in (heads, query_heads)
+        backend.from_numpy(np.asarray(one), inputs.q, xp.int64) for one in (heads, query_heads)
     )
 
     def take(x: Any, indices: Array) -> Any:
@@ -447,7 +447,7 @@ def _attend(
     maps: Maps, inputs: Inputs, *, enable_gqa: bool, with_lse: bool
 ) -> tuple[Array, Array | None]:
     """Exact attention in the dimensions of the basis, and back."""
-    xp, options = inputs.table.xp, inputs.options
+    xp, options = inputs.backend.xp, inputs.options
     q, k, v = maps.project(inputs.q, inputs.k, inputs.v)
     uv, mu, c = (per_query_head(x, inputs.q, xp) for x in (maps.uv, maps.mu, maps.c))
     if options.softcap is not None:

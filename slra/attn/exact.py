@@ -91,10 +91,12 @@ def attention(
         softcap=softcap,
     )
     if not check_flag(return_lse, "return_lse"):
-        (out,) = inputs.promoted.answer(inputs.table, attend_output(inputs, enable_gqa=enable_gqa))
+        (out,) = inputs.promoted.cast_back(
+            inputs.backend, attend_output(inputs, enable_gqa=enable_gqa)
+        )
         return out
     out, lse = attend(inputs, enable_gqa=enable_gqa)
-    (out,) = inputs.promoted.answer(inputs.table, out)
+    (out,) = inputs.promoted.cast_back(inputs.backend, out)
     return out, lse
 
 
@@ -102,7 +104,7 @@ def attend(inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
     """Attention of validated inputs, and its log-sum-exp, in the dtype computed in."""
     if enable_gqa:
         inputs = group_heads(inputs)
-    out, lse = inputs.table.attention(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.options)
+    out, lse = inputs.backend.attention(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.options)
     if not enable_gqa:
         return out, lse
     return join_heads(out, inputs, 2), join_heads(lse, inputs, 1)
@@ -112,5 +114,5 @@ def attend_output(inputs: Inputs, *, enable_gqa: bool) -> Array:
     """Attention of validated inputs where nobody asks for the log-sum-exp: some libraries are faster then."""
     if enable_gqa:
         inputs = group_heads(inputs)
-    out = inputs.table.attention_output(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.options)
+    out = inputs.backend.attention_output(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.options)
     return join_heads(out, inputs, 2) if enable_gqa else out

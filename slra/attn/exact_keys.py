@@ -20,10 +20,10 @@ class ExactKeys(NamedTuple):
 
 def find_exact_keys(data: Grouped, rows: list[int], n_exact: int) -> ExactKeys:
     """Take the keys that receive most attention from these rows, over the query heads that share them."""
-    table, xp = data.table, data.table.xp
-    weights = row_weights(data, take_rows(data.q, rows, table), data.k, rows)
-    indices = table.top_indices(xp.sum(weights, axis=(-3, -2)), n_exact)
-    every = xp.arange(data.k.shape[-2], device=table.creation_device(data.k))
+    backend, xp = data.backend, data.backend.xp
+    weights = row_weights(data, take_rows(data.q, rows, backend), data.k, rows)
+    indices = backend.top_indices(xp.sum(weights, axis=(-3, -2)), n_exact)
+    every = xp.arange(data.k.shape[-2], device=backend.creation_device(data.k))
     return ExactKeys(indices, ~xp.any(indices[..., None] == every, axis=-2))
 
 
@@ -43,7 +43,7 @@ def attend_with_exact_keys(
 
 def without(keys: ExactKeys, inputs: Inputs, *, enable_gqa: bool) -> Array:
     """Mask the keys that stay exact, besides those that are masked anyway."""
-    xp, mask = inputs.table.xp, inputs.mask
+    xp, mask = inputs.backend.xp, inputs.mask
     keep = keys.keep[..., None, :]
     if enable_gqa:
         keep = per_query_head(keep, inputs.q, xp)
@@ -58,7 +58,7 @@ def without(keys: ExactKeys, inputs: Inputs, *, enable_gqa: bool) -> Array:
 
 def _attend_exactly(inputs: Inputs, keys: ExactKeys, *, enable_gqa: bool) -> tuple[Array, Array]:
     part = exact_part(inputs, keys, enable_gqa=enable_gqa)
-    out, lse = part.table.attention(part.q, part.k, part.v, part.mask, part.options)
+    out, lse = part.backend.attention(part.q, part.k, part.v, part.mask, part.options)
     if not inputs.has_heads:
         return out[0, 0, ...], lse[0, 0, ...]
     return join_heads(out, inputs, 2), join_heads(lse, inputs, 1)
@@ -67,23 +67,23 @@ def _attend_exactly(inputs: Inputs, keys: ExactKeys, *, enable_gqa: bool) -> tup
 def exact_part(inputs: Inputs, keys: ExactKeys, *, enable_gqa: bool) -> Grouped:
     """Lay the queries out by key head, and beside them (..., H, 1, m, D) the keys that stay exact."""
     data = group(inputs, enable_gqa=enable_gqa)
-    k, v = (data.table.gather_rows(x, keys.indices)[..., None, :, :] for x in (data.k, data.v))
+    k, v = (data.backend.gather_rows(x, keys.indices)[..., None, :, :] for x in (data.k, data.v))
     options = data.options._replace(is_causal=False)
     return data._replace(k=k, v=v, mask=_mask(data, keys), options=options)
 
 
 def _mask(data: Grouped, keys: ExactKeys) -> Array | None:
     """Cut the columns of these keys out of the mask, and of the causal one, (..., H, G or 1, Nq or 1, m)."""
-    table, xp, mask = data.table, data.table.xp, data.mask
+    backend, xp, mask = data.backend, data.backend.xp, data.mask
     indices = keys.indices[..., None, :]
     if mask is not None and mask.shape[-1] > 1:
         mask = xp.reshape(mask, ((1,) * (data.q.ndim - mask.ndim) + tuple(mask.shape)))
-        columns = table.gather_rows(xp.matrix_transpose(mask), indices)
+        columns = backend.gather_rows(xp.matrix_transpose(mask), indices)
         mask = xp.matrix_transpose(columns)
     if not data.options.is_causal:
         return mask
     n_queries, n_keys = data.q.shape[-2], data.k.shape[-2]
-    rows = xp.arange(n_queries, device=table.creation_device(data.q))[:, None]
+    rows = xp.arange(n_queries, device=backend.creation_device(data.q))[:, None]
     seen = indices[..., None, :] <= rows + data.options.diagonal(n_queries, n_keys)
     if mask is None:
         return seen

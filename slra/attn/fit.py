@@ -70,7 +70,7 @@ def fit_attention(
     rtol : float, optional
         Relative Frobenius error of the output, per query head, to stay within. Each key head gets the pair of ranks
         with the smallest sum that does, and runs at these ranks. Not on lazy arrays: ranks would depend on data.
-    method : {"output", "joint", "svd"}
+    method : {"output", "scores", "svd"}
         What is approximated best: the output of attention; the products of queries and keys, and the values; or
         queries, keys and values each on its own, uncentred, per head.
     pool_batch : bool
@@ -98,7 +98,7 @@ def fit_attention(
 
     Notes
     -----
-    "svd" takes the right singular vectors of Q, K and V. "joint" takes the best rank of :math:`Q (K - 1 c^T)^T`, by QR
+    "svd" takes the right singular vectors of Q, K and V. "scores" takes the best rank of :math:`Q (K - 1 c^T)^T`, by QR
     of both and the SVD of the small core; the shift c, the mean key, changes no softmax weight. "output" replaces the
     Frobenius norm of the scores by one in which a key counts by the attention it receives, and projects V on the
     leading right singular vectors of the output; both are estimated from at least 128 rows of the attention matrix,
@@ -137,8 +137,8 @@ def fit_attention(
         softcap=softcap,
     )
     for name in ("q", "k", "v"):
-        check_finite(inputs.table, getattr(inputs, name), name)
-    with inputs.table.quietly():
+        check_finite(inputs.backend, getattr(inputs, name), name)
+    with inputs.backend.ignore_overflow():
         fitted = fit_inputs(
             inputs,
             rank,
@@ -151,7 +151,7 @@ def fit_attention(
         maps = lay_out(fitted)
         arrays = {**maps._asdict(), "error": predict_error(fitted)}
     ranks = arrays.pop("ranks")
-    basis: AttentionBasis = inputs.table.record(AttentionBasis, arrays, {"ranks": ranks})
+    basis: AttentionBasis = inputs.backend.make_dataclass(AttentionBasis, arrays, {"ranks": ranks})
     return basis
 
 
@@ -179,7 +179,7 @@ def fit_inputs(
     keep: Array | None = None,
 ) -> Fitted:
     """Fit validated inputs, to the keys that are to be kept; raise where rank or rtol is wrong."""
-    table = inputs.table
+    backend = inputs.backend
     limits = check_ranks(inputs, rank, rtol)
     rtol = None if rtol is None else check_positive(rtol, "rtol")
     data = group(constant_inputs(inputs), enable_gqa=enable_gqa)
@@ -198,14 +198,14 @@ def fit_inputs(
         ranks = choose_ranks(data, factors, test_rows, target, limits, pool_batch=pool_batch)
         factors = mask_ranks(factors, ranks, data)
     widest = max(qk for qk, _ in ranks), max(v for _, v in ranks)
-    maps = GroupedMaps(*cut(factors, *widest, table), factors.c, factors.mu)
+    maps = GroupedMaps(*cut(factors, *widest, backend), factors.c, factors.mu)
     return Fitted(data, factors, maps, tuple(ranks), test_rows, pool_batch, inputs.has_heads)
 
 
 def constant_inputs(inputs: Inputs) -> Inputs:
     """Cut gradients off."""
     named = {name: getattr(inputs, name) for name in ("q", "k", "v", "mask")}
-    constant = {name: inputs.table.constant(x) for name, x in named.items() if x is not None}
+    constant = {name: inputs.backend.stop_gradient(x) for name, x in named.items() if x is not None}
     return inputs._replace(**constant)
 
 
@@ -215,7 +215,7 @@ def check_ranks(inputs: Inputs, rank: Any, rtol: Any = None) -> tuple[int, int]:
     limit_v = min(inputs.v.shape[-2:])
     if rtol is not None:
         check_positive(rtol, "rtol")
-        if not inputs.table.is_eager(inputs.q):
+        if not inputs.backend.is_eager(inputs.q):
             raise ValueError("rank must be given instead of rtol for lazy arrays: ranks are static")
         if rank is None:
             return limit_qk, limit_v
@@ -233,7 +233,7 @@ def check_ranks(inputs: Inputs, rank: Any, rtol: Any = None) -> tuple[int, int]:
 def lay_out(fitted: Fitted) -> Maps:
     """Lay the maps out by query head and key head; without a head axis if the inputs have none."""
     maps = fitted.maps
-    uv = fitted.data.table.xp.matrix_transpose(maps.wv)
+    uv = fitted.data.backend.xp.matrix_transpose(maps.wv)
     wq = of_query_heads(maps.wq, fitted)
     laid_out = Maps(wq, maps.wk, maps.wv, uv, maps.c, maps.mu, fitted.ranks)
     if fitted.has_heads:
@@ -243,7 +243,7 @@ def lay_out(fitted: Fitted) -> Maps:
 
 def of_query_heads(x: Array, fitted: Fitted) -> Array:
     """Lay (..., H, G or 1, M, N) out by query head."""
-    xp, n_shared = fitted.data.table.xp, fitted.data.q.shape[-3]
+    xp, n_shared = fitted.data.backend.xp, fitted.data.q.shape[-3]
     x = xp.broadcast_to(x, (*x.shape[:-3], n_shared, *x.shape[-2:]))
     return xp.reshape(x, (*x.shape[:-4], x.shape[-4] * n_shared, *x.shape[-2:]))
 
@@ -252,5 +252,5 @@ def predict_error(fitted: Fitted) -> Array:
     """Relative error of the output on rows other than those of the fit, (..., Hq)."""
     data = fitted.data
     error = output_error(data, fitted.maps, fitted.test_rows, pool_batch=fitted.pool_batch)
-    error = data.table.xp.reshape(error, (*error.shape[:-2], -1))
+    error = data.backend.xp.reshape(error, (*error.shape[:-2], -1))
     return error if fitted.has_heads else error[..., 0]

@@ -40,24 +40,24 @@ def fold_maps(
 ) -> FoldedProjections:
     """Fold the arrays of a basis into weights (heads, E, D) and biases (heads, 1, D), both by name."""
     given = {**weights, **{name: x for name, x in biases.items() if x is not None}}
-    table = resolve(basis=maps["wq"], **given)
+    backend = resolve(basis=maps["wq"], **given)
     _check(maps, given)
-    promoted = promote(table, allow_complex=False, **given, **maps)
+    promoted = promote(backend, allow_complex=False, **given, **maps)
     cast = dict(zip([*given, *maps], promoted.arrays, strict=True))
     wq, wk, wv, uv, c, mu = (cast[name] for name in ("wq", "wk", "wv", "uv", "c", "mu"))
     w_q, w_k, w_v, w_o = (cast[name] for name in ("w_q", "w_k", "w_v", "w_o"))
     n_shared = wq.shape[0] // wk.shape[0]
-    xp = table.xp
+    xp = backend.xp
     uv, mu_q = (x if n_shared == 1 else xp.repeat(x, n_shared, axis=0) for x in (uv, mu))
     b_q = cast.get("b_q")
     b_k = (cast["b_k"] - c) if "b_k" in cast else -c
     b_v = (cast["b_v"] - mu) if "b_v" in cast else -mu
     b_o = xp.sum(mu_q @ w_o, axis=0)[0, ...]
     folded = (w_q @ wq, w_k @ wk, w_v @ wv, uv @ w_o, b_k @ wk, b_v @ wv)
-    w_q, w_k, w_v, w_o, b_k, b_v = promoted.answer(table, *folded)
+    w_q, w_k, w_v, w_o, b_k, b_v = promoted.cast_back(backend, *folded)
     if b_q is not None:
-        (b_q,) = promoted.answer(table, b_q @ wq)
-    (b_o,) = promoted.answer(table, b_o + cast["b_o"] if "b_o" in cast else b_o)
+        (b_q,) = promoted.cast_back(backend, b_q @ wq)
+    (b_o,) = promoted.cast_back(backend, b_o + cast["b_o"] if "b_o" in cast else b_o)
     return FoldedProjections(w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o)
 
 

@@ -49,7 +49,7 @@ def low_rank_attention(
         Dimensions to keep; a pair gives that of queries and keys, and that of values. With ``rtol``, at most as many.
     rtol : float, optional
         Relative error of the output to stay within, by the smallest ranks that do, see `fit_attention`.
-    method : {"output", "joint", "svd", "nystrom", "linformer", "favor", "topk"}
+    method : {"output", "scores", "svd", "nystrom", "linformer", "favor", "topk"}
         How the basis is fitted, see `fit_attention`: "svd" replaces Q, K and V each by its truncated SVD. The others
         are for comparison; what ``rank`` counts is, in this order, landmarks, random combinations of the keys,
         random features (from fixed seeds), and the dimensions in which the ``n_exact`` keys of each query are chosen.
@@ -117,12 +117,12 @@ def low_rank_attention(
     check_flag(return_lse, "return_lse")
     methods = (*METHODS, *BASELINES)
     thresholds, n_exact = check_options(inputs, method, methods, rtol, l1, n_exact)
-    with inputs.table.quietly():
+    with inputs.backend.ignore_overflow():
         if method in BASELINES:
             others = {"rtol": rtol is not None, "l1": any(thresholds), "basis": basis is not None}
             _check_baseline(inputs, method, {**others, "return_lse": return_lse}, n_exact)
             out = _baseline(inputs, method, rank, n_exact, enable_gqa=enable_gqa)
-            return inputs.promoted.answer(inputs.table, out)[0]
+            return inputs.promoted.cast_back(inputs.backend, out)[0]
         found = approximate(
             inputs,
             rank,
@@ -139,7 +139,7 @@ def low_rank_attention(
             out, lse = attend_maps(found.maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
         else:
             out, lse = attend_with_exact_keys(found.maps, inputs, found.keys, enable_gqa=enable_gqa)
-        (out,) = inputs.promoted.answer(inputs.table, out)
+        (out,) = inputs.promoted.cast_back(inputs.backend, out)
     return (out, lse) if return_lse else out
 
 

@@ -3,7 +3,7 @@
 import operator
 from typing import NamedTuple
 
-from slra._backends.agnostic_attention import sum_to
+from slra._backends.standard.attention import sum_to
 from slra._typing import Array, CausalAlign, Namespace
 from slra.attn._approximation import Mapped, Thresholded, approximate, check_options
 from slra.attn._inputs import Inputs, check_inputs, join_heads
@@ -54,7 +54,7 @@ def low_rank_attention_vjp(
     grad_out : array, shape (..., Hq, Nq, Dv)
         Gradient of a scalar with respect to ``out``.
     rank, rtol, method, l1, n_exact, basis
-        As they were given to `low_rank_attention`; of the methods "output", "joint" and "svd". Without ``basis`` the
+        As they were given to `low_rank_attention`; of the methods "output", "scores" and "svd". Without ``basis`` the
         fit is made a second time: to fit once, call `fit_attention` and give ``basis`` to both.
     grad_lse : array, shape (..., Hq, Nq), optional
         Gradient of the scalar with respect to ``lse``; zero by default.
@@ -119,7 +119,7 @@ def low_rank_attention_vjp(
         softcap=softcap,
     )
     thresholds, n_exact = check_options(inputs, method, tuple(METHODS), rtol, l1, n_exact)
-    with inputs.table.quietly():
+    with inputs.backend.ignore_overflow():
         found = approximate(
             inputs,
             rank,
@@ -135,7 +135,7 @@ def low_rank_attention_vjp(
             grads = _through_threshold(found, inputs, given, enable_gqa=enable_gqa)
         else:
             grads = _through_maps(found, inputs, given, enable_gqa=enable_gqa)
-        dq, dk, dv = inputs.promoted.answer(inputs.table, *_summed(grads, inputs))
+        dq, dk, dv = inputs.promoted.cast_back(inputs.backend, *_summed(grads, inputs))
     return dq, dk, dv
 
 
@@ -145,7 +145,7 @@ Given = tuple[Array, Array, Array, Array | None]
 
 def _summed(grads: Grads, inputs: Inputs) -> Grads:
     """Sum over the axes along which q, k and v were broadcast."""
-    xp = inputs.table.xp
+    xp = inputs.backend.xp
     dq, dk, dv = (
         sum_to(gradient, x.shape, xp)
         for gradient, x in zip(grads, (inputs.q, inputs.k, inputs.v), strict=True)
@@ -157,7 +157,7 @@ def _through_threshold(
     found: Thresholded, inputs: Inputs, given: Given, *, enable_gqa: bool
 ) -> Grads:
     """Gradient through exact attention, soft thresholds and projections."""
-    xp, hats = inputs.table.xp, found.inputs(inputs)
+    xp, hats = inputs.backend.xp, found.inputs(inputs)
     results = check_results(inputs, lse_shape(hats, enable_gqa=enable_gqa), *given)
     grads = pull_back(hats, results, enable_gqa=enable_gqa)
     passed = (
@@ -172,7 +172,7 @@ def _through_maps(found: Mapped, inputs: Inputs, given: Given, *, enable_gqa: bo
 
     Both see the same log-sum-exp and output, as the shards of the keys do.
     """
-    xp, keys = inputs.table.xp, found.keys
+    xp, keys = inputs.backend.xp, found.keys
     carried = _carry(found.maps, inputs)
     small = carried.project(inputs)
     if keys is not None:
@@ -196,7 +196,7 @@ class _Carried(NamedTuple):
 
     def project(self, inputs: Inputs) -> Inputs:
         """Replace q, k and v by q', k' and v'."""
-        xp = inputs.table.xp
+        xp = inputs.backend.xp
         _, k, v = self.maps.project(inputs.q, inputs.k, inputs.v)
         k, v = (xp.concat([x, xp.ones_like(x[..., :1])], axis=-1) for x in (k, v))
         return inputs._replace(q=inputs.q @ self.wq, k=k, v=v)
@@ -209,7 +209,7 @@ class _Carried(NamedTuple):
 
 
 def _carry(maps: Maps, inputs: Inputs) -> _Carried:
-    xp = inputs.table.xp
+    xp = inputs.backend.xp
     uv, mu, c = (per_query_head(x, maps.wq, xp) for x in (maps.uv, maps.mu, maps.c))
     return _Carried(
         maps,
@@ -223,15 +223,15 @@ def _through_exact_keys(
 ) -> Grads:
     """Gradient through the exact keys, each put where its key is."""
     part = exact_part(inputs, keys, enable_gqa=enable_gqa)
-    table, xp, lead = part.table, part.table.xp, part.q.shape[:-2]
+    backend, xp, lead = part.backend, part.backend.xp, part.q.shape[:-2]
     lse, delta, grad_out = (
         xp.reshape(x, (*lead, *x.shape[x.ndim - n :]))
         for x, n in zip(results, (1, 1, 2), strict=True)
     )
-    dq, dk, dv = table.attention_vjp(
+    dq, dk, dv = backend.attention_vjp(
         part.q, part.k, part.v, part.mask, part.options, lse, delta, grad_out
     )
-    every = xp.arange(inputs.k.shape[-2], device=table.creation_device(inputs.k))
+    every = xp.arange(inputs.k.shape[-2], device=backend.creation_device(inputs.k))
     place = xp.astype(every[:, None] == keys.indices[..., None, :], dk.dtype)
     dk, dv = (place @ x[..., 0, :, :] for x in (dk, dv))
     if not inputs.has_heads:

@@ -61,12 +61,12 @@ def merge_attention(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array
         raise ValueError(
             f"outs and lses must have the same length, got {len(outs)} and {len(lses)}"
         )
-    table = resolve(**named_outs, **named_lses)
+    backend = resolve(**named_outs, **named_lses)
     _check_shapes(named_outs, named_lses)
-    promoted = promote(table, allow_complex=False, **named_outs)
-    xp, shards = table.xp, promoted.arrays
-    with table.quietly():
-        lse = xp.stack(promote(table, allow_complex=False, **named_lses).arrays)
+    promoted = promote(backend, allow_complex=False, **named_outs)
+    xp, shards = backend.xp, promoted.arrays
+    with backend.ignore_overflow():
+        lse = xp.stack(promote(backend, allow_complex=False, **named_lses).arrays)
         peak = xp.max(lse, axis=0)
         # Where no part attends to anything the peak is -inf, and -inf - -inf would be NaN.
         shift = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
@@ -76,7 +76,7 @@ def merge_attention(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array
         total = xp.where(empty, xp.ones_like(total), total)
         weights = xp.astype(weights / total, shards[0].dtype)
         out = sum(weights[i, ..., None] * shard for i, shard in enumerate(shards))
-        (out,) = promoted.answer(table, out)
+        (out,) = promoted.cast_back(backend, out)
         return out, xp.where(empty, peak, shift + xp.log(total))
 
 

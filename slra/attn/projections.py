@@ -94,7 +94,7 @@ def fit_projections(
         softcap=None,
     )
     for name in ("q", "k", "v"):
-        check_finite(inputs.table, getattr(inputs, name), name)
+        check_finite(inputs.backend, getattr(inputs, name), name)
     fitted = fit_inputs(
         inputs, rank, rtol=rtol, method=method, enable_gqa=False, pool_batch=pool_batch
     )
@@ -108,7 +108,7 @@ def lay_out_projections(fitted: Fitted) -> Projections:
     oblique, which may as well be applied to Q and its transpose to K: the scores are the same.
     """
     maps, factors = fitted.maps, fitted.factors
-    transposed = fitted.data.table.xp.matrix_transpose
+    transposed = fitted.data.backend.xp.matrix_transpose
     left = factors.left[..., : maps.wk.shape[-1]]
     if factors.is_formula:
         q_up, k_up = transposed(left), transposed(maps.wk)

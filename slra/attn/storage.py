@@ -39,8 +39,8 @@ def load_layers(path: str | PathLike[str], writer: str) -> dict[str, Arrays]:
 
 
 def _arrays_of(basis: Any) -> Arrays:
-    table = resolve(basis=basis.wq)
-    arrays: Arrays = {name: table.to_numpy(getattr(basis, name)) for name in NAMES}
+    backend = resolve(basis=basis.wq)
+    arrays: Arrays = {name: backend.to_numpy(getattr(basis, name)) for name in NAMES}
     return {**arrays, "ranks": np.asarray(basis.ranks, dtype=np.int64)}
 
 

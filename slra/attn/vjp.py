@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from slra._backends.agnostic_attention import scores_batch_shape
+from slra._backends.standard.attention import scores_batch_shape
 from slra._typing import Array, CausalAlign
 from slra._validate import promote, resolve
 from slra.attn._inputs import Inputs, check_inputs, group_heads, join_heads, split_heads
@@ -98,10 +98,10 @@ def attention_vjp(
         softcap=softcap,
     )
     shape = lse_shape(inputs, enable_gqa=enable_gqa)
-    with inputs.table.quietly():
+    with inputs.backend.ignore_overflow():
         results = check_results(inputs, shape, out, lse, grad_out, grad_lse)
         grads = pull_back(inputs, results, enable_gqa=enable_gqa)
-        dq, dk, dv = inputs.promoted.answer(inputs.table, *grads)
+        dq, dk, dv = inputs.promoted.cast_back(inputs.backend, *grads)
     return dq, dk, dv
 
 
@@ -130,8 +130,8 @@ def check_results(
         right = shape if name.endswith("lse") else (*shape, inputs.v.shape[-1])
         if tuple(x.shape) != right:
             raise ValueError(f"{name} must have shape {right}, got {tuple(x.shape)}")
-    xp, dtype = inputs.table.xp, inputs.q.dtype
-    arrays = promote(inputs.table, allow_complex=False, **given).arrays
+    xp, dtype = inputs.backend.xp, inputs.q.dtype
+    arrays = promote(inputs.backend, allow_complex=False, **given).arrays
     out, lse, grad_out, *rest = (x if x.dtype == dtype else xp.astype(x, dtype) for x in arrays)
     delta = xp.sum(grad_out * out, axis=-1)
     return Results(lse, delta - rest[0] if rest else delta, grad_out)
@@ -153,7 +153,7 @@ def pull_back(inputs: Inputs, results: Results, *, enable_gqa: bool) -> tuple[Ar
         inputs = group_heads(inputs)
         lse, delta = (split_heads(x, inputs, 1) for x in (lse, delta))
         grad_out = split_heads(grad_out, inputs, 2)
-    dq, dk, dv = inputs.table.attention_vjp(
+    dq, dk, dv = inputs.backend.attention_vjp(
         inputs.q, inputs.k, inputs.v, inputs.mask, inputs.options, lse, delta, grad_out
     )
     if enable_gqa:

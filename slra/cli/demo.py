@@ -29,7 +29,7 @@ __all__ = [
     "relative_errors",
 ]
 
-METHODS = ("svd", "joint", "output")
+METHODS = ("svd", "scores", "output")
 RANKS = (4, 8, 16, 24, 32)
 N_ROUNDS = 5
 # The map is drawn for the middle rank and, as the heads go from easy to hard, the middle head.

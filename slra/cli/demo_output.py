@@ -18,7 +18,7 @@ HEADERS = (
 )
 CAPTION = (
     "error: norm(out - exact) / norm(exact), Frobenius, median and worst over heads. "
-    "K, V: all heads; rank r keeps n x r coordinates and a d x r basis of each, joint and output a shift too. "
+    "K, V: all heads; rank r keeps n x r coordinates and a d x r basis of each, scores and output a shift too. "
     f"time: the whole call, factoring included, median of {N_ROUNDS} interleaved."
 )
 

@@ -1,13 +1,13 @@
 """Matrices as a low-rank part and a sparse part."""
 
-from slra.decompose._sparse_low_rank_matrix import SparseLowRank
+from slra.decompose._sparse_low_rank_matrix import LowRankPlusSparse
 from slra.decompose.compress import compress
 from slra.decompose.robust_pca import RobustPCAResult, robust_pca
 from slra.decompose.sparse_low_rank import SparseLowRankResult, sparse_low_rank
 
 __all__ = [
+    "LowRankPlusSparse",
     "RobustPCAResult",
-    "SparseLowRank",
     "SparseLowRankResult",
     "compress",
     "robust_pca",

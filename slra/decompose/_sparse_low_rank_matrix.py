@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._npz import read_npz
 from slra._typing import Array
 from slra._validate import promote, resolve
 
-__all__ = ["SparseLowRank"]
+__all__ = ["LowRankPlusSparse"]
 
 
 class _Parts(NamedTuple):
@@ -21,7 +21,7 @@ class _Parts(NamedTuple):
     indices: Array
 
 
-class SparseLowRank(_Parts):
+class LowRankPlusSparse(_Parts):
     """A matrix held as ``left @ right`` plus the same number of sparse entries in every row.
 
     A named tuple of four arrays, so that JAX and others can take it apart; what `compress` returns.
@@ -65,20 +65,20 @@ class SparseLowRank(_Parts):
     @property
     def nbytes(self) -> int:
         """Bytes of the four arrays."""
-        table = resolve(left=self.left)
-        return sum(size_in_bytes(table, x) for x in self)
+        backend = resolve(left=self.left)
+        return sum(size_in_bytes(backend, x) for x in self)
 
     def to_dense(self) -> Array:
         """Return the matrix as an array, shape (..., m, n)."""
-        table = resolve(left=self.left)
-        sparse = table.scatter_rows(self.values, self.indices, self.shape[-1])
-        with table.quietly():
+        backend = resolve(left=self.left)
+        sparse = backend.scatter_rows(self.values, self.indices, self.shape[-1])
+        with backend.ignore_overflow():
             return self.left @ self.right + sparse
 
     def __matmul__(self, other: Array) -> Array:
         """Multiply by a vector (n,) or matrices (..., n, p)."""
-        table = resolve(left=self.left, other=other)
-        _check_factor(table, other)
+        backend = resolve(left=self.left, other=other)
+        _check_factor(backend, other)
         if other.shape[-1 if other.ndim == 1 else -2] != self.shape[-1]:
             raise ValueError(
                 f"other must have {self.shape[-1]} rows for a matrix of shape {self.shape}, "
@@ -86,14 +86,14 @@ class SparseLowRank(_Parts):
             )
         if other.ndim == 1:
             return (self @ other[:, None])[..., 0]
-        with table.quietly():
-            sparse = table.sparse_matmul(self.values, self.indices, other)
+        with backend.ignore_overflow():
+            sparse = backend.sparse_matmul(self.values, self.indices, other)
             return self.left @ (self.right @ other) + sparse
 
     def __rmatmul__(self, other: Array) -> Array:
         """Multiply a vector (m,) or matrices (..., p, m) by this."""
-        table = resolve(left=self.left, other=other)
-        _check_factor(table, other)
+        backend = resolve(left=self.left, other=other)
+        _check_factor(backend, other)
         if other.shape[-1] != self.shape[-2]:
             raise ValueError(
                 f"other must have {self.shape[-2]} columns for a matrix of shape {self.shape}, "
@@ -101,8 +101,8 @@ class SparseLowRank(_Parts):
             )
         if other.ndim == 1:
             return self.__rmatmul__(other[None, :])[..., 0, :]
-        sparse = table.scatter_rows(self.values, self.indices, self.shape[-1])
-        with table.quietly():
+        sparse = backend.scatter_rows(self.values, self.indices, self.shape[-1])
+        with backend.ignore_overflow():
             return (other @ self.left) @ self.right + other @ sparse
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -118,8 +118,8 @@ class SparseLowRank(_Parts):
         ValueError
             If the suffix is another.
         """
-        table = resolve(left=self.left)
-        arrays = {name: table.to_numpy(x) for name, x in zip(self._fields, self, strict=True)}
+        backend = resolve(left=self.left)
+        arrays = {name: backend.to_numpy(x) for name, x in zip(self._fields, self, strict=True)}
         if _suffix(path) == ".npz":
             with Path(path).open("wb") as file:
                 np.savez(file, allow_pickle=False, **arrays)
@@ -129,7 +129,7 @@ class SparseLowRank(_Parts):
         save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], *, like: Array | None = None) -> "SparseLowRank":
+    def load(cls, path: str | PathLike[str], *, like: Array | None = None) -> "LowRankPlusSparse":
         """Read what `save` wrote; nothing in the file is executed.
 
         Parameters
@@ -149,26 +149,26 @@ class SparseLowRank(_Parts):
         arrays = read(Path(path))
         _check_parts(arrays, path)
         if like is not None:
-            table = resolve(like=like)
+            backend = resolve(like=like)
             for name, a in arrays.items():
-                arrays[name] = table.from_numpy(a, like, getattr(table.xp, a.dtype.name))
+                arrays[name] = backend.from_numpy(a, like, getattr(backend.xp, a.dtype.name))
         return cls(**arrays)
 
 
-def _check_factor(table: Primitives, other: Array) -> None:
-    promote(table, other=other)
+def _check_factor(backend: Backend, other: Array) -> None:
+    promote(backend, other=other)
     if other.ndim == 0:
         raise ValueError("other must have 1 dimension or more, got shape ()")
 
 
-def size_in_bytes(table: Primitives, x: Array) -> int:
+def size_in_bytes(backend: Backend, x: Array) -> int:
     """Bytes of the entries of a floating or integer array."""
-    xp, count = table.xp, 1
+    xp, count = backend.xp, 1
     for n in x.shape:
         count *= n
     if xp.isdtype(x.dtype, "integral"):
         return count * int(xp.iinfo(x.dtype).bits) // 8
-    return count * int(xp.finfo(x.dtype).bits) // 8 * (2 if table.is_complex(x) else 1)
+    return count * int(xp.finfo(x.dtype).bits) // 8 * (2 if backend.is_complex(x) else 1)
 
 
 def _suffix(path: str | PathLike[str]) -> str:
@@ -181,7 +181,7 @@ def _suffix(path: str | PathLike[str]) -> str:
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
         loaded = read_npz(path)
-        return {name: loaded[name] for name in SparseLowRank._fields}
+        return {name: loaded[name] for name in LowRankPlusSparse._fields}
     except (ValueError, KeyError) as error:
         raise _not_one(path, error) from error
 
@@ -193,18 +193,18 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     try:
         loaded = load(content)
-        return {name: loaded[name] for name in SparseLowRank._fields}
+        return {name: loaded[name] for name in LowRankPlusSparse._fields}
     except (SafetensorError, KeyError, ValueError) as error:
         raise _not_one(path, error) from error
 
 
 def _not_one(path: str | PathLike[str], why: object) -> ValueError:
-    return ValueError(f"{str(path)!r} does not hold a SparseLowRank: {why}")
+    return ValueError(f"{str(path)!r} does not hold a LowRankPlusSparse: {why}")
 
 
 def _check_parts(arrays: dict[str, np.ndarray[Any, Any]], path: str | PathLike[str]) -> None:
     """Raise ValueError unless four arrays make a matrix."""
-    left, right, values, indices = (arrays[name] for name in SparseLowRank._fields)
+    left, right, values, indices = (arrays[name] for name in LowRankPlusSparse._fields)
     if len({left.dtype, right.dtype, values.dtype}) > 1 or left.dtype.kind not in "fc":
         raise _not_one(path, "left, right and values must have one floating dtype")
     if indices.dtype.kind != "i":

@@ -3,8 +3,8 @@
 import math
 from typing import Literal
 
-from slra._backends import Primitives
-from slra._backends.agnostic_sparse import index_dtype
+from slra._backends import Backend
+from slra._backends.standard.sparse import index_dtype
 from slra._typing import Array
 from slra._validate import (
     check_count,
@@ -15,7 +15,7 @@ from slra._validate import (
     promote,
     resolve,
 )
-from slra.decompose._sparse_low_rank_matrix import SparseLowRank, size_in_bytes
+from slra.decompose._sparse_low_rank_matrix import LowRankPlusSparse, size_in_bytes
 from slra.svd._linear_map import brought_in_range, scaled_back
 from slra.svd.truncated import thin_svd
 
@@ -24,7 +24,7 @@ __all__ = ["compress"]
 
 def compress(
     x: Array, rank: int, density: float | Literal["auto"], *, n_iter: int = 20
-) -> SparseLowRank:
+) -> LowRankPlusSparse:
     r"""Approximate ``x`` by ``left @ right`` plus a fixed number of sparse entries in every row.
 
     Parameters
@@ -44,7 +44,7 @@ def compress(
 
     Returns
     -------
-    SparseLowRank
+    LowRankPlusSparse
         In the dtype and on the device of ``x``.
 
     Raises
@@ -79,42 +79,42 @@ def compress(
     >>> small.values.shape, bool(np.allclose(small.to_dense(), x))
     ((4, 1), True)
     """
-    table = resolve(x=x)
+    backend = resolve(x=x)
     check_matrix(x, "x")
     rank = check_rank(rank, min(x.shape[-2:]), limit_is="min of the last two axes of x")
     n_iter = check_count(n_iter, "n_iter")
-    promoted = promote(table, x=x)
+    promoted = promote(backend, x=x)
     if isinstance(density, str) and density == "auto":
-        if x.ndim != 2 or not table.is_eager(x):
+        if x.ndim != 2 or not backend.is_eager(x):
             raise ValueError(
                 "density must be a number for a batch, in a traced function and for a lazy array: "
                 '"auto" compares the errors of one matrix'
             )
-        splits = _equal_bytes(x, rank, table)
+        splits = _equal_bytes(x, rank, backend)
     else:
         fraction = check_positive(density, "density", allow_zero=True)
         if fraction > 1:
             raise ValueError(f"density must be between 0 and 1, or 'auto', got {density}")
         splits = [(rank, round(fraction * x.shape[-1]))]
     (work,) = promoted.arrays
-    check_finite(table, work, "x")
-    work, exponent = brought_in_range(work, table)
-    found = [_alternate(work, r, k, n_iter, table) for r, k in splits]
+    check_finite(backend, work, "x")
+    work, exponent = brought_in_range(work, backend)
+    found = [_alternate(work, r, k, n_iter, backend) for r, k in splits]
     best = (found[0] if len(found) == 1 else min(found, key=_by_error))[1]
-    left, values = (scaled_back(part, exponent, table) for part in (best.left, best.values))
-    left, right, values = promoted.answer(table, left, best.right, values)
-    return SparseLowRank(left, right, values, best.indices)
+    left, values = (scaled_back(part, exponent, backend) for part in (best.left, best.values))
+    left, right, values = promoted.cast_back(backend, left, best.right, values)
+    return LowRankPlusSparse(left, right, values, best.indices)
 
 
-def _by_error(candidate: tuple[float, SparseLowRank]) -> float:
+def _by_error(candidate: tuple[float, LowRankPlusSparse]) -> float:
     return candidate[0]
 
 
-def _equal_bytes(x: Array, rank: int, table: Primitives) -> list[tuple[int, int]]:
+def _equal_bytes(x: Array, rank: int, backend: Backend) -> list[tuple[int, int]]:
     """Ranks and entries per row that take no more bytes than rank ``rank`` alone; that one first."""
     m, n = x.shape
-    entry = size_in_bytes(table, x) // (m * n)
-    sparse = m * (entry + int(table.xp.iinfo(index_dtype(table.xp, n)).bits) // 8)
+    entry = size_in_bytes(backend, x) // (m * n)
+    sparse = m * (entry + int(backend.xp.iinfo(index_dtype(backend.xp, n)).bits) // 8)
     splits = {rank: 0}
     for lower in range(rank - 1, -1, -1):
         n_entries = min(n, (rank - lower) * (m + n) * entry // sparse)
@@ -125,23 +125,23 @@ def _equal_bytes(x: Array, rank: int, table: Primitives) -> list[tuple[int, int]
 
 
 def _alternate(
-    x: Array, rank: int, n_entries: int, n_iter: int, table: Primitives
-) -> tuple[float, SparseLowRank]:
+    x: Array, rank: int, n_entries: int, n_iter: int, backend: Backend
+) -> tuple[float, LowRankPlusSparse]:
     """Alternate the best low-rank part and the best sparse one; also the error, where it can be known."""
-    xp, n = table.xp, x.shape[-1]
-    values, indices = table.largest_in_rows(xp.zeros_like(x), n_entries)
+    xp, n = backend.xp, x.shape[-1]
+    values, indices = backend.largest_in_rows(xp.zeros_like(x), n_entries)
     sparse = xp.zeros_like(x)
     for _ in range(n_iter if n_entries else 0):
-        left, right = _low_rank(x - sparse, rank, table)
-        values, indices = table.largest_in_rows(x - left @ right, n_entries)
-        sparse = table.scatter_rows(values, indices, n)
-    left, right = _low_rank(x - sparse, rank, table)
+        left, right = _low_rank(x - sparse, rank, backend)
+        values, indices = backend.largest_in_rows(x - left @ right, n_entries)
+        sparse = backend.scatter_rows(values, indices, n)
+    left, right = _low_rank(x - sparse, rank, backend)
     error = math.nan
-    if table.is_eager(x):
+    if backend.is_eager(x):
         error = float(xp.linalg.vector_norm(x - left @ right - sparse))
-    return error, SparseLowRank(left, right, values, indices)
+    return error, LowRankPlusSparse(left, right, values, indices)
 
 
-def _low_rank(x: Array, rank: int, table: Primitives) -> tuple[Array, Array]:
-    U, S, Vh = thin_svd(x, table)
+def _low_rank(x: Array, rank: int, backend: Backend) -> tuple[Array, Array]:
+    U, S, Vh = thin_svd(x, backend)
     return U[..., :rank] * S[..., None, :rank], Vh[..., :rank, :]

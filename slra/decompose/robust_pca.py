@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import RNG, Array
 from slra._validate import (
     check_count,
@@ -144,46 +144,46 @@ def robust_pca(
     >>> result.converged, round(float(result.sparse[3, 4]), 3)
     (True, 100.0)
     """
-    table = resolve(x=x, optional={"mask": mask})
+    backend = resolve(x=x, optional={"mask": mask})
     check_matrix(x, "x")
     if x.ndim != 2:
         raise ValueError(f"x must be one matrix, (m, n), got shape {tuple(x.shape)}")
-    if not table.is_eager(x):
+    if not backend.is_eager(x):
         raise ValueError(
             "x must have values that can be looked at: robust_pca iterates until they say so, "
             "which neither a traced function nor a lazy array can follow"
         )
-    promoted = promote(table, x=x)
+    promoted = promote(backend, x=x)
     (work,) = promoted.arrays
-    observed = _observed(mask, x, table)
+    observed = _observed(mask, x, backend)
     if mask is not None:
-        work = table.xp.where(mask, work, 0.0)
-    check_finite(table, work, "x")
+        work = backend.xp.where(mask, work, 0.0)
+    check_finite(backend, work, "x")
     if l1 is None:
         l1 = 1 / math.sqrt(observed * max(x.shape))
-    weight = check_positive(l1, "l1", limits=table.xp.finfo(work.dtype))
-    tol = max(check_positive(tol, "tol"), 30 * float(table.xp.finfo(work.dtype).eps))
+    weight = check_positive(l1, "l1", limits=backend.xp.finfo(work.dtype))
+    tol = max(check_positive(tol, "tol"), 30 * float(backend.xp.finfo(work.dtype).eps))
     generator = check_rng(rng)
     if (limit := check_count(max_iter, "max_iter")) == 0:
         raise ValueError("max_iter must be 1 or more, got 0")
-    work, exponent = brought_in_range(work, table)
-    result = _pursue(work, weight, mask, tol, limit, generator, table)
-    parts = [scaled_back(x, exponent, table) for x in (result.low_rank, result.sparse)]
-    low_rank, sparse = promoted.answer(table, *parts)
+    work, exponent = brought_in_range(work, backend)
+    result = _pursue(work, weight, mask, tol, limit, generator, backend)
+    parts = [scaled_back(x, exponent, backend) for x in (result.low_rank, result.sparse)]
+    low_rank, sparse = promoted.cast_back(backend, *parts)
     return result._replace(low_rank=low_rank, sparse=sparse)
 
 
-def _observed(mask: Array | None, x: Array, table: Primitives) -> float:
+def _observed(mask: Array | None, x: Array, backend: Backend) -> float:
     """Fraction of entries that a mask lets through."""
     if mask is None:
         return 1.0
-    if not is_kind(table.xp, mask.dtype, "bool"):
+    if not is_kind(backend.xp, mask.dtype, "bool"):
         raise TypeError(f"mask must be boolean, True where x was observed, got {mask.dtype}")
     if tuple(mask.shape) != tuple(x.shape):
         raise ValueError(
             f"mask must have the shape of x, {tuple(x.shape)}, got {tuple(mask.shape)}"
         )
-    n_observed = int(table.xp.count_nonzero(mask))
+    n_observed = int(backend.xp.count_nonzero(mask))
     if n_observed == 0:
         raise ValueError("mask must be True somewhere")
     return float(n_observed / math.prod(x.shape))
@@ -196,9 +196,9 @@ def _pursue(
     tol: float,
     max_iter: int,
     rng: np.random.Generator,
-    table: Primitives,
+    backend: Backend,
 ) -> RobustPCAResult:
-    xp = table.xp
+    xp = backend.xp
     zero = xp.zeros_like(x)
     peak = float(xp.max(xp.abs(x)))
     if peak == 0:
@@ -210,7 +210,7 @@ def _pursue(
     start = x / max(largest, 1 / l1)
     state = _State(zero, start, 1.25 / largest, None, zero, 1.0, 1.0)
     for n_iter in itertools.count(1):
-        state = _step(x, weight, state, tol, rng, table)
+        state = _step(x, weight, state, tol, rng, backend)
         if state.residual <= tol or n_iter == max_iter:
             break
     sparse = state.sparse if mask is None else xp.where(mask, state.sparse, 0.0)
@@ -225,18 +225,18 @@ def _step(
     state: _State,
     tol: float,
     rng: np.random.Generator,
-    table: Primitives,
+    backend: Backend,
 ) -> _State:
-    xp = table.xp
+    xp = backend.xp
     mu = state.penalty
     svd_tol = max(min(1e-3, state.primal / 10), tol / 100)
     shifted = x + state.multiplier / mu
     U, S, Vh = shrink_singular_values(
-        shifted - state.sparse, 1 / mu, state.basis, rng, table, tol=svd_tol
+        shifted - state.sparse, 1 / mu, state.basis, rng, backend, tol=svd_tol
     )
     low_rank = (U * S) @ Vh
     rest = shifted - low_rank
-    sparse = table.soft_threshold(rest, weight / mu)
+    sparse = backend.soft_threshold(rest, weight / mu)
     # Y + mu (x - L - S), whose entries are those that the threshold has taken off.
     multiplier = mu * (rest - sparse)
 

@@ -3,8 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
-from slra._backends import Primitives
-from slra._backends.agnostic import matrix_h
+from slra._backends import Backend
+from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra._validate import (
     check_choice,
@@ -160,7 +160,7 @@ def sparse_low_rank(
     >>> bool(np.allclose(result.x[:3, :2], 3.0)), float(result.x[5, 4])
     (True, 0.0)
     """
-    table = resolve(x=x)
+    backend = resolve(x=x)
     check_matrix(x, "x")
     if x.ndim != 2:
         raise ValueError(f"x must be one matrix, (m, n), got shape {tuple(x.shape)}")
@@ -168,26 +168,26 @@ def sparse_low_rank(
     l1 = check_positive(l1, "l1", allow_zero=True)
     check_choice(start, ("best", "soft", "svd"), "start")
     n_max = check_count(max_iter, "max_iter")
-    if not table.is_eager(x):
+    if not backend.is_eager(x):
         raise ValueError(
             "x must have values that can be looked at: sparse_low_rank iterates until they say so, "
             "which neither a traced function nor a lazy array can follow"
         )
-    promoted = promote(table, x=x)
+    promoted = promote(backend, x=x)
     (work,) = promoted.arrays
-    check_finite(table, work, "x")
-    tol = max(check_positive(tol, "tol"), 4 * float(table.xp.finfo(work.dtype).eps) ** 0.5)
-    work, exponent = brought_in_range(work, table)
-    peak = float(table.xp.max(table.xp.abs(work))) or 1.0
+    check_finite(backend, work, "x")
+    tol = max(check_positive(tol, "tol"), 4 * float(backend.xp.finfo(work.dtype).eps) ** 0.5)
+    work, exponent = brought_in_range(work, backend)
+    peak = float(backend.xp.max(backend.xp.abs(work))) or 1.0
     starts = ("soft", "svd") if start == "best" else (start,)
     # Beyond 1 the solution is zero, whatever the weight, which may be infinite here.
     weight = min(l1 / _scaled_back(peak, exponent), 2.0)
-    results = [_descend(work / peak, rank, weight, s, tol, n_max, table) for s in starts]
+    results = [_descend(work / peak, rank, weight, s, tol, n_max, backend) for s in starts]
     best = min(results, key=lambda result: float(result.objective[-1]))
-    parts = [scaled_back(x * peak, exponent, table) for x in (best.x, best.left)]
-    values = scaled_back(best.objective[:, None] * peak * peak, exponent, table)
-    values = scaled_back(values, exponent, table)[:, 0]
-    approx, left, right, values = promoted.answer(table, *parts, best.right, values)
+    parts = [scaled_back(x * peak, exponent, backend) for x in (best.x, best.left)]
+    values = scaled_back(best.objective[:, None] * peak * peak, exponent, backend)
+    values = scaled_back(values, exponent, backend)[:, 0]
+    approx, left, right, values = promoted.cast_back(backend, *parts, best.right, values)
     bound = _scaled_back(_scaled_back(best.lower_bound * peak * peak, exponent), exponent)
     return SparseLowRankResult(
         approx, left, right, values, best.stationarity, best.converged, bound
@@ -203,71 +203,71 @@ def _scaled_back(number: float, exponent: Array | None) -> float:
 
 
 def _descend(
-    x: Array, rank: int, l1: float, start: str, tol: float, max_iter: int, table: Primitives
+    x: Array, rank: int, l1: float, start: str, tol: float, max_iter: int, backend: Backend
 ) -> SparseLowRankResult:
-    xp = table.xp
-    size = _norm(x, table) or 1.0
-    begin = x if start == "svd" else table.soft_threshold(x, l1)
-    point = _truncate(x, begin, rank, l1, table)
+    xp = backend.xp
+    size = _norm(x, backend) or 1.0
+    begin = x if start == "svd" else backend.soft_threshold(x, l1)
+    point = _truncate(x, begin, rank, l1, backend)
     history = [point.objective]
     tangent = _Tangent(point.x, xp.zeros_like(x), math.inf)
     for iteration in range(max_iter + 1):
-        tangent = _solve_tangent(x, point, tangent.dual, l1, tol * size, table)
-        stationarity = (_norm(tangent.x - point.x, table) + tangent.error) / size
+        tangent = _solve_tangent(x, point, tangent.dual, l1, tol * size, backend)
+        stationarity = (_norm(tangent.x - point.x, backend) + tangent.error) / size
         if stationarity <= tol or iteration == max_iter:
             break
-        following = _line_search(x, point, tangent.x, rank, l1, table)
+        following = _line_search(x, point, tangent.x, rank, l1, backend)
         if following is None:
             break
         point = following
         history.append(point.objective)
     # Any dual matrix gives a bound; the second one is the better where the result is close to zero.
-    duals = (tangent.dual, x - table.soft_threshold(x, l1))
-    bound = max(_lower_bound(x, dual, rank, table) for dual in duals)
+    duals = (tangent.dual, x - backend.soft_threshold(x, l1))
+    bound = max(_lower_bound(x, dual, rank, backend) for dual in duals)
     objective = xp.asarray(
-        history, dtype=table.real_dtype(x.dtype), device=table.creation_device(x)
+        history, dtype=backend.real_dtype(x.dtype), device=backend.creation_device(x)
     )
     return SparseLowRankResult(
         point.x, point.left, point.Vh, objective, stationarity, stationarity <= tol, bound
     )
 
 
-def _lower_bound(x: Array, dual: Array, rank: int, table: Primitives) -> float:
+def _lower_bound(x: Array, dual: Array, rank: int, backend: Backend) -> float:
     """Minimum over all matrices of the rank of ``1/2 ||x - X||^2 + <dual, X>``."""
-    S = thin_svd(x - dual, table)[1]
-    return (_norm(x, table) ** 2 - _norm(S[:rank], table) ** 2) / 2
+    S = thin_svd(x - dual, backend)[1]
+    return (_norm(x, backend) ** 2 - _norm(S[:rank], backend) ** 2) / 2
 
 
-def _objective(x: Array, approx: Array, l1: float, table: Primitives) -> float:
-    return _norm(x - approx, table) ** 2 / 2 + l1 * float(table.xp.sum(table.xp.abs(approx)))
+def _objective(x: Array, approx: Array, l1: float, backend: Backend) -> float:
+    return _norm(x - approx, backend) ** 2 / 2 + l1 * float(backend.xp.sum(backend.xp.abs(approx)))
 
 
-def _norm(x: Array, table: Primitives) -> float:
-    return float(table.xp.linalg.vector_norm(x))
+def _norm(x: Array, backend: Backend) -> float:
+    return float(backend.xp.linalg.vector_norm(x))
 
 
-def _truncate(x: Array, whole: Array, rank: int, l1: float, table: Primitives) -> _Point:
-    return _as_point(x, *(thin_svd(whole, table)), rank, l1, table)
+def _truncate(x: Array, whole: Array, rank: int, l1: float, backend: Backend) -> _Point:
+    return _as_point(x, *(thin_svd(whole, backend)), rank, l1, backend)
 
 
 def _as_point(
-    x: Array, U: Array, S: Array, Vh: Array, rank: int, l1: float, table: Primitives
+    x: Array, U: Array, S: Array, Vh: Array, rank: int, l1: float, backend: Backend
 ) -> _Point:
     U, Vh = U[:, :rank], Vh[:rank, :]
     left = U * S[:rank]
     approx = left @ Vh
-    return _Point(U, Vh, left, approx, _objective(x, approx, l1, table))
+    return _Point(U, Vh, left, approx, _objective(x, approx, l1, backend))
 
 
 def _line_search(
-    x: Array, point: _Point, target: Array, rank: int, l1: float, table: Primitives
+    x: Array, point: _Point, target: Array, rank: int, l1: float, backend: Backend
 ) -> _Point | None:
     """Truncate ``X + a (Z - X)`` to the rank, halving a until the objective falls enough."""
     direction = target - point.x
-    square = _norm(direction, table) ** 2
+    square = _norm(direction, backend) ** 2
     step = 1.0
     while step > SHORTEST_STEP:
-        candidate = _retract(x, point, point.x + step * direction, rank, l1, table)
+        candidate = _retract(x, point, point.x + step * direction, rank, l1, backend)
         if candidate.objective <= point.objective - SUFFICIENT * step * square:
             return candidate
         step /= 2
@@ -275,19 +275,19 @@ def _line_search(
 
 
 def _retract(
-    x: Array, point: _Point, whole: Array, rank: int, l1: float, table: Primitives
+    x: Array, point: _Point, whole: Array, rank: int, l1: float, backend: Backend
 ) -> _Point:
     """Nearest matrix of the rank to one in the tangent space, through its factors of twice the rank."""
-    xp = table.xp
+    xp = backend.xp
     if 2 * rank >= min(x.shape):
-        return _truncate(x, whole, rank, l1, table)
+        return _truncate(x, whole, rank, l1, backend)
     U, Vh = point.U, point.Vh
     rows = matrix_h(U, xp) @ whole
     columns = (whole - U @ rows) @ matrix_h(Vh, xp)
-    Q, R = table.qr(xp.concat([U, columns], axis=1))
-    P, L = table.qr(matrix_h(xp.concat([rows, Vh], axis=0), xp))
-    W, S, Th = table.small_svd(R @ matrix_h(L, xp))
-    return _as_point(x, Q @ W, S, Th @ matrix_h(P, xp), rank, l1, table)
+    Q, R = backend.qr(xp.concat([U, columns], axis=1))
+    P, L = backend.qr(matrix_h(xp.concat([rows, Vh], axis=0), xp))
+    W, S, Th = backend.small_svd(R @ matrix_h(L, xp))
+    return _as_point(x, Q @ W, S, Th @ matrix_h(P, xp), rank, l1, backend)
 
 
 def _project_tangent(whole: Array, point: _Point, xp: Any) -> Array:
@@ -298,31 +298,31 @@ def _project_tangent(whole: Array, point: _Point, xp: Any) -> Array:
 
 
 def _solve_tangent(
-    x: Array, point: _Point, dual: Array, l1: float, tol: float, table: Primitives
+    x: Array, point: _Point, dual: Array, l1: float, tol: float, backend: Backend
 ) -> _Tangent:
     """Accelerated projected gradient on the dual, whose gradient ``Z`` is 1-Lipschitz, with restart.
 
     The gap is ``l1 ||Z||_1 - <W, Z>``, and ``||Z - Z*||^2 <= 2 gap`` because the primal is strongly convex.
     """
-    xp = table.xp
+    xp = backend.xp
     last, t = dual, 1.0
     for _ in range(MAX_INNER):
         Z = _project_tangent(x - dual, point, xp)
         # Entry by entry, each 0 or more: a difference of two sums would cancel.
-        inside = xp.real(xp.conj(dual) * Z) if table.is_complex(x) else dual * Z
+        inside = xp.real(xp.conj(dual) * Z) if backend.is_complex(x) else dual * Z
         gap = max(0.0, float(xp.sum(l1 * xp.abs(Z) - inside)))
         # Half of the step that it decides, or of the step that would end the descent.
-        if math.sqrt(2 * gap) <= 0.5 * max(tol, _norm(Z - point.x, table)):
+        if math.sqrt(2 * gap) <= 0.5 * max(tol, _norm(Z - point.x, backend)):
             break
         ascended = dual + Z
-        following = ascended - table.soft_threshold(ascended, l1)
+        following = ascended - backend.soft_threshold(ascended, l1)
         move = following - last
         # Momentum that points away from the gradient is dropped.
-        if float(inner(dual - following, move, table)) > 0:
+        if float(inner(dual - following, move, backend)) > 0:
             t, dual = 1.0, following
         else:
             t, old = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
             dual = following + (old - 1) / t * move
-            dual = dual - table.soft_threshold(dual, l1)
+            dual = dual - backend.soft_threshold(dual, l1)
         last = following
     return _Tangent(Z, dual, math.sqrt(2 * gap))

@@ -76,7 +76,7 @@ def attend(
     )
     maps = Maps.of(projections.maps(ranks), inputs.q)
     out, _ = attend_maps(maps, inputs, enable_gqa=False, with_lse=False)
-    return inputs.promoted.answer(inputs.table, out)[0], given
+    return inputs.promoted.cast_back(inputs.backend, out)[0], given
 
 
 def _exact(q: Array, k: Array, v: Array, mask: Array | None, is_causal: bool) -> Array:

@@ -64,7 +64,7 @@ class LowRankAttention(nn.MultiheadAttention):
     rtol : float, optional
         Choose the ranks of each head at each fit, the smallest within this relative error of the head's output on the
         data of the fit. Eager only.
-    method : {"svd", "joint", "output"}
+    method : {"svd", "scores", "output"}
         How subspaces are fitted, see `slra.fit_attention`: "svd" to the right singular vectors of Q, K and V.
     basis : {"layer", "sequence"}
         "layer": one for the layer, fitted to training batches and kept in buffers, as running statistics are.

@@ -51,7 +51,7 @@ def register(
         basis, see `attach`, can be run.
     rtol : float, optional
         Relative error of each head's output to stay within.
-    method : {"output", "joint", "svd"}
+    method : {"output", "scores", "svd"}
         How bases are fitted, see `slra.fit_attention`.
 
     Raises
@@ -69,7 +69,7 @@ def register(
     known = AttentionInterface()
     if not name or name == "eager" or (name in known and not is_implementation(known[name])):
         raise ValueError(f"name must be a new one, got {name!r}, which is another implementation's")
-    check_choice(method, ("output", "joint", "svd"), "method")
+    check_choice(method, ("output", "scores", "svd"), "method")
     for one in rank if isinstance(rank, Sequence) else (rank,):
         if one is not None:
             check_rank(one, _WIDEST_HEAD, limit_is="no head is wider")

@@ -43,13 +43,13 @@ def project_box(x: Array, lo: float | Array, hi: float | Array) -> Array:
     >>> prox.project_box(np.asarray([-3.0, 0.5, 2.0]), 0.0, 1.0).tolist()
     [0.0, 0.5, 1.0]
     """
-    table = resolve(x=x)
-    promoted = promote(table, allow_complex=False, x=x)
+    backend = resolve(x=x)
+    promoted = promote(backend, allow_complex=False, x=x)
     (x,) = promoted.arrays
-    lo, hi = check_bound(table, x, lo, "lo"), check_bound(table, x, hi, "hi")
+    lo, hi = check_bound(backend, x, lo, "lo"), check_bound(backend, x, hi, "hi")
     in_order = lo <= hi
     if not isinstance(in_order, bool):
-        in_order = bool(table.xp.all(in_order)) if table.is_eager(in_order) else True
+        in_order = bool(backend.xp.all(in_order)) if backend.is_eager(in_order) else True
     if not in_order:
         raise ValueError("lo must be at most hi everywhere, and neither may be NaN")
-    return promoted.answer(table, table.at_most(table.at_least(x, lo), hi))[0]
+    return promoted.cast_back(backend, backend.at_most(backend.at_least(x, lo), hi))[0]

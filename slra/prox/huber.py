@@ -51,15 +51,15 @@ def prox_huber(x: Array, tau: float | Array, *, delta: float) -> Array:
     >>> prox.prox_huber(np.asarray([-3.0, 0.5, 2.0]), 1.0, delta=1.0).tolist()
     [-2.0, 0.25, 1.0]
     """
-    table = resolve(x=x)
-    promoted = promote(table, x=x)
+    backend = resolve(x=x)
+    promoted = promote(backend, x=x)
     (x,) = promoted.arrays
-    tau = check_tau(table, x, tau)
-    delta = check_positive(delta, "delta", limits=table.xp.finfo(x.dtype))
-    with table.quietly():
+    tau = check_tau(backend, x, tau)
+    delta = check_positive(delta, "delta", limits=backend.xp.finfo(x.dtype))
+    with backend.ignore_overflow():
         shrunk = x / (1 + tau)
         # What lies beyond delta is the soft threshold of the shrunk x; it moves by tau * delta instead.
-        return promoted.answer(table, shrunk + tau * table.soft_threshold(shrunk, delta))[0]
+        return promoted.cast_back(backend, shrunk + tau * backend.soft_threshold(shrunk, delta))[0]
 
 
 def norm_huber(x: Array, *, delta: float, axis: int | tuple[int, ...] | None = None) -> Array:
@@ -97,11 +97,11 @@ def norm_huber(x: Array, *, delta: float, axis: int | tuple[int, ...] | None = N
     >>> float(prox.norm_huber(np.asarray([-3.0, 1.0]), delta=2.0))
     4.5
     """
-    table = resolve(x=x)
-    (x,) = promote(table, x=x).arrays
-    delta = check_positive(delta, "delta", limits=table.xp.finfo(x.dtype))
+    backend = resolve(x=x)
+    (x,) = promote(backend, x=x).arrays
+    delta = check_positive(delta, "delta", limits=backend.xp.finfo(x.dtype))
     axis = check_sum_axis(x, axis)
-    with table.quietly():
-        modulus = table.xp.abs(x)
-        square = table.at_most(modulus, delta)
-        return table.xp.sum(square * (modulus - square / 2), axis=axis)
+    with backend.ignore_overflow():
+        modulus = backend.xp.abs(x)
+        square = backend.at_most(modulus, delta)
+        return backend.xp.sum(square * (modulus - square / 2), axis=axis)

@@ -46,14 +46,14 @@ def prox_l0(x: Array, tau: float | Array) -> Array:
     >>> prox.prox_l0(np.asarray([-3.0, 0.5, 2.0]), 2.5).tolist()
     [-3.0, 0.0, 0.0]
     """
-    table = resolve(x=x)
-    promoted = promote(table, x=x)
+    backend = resolve(x=x)
+    promoted = promote(backend, x=x)
     (x,) = promoted.arrays
-    tau = check_tau(table, x, tau)
+    tau = check_tau(backend, x, tau)
     # Not the root of 2 tau, which may be infinite.
     cut = 2 * (tau / 2) ** 0.5
     # Written with <= so that NaN is kept.
-    return promoted.answer(table, table.xp.where(table.xp.abs(x) <= cut, 0.0, x))[0]
+    return promoted.cast_back(backend, backend.xp.where(backend.xp.abs(x) <= cut, 0.0, x))[0]
 
 
 def norm_l0(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
@@ -87,7 +87,7 @@ def norm_l0(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
     >>> float(prox.norm_l0(np.asarray([-3.0, 0.0, 2.0])))
     2.0
     """
-    table = resolve(x=x)
-    (x,) = promote(table, x=x).arrays
+    backend = resolve(x=x)
+    (x,) = promote(backend, x=x).arrays
     axis = check_sum_axis(x, axis)
-    return table.xp.sum(table.xp.astype(x != 0, table.real_dtype(x.dtype)), axis=axis)
+    return backend.xp.sum(backend.xp.astype(x != 0, backend.real_dtype(x.dtype)), axis=axis)

@@ -55,10 +55,10 @@ def prox_l1(x: Array, tau: float | Array) -> Array:
     >>> slra.soft_threshold(np.asarray([-3.0, 0.5, 2.0]), 1.0).tolist()
     [-2.0, 0.0, 1.0]
     """
-    table = resolve(x=x)
-    promoted = promote(table, keep_half=table.takes_half, x=x)
-    tau = check_tau(table, promoted.arrays[0], tau)
-    return promoted.answer(table, table.soft_threshold(promoted.arrays[0], tau))[0]
+    backend = resolve(x=x)
+    promoted = promote(backend, keep_half=backend.takes_half, x=x)
+    tau = check_tau(backend, promoted.arrays[0], tau)
+    return promoted.cast_back(backend, backend.soft_threshold(promoted.arrays[0], tau))[0]
 
 
 def norm_l1(x: Array, *, axis: Axis = None) -> Array:
@@ -92,11 +92,11 @@ def norm_l1(x: Array, *, axis: Axis = None) -> Array:
     >>> float(prox.norm_l1(np.asarray([-3.0, 0.5, 2.0])))
     5.5
     """
-    table = resolve(x=x)
-    (x,) = promote(table, keep_half=table.takes_half, x=x).arrays
+    backend = resolve(x=x)
+    (x,) = promote(backend, keep_half=backend.takes_half, x=x).arrays
     axis = check_sum_axis(x, axis)
-    with table.quietly():
-        return table.sum_abs(x, axis)
+    with backend.ignore_overflow():
+        return backend.sum_abs(x, axis)
 
 
 def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
@@ -136,11 +136,11 @@ def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
     >>> prox.prox_nonneg_l1(np.asarray([-3.0, 0.5, 2.0]), 1.0).tolist()
     [0.0, 0.0, 1.0]
     """
-    table = resolve(x=x)
-    promoted = promote(table, allow_complex=False, keep_half=table.takes_half, x=x)
-    tau = check_tau(table, promoted.arrays[0], tau)
-    with table.quietly():
-        return promoted.answer(table, table.nonneg_threshold(promoted.arrays[0], tau))[0]
+    backend = resolve(x=x)
+    promoted = promote(backend, allow_complex=False, keep_half=backend.takes_half, x=x)
+    tau = check_tau(backend, promoted.arrays[0], tau)
+    with backend.ignore_overflow():
+        return promoted.cast_back(backend, backend.nonneg_threshold(promoted.arrays[0], tau))[0]
 
 
 def norm_nonneg_l1(x: Array, *, axis: Axis = None) -> Array:
@@ -174,10 +174,10 @@ def norm_nonneg_l1(x: Array, *, axis: Axis = None) -> Array:
     >>> prox.norm_nonneg_l1(np.asarray([[1.0, 2.0], [-1.0, 2.0]]), axis=-1).tolist()
     [3.0, inf]
     """
-    table = resolve(x=x)
-    (x,) = promote(table, allow_complex=False, x=x).arrays
-    axis, xp = check_sum_axis(x, axis), table.xp
-    with table.quietly():
+    backend = resolve(x=x)
+    (x,) = promote(backend, allow_complex=False, x=x).arrays
+    axis, xp = check_sum_axis(x, axis), backend.xp
+    with backend.ignore_overflow():
         return xp.sum(xp.where(x < 0, xp.full_like(x, float("inf")), x), axis=axis)
 
 
@@ -220,13 +220,15 @@ def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
     >>> prox.prox_elastic_net(np.asarray([-3.0, 0.5, 2.0]), 1.0, l2=1.0).tolist()
     [-1.0, 0.0, 0.5]
     """
-    table = resolve(x=x)
-    promoted = promote(table, keep_half=table.takes_half, x=x)
-    tau = check_tau(table, promoted.arrays[0], tau)
-    limits = table.xp.finfo(promote(table, x=x).arrays[0].dtype)
+    backend = resolve(x=x)
+    promoted = promote(backend, keep_half=backend.takes_half, x=x)
+    tau = check_tau(backend, promoted.arrays[0], tau)
+    limits = backend.xp.finfo(promote(backend, x=x).arrays[0].dtype)
     l2 = check_positive(l2, "l2", allow_zero=True, limits=limits)
-    with table.quietly():
-        return promoted.answer(table, table.elastic_threshold(promoted.arrays[0], tau, l2))[0]
+    with backend.ignore_overflow():
+        return promoted.cast_back(backend, backend.elastic_threshold(promoted.arrays[0], tau, l2))[
+            0
+        ]
 
 
 def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:
@@ -264,12 +266,12 @@ def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:
     >>> float(prox.norm_elastic_net(np.asarray([-3.0, 1.0]), l2=2.0))
     14.0
     """
-    table = resolve(x=x)
-    (x,) = promote(table, x=x).arrays
-    l2 = check_positive(l2, "l2", allow_zero=True, limits=table.xp.finfo(x.dtype))
+    backend = resolve(x=x)
+    (x,) = promote(backend, x=x).arrays
+    l2 = check_positive(l2, "l2", allow_zero=True, limits=backend.xp.finfo(x.dtype))
     axis = check_sum_axis(x, axis)
-    with table.quietly():
-        modulus = table.xp.abs(x)
+    with backend.ignore_overflow():
+        modulus = backend.xp.abs(x)
         # Without a weight the square is nothing, even where it is infinite.
         square = l2 / 2 * modulus * modulus if l2 else 0.0
-        return table.xp.sum(modulus + square, axis=axis)
+        return backend.xp.sum(modulus + square, axis=axis)

@@ -45,12 +45,14 @@ def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...]) -> Arr
     >>> prox.prox_l2(np.asarray([[6.0, 8.0], [0.3, 0.4]]), 5.0, axis=-1).tolist()
     [[3.0, 4.0], [0.0, 0.0]]
     """
-    table = resolve(x=x)
-    promoted = promote(table, keep_half=table.takes_half, x=x)
+    backend = resolve(x=x)
+    promoted = promote(backend, keep_half=backend.takes_half, x=x)
     axes = check_axis(x, axis)
-    tau = check_tau(table, promoted.arrays[0], tau, axes=axes)
-    with table.quietly():
-        return promoted.answer(table, table.group_threshold(promoted.arrays[0], tau, axes))[0]
+    tau = check_tau(backend, promoted.arrays[0], tau, axes=axes)
+    with backend.ignore_overflow():
+        return promoted.cast_back(backend, backend.group_threshold(promoted.arrays[0], tau, axes))[
+            0
+        ]
 
 
 def norm_l2(x: Array, *, axis: int | tuple[int, ...]) -> Array:
@@ -86,11 +88,11 @@ def norm_l2(x: Array, *, axis: int | tuple[int, ...]) -> Array:
     >>> prox.norm_l2(np.asarray([[6.0, 8.0], [0.0, 1.0]]), axis=-1).tolist()
     [10.0, 1.0]
     """
-    table = resolve(x=x)
-    (x,) = promote(table, keep_half=table.takes_half, x=x).arrays
+    backend = resolve(x=x)
+    (x,) = promote(backend, keep_half=backend.takes_half, x=x).arrays
     axes = check_axis(x, axis)
-    with table.quietly():
-        return table.xp.squeeze(table.group_norm(x, axes), axis=axes)
+    with backend.ignore_overflow():
+        return backend.xp.squeeze(backend.group_norm(x, axes), axis=axes)
 
 
 def prox_l21(x: Array, tau: float | Array, *, axis: int) -> Array:
@@ -134,12 +136,14 @@ def prox_l21(x: Array, tau: float | Array, *, axis: int) -> Array:
     >>> prox.prox_l21(np.asarray([[6.0, 0.3], [8.0, 0.4]]), 5.0, axis=-2).tolist()
     [[3.0, 0.0], [4.0, 0.0]]
     """
-    table = resolve(x=x)
-    promoted = promote(table, keep_half=table.takes_half, x=x)
+    backend = resolve(x=x)
+    promoted = promote(backend, keep_half=backend.takes_half, x=x)
     axes = _check_group_axis(x, axis)
-    tau = check_tau(table, promoted.arrays[0], tau, axes=axes)
-    with table.quietly():
-        return promoted.answer(table, table.group_threshold(promoted.arrays[0], tau, axes))[0]
+    tau = check_tau(backend, promoted.arrays[0], tau, axes=axes)
+    with backend.ignore_overflow():
+        return promoted.cast_back(backend, backend.group_threshold(promoted.arrays[0], tau, axes))[
+            0
+        ]
 
 
 def norm_l21(x: Array, *, axis: int) -> Array:
@@ -175,11 +179,11 @@ def norm_l21(x: Array, *, axis: int) -> Array:
     >>> float(prox.norm_l21(np.asarray([[6.0, 0.3], [8.0, 0.4]]), axis=-2))
     10.5
     """
-    table = resolve(x=x)
-    (x,) = promote(table, keep_half=table.takes_half, x=x).arrays
+    backend = resolve(x=x)
+    (x,) = promote(backend, keep_half=backend.takes_half, x=x).arrays
     axes = _check_group_axis(x, axis)
-    with table.quietly():
-        return table.xp.sum(table.group_norm(x, axes), axis=(-2, -1))
+    with backend.ignore_overflow():
+        return backend.xp.sum(backend.group_norm(x, axes), axis=(-2, -1))
 
 
 def project_l2_ball(x: Array, radius: float | Array, *, axis: int | tuple[int, ...] = -1) -> Array:
@@ -221,17 +225,17 @@ def project_l2_ball(x: Array, radius: float | Array, *, axis: int | tuple[int, .
     >>> prox.project_l2_ball(np.asarray([[6.0, 8.0], [0.3, 0.4]]), 5.0).tolist()
     [[3.0, 4.0], [0.3, 0.4]]
     """
-    table = resolve(x=x)
-    promoted = promote(table, x=x)
+    backend = resolve(x=x)
+    promoted = promote(backend, x=x)
     (x,) = promoted.arrays
     axes = check_axis(x, axis)
-    radius = check_tau(table, x, radius, "radius", axes=axes)
-    xp = table.xp
-    with table.quietly():
-        unit, norm = table.scaled_group_norm(x, axes)
+    radius = check_tau(backend, x, radius, "radius", axes=axes)
+    xp = backend.xp
+    with backend.ignore_overflow():
+        unit, norm = backend.scaled_group_norm(x, axes)
         inside = unit * norm <= radius
         scale = (radius / unit) / xp.where(inside, 1.0, norm)
-        return promoted.answer(table, xp.where(inside, x, x * scale))[0]
+        return promoted.cast_back(backend, xp.where(inside, x, x * scale))[0]
 
 
 def _check_group_axis(x: Array, axis: int) -> tuple[int, ...]:

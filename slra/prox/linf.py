@@ -1,6 +1,6 @@
 """The largest modulus, and the three operators that sorting a vector makes exact."""
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import Array
 from slra._validate import check_axis, check_tau, promote, resolve
 
@@ -50,13 +50,13 @@ def prox_linf(x: Array, tau: float | Array, *, axis: int = -1) -> Array:
     >>> prox.prox_linf(np.asarray([-3.0, 0.5, 2.0]), 2.0).tolist()
     [-1.5, 0.5, 1.5]
     """
-    table = resolve(x=x)
-    promoted = promote(table, x=x)
+    backend = resolve(x=x)
+    promoted = promote(backend, x=x)
     (x,) = promoted.arrays
     (along,) = check_axis(x, (axis,))
-    tau = check_tau(table, x, tau, axes=(along,))
-    with table.quietly():
-        return promoted.answer(table, x - _onto_l1_ball(x, tau, along, table))[0]
+    tau = check_tau(backend, x, tau, axes=(along,))
+    with backend.ignore_overflow():
+        return promoted.cast_back(backend, x - _onto_l1_ball(x, tau, along, backend))[0]
 
 
 def norm_linf(x: Array, *, axis: int = -1) -> Array:
@@ -92,10 +92,10 @@ def norm_linf(x: Array, *, axis: int = -1) -> Array:
     >>> float(prox.norm_linf(np.asarray([-3.0, 0.5, 2.0])))
     3.0
     """
-    table = resolve(x=x)
-    (x,) = promote(table, x=x).arrays
+    backend = resolve(x=x)
+    (x,) = promote(backend, x=x).arrays
     (along,) = check_axis(x, (axis,))
-    return table.xp.max(table.xp.abs(x), axis=along)
+    return backend.xp.max(backend.xp.abs(x), axis=along)
 
 
 def project_l1_ball(x: Array, radius: float | Array, *, axis: int = -1) -> Array:
@@ -141,13 +141,13 @@ def project_l1_ball(x: Array, radius: float | Array, *, axis: int = -1) -> Array
     >>> prox.project_l1_ball(np.asarray([-3.0, 0.5, 2.0]), 3.0).tolist()
     [-2.0, 0.0, 1.0]
     """
-    table = resolve(x=x)
-    promoted = promote(table, x=x)
+    backend = resolve(x=x)
+    promoted = promote(backend, x=x)
     (x,) = promoted.arrays
     (along,) = check_axis(x, (axis,))
-    radius = check_tau(table, x, radius, "radius", axes=(along,))
-    with table.quietly():
-        return promoted.answer(table, _onto_l1_ball(x, radius, along, table))[0]
+    radius = check_tau(backend, x, radius, "radius", axes=(along,))
+    with backend.ignore_overflow():
+        return promoted.cast_back(backend, _onto_l1_ball(x, radius, along, backend))[0]
 
 
 def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array:
@@ -193,44 +193,44 @@ def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array
     >>> prox.project_simplex(np.asarray([-3.0, 0.5, 1.0]), 1.0).tolist()
     [0.0, 0.25, 0.75]
     """
-    table = resolve(x=x)
-    promoted = promote(table, allow_complex=False, x=x)
+    backend = resolve(x=x)
+    promoted = promote(backend, allow_complex=False, x=x)
     (x,) = promoted.arrays
     (along,) = check_axis(x, (axis,))
-    radius = check_tau(table, x, radius, "radius", axes=(along,))
-    with table.quietly():
+    radius = check_tau(backend, x, radius, "radius", axes=(along,))
+    with backend.ignore_overflow():
         # Sums of what lies below the largest entry stay in range, and so does the level.
-        x = x - table.xp.max(x, axis=along, keepdims=True)
-        theta = _simplex_level(x, radius, along, table)
-        return promoted.answer(table, table.nonneg_threshold(x, theta))[0]
+        x = x - backend.xp.max(x, axis=along, keepdims=True)
+        theta = _simplex_level(x, radius, along, backend)
+        return promoted.cast_back(backend, backend.nonneg_threshold(x, theta))[0]
 
 
-def _simplex_level(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:
+def _simplex_level(x: Array, radius: float | Array, axis: int, backend: Backend) -> Array:
     """Level theta for which ``sum(max(x - theta, 0)) == radius`` along ``axis``, which is kept.
 
     The largest entry of ``x`` is 0. The mean excess of the j largest entries grows with j as long as the entries stay
     above the level and falls afterwards, so its maximum is the level: no index depends on data. No term of it is
     positive, so none cancels, and the level comes out below the largest entry.
     """
-    xp = table.xp
+    xp = backend.xp
     n = x.shape[axis]
-    counts = xp.arange(1, n + 1, dtype=x.dtype, device=table.creation_device(x))
+    counts = xp.arange(1, n + 1, dtype=x.dtype, device=backend.creation_device(x))
     counts = xp.reshape(counts, (n,) + (1,) * (x.ndim - 1 - axis))
     # What lies lower than the level can be does not count; its sum could overflow.
-    x = table.at_least(x, -radius)
+    x = backend.at_least(x, -radius)
     sums = xp.cumulative_sum(xp.sort(x, axis=axis, descending=True), axis=axis)
     theta = xp.max((sums - radius) / counts, axis=axis, keepdims=True)
     # One Newton step, which takes off the rounding of the running sum.
-    excess = table.at_least(x - theta, 0.0)
+    excess = backend.at_least(x - theta, 0.0)
     n_above = xp.sum(xp.astype(excess > 0, x.dtype), axis=axis, keepdims=True)
-    n_above = table.at_least(n_above, 1.0)
+    n_above = backend.at_least(n_above, 1.0)
     # Divided before they are summed, so that the sum stays in range.
     return theta + (xp.sum(excess / n_above, axis=axis, keepdims=True) - radius / n_above)
 
 
-def _onto_l1_ball(x: Array, radius: float | Array, axis: int, table: Primitives) -> Array:
-    modulus = table.xp.abs(x)
+def _onto_l1_ball(x: Array, radius: float | Array, axis: int, backend: Backend) -> Array:
+    modulus = backend.xp.abs(x)
     # Sums of what lies below the largest modulus stay in range.
-    peak = table.xp.max(modulus, axis=axis, keepdims=True)
-    level = peak + _simplex_level(modulus - peak, radius, axis, table)
-    return table.soft_threshold(x, table.at_least(level, 0.0))
+    peak = backend.xp.max(modulus, axis=axis, keepdims=True)
+    level = peak + _simplex_level(modulus - peak, radius, axis, backend)
+    return backend.soft_threshold(x, backend.at_least(level, 0.0))

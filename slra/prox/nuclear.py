@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from slra._backends import Primitives
-from slra._backends.agnostic import matrix_h
+from slra._backends import Backend
 from slra._backends.cholesky_qr import orthonormal, tall_qr
+from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
 from slra._validate import (
     check_draws,
@@ -90,12 +90,12 @@ def prox_nuclear(
     >>> prox.prox_nuclear(np.diag([3.0, 2.0, 1.0]), 1.5).tolist()
     [[1.5, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.0]]
     """
-    table = resolve(x=x, optional={"warm_start": warm_start})
+    backend = resolve(x=x, optional={"warm_start": warm_start})
     check_matrix(x, "x")
-    promoted = promote(table, x=x, warm_start=warm_start)
+    promoted = promote(backend, x=x, warm_start=warm_start)
     work, basis = promoted.arrays
-    tau = check_tau(table, work, tau, axes=(x.ndim - 2, x.ndim - 1))
-    source = check_draws(table, work, rng)
+    tau = check_tau(backend, work, tau, axes=(x.ndim - 2, x.ndim - 1))
+    source = check_draws(backend, work, rng)
     check_flag(return_factors, "return_factors")
     if basis is not None and (basis.ndim != 2 or basis.shape[1] != x.shape[-1]):
         raise ValueError(
@@ -103,18 +103,20 @@ def prox_nuclear(
             f"got {tuple(basis.shape)}"
         )
     if basis is not None:
-        basis = near_one(basis, "warm_start", table)
-    if not return_factors and not table.is_eager(work):
-        return promoted.answer(table, filtered(work, lambda S: _shrinkage(S, tau, table), table))[0]
-    work, exponent = brought_in_range(work, table)
+        basis = near_one(basis, "warm_start", backend)
+    if not return_factors and not backend.is_eager(work):
+        return promoted.cast_back(
+            backend, filtered(work, lambda S: _shrinkage(S, tau, backend), backend)
+        )[0]
+    work, exponent = brought_in_range(work, backend)
     if exponent is not None:
-        tau = power_of_two(tau * table.xp.ones_like(exponent), exponent, table)
-    U, S, Vh = shrink_singular_values(work, tau, basis, source, table)
+        tau = power_of_two(tau * backend.xp.ones_like(exponent), exponent, backend)
+    U, S, Vh = shrink_singular_values(work, tau, basis, source, backend)
     if return_factors:
-        S = scaled_back(S[..., None, :], exponent, table)[..., 0, :]
-        return SVDResult(*promoted.answer(table, U, S, Vh))
-    low_rank = scaled_back((U * S[..., None, :]) @ Vh, exponent, table)
-    return promoted.answer(table, low_rank)[0]
+        S = scaled_back(S[..., None, :], exponent, backend)[..., 0, :]
+        return SVDResult(*promoted.cast_back(backend, U, S, Vh))
+    low_rank = scaled_back((U * S[..., None, :]) @ Vh, exponent, backend)
+    return promoted.cast_back(backend, low_rank)[0]
 
 
 def norm_nuclear(x: Array) -> Array:
@@ -148,12 +150,12 @@ def norm_nuclear(x: Array) -> Array:
     >>> round(float(prox.norm_nuclear(np.diag([3.0, -2.0, 1.0]))), 12)
     6.0
     """
-    table = resolve(x=x)
+    backend = resolve(x=x)
     check_matrix(x, "x")
-    (x,) = promote(table, x=x).arrays
-    x, exponent = brought_in_range(x, table)
-    total = table.xp.sum(masked_svd(x, table).S, axis=-1)[..., None, None]
-    return scaled_back(total, exponent, table)[..., 0, 0]
+    (x,) = promote(backend, x=x).arrays
+    x, exponent = brought_in_range(x, backend)
+    total = backend.xp.sum(masked_svd(x, backend).S, axis=-1)[..., None, None]
+    return scaled_back(total, exponent, backend)[..., 0, 0]
 
 
 def shrink_singular_values(
@@ -161,31 +163,31 @@ def shrink_singular_values(
     tau: float | Array,
     basis: Array | None,
     rng: np.random.Generator | int | None,
-    table: Primitives,
+    backend: Backend,
     *,
     tol: float | None = None,
 ) -> SVDResult:
     """Singular triplets of ``x`` above ``tau``, less ``tau``; ``tol`` is the residual allowed over sigma_1."""
-    xp = table.xp
-    eager = table.is_eager(x)
-    if eager and x.ndim == 2 and min(x.shape) >= MIN_PARTIAL and _is_harmless(x, table):
+    xp = backend.xp
+    eager = backend.is_eager(x)
+    if eager and x.ndim == 2 and min(x.shape) >= MIN_PARTIAL and _is_harmless(x, backend):
         if tol is None:
             tol = 10 * float(xp.finfo(x.dtype).eps) * max(x.shape) ** 0.5
         assert isinstance(rng, np.random.Generator)
-        found = _partial_svd(x, _number(tau, table), basis, rng, tol, table)
+        found = _partial_svd(x, _number(tau, backend), basis, rng, tol, backend)
     else:
         found = None
-    U, S, Vh = masked_svd(x, table) if found is None else found
-    S = table.nonneg_threshold(S, _level(tau))
+    U, S, Vh = masked_svd(x, backend) if found is None else found
+    S = backend.nonneg_threshold(S, _level(tau))
     if eager:
         rank = int(xp.max(xp.count_nonzero(S, axis=-1)))
         U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
     return SVDResult(U, S, Vh)
 
 
-def _number(tau: float | Array, table: Primitives) -> float:
+def _number(tau: float | Array, backend: Backend) -> float:
     """Threshold of one matrix."""
-    return tau if isinstance(tau, float) else float(table.xp.reshape(tau, ()))
+    return tau if isinstance(tau, float) else float(backend.xp.reshape(tau, ()))
 
 
 def _level(tau: float | Array) -> float | Array:
@@ -193,16 +195,16 @@ def _level(tau: float | Array) -> float | Array:
     return tau if isinstance(tau, float) or tau.ndim == 0 else tau[..., 0]
 
 
-def _shrinkage(S: Array, tau: float | Array, table: Primitives) -> Array:
+def _shrinkage(S: Array, tau: float | Array, backend: Backend) -> Array:
     """Part of each singular value that the threshold leaves."""
-    positive = table.xp.where(S > 0, S, table.xp.ones_like(S))
-    return table.nonneg_threshold(S, _level(tau)) / positive
+    positive = backend.xp.where(S > 0, S, backend.xp.ones_like(S))
+    return backend.nonneg_threshold(S, _level(tau)) / positive
 
 
-def _is_harmless(x: Array, table: Primitives) -> bool:
+def _is_harmless(x: Array, backend: Backend) -> bool:
     """Whether ``x`` is finite and squares of its entries stay in range."""
-    largest = table.max_abs(x)
-    return bool(table.xp.isfinite(largest)) and scaling_exponent(largest, table) is None
+    largest = backend.max_abs(x)
+    return bool(backend.xp.isfinite(largest)) and scaling_exponent(largest, backend) is None
 
 
 def _partial_svd(
@@ -211,13 +213,13 @@ def _partial_svd(
     basis: Array | None,
     rng: np.random.Generator,
     tol: float,
-    table: Primitives,
+    backend: Backend,
 ) -> SVDResult | None:
     """Singular triplets down to below ``tau``, or None where finding them costs more than a full SVD."""
-    xp = table.xp
+    xp = backend.xp
     xh, shortest = matrix_h(x, xp), min(x.shape)
     known = 0 if basis is None else basis.shape[0]
-    V = table.test_matrix((x.shape[1], N_FRESH if known else 2 * N_FRESH), rng, x)
+    V = backend.test_matrix((x.shape[1], N_FRESH if known else 2 * N_FRESH), rng, x)
     if known:
         V = xp.concat([matrix_h(basis, xp), V], axis=1)
     last: SVDResult | None = None
@@ -228,22 +230,22 @@ def _partial_svd(
             return None
         spent += width / shortest
         image = x @ V
-        if last is not None and _is_found(image, last, tau, tol, table):
+        if last is not None and _is_found(image, last, tau, tol, backend):
             return last
-        Q = orthonormal(image, table)
-        Z, R = tall_qr(xh @ Q, table)
-        W, S, Th = table.small_svd(R)
+        Q = orthonormal(image, backend)
+        Z, R = tall_qr(xh @ Q, backend)
+        W, S, Th = backend.small_svd(R)
         V = Z @ W
         last = SVDResult(Q @ matrix_h(Th, xp), S, matrix_h(V, xp))
         if float(S[-1]) > tau:
-            more = table.test_matrix((x.shape[1], width), rng, x)
+            more = backend.test_matrix((x.shape[1], width), rng, x)
             V, last = xp.concat([V, more], axis=1), None
     return None
 
 
-def _is_found(image: Array, found: SVDResult, tau: float, tol: float, table: Primitives) -> bool:
+def _is_found(image: Array, found: SVDResult, tau: float, tol: float, backend: Backend) -> bool:
     """Whether the triplets above ``tau`` are accurate and the others certain to lie below it."""
-    xp = table.xp
+    xp = backend.xp
     U, S, _ = found
     scale = float(S[0])
     if scale == 0:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import Array
 from slra._validate import check_count, check_positive
 
@@ -103,24 +103,24 @@ def run(
     tol: float | None,
     max_iter: int,
     callback: Callback | None,
-    table: Primitives,
+    backend: Backend,
     *,
     may_scan: bool = True,
 ) -> SolveResult:
     """Advance until the residual is at most ``tol``, the callback says stop, or ``max_iter`` is reached."""
     if tol is None and callback is None and may_scan:
-        return _scan(advance, state, objective, max_iter, table)
-    xp = table.xp
+        return _scan(advance, state, objective, max_iter, backend)
+    xp = backend.xp
     objectives, residuals = [], []
     converged = None if tol is None else False
     for n_iter in range(1, max_iter + 1):
         state, x, residual = advance(state)
-        if not table.is_eager(residual):
+        if not backend.is_eager(residual):
             raise ValueError(
                 "tol and callback must be None, and step a number, where values cannot be looked at "
                 "(in a traced function or a lazy array): exactly max_iter iterations are made"
             )
-        value = None if objective is None else _as_array(objective(x), residual, table)
+        value = None if objective is None else _as_array(objective(x), residual, backend)
         objectives.append(value)
         residuals.append(residual)
         reached = float(residual)
@@ -139,7 +139,7 @@ def _scan(
     state: Any,
     objective: Callable[[Array], Any] | None,
     max_iter: int,
-    table: Primitives,
+    backend: Backend,
 ) -> SolveResult:
     """Make exactly ``max_iter`` iterations, whatever the data."""
 
@@ -147,29 +147,29 @@ def _scan(
         state, x, residual = advance(carry[0])
         if objective is None:
             return (state, x), (residual,)
-        return (state, x), (residual, _as_array(objective(x), residual, table))
+        return (state, x), (residual, _as_array(objective(x), residual, backend))
 
-    (_, x), (residuals, *values) = table.scan(body, (state, state[0]), max_iter)
+    (_, x), (residuals, *values) = backend.scan(body, (state, state[0]), max_iter)
     return SolveResult(x, max_iter, values[0] if values else None, residuals, None)
 
 
-def _as_array(value: Any, like: Array, table: Primitives) -> Array:
+def _as_array(value: Any, like: Array, backend: Backend) -> Array:
     """Value of an objective as a 0-d array, whether it came as one or as a number."""
-    xp = table.xp
+    xp = backend.xp
     if isinstance(value, (int, float)):
-        value = xp.asarray(value, dtype=like.dtype, device=table.creation_device(like))
+        value = xp.asarray(value, dtype=like.dtype, device=backend.creation_device(like))
     return xp.astype(xp.reshape(value, ()), like.dtype)
 
 
-def inner(x: Array, y: Array, table: Primitives) -> Array:
+def inner(x: Array, y: Array, backend: Backend) -> Array:
     """Real inner product of two arrays of one shape."""
-    xp = table.xp
-    with table.quietly():
-        if table.is_complex(x):
+    xp = backend.xp
+    with backend.ignore_overflow():
+        if backend.is_complex(x):
             return xp.sum(xp.real(x) * xp.real(y) + xp.imag(x) * xp.imag(y))
         return xp.sum(x * y)
 
 
-def norm(x: Array, table: Primitives) -> Array:
+def norm(x: Array, backend: Backend) -> Array:
     """Euclidean norm of all entries."""
-    return table.xp.sqrt(inner(x, x, table))
+    return backend.xp.sqrt(inner(x, x, backend))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import Array
 from slra._validate import (
     check_callable,
@@ -109,10 +109,10 @@ def admm(
     >>> result.x.round(8).tolist(), result.converged
     ([2.0, 0.0], True)
     """
-    table = resolve(z0=z0)
-    promoted = promote(table, z0=z0)
+    backend = resolve(z0=z0)
+    promoted = promote(backend, z0=z0)
     (z,) = promoted.arrays
-    check_finite(table, z, "z0")
+    check_finite(backend, z, "z0")
     tol, max_iter = check_limits(tol, max_iter)
     check_callable(solve_x, "solve_x")
     check_callable(prox_z, "prox_z")
@@ -121,57 +121,62 @@ def admm(
         *(("objective", objective), ("callback", callback)),
     ):
         check_callable(function, name, optional=True)
-    rho = check_positive(rho, "rho", limits=table.xp.finfo(z.dtype))
+    rho = check_positive(rho, "rho", limits=backend.xp.finfo(z.dtype))
     relaxation = check_positive(relaxation, "relaxation")
     if relaxation >= 2:
         raise ValueError(f"relaxation must be between 0 and 2, got {relaxation}")
     if balance is not None:
-        balance = check_positive(balance, "balance", limits=table.xp.finfo(z.dtype))
+        balance = check_positive(balance, "balance", limits=backend.xp.finfo(z.dtype))
         if balance < 1:
             raise ValueError(f"balance must be 1 or more, got {balance}")
     if (operator is None) != (adjoint is None):
         raise ValueError("operator and adjoint must be given both or neither")
-    like: dict[str, Any] = {"dtype": table.real_dtype(z.dtype), "device": table.creation_device(z)}
-    penalty = table.xp.full((), rho, **like)
+    like: dict[str, Any] = {
+        "dtype": backend.real_dtype(z.dtype),
+        "device": backend.creation_device(z),
+    }
+    penalty = backend.xp.full((), rho, **like)
 
     def advance(state: _State) -> Step:
         rho_now = rho if balance is None else state.rho
         x = solve_x(state.z - state.u, rho_now)
         image = x if operator is None else operator(x)
-        with table.quietly():
+        with backend.ignore_overflow():
             mixed = image if relaxation == 1 else relaxation * image + (1 - relaxation) * state.z
             # An array, where NumPy makes a scalar of a sum of 0-d ones.
-            shifted = table.xp.asarray(mixed + state.u)
+            shifted = backend.xp.asarray(mixed + state.u)
         z = check_returned(prox_z(shifted, 1 / rho_now), "prox_z", state.z.shape)
-        with table.quietly():
+        with backend.ignore_overflow():
             u, move = shifted - z, z - state.z
         back = adjoint or (lambda v: v)
         back_move, back_u = back(move), back(u)
-        with table.quietly():
-            primal = _ratio(norm(image - z, table), norm(image, table), norm(z, table), table=table)
-            dual = _ratio(norm(back_move, table), norm(back_u, table), table=table)
-            factor = _balancing_factor(primal, dual, balance, table)
+        with backend.ignore_overflow():
+            primal = _ratio(
+                norm(image - z, backend), norm(image, backend), norm(z, backend), backend=backend
+            )
+            dual = _ratio(norm(back_move, backend), norm(back_u, backend), backend=backend)
+            factor = _balancing_factor(primal, dual, balance, backend)
             kept = z if operator is None else x
             following = _State(kept, z, u / factor, state.rho * factor)
-        return Step(following, kept, table.xp.maximum(primal, dual))
+        return Step(following, kept, backend.xp.maximum(primal, dual))
 
     # The first x is known only after the first solve; where A is not the identity its shape may differ from z.
-    start = _State(z if operator is None else solve_x(z, rho), z, table.xp.zeros_like(z), penalty)
-    result = run(advance, start, objective, tol, max_iter, callback, table)
-    return result._replace(x=promoted.answer(table, result.x)[0])
+    start = _State(z if operator is None else solve_x(z, rho), z, backend.xp.zeros_like(z), penalty)
+    result = run(advance, start, objective, tol, max_iter, callback, backend)
+    return result._replace(x=promoted.cast_back(backend, result.x)[0])
 
 
-def _ratio(x: Array, *scales: Array, table: Primitives) -> Array:
-    xp = table.xp
+def _ratio(x: Array, *scales: Array, backend: Backend) -> Array:
+    xp = backend.xp
     scale = scales[0] if len(scales) == 1 else xp.maximum(*scales)
     return xp.reshape(x / xp.where(scale == 0, 1.0, scale), ())
 
 
-def _balancing_factor(primal: Array, dual: Array, balance: float | None, table: Primitives) -> Any:
+def _balancing_factor(primal: Array, dual: Array, balance: float | None, backend: Backend) -> Any:
     """Factor on rho that brings the two residuals together. Source: Boyd et al., section 3.4.1."""
     if balance is None:
         return 1.0
-    xp = table.xp
+    xp = backend.xp
     one = xp.ones_like(primal)
     return xp.where(
         primal > balance * dual, 2 * one, xp.where(dual > balance * primal, one / 2, one)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import Array
 from slra._validate import (
     check_callable,
@@ -136,10 +136,10 @@ def proximal_gradient(
     >>> result.x.round(9).tolist()
     [2.2, 0.2]
     """
-    table = resolve(x0=x0)
-    promoted = promote(table, x0=x0)
+    backend = resolve(x0=x0)
+    promoted = promote(backend, x0=x0)
     (x,) = promoted.arrays
-    check_finite(table, x, "x0")
+    check_finite(backend, x, "x0")
     tol, max_iter = check_limits(tol, max_iter)
     check_flag(accelerated, "accelerated")
     value_and_grad = _checked(value_and_grad)
@@ -147,31 +147,34 @@ def proximal_gradient(
     check_callable(objective, "objective", optional=True)
     check_callable(callback, "callback", optional=True)
     if step is None:
-        if not table.is_eager(x):
+        if not backend.is_eager(x):
             raise ValueError("step must be given where values cannot be looked at")
-        step = _first_step(x, value_and_grad, table)
+        step = _first_step(x, value_and_grad, backend)
         searches = True
     else:
-        step = _check_step(step, x, table)
+        step = _check_step(step, x, backend)
         searches = False
-    weight = check_tau(table, x, weight, "weight")
-    forward_backward = _forward_backward(prox, weight, x, table)
-    like: dict[str, Any] = {"dtype": table.real_dtype(x.dtype), "device": table.creation_device(x)}
-    start = _State(x, x, table.xp.ones((), **like), step, table.xp.zeros((), **like))
+    weight = check_tau(backend, x, weight, "weight")
+    forward_backward = _forward_backward(prox, weight, x, backend)
+    like: dict[str, Any] = {
+        "dtype": backend.real_dtype(x.dtype),
+        "device": backend.creation_device(x),
+    }
+    start = _State(x, x, backend.xp.ones((), **like), step, backend.xp.zeros((), **like))
 
     def advance(state: _State) -> Step:
-        return _advance(state, value_and_grad, forward_backward, accelerated, searches, table)
+        return _advance(state, value_and_grad, forward_backward, accelerated, searches, backend)
 
-    result = run(advance, start, objective, tol, max_iter, callback, table, may_scan=not searches)
-    return result._replace(x=promoted.answer(table, result.x)[0])
+    result = run(advance, start, objective, tol, max_iter, callback, backend, may_scan=not searches)
+    return result._replace(x=promoted.cast_back(backend, result.x)[0])
 
 
-def _check_step(step: Any, x: Array, table: Primitives) -> float | Array:
+def _check_step(step: Any, x: Array, backend: Backend) -> float | Array:
     """Return a step, which is not to be 0 in the dtype of ``x`` either, as a float or an array."""
     if isinstance(step, numbers.Real):
-        return check_positive(step, "step", limits=table.xp.finfo(x.dtype))
-    step = check_tau(table, x, step, "step", axes=tuple(range(x.ndim)))
-    if table.is_eager(step) and bool(table.xp.any(step == 0)):
+        return check_positive(step, "step", limits=backend.xp.finfo(x.dtype))
+    step = check_tau(backend, x, step, "step", axes=tuple(range(x.ndim)))
+    if backend.is_eager(step) and bool(backend.xp.any(step == 0)):
         raise ValueError("step must be finite and greater than 0, got 0")
     return step
 
@@ -197,57 +200,57 @@ def _advance(
     forward_backward: ForwardBackward,
     accelerated: bool,
     searches: bool,
-    table: Primitives,
+    backend: Backend,
 ) -> Step:
-    xp = table.xp
+    xp = backend.xp
     value, grad = value_and_grad(state.y)
-    grad = check_gradient(table, state.y, grad)
+    grad = check_gradient(backend, state.y, grad)
     step = state.step
     new = forward_backward(state.y, grad, step)
-    while searches and not _descends(state.y, new, value, grad, step, value_and_grad, table):
+    while searches and not _descends(state.y, new, value, grad, step, value_and_grad, backend):
         step /= 2
         new = forward_backward(state.y, grad, step)
     y, t = new, state.momentum
     # Not around what the caller's functions compute.
-    with table.quietly():
+    with backend.ignore_overflow():
         move, gap = new - state.x, state.y - new
-        largest = xp.maximum(state.largest_gradient, norm(grad, table))
-        residual = norm(gap, table) / (step * xp.where(largest == 0, 1.0, largest))
+        largest = xp.maximum(state.largest_gradient, norm(grad, backend))
+        residual = norm(gap, backend) / (step * xp.where(largest == 0, 1.0, largest))
         if accelerated:
             following = (1 + xp.sqrt(1 + 4 * t * t)) / 2
-            uphill = inner(gap, move, table) > 0
-            y = table.extrapolate(new, move, xp.where(uphill, 0.0, (t - 1) / following))
+            uphill = inner(gap, move, backend) > 0
+            y = backend.extrapolate(new, move, xp.where(uphill, 0.0, (t - 1) / following))
             t = xp.where(uphill, 1.0, following)
     return Step(_State(new, y, t, step, largest), new, xp.reshape(residual, ()))
 
 
-def _forward_backward(prox: Prox, weight: Any, x: Array, table: Primitives) -> ForwardBackward:
+def _forward_backward(prox: Prox, weight: Any, x: Array, backend: Backend) -> ForwardBackward:
     """Return ``(y, grad, step) -> prox(y - step * grad, step * weight)``, one primitive where there is one."""
-    primitive = _primitive(prox, x, table)
+    primitive = _primitive(prox, x, backend)
 
     def call(y: Array, grad: Array, step: Any) -> Array:
-        with table.quietly():
+        with backend.ignore_overflow():
             if primitive is not None:
                 return primitive(y, grad, step, weight)
             # An array, where NumPy makes a scalar of a difference of 0-d ones.
-            forward, tau = table.xp.asarray(y - step * grad), step * weight
+            forward, tau = backend.xp.asarray(y - step * grad), step * weight
         return check_returned(prox(forward, tau), "prox", y.shape)
 
     return call
 
 
-def _primitive(prox: Prox, x: Array, table: Primitives) -> Callable[..., Array] | None:
+def _primitive(prox: Prox, x: Array, backend: Backend) -> Callable[..., Array] | None:
     """Find the primitive that steps and applies ``prox`` at once, or None; what ``prox`` does is not guessed at."""
     if prox is prox_l1:
-        return table.soft_threshold_step
-    if prox is prox_nonneg_l1 and not table.is_complex(x):
-        return table.nonneg_threshold_step
+        return backend.soft_threshold_step
+    if prox is prox_nonneg_l1 and not backend.is_complex(x):
+        return backend.nonneg_threshold_step
     if isinstance(prox, partial) and prox.func is prox_elastic_net:
         if prox.args or set(prox.keywords) != {"l2"}:
             return None
-        limits = table.xp.finfo(x.dtype)
+        limits = backend.xp.finfo(x.dtype)
         l2 = check_positive(prox.keywords["l2"], "l2", allow_zero=True, limits=limits)
-        return partial(table.elastic_threshold_step, l2=l2)
+        return partial(backend.elastic_threshold_step, l2=l2)
     return None
 
 
@@ -258,24 +261,24 @@ def _descends(
     grad: Array,
     step: float,
     value_and_grad: ValueAndGrad,
-    table: Primitives,
+    backend: Backend,
 ) -> bool:
     """Whether f lies below its quadratic model at the new point, but for the rounding of f."""
     reached, value = float(value_and_grad(new)[0]), float(value)
-    with table.quietly():
+    with backend.ignore_overflow():
         move = new - y
-        model = float(inner(grad, move, table)) + float(inner(move, move, table)) / (2 * step)
-    slack = 10 * float(table.xp.finfo(y.dtype).eps) * max(abs(value), abs(reached))
+        model = float(inner(grad, move, backend)) + float(inner(move, move, backend)) / (2 * step)
+    slack = 10 * float(backend.xp.finfo(y.dtype).eps) * max(abs(value), abs(reached))
     # Written so that NaN, which no shorter step may cure, ends the search.
     return not reached - value > model + slack
 
 
-def _first_step(x: Array, value_and_grad: ValueAndGrad, table: Primitives) -> float:
+def _first_step(x: Array, value_and_grad: ValueAndGrad, backend: Backend) -> float:
     """Inverse of the curvature of f at ``x`` along its gradient: at least as long as the longest safe step."""
-    grad = check_gradient(table, x, value_and_grad(x)[1])
-    size = float(norm(grad, table))
+    grad = check_gradient(backend, x, value_and_grad(x)[1])
+    size = float(norm(grad, backend))
     if size == 0:
         return 1.0
-    probe = max(float(norm(x, table)), 1.0) * float(table.xp.finfo(x.dtype).eps) ** 0.5 / size
-    bend = float(norm(value_and_grad(x + probe * grad)[1] - grad, table)) / (probe * size)
+    probe = max(float(norm(x, backend)), 1.0) * float(backend.xp.finfo(x.dtype).eps) ** 0.5 / size
+    bend = float(norm(value_and_grad(x + probe * grad)[1] - grad, backend)) / (probe * size)
     return 1 / bend if bend > 0 else 1.0

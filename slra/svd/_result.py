@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import Array
 
 __all__ = ["SVDResult", "fix_signs"]
@@ -35,14 +35,14 @@ class SVDResult(NamedTuple):
     Vh: Array
 
 
-def fix_signs(U: Array, S: Array, Vh: Array, table: Primitives) -> SVDResult:
+def fix_signs(U: Array, S: Array, Vh: Array, backend: Backend) -> SVDResult:
     """Make the entry of largest modulus in each column of ``U`` real and positive, lowest index on ties."""
-    xp = table.xp
+    xp = backend.xp
     first = xp.argmax(xp.abs(U), axis=-2)[..., None, :]
-    rows = xp.arange(U.shape[-2], device=table.creation_device(U))[:, None]
+    rows = xp.arange(U.shape[-2], device=backend.creation_device(U))[:, None]
     pivot = xp.sum(xp.where(rows == first, U, xp.zeros_like(U)), axis=-2)
     size = xp.abs(pivot)
     phase = pivot / xp.where(size == 0, xp.ones_like(size), size)
     phase = xp.where(size == 0, xp.ones_like(phase), phase)
-    turn = xp.conj(phase) if table.is_complex(U) else phase
+    turn = xp.conj(phase) if backend.is_complex(U) else phase
     return SVDResult(U * turn[..., None, :], S, Vh * phase[..., :, None])

@@ -2,9 +2,9 @@
 
 from typing import Any, Literal, NamedTuple
 
-from slra._backends import Primitives
-from slra._backends.agnostic import matrix_h
+from slra._backends import Backend
 from slra._backends.cholesky_qr import orthonormal
+from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
 from slra._validate import (
     check_choice,
@@ -109,32 +109,32 @@ def randomized_eigh(
     """
     check_choice(method, ("krylov", "nystrom"), "method")
     problem = read(x, test_matrix)
-    A, table = problem.A, problem.A.table
-    check_hermitian(table, A.shape, A.dense)
+    A, backend = problem.A, problem.A.backend
+    check_hermitian(backend, A.shape, A.dense)
     rank = check_rank(rank, A.shape[-1], limit_is="the last axis of x")
     width = min(rank + check_count(n_oversamples, "n_oversamples"), A.shape[-1])
     depth = check_depth(n_iter)
-    source = check_draws(table, A.like, rng) if test_matrix is None else None
+    source = check_draws(backend, A.like, rng) if test_matrix is None else None
     if test_matrix is not None:
         width = check_test_matrix(A, test_matrix, rank)
     if width * 2 * (MIN_ITER if depth is None else max(1, depth)) >= A.shape[-1]:
-        w, V = _leading(*table.small_eigh(A.materialize()), rank, table)
+        w, V = _leading(*backend.small_eigh(A.materialize()), rank, backend)
     else:
         omega = problem.test_matrix
         sample = A.matmat(draw(A, width, source) if omega is None else omega)
         solve = _nystrom if method == "nystrom" else _krylov
         w, V = solve(A, sample, rank, depth)
-    w = problem.unscaled(table.xp.astype(w, table.real_dtype(V.dtype), copy=False))
-    V = fix_signs(V, w, matrix_h(V, table.xp), table).U
-    return EighResult(*problem.promoted.answer(table, w, V))
+    w = problem.unscaled(backend.xp.astype(w, backend.real_dtype(V.dtype), copy=False))
+    V = fix_signs(V, w, matrix_h(V, backend.xp), backend).U
+    return EighResult(*problem.promoted.cast_back(backend, w, V))
 
 
-def _leading(w: Array, V: Array, rank: int, table: Primitives) -> tuple[Array, Array]:
+def _leading(w: Array, V: Array, rank: int, backend: Backend) -> tuple[Array, Array]:
     """Pick the pairs of largest modulus."""
-    xp = table.xp
+    xp = backend.xp
     order = xp.argsort(-xp.abs(w), axis=-1, stable=True)[..., :rank]
     # A product with columns of the identity gathers along the last axis, batch or not, in any library.
-    index = xp.arange(w.shape[-1], device=table.creation_device(w))
+    index = xp.arange(w.shape[-1], device=backend.creation_device(w))
     pick = xp.astype(index[:, None] == order[..., None, :], w.dtype)
     return (w[..., None, :] @ pick)[..., 0, :], V @ xp.astype(pick, V.dtype, copy=False)
 
@@ -150,46 +150,46 @@ def _krylov(A: LinearMap, sample: Array, rank: int, n_iter: int | None) -> tuple
         space.append(space.W[-1])
         if fixed is not None or depth < 2 * MIN_ITER - 1:
             continue
-        sizes = A.table.xp.abs(_leading(*_ritz_pairs(space), rank, A.table)[0])
-        if before is not None and _settled(before, sizes, A.table):
+        sizes = A.backend.xp.abs(_leading(*_ritz_pairs(space), rank, A.backend)[0])
+        if before is not None and _settled(before, sizes, A.backend):
             break
         before = sizes
-    w, E = _leading(*_ritz_pairs(space), rank, A.table)
-    return w, combine(space.V, A.table.xp.astype(E, sample.dtype, copy=False), A.table)
+    w, E = _leading(*_ritz_pairs(space), rank, A.backend)
+    return w, combine(space.V, A.backend.xp.astype(E, sample.dtype, copy=False), A.backend)
 
 
 def _ritz_pairs(space: KrylovSpace) -> tuple[Array, Array]:
     """Eigenpairs of ``V^H A V``, in the wide dtype."""
-    table = space.A.table
-    xp = table.xp
+    backend = space.A.backend
+    xp = backend.xp
     V, W = xp.concat(space.V, axis=-1), xp.concat(space.W, axis=-1)
-    H = table.gram(V, W)
-    return table.small_eigh((H + matrix_h(H, xp)) / 2)
+    H = backend.gram(V, W)
+    return backend.small_eigh((H + matrix_h(H, xp)) / 2)
 
 
-def _settled(before: Array, after: Array, table: Primitives) -> bool:
-    return bool(table.xp.all(after - before <= RITZ_TOLERANCE * after))
+def _settled(before: Array, after: Array, backend: Backend) -> bool:
+    return bool(backend.xp.all(after - before <= RITZ_TOLERANCE * after))
 
 
 def _nystrom(A: LinearMap, sample: Array, rank: int, n_iter: int | None) -> tuple[Array, Array]:
     """Decompose ``A Q (Q^H A Q)^-1 Q^H A`` by Cholesky of a slightly shifted core; take the shift off again."""
-    table = A.table
-    xp = table.xp
-    Q = orthonormal(sample, table)
+    backend = A.backend
+    xp = backend.xp
+    Q = orthonormal(sample, backend)
     for _ in range(DEFAULT_ITER if n_iter is None else n_iter):
-        Q = orthonormal(A.matmat(Q), table)
+        Q = orthonormal(A.matmat(Q), backend)
     Y = A.matmat(Q)
     eps = xp.finfo(Y.dtype).eps
-    norm = xp.sqrt(table.norm_squared(Y))[..., None, None]
+    norm = xp.sqrt(backend.norm_squared(Y))[..., None, None]
     shift = eps * xp.where(norm > 0, norm, xp.ones_like(norm))
     Y = Y + xp.astype(shift, Y.dtype) * Q
-    core = table.gram(Q, Y)
-    L = table.cholesky((core + matrix_h(core, xp)) / 2)
-    check_positive_semidefinite(table, L)
-    B = Y @ xp.astype(matrix_h(table.small_inverse(L), xp), Y.dtype, copy=False)
+    core = backend.gram(Q, Y)
+    L = backend.cholesky((core + matrix_h(core, xp)) / 2)
+    check_positive_semidefinite(backend, L)
+    B = Y @ xp.astype(matrix_h(backend.small_inverse(L), xp), Y.dtype, copy=False)
     if A.is_eager:
-        V, S, _ = tall_svd([B], spectrum(table.gram(B), table), rank, table)
+        V, S, _ = tall_svd([B], spectrum(backend.gram(B), backend), rank, backend)
     else:
-        V, S, _ = by_triangle(B, lambda E: B @ E, rank, table)
+        V, S, _ = by_triangle(B, lambda E: B @ E, rank, backend)
     w = S**2 - xp.astype(shift[..., 0], S.dtype)
     return xp.maximum(w, xp.zeros_like(w)), V

@@ -91,23 +91,23 @@ def estimate_error(
     (True, True)
     """
     problem = read(x)
-    A, table = problem.A, problem.A.table
-    xp = table.xp
+    A, backend = problem.A, problem.A.backend
+    xp = backend.xp
     n_probes = check_rank(n_probes, 1 << 30, "n_probes")
-    source = check_draws(table, A.like, rng)
-    factors = check_factors(table, A.shape, A.like, approx)
-    with table.quietly():
+    source = check_draws(backend, A.like, rng)
+    factors = check_factors(backend, A.shape, A.like, approx)
+    with backend.ignore_overflow():
         omega = draw(A, n_probes, source)
         difference, exponent = _difference(problem, factors, omega)
-        wide = xp.astype(difference, table.wide(difference), copy=False)
-        squares = xp.sum(table.real_part(wide * table.conj(wide)), axis=-2)
+        wide = xp.astype(difference, backend.accumulation_dtype(difference), copy=False)
+        squares = xp.sum(backend.real_part(wide * backend.conj(wide)), axis=-2)
         factor = (1 / (1 - _CONFIDENCE)) ** (1 / n_probes) * math.sqrt(2 / math.pi)
         norms = xp.stack(
             [xp.sqrt(xp.mean(squares, axis=-1)), factor * xp.sqrt(xp.max(squares, axis=-1))],
             axis=-1,
         )
-        norms = xp.astype(norms, table.real_dtype(A.like.dtype))
-        norms = scaled_back(norms[..., None, :], exponent, table)[..., 0, :]
+        norms = xp.astype(norms, backend.real_dtype(A.like.dtype))
+        norms = scaled_back(norms[..., None, :], exponent, backend)[..., 0, :]
     return ErrorEstimate(norms[..., 0], norms[..., 1])
 
 
@@ -116,23 +116,23 @@ def _difference(problem: Problem, factors: list[Array], omega: Array) -> tuple[A
 
     It is that of the larger of the two: an approximation may be of quite another size than the matrix.
     """
-    A, table = problem.A, problem.A.table
-    xp = table.xp
+    A, backend = problem.A, problem.A.backend
+    xp = backend.xp
     left, *values, right = factors
     named = [left, *(S[..., None, :] for S in values), right]
     (left, *values, right), exponents = zip(
-        *(brought_in_range(x, table) for x in named), strict=True
+        *(brought_in_range(x, backend) for x in named), strict=True
     )
     image, product = A.matmat(omega), (left * values[0] if values else left) @ (right @ omega)
     known = [exponent for exponent in exponents if exponent is not None]
     if problem.exponent is None and not known:
         return image - product, None
-    size = table.max_abs(product)[..., None, None]
+    size = backend.max_abs(product)[..., None, None]
     zero = xp.zeros_like(size)
     of_x = zero if problem.exponent is None else problem.exponent[..., None, None]
     of_factors = sum(known, zero)
     logarithm = xp.floor(xp.log2(xp.where(size > 0, size, xp.ones_like(size))))
     exponent = xp.where(size > 0, xp.minimum(of_x, of_factors - logarithm), of_x)
-    image = power_of_two(image, exponent - of_x, table)
+    image = power_of_two(image, exponent - of_x, backend)
     change = xp.where(size > 0, exponent - of_factors, zero)
-    return image - power_of_two(product, change, table), exponent
+    return image - power_of_two(product, change, backend), exponent

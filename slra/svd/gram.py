@@ -9,10 +9,10 @@ the wanted values are too small even for this, QR takes over, for the elements o
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from slra._backends import Primitives
-from slra._backends.agnostic import matrix_h
+from slra._backends import Backend
 from slra._backends.cholesky_qr import tall_qr, with_phases
 from slra._backends.elements import redo
+from slra._backends.standard import matrix_h
 from slra._typing import Array, Namespace
 from slra.svd._linear_map import LinearMap
 from slra.svd.truncated import by_triangle, thin_svd
@@ -31,17 +31,17 @@ class Spectrum(NamedTuple):
     vectors: Array
 
 
-def spectrum(gram: Array, table: Primitives) -> Spectrum:
+def spectrum(gram: Array, backend: Backend) -> Spectrum:
     """Spectrum of a matrix whose Gram matrix this is."""
-    xp = table.xp
-    squares, vectors = table.small_eigh(gram)
+    xp = backend.xp
+    squares, vectors = backend.small_eigh(gram)
     squares = xp.flip(squares, axis=-1)
     values = xp.sqrt(xp.maximum(squares, xp.zeros_like(squares)))
     return Spectrum(values, xp.flip(vectors, axis=-1))
 
 
 def tall_svd(
-    blocks: Sequence[Array], known: Spectrum, rank: int, table: Primitives
+    blocks: Sequence[Array], known: Spectrum, rank: int, backend: Backend
 ) -> tuple[Array, Array, Array]:
     """Leading ``rank`` singular triplets of ``[W_1, W_2, ...]``, a tall matrix in blocks of columns.
 
@@ -51,19 +51,19 @@ def tall_svd(
     of the k-th value if others crowd around it (far less if not). The eps * sigma_1^2 / sigma_k that this makes of
     sigma_k is kept below 1e-12 * sigma_1 in double and 10 * eps * sigma_1 in single precision; beyond that QR is used.
     """
-    xp = table.xp
+    xp = backend.xp
     values, vectors = known.values[..., :rank], known.vectors[..., :rank]
     V = xp.astype(vectors, blocks[0].dtype, copy=False)
-    X = combine(blocks, V, table)
-    Q, R = tall_qr(X, table)
-    if table.wide(X) != X.dtype:
+    X = combine(blocks, V, backend)
+    Q, R = tall_qr(X, backend)
+    if backend.accumulation_dtype(X) != X.dtype:
         # R is diagonal to working precision, and the values are better than it could give.
-        return with_phases(Q, R, table), xp.astype(values, table.real_dtype(X.dtype)), V
-    U, S, Vh = table.small_svd(R)
+        return with_phases(Q, R, backend), xp.astype(values, backend.real_dtype(X.dtype)), V
+    U, S, Vh = backend.small_svd(R)
     fast = Q @ U, S, V @ matrix_h(Vh, xp)
     limit = 1e-3 if xp.finfo(X.dtype).bits == 64 else 0.1
     ok = (values[..., -1] > limit * values[..., 0]) | (values[..., 0] == 0)
-    return redo(ok, fast, lambda *parts: _by_qr(parts, rank, table), tuple(blocks), table)
+    return redo(ok, fast, lambda *parts: _by_qr(parts, rank, backend), tuple(blocks), backend)
 
 
 def exact_svd(A: LinearMap, rank: int) -> tuple[Array, Array, Array]:
@@ -71,23 +71,23 @@ def exact_svd(A: LinearMap, rank: int) -> tuple[Array, Array, Array]:
     if A.shape[-2] < A.shape[-1]:
         V, S, U = exact_svd(A.H, rank)
         return U, S, V
-    x, table = A.materialize(), A.table
+    x, backend = A.materialize(), A.backend
     if not A.is_eager:
-        return by_triangle(x, A.matmat, rank, table)
-    return tall_svd([x], spectrum(table.gram(x), table), rank, table)
+        return by_triangle(x, A.matmat, rank, backend)
+    return tall_svd([x], spectrum(backend.gram(x), backend), rank, backend)
 
 
-def _by_qr(blocks: Sequence[Array], rank: int, table: Primitives) -> tuple[Array, Array, Array]:
+def _by_qr(blocks: Sequence[Array], rank: int, backend: Backend) -> tuple[Array, Array, Array]:
     """Take the safe way to what `tall_svd` gives."""
-    xp = table.xp
-    U, S, Vh = thin_svd(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1), table)
+    xp = backend.xp
+    U, S, Vh = thin_svd(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1), backend)
     return U[..., :rank], S[..., :rank], matrix_h(Vh[..., :rank, :], xp)
 
 
-def combine(blocks: Sequence[Array], V: Array, table: Primitives) -> Array:
+def combine(blocks: Sequence[Array], V: Array, backend: Backend) -> Array:
     """``[W_1, W_2, ...] @ V``, a slab of rows at a time: one product each, and no second copy of the blocks."""
-    xp, n_rows = table.xp, blocks[0].shape[-2]
-    step = _SLAB_ROWS if table.is_eager(blocks[0]) else n_rows
+    xp, n_rows = backend.xp, blocks[0].shape[-2]
+    step = _SLAB_ROWS if backend.is_eager(blocks[0]) else n_rows
     slabs = [
         _joined(blocks, top, min(top + step, n_rows), xp) @ V for top in range(0, n_rows, step)
     ]

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from slra._backends.agnostic import matrix_h
-from slra._backends.cholesky_qr import flattened, orthonormal, tall_qr
+from slra._backends.cholesky_qr import orthonormal, precondition, tall_qr
 from slra._backends.elements import redo
+from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra.svd._linear_map import LinearMap
 from slra.svd.gram import combine, spectrum, tall_svd
@@ -53,67 +53,67 @@ class KrylovSpace:
         else:
             image = self.W[-1]
             own = self.gram[..., -image.shape[-1] :, -image.shape[-1] :]
-            block = self.A.rmatmat(flattened(image, own, self.A.table))
+            block = self.A.rmatmat(precondition(image, own, self.A.backend))
         self.append(block)
 
     def _orthogonal_part(self, block: Array) -> Array:
         """Orthonormal basis of ``block`` less its part in the space; as many columns even where nothing is left."""
-        table, width = self.A.table, block.shape[-1]
-        xp = table.xp
+        backend, width = self.A.backend, block.shape[-1]
+        xp = backend.xp
         if not self.V:
-            return orthonormal(block, table)
+            return orthonormal(block, backend)
 
         def jointly(*blocks: Array) -> tuple[Array]:
-            return (table.qr(xp.concat(blocks, axis=-1))[0][..., -width:],)
+            return (backend.qr(xp.concat(blocks, axis=-1))[0][..., -width:],)
 
         if not self.A.is_eager:
             return jointly(*self.V, block)[0]
         block = self._project(block)[0]
-        block = flattened(block, table.gram(block), table)
+        block = precondition(block, backend.gram(block), backend)
         block, overlap = self._project(block)
-        block, R = tall_qr(block, table)
+        block, R = tall_qr(block, backend)
         # Twice is enough unless the first projection left nothing but rounding errors, or of some columns not even
         # those: what is orthogonal to the other columns is then not orthogonal to the space.
         left = xp.min(xp.abs(xp.linalg.diagonal(R)), axis=-1)
         ok = (overlap <= 0.01) & (left >= 0.1)
-        return redo(ok, (block,), jointly, (*self.V, block), table)[0]
+        return redo(ok, (block,), jointly, (*self.V, block), backend)[0]
 
     def _project(self, block: Array) -> tuple[Array, Array]:
         """Take from ``block`` its part in the space; also the largest modulus of its coordinates there."""
-        table = self.A.table
-        coordinates = [table.adjoint_product(v, block) for v in self.V]
-        overlap = table.max_abs(table.xp.concat(coordinates, axis=-2))
+        backend = self.A.backend
+        coordinates = [backend.adjoint_product(v, block) for v in self.V]
+        overlap = backend.max_abs(backend.xp.concat(coordinates, axis=-2))
         for v, c in zip(self.V, coordinates, strict=True):
             block = block - v @ c
         return block, overlap
 
     def _extend_gram(self) -> None:
-        table, last = self.A.table, self.W[-1]
-        xp = table.xp
-        corner = table.gram(last)
+        backend, last = self.A.backend, self.W[-1]
+        xp = backend.xp
+        corner = backend.gram(last)
         if self.gram is None:
             self.gram = corner
             return
-        side = xp.concat([table.gram(block, last) for block in self.W[:-1]], axis=-2)
+        side = xp.concat([backend.gram(block, last) for block in self.W[:-1]], axis=-2)
         top = xp.concat([self.gram, side], axis=-1)
         bottom = xp.concat([matrix_h(side, xp), corner], axis=-1)
         self.gram = xp.concat([top, bottom], axis=-2)
 
     def ritz_values(self) -> Array:
         """Singular values of ``A`` on the space, descending, in the real wide dtype; eager only."""
-        xp = self.A.table.xp
-        squares = xp.flip(self.A.table.small_eigvalsh(self.gram), axis=-1)
+        xp = self.A.backend.xp
+        squares = xp.flip(self.A.backend.small_eigvalsh(self.gram), axis=-1)
         return xp.sqrt(xp.maximum(squares, xp.zeros_like(squares)))
 
     def svd(self, rank: int) -> tuple[Array, Array, Array]:
         """Leading triplets ``U, S, V`` of ``A`` on the space."""
-        table = self.A.table
+        backend = self.A.backend
         if self.gram is None:
-            W = self.W[0] if len(self.W) == 1 else table.xp.concat(self.W, axis=-1)
-            U, S, E = by_triangle(W, lambda E: W @ E, rank, table)
+            W = self.W[0] if len(self.W) == 1 else backend.xp.concat(self.W, axis=-1)
+            U, S, E = by_triangle(W, lambda E: W @ E, rank, backend)
         else:
-            U, S, E = tall_svd(self.W, spectrum(self.gram, table), rank, table)
-        return U, S, combine(self.V, E, table)
+            U, S, E = tall_svd(self.W, spectrum(self.gram, backend), rank, backend)
+        return U, S, combine(self.V, E, backend)
 
 
 def krylov_svd(
@@ -130,7 +130,7 @@ def krylov_svd(
     decomposition, NeurIPS 2015, Algorithm 2.
     """
     if A.shape[-2] < A.shape[-1]:
-        V, S, U = _krylov_tall(A.H, orthonormal(A.matmat(omega), A.table), rank, n_iter)
+        V, S, U = _krylov_tall(A.H, orthonormal(A.matmat(omega), A.backend), rank, n_iter)
         return U, S, V
     return _krylov_tall(A, omega, rank, n_iter)
 
@@ -140,7 +140,7 @@ def _krylov_tall(
 ) -> tuple[Array, Array, Array]:
     space = KrylovSpace(A)
     if A.is_eager:
-        space.append(A.rmatmat(orthonormal(A.matmat(start), A.table)))
+        space.append(A.rmatmat(orthonormal(A.matmat(start), A.backend)))
     else:
         space.append(A.normal(start)[1])
     fixed = n_iter if n_iter is not None or A.is_eager else LAZY_ITER
@@ -154,7 +154,7 @@ def _krylov_tall(
 
 def _grow_until_settled(space: KrylovSpace, rank: int) -> None:
     """Grow until the leading Ritz values stop moving, the space is full, or the patience is at its end."""
-    xp = space.A.table.xp
+    xp = space.A.backend.xp
     width = space.dimension
     deepest = min(MAX_ITER, space.A.shape[-1] // width)
     before = None

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-from slra._backends.agnostic import matrix_h
+from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
 from slra._validate import (
     check_choice,
@@ -119,7 +119,7 @@ def randomized_svd(
         rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
     width = (rank or 1) + check_count(n_oversamples, "n_oversamples")
     depth = check_depth(n_iter)
-    source = check_draws(A.table, A.like, rng) if test_matrix is None else None
+    source = check_draws(A.backend, A.like, rng) if test_matrix is None else None
     if test_matrix is not None:
         width = check_test_matrix(A, test_matrix, rank or 1)
 
@@ -176,9 +176,9 @@ def _cheapest(A: LinearMap, width: int, depth: int | None) -> str:
 
 def _finished(problem: Problem, U: Array, S: Array, V: Array) -> SVDResult:
     """Fix signs, undo the scaling, and answer in the caller's dtype."""
-    table = problem.A.table
-    factors = fix_signs(U, problem.unscaled(S), matrix_h(V, table.xp), table)
-    return SVDResult(*problem.promoted.answer(table, *factors))
+    backend = problem.A.backend
+    factors = fix_signs(U, problem.unscaled(S), matrix_h(V, backend.xp), backend)
+    return SVDResult(*problem.promoted.cast_back(backend, *factors))
 
 
 def _check_tolerance(
@@ -199,7 +199,7 @@ def _check_tolerance(
             "rtol needs the Frobenius norm of x, which products do not tell; "
             "pass a slra.MatrixOperator with frobenius_norm"
         )
-    return check_rtol(A.table, A.like, rtol, by_products=A.dense is None)
+    return check_rtol(A.backend, A.like, rtol, by_products=A.dense is None)
 
 
 def check_depth(n_iter: Any) -> int | None:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
-from slra._backends.agnostic import matrix_h
 from slra._backends.cholesky_qr import orthonormal
+from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra.svd._cut import cut_at_tolerance, cut_values, keep_leading, ranks_for
 from slra.svd._linear_map import LinearMap
@@ -48,7 +48,7 @@ def tolerance_svd(
             continue
         U, S, V, ranks = found
         met = residual_norm(A, U, S, V, norm) <= rtol * norm
-        if bool(A.table.xp.all(met | (ranks == cap))):
+        if bool(A.backend.xp.all(met | (ranks == cap))):
             return U, S, V
     return _by_svd(A, rtol, cap)
 
@@ -56,17 +56,17 @@ def tolerance_svd(
 def _by_krylov(
     A: LinearMap, sample: Callable[[int], Array], rtol: float, cap: int, norm: Array
 ) -> Found | None:
-    cancels = rtol**2 <= _CANCELLATION * A.table.xp.finfo(norm.dtype).eps
+    cancels = rtol**2 <= _CANCELLATION * A.backend.xp.finfo(norm.dtype).eps
     if A.dense is not None and (cancels or min(A.shape[-2:]) <= _EXACT_SHARE * BLOCK):
         return None
     grown = _grow(A, sample, rtol, cap, norm)
     if grown is None:
         return None
     space, ranks = grown
-    U, S, V = space.svd(int(A.table.xp.max(ranks)))
+    U, S, V = space.svd(int(A.backend.xp.max(ranks)))
     if A.shape[-2] < A.shape[-1]:
         U, V = V, U
-    return U, keep_leading(S, ranks, A.table), V, ranks
+    return U, keep_leading(S, ranks, A.backend), V, ranks
 
 
 def _by_gram(
@@ -76,29 +76,29 @@ def _by_gram(
     if A.shape[-2] < A.shape[-1]:
         found = _by_gram(A.H, sample, rtol, cap, norm)
         return found and (found[2], found[1], found[0], found[3])
-    table, x = A.table, A.materialize()
-    gram = table.gram(x)
-    if rtol**2 <= 16 * x.shape[-1] * table.xp.finfo(gram.dtype).eps:
+    backend, x = A.backend, A.materialize()
+    gram = backend.gram(x)
+    if rtol**2 <= 16 * x.shape[-1] * backend.xp.finfo(gram.dtype).eps:
         return None
-    known = spectrum(gram, table)
-    ranks = cut_at_tolerance(known.values, rtol, cap, table)
-    U, S, V = tall_svd([x], known, int(table.xp.max(ranks)), table)
-    return U, keep_leading(S, ranks, table), V, ranks
+    known = spectrum(gram, backend)
+    ranks = cut_at_tolerance(known.values, rtol, cap, backend)
+    U, S, V = tall_svd([x], known, int(backend.xp.max(ranks)), backend)
+    return U, keep_leading(S, ranks, backend), V, ranks
 
 
 def _by_svd(A: LinearMap, rtol: float, cap: int) -> tuple[Array, Array, Array]:
-    table = A.table
-    U, S, Vh = thin_svd(A.materialize(), table)
-    S, rank = cut_values(S, rtol, cap, table)
-    return U[..., :rank], S, matrix_h(Vh[..., :rank, :], table.xp)
+    backend = A.backend
+    U, S, Vh = thin_svd(A.materialize(), backend)
+    S, rank = cut_values(S, rtol, cap, backend)
+    return U[..., :rank], S, matrix_h(Vh[..., :rank, :], backend.xp)
 
 
 def _grow(
     A: LinearMap, sample: Callable[[int], Array], rtol: float, cap: int, norm: Array
 ) -> tuple[KrylovSpace, Array] | None:
     """Grow a space until the ranks it needs have settled; None where the exact way is cheaper."""
-    table, limit = A.table, min(A.shape[-2:])
-    xp = table.xp
+    backend, limit = A.backend, min(A.shape[-2:])
+    xp = backend.xp
     space = _started(A, sample(BLOCK))
     widest = limit // _EXACT_SHARE if A.dense is not None else limit
     enough = min(widest, _CAPPED_DEPTH * (cap + _CAPPED_OVERSAMPLES))
@@ -106,14 +106,14 @@ def _grow(
     before, looked_at = None, 0
     while space.dimension + BLOCK <= widest:
         space.grow()
-        captured = table.real_part(xp.linalg.trace(space.gram))
+        captured = backend.real_part(xp.linalg.trace(space.gram))
         if space.dimension < enough and not bool(xp.all(total - captured <= allowed)):
             continue
         if space.dimension < _GROWTH * looked_at:
             continue
         squares = space.ritz_values() ** 2
         ranks = ranks_for(
-            total[..., None] - xp.cumulative_sum(squares, axis=-1), allowed, cap, table
+            total[..., None] - xp.cumulative_sum(squares, axis=-1), allowed, cap, backend
         )
         if before is not None and bool(xp.all(before - ranks <= _SETTLED * ranks)):
             return space, ranks
@@ -125,9 +125,9 @@ def _started(A: LinearMap, block: Array) -> KrylovSpace:
     """Return the space of the tall one of ``A`` and ``A^H``, with its first block."""
     if A.shape[-2] < A.shape[-1]:
         A = A.H
-        block = A.matmat(orthonormal(block, A.table))
+        block = A.matmat(orthonormal(block, A.backend))
     space = KrylovSpace(A)
-    space.append(A.rmatmat(orthonormal(block, A.table)))
+    space.append(A.rmatmat(orthonormal(block, A.backend)))
     return space
 
 
@@ -137,17 +137,17 @@ def residual_norm(A: LinearMap, U: Array, S: Array, V: Array, norm: Array) -> Ar
     An array is subtracted from, tile by tile. Of a map only products are known: with orthonormal factors
     ``||A||^2 - 2 sum_j S_j Re(u_j^H A v_j) + sum_j S_j^2``, which loses half of the digits.
     """
-    table = A.table
-    xp = table.xp
+    backend = A.backend
+    xp = backend.xp
     if A.dense is None:
         S = xp.astype(S, norm.dtype)
-        overlaps = table.real_part(xp.sum(table.conj(U) * A.matmat(V), axis=-2))
+        overlaps = backend.real_part(xp.sum(backend.conj(U) * A.matmat(V), axis=-2))
         square = norm**2 + xp.sum(S * (S - 2 * xp.astype(overlaps, norm.dtype)), axis=-1)
         return xp.sqrt(xp.maximum(square, xp.zeros_like(square)))
     scaled, vh = U * xp.astype(S, U.dtype)[..., None, :], matrix_h(V, xp)
     step = max(1, _TILE // A.shape[-1])
     tiles = [slice(i, min(i + step, A.shape[-2])) for i in range(0, A.shape[-2], step)]
     squares = [
-        table.norm_squared(A.dense[..., rows, :] - scaled[..., rows, :] @ vh) for rows in tiles
+        backend.norm_squared(A.dense[..., rows, :] - scaled[..., rows, :] @ vh) for rows in tiles
     ]
     return xp.sqrt(sum(squares[1:], squares[0]))

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from slra._backends import Primitives
-from slra._backends.agnostic import matrix_h
+from slra._backends import Backend
+from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra._validate import check_finite, check_matrix, check_rank, check_rtol, promote, resolve
 from slra.svd._cut import cut_values
@@ -56,48 +56,48 @@ def truncated_svd(x: Array, rank: int | None = None, *, rtol: float | None = Non
     >>> S.tolist()
     [3.0, 2.0]
     """
-    table = resolve(x=x)
+    backend = resolve(x=x)
     check_matrix(x, "x")
     limit = min(x.shape[-2:])
     if rank is None:
         rank = limit
     rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
-    promoted = promote(table, x=x)
+    promoted = promote(backend, x=x)
     (work,) = promoted.arrays
-    check_finite(table, work, "x")
+    check_finite(backend, work, "x")
     if rtol is not None:
-        rtol = check_rtol(table, x, rtol)
-    work, exponent = brought_in_range(work, table)
-    U, S, Vh = thin_svd(work, table, rank)
+        rtol = check_rtol(backend, x, rtol)
+    work, exponent = brought_in_range(work, backend)
+    U, S, Vh = thin_svd(work, backend, rank)
     if rtol is not None:
-        S, rank = cut_values(S, rtol, rank, table)
-    S = scaled_back(S[..., None, :], exponent, table)[..., 0, :]
-    factors = fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :], table)
-    return SVDResult(*promoted.answer(table, *factors))
+        S, rank = cut_values(S, rtol, rank, backend)
+    S = scaled_back(S[..., None, :], exponent, backend)[..., 0, :]
+    factors = fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :], backend)
+    return SVDResult(*promoted.cast_back(backend, *factors))
 
 
-def thin_svd(x: Array, table: Primitives, rank: int | None = None) -> tuple[Array, Array, Array]:
+def thin_svd(x: Array, backend: Backend, rank: int | None = None) -> tuple[Array, Array, Array]:
     """Singular triplets of a validated ``x``, all ``min(m, n)`` or at least ``rank``; signs as they come."""
-    xp = table.xp
+    xp = backend.xp
     if x.shape[-2] < x.shape[-1]:
-        V, S, Uh = thin_svd(matrix_h(x, xp), table, rank)
+        V, S, Uh = thin_svd(matrix_h(x, xp), backend, rank)
         return matrix_h(Uh, xp), S, matrix_h(V, xp)
-    if not table.is_eager(x):
-        U, S, V = by_triangle(x, lambda v: table.product(x, v), rank or x.shape[-1], table)
+    if not backend.is_eager(x):
+        U, S, V = by_triangle(x, lambda v: backend.product(x, v), rank or x.shape[-1], backend)
         return U, S, matrix_h(V, xp)
-    Q, R = table.qr(x)
-    U, S, Vh = table.small_svd(R)
+    Q, R = backend.qr(x)
+    U, S, Vh = backend.small_svd(R)
     return Q @ U, S, Vh
 
 
 def by_triangle(
-    x: Array, product: Callable[[Array], Array], rank: int, table: Primitives
+    x: Array, product: Callable[[Array], Array], rank: int, backend: Backend
 ) -> tuple[Array, Array, Array]:
     """Leading triplets ``U, S, V`` of a tall ``x``, of which nothing larger than ``U`` is kept: for lazy arrays.
 
     The triangular factor tells ``V``, and ``product(V)``, which is ``x V``, the rest.
     """
-    V = matrix_h(table.small_svd(table.triangular_factor(x))[2][..., :rank, :], table.xp)
-    Q, R = table.qr(product(V))
-    U, S, Vh = table.small_svd(R)
-    return Q @ U, S, V @ matrix_h(Vh, table.xp)
+    V = matrix_h(backend.small_svd(backend.triangular_factor(x))[2][..., :rank, :], backend.xp)
+    Q, R = backend.qr(product(V))
+    U, S, Vh = backend.small_svd(R)
+    return Q @ U, S, V @ matrix_h(Vh, backend.xp)

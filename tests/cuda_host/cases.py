@@ -1,4 +1,4 @@
-"""What the CuPy table is tested with: arguments for each primitive that has kernels, and how far results may be off."""
+"""What the CuPy backend is tested with: arguments of each primitive with kernels, and how far off results may be."""
 
 import array_api_compat.numpy as np_xp
 import numpy as np
@@ -6,8 +6,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from slra._backends import Primitives
-from slra._backends.agnostic_attention import ScoreOptions, SoftmaxState, Tile, TileBounds
+from slra._backends import Backend
+from slra._backends.standard.attention import ScoreOptions, SoftmaxState, Tile, TileBounds
 
 __all__ = ["check_values", "device_slack", "primitives_and_dtypes"]
 
@@ -25,7 +25,7 @@ class Rounded:
         return np.tanh(x.astype(np.longdouble)).astype(x.dtype)
 
 
-REFERENCE = Primitives(Rounded())
+REFERENCE = Backend(Rounded())
 
 
 def specials(dtype):
@@ -243,7 +243,7 @@ def widened(x):
 
 
 def check_values(
-    table,
+    backend,
     name,
     dtype,
     *,
@@ -253,7 +253,7 @@ def check_values(
     fetch=unchanged,
     allowed=slack,
 ):
-    """Compare a primitive with its reference over many arguments; ``bring`` and ``fetch`` move arrays to ``table``."""
+    """Compare a primitive with its reference on many arguments; ``bring`` and ``fetch`` move arrays to ``backend``."""
 
     @settings(
         max_examples=max_examples,
@@ -266,7 +266,7 @@ def check_values(
     @given(ARGUMENTS[name][1](dtype))
     def check(args):
         with np.errstate(all="ignore"):
-            ours = getattr(table, name)(*map(bring, args))
+            ours = getattr(backend, name)(*map(bring, args))
             args = [widened(a) for a in args]
             reference = getattr(REFERENCE, name)(*args)
             if not isinstance(reference, tuple):

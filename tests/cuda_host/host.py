@@ -355,7 +355,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def cupy_on_host() -> Iterator[Any]:
-    """Let ``slra`` take every array for CuPy's, and load its CuPy table over `HostCupy`."""
+    """Let ``slra`` take every array for CuPy's, and load its CuPy backend over `HostCupy`."""
     before = _replace(_modules or {"cupy": HostCupy(), "cupyx": HostCupyx()})
     array_namespace = compat.array_namespace
 

@@ -221,7 +221,7 @@ def _low_rank_args(draw: Any, *, fit: bool = False) -> dict[str, Any]:
     assume(oracles.in_range(args["q"], args["k"], args["v"], args, room=1e9))
     (n, d), (m, e) = args["q"].shape[-2:], args["v"].shape[-2:]
     limits = min(n, m, d), min(m, e)
-    args["method"] = draw(st.sampled_from(["output", "joint", "svd"]))
+    args["method"] = draw(st.sampled_from(["output", "scores", "svd"]))
     choice = draw(st.sampled_from(["int", "pair", "rtol"]))
     if choice == "int":
         args["rank"] = draw(st.integers(1, min(limits)))

@@ -332,16 +332,16 @@ def _add_decompositions() -> None:
         add(name, public(name), base, fair, _check_parts, requests=requests, works_on_dask=dask)
     for name, base, fair in (
         (
-            "SparseLowRank.__matmul__",
+            "LowRankPlusSparse.__matmul__",
             {"other": normal(5, 2)},
             {"other": arrays((5,), dtypes=FLOATS)},
         ),
         (
-            "SparseLowRank.__rmatmul__",
+            "LowRankPlusSparse.__rmatmul__",
             {"other": normal(2, 4)},
             {"other": arrays((4,), dtypes=FLOATS)},
         ),
-        ("SparseLowRank.to_dense", {}, {}),
+        ("LowRankPlusSparse.to_dense", {}, {}),
     ):
         add(
             name,
@@ -354,7 +354,7 @@ def _add_decompositions() -> None:
 
 def _sparse_low_rank(method: str) -> Callable[..., Any]:
     def call(xp: Any, **args: Any) -> Any:
-        small = slra.SparseLowRank(
+        small = slra.LowRankPlusSparse(
             to_xp(xp, normal(4, 2)),
             to_xp(xp, normal(2, 5)),
             to_xp(xp, normal(4, 1)),

@@ -15,8 +15,8 @@ __all__ = ["favor_attention", "orthogonal_features"]
 
 def favor_attention(data: Grouped, rank: int, n_exact: int) -> Array:
     r"""Replace the kernel by ``rank`` features, :math:`\phi(x)_i = \exp(\omega_i x - \|x\|^2 / 2)`."""
-    table, xp = data.table, data.table.xp
-    omega = table.from_numpy(orthogonal_features(rank, data.q.shape[-1]), data.q)
+    backend, xp = data.backend, data.backend.xp
+    omega = backend.from_numpy(orthogonal_features(rank, data.q.shape[-1]), data.q)
     root = math.sqrt(abs(data.options.scale))
     q, k = data.q * math.copysign(root, data.options.scale), data.k[..., None, :, :] * root
 

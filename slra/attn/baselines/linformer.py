@@ -12,10 +12,10 @@ __all__ = ["linformer_attention"]
 
 def linformer_attention(data: Grouped, rank: int, n_exact: int) -> Array:
     """Attend to ``rank`` random combinations of the keys, with entries of variance 1/rank."""
-    table = data.table
-    projection = table.test_matrix((data.k.shape[-2], rank), 0, data.k)
-    projection = table.xp.matrix_transpose(projection) * rank**-0.5
+    backend = data.backend
+    projection = backend.test_matrix((data.k.shape[-2], rank), 0, data.k)
+    projection = backend.xp.matrix_transpose(projection) * rank**-0.5
     k, v = (projection @ x for x in (data.k, data.v))
-    return table.attention_output(
+    return backend.attention_output(
         data.q, k[..., None, :, :], v[..., None, :, :], None, data.options
     )

@@ -16,9 +16,9 @@ QUERY_TILE = 512
 
 def topk_attention(data: Grouped, rank: int, n_exact: int) -> Array:
     """Attend to ``n_exact`` keys a query, chosen in ``rank`` dimensions; ties are all taken."""
-    table, xp = data.table, data.table.xp
+    backend, xp = data.backend, data.backend.xp
     centred = data.k - xp.mean(data.k, axis=-2, keepdims=True)
-    components = xp.matrix_transpose(thin_svd(centred, table)[2][..., :rank, :])
+    components = xp.matrix_transpose(thin_svd(centred, backend)[2][..., :rank, :])
     q, k = data.q @ components[..., None, :, :], centred @ components
     n_queries = data.q.shape[-2]
     tiles = [
@@ -30,15 +30,15 @@ def topk_attention(data: Grouped, rank: int, n_exact: int) -> Array:
 
 def _tile(data: Grouped, q: Array, k: Array, rows: list[int], n_exact: int) -> Array:
     """Attention of some queries; memory is linear in the number of keys."""
-    table, xp, mask = data.table, data.table.xp, data.mask
+    backend, xp, mask = data.backend, data.backend.xp, data.mask
     # Softmax, mask and all, keeps the order of the scores within a row.
-    weights = row_weights(data, take_rows(q, rows, table), k, rows)
-    chosen = xp.logical_and(weights >= table.kth_largest(weights, n_exact), weights > 0)
+    weights = row_weights(data, take_rows(q, rows, backend), k, rows)
+    chosen = xp.logical_and(weights >= backend.kth_largest(weights, n_exact), weights > 0)
     if mask is not None and not xp.isdtype(mask.dtype, "bool"):
-        part = take_rows(mask, rows, table) if mask.shape[-2] > 1 else mask
+        part = take_rows(mask, rows, backend) if mask.shape[-2] > 1 else mask
         chosen = xp.where(chosen, part, xp.full_like(part, -xp.inf))
-    return table.attention_output(
-        take_rows(data.q, rows, table),
+    return backend.attention_output(
+        take_rows(data.q, rows, backend),
         data.k[..., None, :, :],
         data.v[..., None, :, :],
         chosen,

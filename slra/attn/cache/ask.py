@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import Array
 from slra.attn.cache.state import Settings, arange_like, is_host, namespace_of
 
@@ -27,26 +27,26 @@ def ask(
     lengths: Array,
     *,
     is_causal: bool,
-    table: Primitives,
+    backend: Backend,
 ) -> Ask:
     """Place the queries at the end of their sequences; those beyond ``counts`` see nothing."""
     ns, n_queries = namespace_of(lengths), q.shape[-2]
-    each = arange_like(lengths, 0, n_queries, table)
+    each = arange_like(lengths, 0, n_queries, backend)
     used = lengths[:, None] * 0 + n_queries if counts is None else counts[:, None]
     positions = lengths[:, None] - used + each
     limit = positions if is_causal else lengths[:, None] - 1 + 0 * each
     return Ask(q, positions, ns.where(each < used, limit, 0 * limit - 1), mask)
 
 
-def fold(x: Array, settings: Settings, table: Primitives) -> Array:
+def fold(x: Array, settings: Settings, backend: Backend) -> Array:
     """Make the query heads that share a key head rows of one matrix: (B, H * shared, M, f) to (B, H, shared * M, f)."""
     shape = (x.shape[0], settings.n_heads, settings.n_shared * x.shape[-2], x.shape[-1])
-    return table.xp.reshape(x, shape)
+    return backend.xp.reshape(x, shape)
 
 
-def unfold(x: Array, n_queries: int, table: Primitives) -> Array:
+def unfold(x: Array, n_queries: int, backend: Backend) -> Array:
     """Undo `fold` on an output (B, H, shared * M, f) or a log-sum-exp (B, H, shared * M)."""
-    return table.xp.reshape(x, (x.shape[0], -1, n_queries, *x.shape[3:]))
+    return backend.xp.reshape(x, (x.shape[0], -1, n_queries, *x.shape[3:]))
 
 
 def sees_all(asked: Ask, start: Array, end: Array, rows: slice) -> bool:
@@ -58,16 +58,16 @@ def sees_all(asked: Ask, start: Array, end: Array, rows: slice) -> bool:
 
 
 def part_mask(
-    asked: Ask, places: tuple[Array, Array, Array], settings: Settings, table: Primitives
+    asked: Ask, places: tuple[Array, Array, Array], settings: Settings, backend: Backend
 ) -> Array | None:
     """Which keys, at given positions (B, n) and within bounds that broadcast to them, each query sees."""
-    xp = table.xp
+    xp = backend.xp
     positions, low, high = places
     seen = (positions >= low) & (positions < high)
     seen = seen[:, None, :] & (positions[:, None, :] <= asked.limit[:, :, None])
-    mask = None if asked.mask is None else _columns(asked.mask, positions, table)
+    mask = None if asked.mask is None else _columns(asked.mask, positions, backend)
     if is_host(seen):
-        seen = None if np.all(seen) else table.from_numpy(seen, asked.q, xp.bool)
+        seen = None if np.all(seen) else backend.from_numpy(seen, asked.q, xp.bool)
     if seen is not None:
         seen = seen[:, None, :, :]
         if mask is None:
@@ -76,25 +76,25 @@ def part_mask(
             mask = xp.logical_and(mask, seen)
         else:
             mask = xp.where(seen, mask, xp.full_like(mask, -xp.inf))
-    return mask if mask is None else _folded(mask, asked.q.shape[-2], settings, table)
+    return mask if mask is None else _folded(mask, asked.q.shape[-2], settings, backend)
 
 
-def _columns(mask: Array, positions: Array, table: Primitives) -> Array:
+def _columns(mask: Array, positions: Array, backend: Backend) -> Array:
     """Columns of a mask at these positions, whichever they are where nothing is."""
-    xp, n_tokens = table.xp, mask.shape[-1]
+    xp, n_tokens = backend.xp, mask.shape[-1]
     if n_tokens == 1:
         return mask
     if is_host(positions):
-        inside = table.from_numpy(np.clip(positions, 0, n_tokens - 1), mask, xp.int64)
+        inside = backend.from_numpy(np.clip(positions, 0, n_tokens - 1), mask, xp.int64)
     else:
         inside = xp.clip(positions, 0, n_tokens - 1)
     mask = xp.broadcast_to(mask, (positions.shape[0], *mask.shape[1:]))
     return xp.take_along_axis(mask, inside[:, None, None, :], axis=-1)
 
 
-def _folded(mask: Array, n_queries: int, settings: Settings, table: Primitives) -> Array:
+def _folded(mask: Array, n_queries: int, settings: Settings, backend: Backend) -> Array:
     """Lay a mask out as `fold` does queries."""
-    xp, (n_batch, heads, rows, n_keys) = table.xp, mask.shape
+    xp, (n_batch, heads, rows, n_keys) = backend.xp, mask.shape
     if heads == 1 and rows == 1:
         return mask
     if heads == 1:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import RNG, Array
 from slra._validate import check_flag, resolve
 from slra.attn.basis import AttentionBasis
@@ -61,7 +61,7 @@ class KVCache:
         queries, beyond which the basis is fitted to the window. It is measured each time the window has been
         replaced, on the worst head, and with ``rotary`` before the rotation. The new basis serves the tokens of the
         window and those to come.
-    method : {"output", "joint", "svd"}
+    method : {"output", "scores", "svd"}
         How a refit is done, see `fit_attention`.
 
     Attributes
@@ -133,7 +133,7 @@ class KVCache:
         drift_bound: float | None = None,
         method: str = "output",
     ) -> None:
-        table, settings = check_settings(
+        backend, settings = check_settings(
             basis,
             batch=batch,
             window=window,
@@ -148,10 +148,10 @@ class KVCache:
             drift_bound=drift_bound,
             method=method,
         )
-        maps = maps_of(basis, settings.n_batch, table)
+        maps = maps_of(basis, settings.n_batch, backend)
         self._settings = settings
-        self._state = empty_state(maps, basis.error, settings, table)
-        table.make_pytree(KVCache, _take_apart, _put_together)
+        self._state = empty_state(maps, basis.error, settings, backend)
+        backend.make_pytree(KVCache, _take_apart, _put_together)
 
     @classmethod
     def from_prefix(
@@ -248,18 +248,18 @@ class KVCache:
         ValueError
             If shapes do not fit, the capacity is exceeded, or ``q`` is missing.
         """
-        table, settings, state = self._table(), self._settings, self._state
+        backend, settings, state = self._table(), self._settings, self._state
         checks.check_can_grow(state, settings)
-        k, v, q = checks.check_tokens(k, v, q, state, settings, table)
-        counts = checks.check_lengths(lengths, k.shape[-2], state, settings, table)
+        k, v, q = checks.check_tokens(k, v, q, state, settings, backend)
+        counts = checks.check_lengths(lengths, k.shape[-2], state, settings, backend)
         checks.check_room(state, k.shape[-2], counts, settings)
-        with table.quietly():
+        with backend.ignore_overflow():
             if k.shape[-2]:
-                state = store(state, k, v, counts, settings, table)
+                state = store(state, k, v, counts, settings, backend)
                 if state.recent is not None:
-                    state = state._replace(recent=remember(state.recent, q, settings, table))
-                    state = follow(state, settings, table)
-        if table.is_functional:
+                    state = state._replace(recent=remember(state.recent, q, settings, backend))
+                    state = follow(state, settings, backend)
+        if backend.is_functional:
             return _made(state, settings)
         self._state = state
         return self
@@ -308,14 +308,14 @@ class KVCache:
         With ``m`` queries that are many, the whole prompt say, exact attention on its keys and values is as fast and
         exact. Here memory is in proportion to ``m n`` where a mask is needed.
         """
-        table, settings, state = self._table(), self._settings, self._state
+        backend, settings, state = self._table(), self._settings, self._state
         check_flag(return_lse, "return_lse")
-        work, mask = checks.check_queries(q, mask, is_causal, state, settings, table)
-        counts = checks.check_lengths(lengths, q.shape[-2], state, settings, table)
-        asked = ask(work, mask, counts, state.lengths, is_causal=is_causal, table=table)
-        with table.quietly():
-            out, lse = attend_state(state, asked, settings, table)
-            xp = table.xp
+        work, mask = checks.check_queries(q, mask, is_causal, state, settings, backend)
+        counts = checks.check_lengths(lengths, q.shape[-2], state, settings, backend)
+        asked = ask(work, mask, counts, state.lengths, is_causal=is_causal, backend=backend)
+        with backend.ignore_overflow():
+            out, lse = attend_state(state, asked, settings, backend)
+            xp = backend.xp
             out = xp.astype(xp.reshape(out, (*q.shape[:-1], settings.width_v)), q.dtype, copy=False)
         return (out, xp.reshape(lse, q.shape[:-1])) if return_lse else out
 
@@ -329,11 +329,11 @@ class KVCache:
             of ``lengths``, or the static capacity.
         v : array, shape (..., Hkv, n, Dv)
         """
-        table, settings = self._table(), self._settings
-        with table.quietly():
-            k, v = read_state(self._state, settings, table)
+        backend, settings = self._table(), self._settings
+        with backend.ignore_overflow():
+            k, v = read_state(self._state, settings, backend)
         lead = (*settings.batch, settings.n_heads)
-        k, v = (table.xp.reshape(x, (*lead, *x.shape[2:])) for x in (k, v))
+        k, v = (backend.xp.reshape(x, (*lead, *x.shape[2:])) for x in (k, v))
         return k, v
 
     def select(self, indices: Array | Sequence[int]) -> "KVCache":
@@ -356,9 +356,9 @@ class KVCache:
         ValueError
             If the cache does not have one batch axis, or an index is out of range.
         """
-        table, settings = self._table(), self._settings
-        chosen = checks.check_selection(indices, settings, table)
-        state = select_state(self._state, chosen, settings, table)
+        backend, settings = self._table(), self._settings
+        chosen = checks.check_selection(indices, settings, backend)
+        state = select_state(self._state, chosen, settings, backend)
         return _made(state, settings._replace(batch=(len(chosen),)))
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -393,9 +393,9 @@ class KVCache:
             If the file is cut short, changed, or not what `save` writes; or if it holds a dtype that the library of
             ``like`` does not have (bfloat16 on NumPy).
         """
-        table = resolve(like=np.empty(0) if like is None else like)
-        state, settings = load_cache(path, np.empty(0) if like is None else like, table)
-        table.make_pytree(KVCache, _take_apart, _put_together)
+        backend = resolve(like=np.empty(0) if like is None else like)
+        state, settings = load_cache(path, np.empty(0) if like is None else like, backend)
+        backend.make_pytree(KVCache, _take_apart, _put_together)
         return _made(state, settings)
 
     @property
@@ -409,9 +409,9 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays held."""
-        table = self._table()
+        backend = self._table()
         return sum(
-            int(x.nbytes) if isinstance(x, np.ndarray) else size_in_bytes(table, x)
+            int(x.nbytes) if isinstance(x, np.ndarray) else size_in_bytes(backend, x)
             for x in arrays_of(self._state)
         )
 
@@ -432,7 +432,7 @@ class KVCache:
             f"window={settings.window}, n_sink={settings.n_sink}, n_segments={self.n_segments})"
         )
 
-    def _table(self) -> Primitives:
+    def _table(self) -> Backend:
         return resolve(basis=self._state.segments[0].maps.wk)
 
 

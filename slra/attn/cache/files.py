@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from slra._backends import Primitives
-from slra._backends.agnostic import ScoreOptions
+from slra._backends import Backend
+from slra._backends.standard import ScoreOptions
 from slra._typing import Array
 from slra.attn.cache.contents import check_contents
 from slra.attn.cache.state import (
@@ -42,11 +42,11 @@ def _safetensors() -> Any:
 
 
 def save_cache(
-    path: str | PathLike[str], state: State, settings: Settings, table: Primitives
+    path: str | PathLike[str], state: State, settings: Settings, backend: Backend
 ) -> None:
     """Write what is in use to exactly this path."""
     library = _safetensors()
-    named = {name: _plain(x, table) for name, x in flattened(_without_room(state, settings))}
+    named = {name: _plain(x, backend) for name, x in flattened(_without_room(state, settings))}
     metadata = {
         "format": FORMAT,
         "settings": json.dumps(settings._asdict() | {"options": settings.options._asdict()}),
@@ -57,13 +57,13 @@ def save_cache(
     Path(path).write_bytes(library.numpy.save(named, metadata))
 
 
-def _plain(x: Array, table: Primitives) -> np.ndarray[Any, Any]:
+def _plain(x: Array, backend: Backend) -> np.ndarray[Any, Any]:
     """NumPy array of a dtype that NumPy has; bfloat16 becomes float32, which holds all its values."""
     if isinstance(x, np.ndarray):
         return np.asarray(x, order="C")
-    if hasattr(table.xp, "bfloat16") and x.dtype == table.xp.bfloat16:
-        x = table.xp.astype(x, table.xp.float32)
-    return np.asarray(table.to_numpy(x), order="C")
+    if hasattr(backend.xp, "bfloat16") and x.dtype == backend.xp.bfloat16:
+        x = backend.xp.astype(x, backend.xp.float32)
+    return np.asarray(backend.to_numpy(x), order="C")
 
 
 def _without_room(state: State, settings: Settings) -> State:
@@ -109,7 +109,7 @@ def _checksum(named: Arrays, metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def load_cache(path: str | PathLike[str], like: Array, table: Primitives) -> tuple[State, Settings]:
+def load_cache(path: str | PathLike[str], like: Array, backend: Backend) -> tuple[State, Settings]:
     """Read it back; ValueError where the file is not what `save_cache` writes."""
     content = Path(path).read_bytes()
     library = _safetensors()
@@ -129,11 +129,11 @@ def load_cache(path: str | PathLike[str], like: Array, table: Primitives) -> tup
         raise ValueError(
             f"path must be a file written by KVCache.save, got {path}: {error}"
         ) from error
-    if settings.dtype is not None and not hasattr(table.xp, settings.dtype):
+    if settings.dtype is not None and not hasattr(backend.xp, settings.dtype):
         raise ValueError(
             f"like must be an array of a library that has {settings.dtype}, as the cache is stored in"
         )
-    return _brought(state, settings, like, table), settings
+    return _brought(state, settings, like, backend), settings
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -170,31 +170,31 @@ def _unflattened(named: Arrays, n_segments: int) -> State:
     return State(named["lengths"], tuple(segments), exact, recent, named.get("error"))
 
 
-def _brought(state: State, settings: Settings, like: Array, table: Primitives) -> State:
+def _brought(state: State, settings: Settings, like: Array, backend: Backend) -> State:
     """Bring the arrays to a library; positions stay with NumPy unless they were traced."""
-    storage = settings.storage_dtype(table, None)
+    storage = settings.storage_dtype(backend, None)
 
     def bring(x: Any, dtype: Any = None) -> Any:
         if x is None:
             return None
-        return table.from_numpy(x, like, dtype or getattr(table.xp, x.dtype.name))
+        return backend.from_numpy(x, like, dtype or getattr(backend.xp, x.dtype.name))
 
     def rows(x: Any) -> Any:
         return bring(x, storage if x.dtype.kind == "f" else None)
 
     def position(x: Any) -> Any:
-        is_static = table.is_functional and settings.capacity is not None
+        is_static = backend.is_functional and settings.capacity is not None
         return bring(x) if is_static else x
 
     def room(x: Any) -> Any:
         n_rows = x.shape[2] if settings.capacity is None else settings.capacity - settings.n_sink
-        return with_rows(x, n_rows, table)
+        return with_rows(x, n_rows, backend)
 
     segments = []
     for segment in state.segments:
         maps = SegmentMaps(*map(bring, segment.maps))
         held = _map_rows(segment, lambda x: room(rows(x)))
-        k = copied(held.k, table.key_buffer(held.k.shape, held.k.dtype, like), table)
+        k = copied(held.k, backend.key_buffer(held.k.shape, held.k.dtype, like), backend)
         segments.append(held._replace(maps=maps, start=position(segment.start), k=k))
     exact = None if state.exact is None else Exact(*map(bring, state.exact))
     recent = None if state.recent is None else state.recent._replace(q=bring(state.recent.q))

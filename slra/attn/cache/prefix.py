@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from slra._backends import Primitives
+from slra._backends import Backend
 from slra._typing import Array
 from slra._validate import check_matrix, check_positive, resolve
 from slra.attn._rows import sample_rows
@@ -46,16 +46,16 @@ def fit_prefix(
     exact = None
     for basis in _bases(prefix, rank, fit):
         state, settings = make(basis)
-        table = resolve(basis=state.segments[0].maps.wk)
-        steps = exact or _exact_steps(prefix, state, settings, table)
+        backend = resolve(basis=state.segments[0].maps.wk)
+        steps = exact or _exact_steps(prefix, state, settings, backend)
         exact = steps
-        error = _error(steps, state, settings, table)
-        if float(table.xp.max(error)) <= rtol:
-            error = table.xp.reshape(error, basis.error.shape[-1:])
+        error = _error(steps, state, settings, backend)
+        if float(backend.xp.max(error)) <= rtol:
+            error = backend.xp.reshape(error, basis.error.shape[-1:])
             return state._replace(error=error), settings
     raise ValueError(
         f"rtol must be larger: at rank {settings.rank} and with these options the error is "
-        f"{float(table.xp.max(error)):.2g}, got {rtol}"
+        f"{float(backend.xp.max(error)):.2g}, got {rtol}"
     )
 
 
@@ -75,24 +75,24 @@ def _bases(
 
 
 def _exact_steps(
-    prefix: tuple[Array, Array, Array], state: State, settings: Settings, table: Primitives
+    prefix: tuple[Array, Array, Array], state: State, settings: Settings, backend: Backend
 ) -> tuple[Ask, Array]:
     """Choose steps of the prefix, the last among them, and compute what exact attention gives there."""
-    xp, n_tokens = table.xp, prefix[1].shape[-2]
+    xp, n_tokens = backend.xp, prefix[1].shape[-2]
     rows = sorted({*sample_rows(n_tokens, N_STEPS - 1, None), n_tokens - 1})
     q, k, v = (
         xp.reshape(xp.astype(x, state.segments[0].maps.wk.dtype, copy=False), (-1, *x.shape[-3:]))
         for x in prefix
     )
-    q = xp.take(q, table.from_numpy(np.asarray(rows), q, xp.int64), axis=-2)
+    q = xp.take(q, backend.from_numpy(np.asarray(rows), q, xp.int64), axis=-2)
     positions: Array = np.asarray(rows)[None, :]
-    seen = table.from_numpy(np.arange(n_tokens) <= np.asarray(rows)[:, None], q, xp.bool)
+    seen = backend.from_numpy(np.arange(n_tokens) <= np.asarray(rows)[:, None], q, xp.bool)
     if not is_host(state.lengths):
-        positions = table.from_numpy(positions, state.lengths)
+        positions = backend.from_numpy(positions, state.lengths)
     asked = Ask(q, positions, positions, None)
     if settings.rotary is not None:
-        q = rotate(q, positions, settings.rotary, table)
-        k = rotate(k, np.arange(n_tokens)[None, :], settings.rotary, table)
+        q = rotate(q, positions, settings.rotary, backend)
+        k = rotate(k, np.arange(n_tokens)[None, :], settings.rotary, backend)
     options = settings.options
     out = attention(
         q, k, v, mask=seen, scale=options.scale, softcap=options.softcap, enable_gqa=True
@@ -100,9 +100,9 @@ def _exact_steps(
     return asked, out
 
 
-def _error(steps: tuple[Ask, Array], state: State, settings: Settings, table: Primitives) -> Array:
+def _error(steps: tuple[Ask, Array], state: State, settings: Settings, backend: Backend) -> Array:
     """Relative Frobenius error of these steps, for each query head."""
-    xp, (asked, exact) = table.xp, steps
-    out, _ = attend_state(state, asked, settings, table)
+    xp, (asked, exact) = backend.xp, steps
+    out, _ = attend_state(state, asked, settings, backend)
     error, whole = (xp.sqrt(xp.sum(x * x, axis=(0, -2, -1))) for x in (out - exact, exact))
     return error / xp.where(whole == 0, xp.ones_like(whole), whole)

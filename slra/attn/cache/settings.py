@@ -5,8 +5,8 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from slra._backends import Primitives
-from slra._backends.agnostic import ScoreOptions
+from slra._backends import Backend
+from slra._backends.standard import ScoreOptions
 from slra._validate import check_choice, check_count, check_positive, promote, resolve
 from slra.attn._inputs import check_scale
 from slra.attn._maps import METHODS
@@ -35,11 +35,11 @@ def check_settings(
     update: Any,
     drift_bound: Any,
     method: Any,
-) -> tuple[Primitives, Settings]:
+) -> tuple[Backend, Settings]:
     """Check what a cache is made with; raise on the first that is wrong."""
     check_parts(basis)
-    table = resolve(basis=basis.wk)
-    if not table.is_functional and not table.is_eager(basis.wk):
+    backend = resolve(basis=basis.wk)
+    if not backend.is_functional and not backend.is_eager(basis.wk):
         raise TypeError(
             "basis must hold arrays in memory, which a cache writes to; compute lazy ones first"
         )
@@ -47,7 +47,7 @@ def check_settings(
         raise ValueError(
             f"basis must have a head axis, got wk of shape {tuple(basis.wk.shape)}; fit it to (H, n, d)"
         )
-    own, limits = tuple(basis.wk.shape[:-3]), table.xp.finfo(basis.wk.dtype)
+    own, limits = tuple(basis.wk.shape[:-3]), backend.xp.finfo(basis.wk.dtype)
     n_heads, width, rank_qk = basis.wk.shape[-3:]
     width_v, rank_v = basis.wv.shape[-2:]
     settings = Settings(
@@ -62,7 +62,7 @@ def check_settings(
         n_sink=check_count(n_sink, "n_sink", most=MOST),
         n_sparse=_check_n_sparse(n_sparse, min(width, width_v)),
         capacity=None if capacity is None else check_count(capacity, "capacity", most=MOST),
-        dtype=_check_dtype(dtype, table),
+        dtype=_check_dtype(dtype, backend),
         options=ScoreOptions(
             scale=width**-0.5 if scale is None else check_scale(scale, limits),
             softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
@@ -74,7 +74,7 @@ def check_settings(
     )
     check_choice(method, tuple(METHODS), "method")
     _check_together(settings)
-    return table, settings
+    return backend, settings
 
 
 def _check_together(settings: Settings) -> None:
@@ -112,11 +112,11 @@ def _check_n_sparse(n_sparse: Any, limit: int) -> int:
     return count
 
 
-def _check_dtype(dtype: Any, table: Primitives) -> str | None:
+def _check_dtype(dtype: Any, backend: Backend) -> str | None:
     if dtype is None:
         return None
     check_choice(dtype, ("float16", "bfloat16", "float32", "float64"), "dtype")
-    if not hasattr(table.xp, dtype):
+    if not hasattr(backend.xp, dtype):
         raise ValueError(f"dtype must be one that the library of the basis has, got {dtype!r}")
     return str(dtype)
 
@@ -150,10 +150,10 @@ def _check_update(update: Any, drift_bound: Any) -> float | None:
     return None if drift_bound is None else check_positive(drift_bound, "drift_bound")
 
 
-def maps_of(basis: AttentionBasis, n_batch: int, table: Primitives) -> SegmentMaps:
+def maps_of(basis: AttentionBasis, n_batch: int, backend: Backend) -> SegmentMaps:
     """Lay the maps of a basis out with one batch axis, of length one where all elements share them."""
-    xp = table.xp
+    xp = backend.xp
     named = {name: getattr(basis, name) for name in SegmentMaps._fields}
-    arrays = promote(table, allow_complex=False, **named).arrays
+    arrays = promote(backend, allow_complex=False, **named).arrays
     lead = n_batch if basis.wk.ndim > 3 else 1
     return SegmentMaps(*(xp.reshape(x, (lead, *x.shape[-3:])) for x in arrays))

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from slra._backends import Primitives
-from slra._backends.agnostic import ScoreOptions
+from slra._backends import Backend
+from slra._backends.standard import ScoreOptions
 from slra._typing import Array, DType, Namespace
 
 __all__ = [
@@ -70,9 +70,9 @@ class Settings(NamedTuple):
         """Whether k' has one more column, of ones: a softcap sees the shift of the keys."""
         return self.options.softcap is not None and self.rotary is None
 
-    def storage_dtype(self, table: Primitives, work: DType) -> DType:
+    def storage_dtype(self, backend: Backend, work: DType) -> DType:
         """Dtype of k' and v'."""
-        return work if self.dtype is None else getattr(table.xp, self.dtype)
+        return work if self.dtype is None else getattr(backend.xp, self.dtype)
 
 
 class SegmentMaps(NamedTuple):
@@ -144,37 +144,37 @@ def namespace_of(lengths: Array) -> Namespace:
     return compat.array_namespace(lengths)
 
 
-def arange_like(lengths: Array, start: int, stop: int, table: Primitives) -> Array:
+def arange_like(lengths: Array, start: int, stop: int, backend: Backend) -> Array:
     """Return consecutive positions, (1, stop - start)."""
     if is_host(lengths):
         return np.arange(start, stop)[None, :]
-    device = table.creation_device(lengths)
-    return table.xp.arange(start, stop, dtype=lengths.dtype, device=device)[None, :]
+    device = backend.creation_device(lengths)
+    return backend.xp.arange(start, stop, dtype=lengths.dtype, device=device)[None, :]
 
 
-def zeros(shape: tuple[int, ...], like: Array, table: Primitives, dtype: DType = None) -> Array:
+def zeros(shape: tuple[int, ...], like: Array, backend: Backend, dtype: DType = None) -> Array:
     """Zeros beside ``like``."""
     dtype = like.dtype if dtype is None else dtype
-    return table.xp.zeros(shape, dtype=dtype, device=table.creation_device(like))
+    return backend.xp.zeros(shape, dtype=dtype, device=backend.creation_device(like))
 
 
-def grown(buffer: Array, n_rows: int, table: Primitives) -> Array:
+def grown(buffer: Array, n_rows: int, backend: Backend) -> Array:
     """Make room for so many rows along the second last axis, and for some more."""
     held = buffer.shape[-2]
     if n_rows <= held:
         return buffer
-    return with_rows(buffer, max(n_rows, math.ceil(held * GROWTH), LEAST_ROWS), table)
+    return with_rows(buffer, max(n_rows, math.ceil(held * GROWTH), LEAST_ROWS), backend)
 
 
-def with_rows(buffer: Array, n_rows: int, table: Primitives) -> Array:
+def with_rows(buffer: Array, n_rows: int, backend: Backend) -> Array:
     """Copy to a buffer with so many rows, no fewer than it has."""
-    return copied(buffer, table.rows_like(buffer, n_rows), table)
+    return copied(buffer, backend.rows_like(buffer, n_rows), backend)
 
 
-def copied(rows: Array, buffer: Array, table: Primitives) -> Array:
+def copied(rows: Array, buffer: Array, backend: Backend) -> Array:
     """Write rows to the beginning of a buffer."""
     n_batch, n_rows = rows.shape[0], rows.shape[-2]
-    return table.put_rows(buffer, rows, np.broadcast_to(np.arange(n_rows), (n_batch, n_rows)))
+    return backend.put_rows(buffer, rows, np.broadcast_to(np.arange(n_rows), (n_batch, n_rows)))
 
 
 def arrays_of(state: Any) -> list[Array]:

@@ -1,6 +1,6 @@
 """Exact attention and its gradient, tile by tile, in the array API standard and nothing else.
 
-`Primitives` offers these as methods. Shapes throughout: q (..., Nq, D), k (..., Nk, D), v (..., Nk, Dv), mask
+`Backend` offers these as methods. Shapes throughout: q (..., Nq, D), k (..., Nk, D), v (..., Nk, Dv), mask
 broadcastable to (..., Nq, Nk), out (..., Nq, Dv), lse (..., Nq); leading axes broadcast.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from slra._typing import Array, CausalAlign, Namespace
 
 if TYPE_CHECKING:
-    from slra._backends.agnostic import Primitives
+    from slra._backends.standard import Backend
 
 __all__ = [
     "ScoreOptions",
@@ -88,17 +88,17 @@ def scores_batch_shape(q: Array, k: Array, v: Array, mask: Array | None) -> tupl
 
 
 def tiled_attention(
-    table: "Primitives", q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    backend: "Backend", q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
 ) -> tuple[Array, Array]:
     """Exact attention and its log-sum-exp."""
-    rows = table.recomputed(_attention_rows)
+    rows = backend.checkpoint(_attention_rows)
     n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
-    tiling = Tiling(*table.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
-    parts = [rows(table, q, k, v, mask, tiling, queries) for queries in tiling.rows()]
+    tiling = Tiling(*backend.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
+    parts = [rows(backend, q, k, v, mask, tiling, queries) for queries in tiling.rows()]
     outs, lses = zip(*parts, strict=True)
     if len(parts) == 1:
         return outs[0], lses[0]
-    return table.xp.concat(outs, axis=-2), table.xp.concat(lses, axis=-1)
+    return backend.xp.concat(outs, axis=-2), backend.xp.concat(lses, axis=-1)
 
 
 class Tiling(NamedTuple):
@@ -135,7 +135,7 @@ def _slices(n: int, size: int) -> list[slice]:
 
 
 def _attention_rows(
-    table: "Primitives",
+    backend: "Backend",
     q: Array,
     k: Array,
     v: Array,
@@ -148,10 +148,10 @@ def _attention_rows(
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867;
     Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 1.
     """
-    xp = table.xp
+    xp = backend.xp
     q = q[..., queries, :] * tiling.options.scale
     shape = (*scores_batch_shape(q, k, v, mask), q.shape[-2])
-    like = {"dtype": q.dtype, "device": table.creation_device(q)}
+    like = {"dtype": q.dtype, "device": backend.creation_device(q)}
     state = SoftmaxState(
         xp.full(shape, -math.inf, **like),
         xp.zeros(shape, **like),
@@ -160,9 +160,9 @@ def _attention_rows(
     for tile in tiling.row(queries):
         keys = slice(tile.left, tile.right)
         products = q @ xp.matrix_transpose(k[..., keys, :])
-        scores = table.tile_scores(products, tiling.bounds(mask, tile))
-        state = table.softmax_step(state, scores, v[..., keys, :])
-    return state.result(table)
+        scores = backend.tile_scores(products, tiling.bounds(mask, tile))
+        state = backend.softmax_step(state, scores, v[..., keys, :])
+    return state.result(backend)
 
 
 class SoftmaxState(NamedTuple):
@@ -172,11 +172,11 @@ class SoftmaxState(NamedTuple):
     total: Array
     out: Array
 
-    def add(self, table: "Primitives", scores: Array, v: Array) -> "SoftmaxState":
+    def add(self, backend: "Backend", scores: Array, v: Array) -> "SoftmaxState":
         """Take in one tile of scores, and the values that belong to it."""
-        xp = table.xp
+        xp = backend.xp
         # The result does not depend on the peak, so no gradient needs to pass through it.
-        peak = xp.maximum(self.peak, xp.max(table.constant(scores), axis=-1))
+        peak = xp.maximum(self.peak, xp.max(backend.stop_gradient(scores), axis=-1))
         # A row that has met no key yet has the peak -inf, and exp(-inf - -inf) would be NaN.
         shift = xp.where(peak == -math.inf, xp.zeros_like(peak), peak)
         weights = xp.exp(scores - shift[..., None])
@@ -184,24 +184,24 @@ class SoftmaxState(NamedTuple):
         total = self.total * decay + xp.sum(weights, axis=-1)
         return SoftmaxState(peak, total, self.out * decay[..., None] + weights @ v)
 
-    def result(self, table: "Primitives") -> tuple[Array, Array]:
+    def result(self, backend: "Backend") -> tuple[Array, Array]:
         """Return the output and the log-sum-exp; 0 and -inf for a row without keys."""
-        xp = table.xp
+        xp = backend.xp
         empty = self.total == 0
         total = xp.where(empty, xp.ones_like(self.total), self.total)
         return self.out / total[..., None], xp.where(empty, self.peak, self.peak + xp.log(total))
 
 
-def _capped(table: "Primitives", products: Array, options: ScoreOptions) -> Array:
+def _capped(backend: "Backend", products: Array, options: ScoreOptions) -> Array:
     """Scores from the products of scaled queries and keys."""
     if options.softcap is None:
         return products
-    return options.softcap * table.xp.tanh(products / options.softcap)
+    return options.softcap * backend.xp.tanh(products / options.softcap)
 
 
-def _masked(table: "Primitives", scores: Array, bounds: TileBounds) -> Array:
+def _masked(backend: "Backend", scores: Array, bounds: TileBounds) -> Array:
     """Apply the mask and the causal bound to one tile of scores."""
-    xp = table.xp
+    xp = backend.xp
     mask, _, tile, diagonal = bounds
     if mask is not None:
         part = tile.of(mask)
@@ -210,20 +210,20 @@ def _masked(table: "Primitives", scores: Array, bounds: TileBounds) -> Array:
         else:
             scores = scores + xp.astype(part, scores.dtype)
     if bounds.is_cut:
-        device = table.creation_device(scores)
+        device = backend.creation_device(scores)
         rows = xp.arange(tile.top, tile.bottom, device=device)[:, None]
         columns = xp.arange(tile.left, tile.right, device=device)[None, :]
         scores = xp.where(columns <= rows + diagonal, scores, xp.full_like(scores, -math.inf))
     return scores
 
 
-def masked_scores(table: "Primitives", products: Array, bounds: TileBounds) -> Array:
+def masked_scores(backend: "Backend", products: Array, bounds: TileBounds) -> Array:
     """Scores of one tile, after softcap and mask, from the products of scaled queries and keys."""
-    return _masked(table, _capped(table, products, bounds.options), bounds)
+    return _masked(backend, _capped(backend, products, bounds.options), bounds)
 
 
 def tiled_attention_vjp(
-    table: "Primitives",
+    backend: "Backend",
     q: Array,
     k: Array,
     v: Array,
@@ -238,9 +238,9 @@ def tiled_attention_vjp(
     ``delta`` is rowsum(grad_out * out) - grad_lse, shape (..., Nq).
     Source: Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 4.
     """
-    xp = table.xp
+    xp = backend.xp
     n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
-    tiling = Tiling(*table.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
+    tiling = Tiling(*backend.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
     dk = [xp.zeros_like(k[..., keys, :]) for keys in tiling.columns()]
     dv = [xp.zeros_like(v[..., keys, :]) for keys in tiling.columns()]
     dq = []
@@ -250,7 +250,7 @@ def tiled_attention_vjp(
         for i, tile in enumerate(tiling.row(rows)):
             k_tile = k[..., tile.left : tile.right, :]
             v_tile = v[..., tile.left : tile.right, :]
-            weights, grad_scores = table.tile_gradients(
+            weights, grad_scores = backend.tile_gradients(
                 q_rows @ xp.matrix_transpose(k_tile),
                 grad_rows @ xp.matrix_transpose(v_tile),
                 tiling.bounds(mask, tile),
@@ -265,7 +265,7 @@ def tiled_attention_vjp(
 
 
 def weights_and_gradients(
-    table: "Primitives",
+    backend: "Backend",
     products: Array,
     grad_weights: Array,
     bounds: TileBounds,
@@ -273,12 +273,12 @@ def weights_and_gradients(
     delta: Array,
 ) -> tuple[Array, Array]:
     """Softmax weights of one tile, and the gradient with respect to its products."""
-    xp = table.xp
+    xp = backend.xp
     softcap = bounds.options.softcap
-    scores = _capped(table, products, bounds.options)
+    scores = _capped(backend, products, bounds.options)
     # The log-sum-exp of an empty row is -inf, like all its scores.
     shift = xp.where(lse == -math.inf, xp.zeros_like(lse), lse)
-    weights = xp.exp(_masked(table, scores, bounds) - shift)
+    weights = xp.exp(_masked(backend, scores, bounds) - shift)
     if softcap is None:
         return weights, weights * (grad_weights - delta)
     slope = weights * (1 - (scores / softcap) ** 2)

@@ -1,4 +1,4 @@
-"""Primitives for matrices with the same number of sparse entries in every row, in the array API standard alone.
+"""Backend for matrices with the same number of sparse entries in every row, in the array API standard alone.
 
 ``values`` and ``indices`` have shape (..., m, k): entry j of row i is at column ``indices[i, j]``, and the columns of
 a row ascend. k is small, so loops over k are short; no step makes an array of more than m n entries.
@@ -19,7 +19,7 @@ def index_dtype(xp: Any, n: int) -> DType:
 
 
 class SparseRows:
-    """What a library's table can do better with sparse rows."""
+    """What a library's backend can do better with sparse rows."""
 
     xp: Any
 

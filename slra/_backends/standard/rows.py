@@ -1,4 +1,4 @@
-"""Primitives that read and write rows of matrices at given places, in the array API standard alone."""
+"""Backend that read and write rows of matrices at given places, in the array API standard alone."""
 
 import itertools
 from typing import Any
@@ -11,7 +11,7 @@ __all__ = ["Rows", "runs"]
 
 
 class Rows:
-    """What a library's table can do better with rows."""
+    """What a library's backend can do better with rows."""
 
     xp: Any
 

@@ -1,0 +1,155 @@
+"""Every primitive, written in the array API standard (2024.12, linalg extension) and nothing else.
+
+This is the reference that each override is tested against, and what an unknown library runs on.
+Arguments have been validated: matching namespaces, devices and a floating dtype of 32 or 64 bits.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+from slra._backends.gaussian import gaussian
+from slra._backends.standard.attention import (
+    ScoreOptions,
+    SoftmaxState,
+    TileBounds,
+    masked_scores,
+    tiled_attention,
+    tiled_attention_vjp,
+    weights_and_gradients,
+)
+from slra._backends.standard.linalg import LinearAlgebra, matrix_h
+from slra._backends.standard.rows import Rows
+from slra._backends.standard.sparse import SparseRows
+from slra._typing import Array, DType, Namespace
+
+__all__ = ["Backend", "ScoreOptions", "matrix_h"]
+
+
+class Backend(LinearAlgebra, SparseRows, Rows):
+    """Primitives for one namespace, ``xp``."""
+
+    # Whether an array cannot be written to: a function then returns a new one.
+    is_functional = False
+    # Whether the thresholds and sums of moduli take half precision as it is, and convert as they read.
+    takes_half = False
+
+    def __init__(self, xp: Namespace) -> None:
+        self.xp = xp
+
+    # What kind of array is this?
+
+    def is_eager(self, x: Array) -> bool:
+        """Whether the values of ``x`` can be looked at."""
+        return True
+
+    def freezes_draws(self, x: Array) -> bool:
+        """Whether numbers drawn by NumPy beside ``x`` become constants of a compiled function."""
+        return False
+
+    def refusal(self, x: Array) -> str | None:
+        """Say what an array of this library must be and is not, or None."""
+        return None
+
+    def device(self, x: Array) -> Any:
+        """Device of ``x`` as a comparable value; None where it can be used beside any other."""
+        return compat.device(x)
+
+    def creation_device(self, like: Array) -> Any:
+        """Device to create an array on that is to meet ``like``; None where the library finds out."""
+        return compat.device(like)
+
+    def make_dataclass(self, kind: type, arrays: dict[str, Array], static: dict[str, Any]) -> Any:
+        """Make a dataclass of arrays and of plain values that a transformation must keep as they are."""
+        return kind(**arrays, **static)
+
+    def make_pytree(self, kind: type, take: Callable[[Any], Any], make: Callable[..., Any]) -> None:
+        """Let transformations take objects of a class apart, and make them again."""
+
+    def from_numpy(self, a: np.ndarray[Any, Any], like: Array, dtype: DType | None = None) -> Array:
+        """Bring a small NumPy array to the library, device and (unless given) dtype of ``like``."""
+        return self.xp.asarray(a, dtype=dtype or like.dtype, device=self.creation_device(like))
+
+    def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
+        """Bring an array to NumPy; lazy ones are computed."""
+        return np.asarray(x)
+
+    def ignore_overflow(self) -> contextlib.AbstractContextManager[Any]:
+        """Let numbers leave the range of their dtype without NumPy's warnings, which other libraries do not have."""
+        return np.errstate(all="ignore")
+
+    def test_matrix(
+        self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
+    ) -> Array:
+        """Draw a standard Gaussian matrix of the dtype of ``like``, the same on every backend."""
+        return self.from_numpy(gaussian(shape, rng, is_complex=self.is_complex(like)), like)
+
+    # Control flow
+
+    def scan(
+        self, advance: Callable[[Any], tuple[Any, tuple[Array, ...]]], state: Any, length: int
+    ) -> tuple[Any, tuple[Array, ...]]:
+        """Advance ``state`` a fixed number of times; stack what each call gives beside it."""
+        given = []
+        for _ in range(length):
+            state, shown = advance(state)
+            given.append(shown)
+        return state, tuple(self.xp.stack(each) for each in zip(*given, strict=True))
+
+    # Attention
+
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> tuple[Array, Array]:
+        """Exact attention and its log-sum-exp, in memory linear in the lengths."""
+        return tiled_attention(self, q, k, v, mask, options)
+
+    def attention_output(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> Array:
+        """Exact attention, where nobody asks for the log-sum-exp."""
+        return self.attention(q, k, v, mask, options)[0]
+
+    def attention_vjp(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        lse: Array,
+        delta: Array,
+        grad_out: Array,
+    ) -> tuple[Array, Array, Array]:
+        """Gradients of attention; ``delta`` is rowsum(grad_out * out) - grad_lse."""
+        return tiled_attention_vjp(self, q, k, v, mask, options, lse, delta, grad_out)
+
+    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
+        """Height and width of a tile of scores, which is held for ``n_matrices`` pairs of q and k at once."""
+        # 2 MB in float32 for each, which stays in the second-level cache.
+        return 512, 1024
+
+    def tile_scores(self, products: Array, bounds: TileBounds) -> Array:
+        """Scores of one tile, after softcap and mask, from the products of scaled queries and keys."""
+        return masked_scores(self, products, bounds)
+
+    def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
+        """Take one tile of scores, and the values that belong to it, into the online softmax."""
+        return state.add(self, scores, v)
+
+    def tile_gradients(
+        self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array
+    ) -> tuple[Array, Array]:
+        """Softmax weights of one tile, and the gradient with respect to its products."""
+        return weights_and_gradients(self, products, grad_weights, bounds, lse, delta)
+
+    def stop_gradient(self, x: Array) -> Array:
+        """Return ``x``, through which no gradient passes."""
+        return x
+
+    def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` such that a gradient recomputes its insides instead of keeping them."""
+        return function

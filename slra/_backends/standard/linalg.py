@@ -1,0 +1,118 @@
+"""Linear algebra in the array API standard: factorisations of small matrices, products and norms of large ones."""
+
+import math
+
+from slra._backends.standard.elementwise import Elementwise
+from slra._typing import Array, DType, Namespace
+
+__all__ = ["LinearAlgebra", "matrix_h"]
+
+# Entries widened to double precision at once: 2 MB, which stays in the second-level cache.
+SLAB = 1 << 18
+
+
+def matrix_h(x: Array, xp: Namespace) -> Array:
+    """Conjugate transpose of the last two axes."""
+    x = xp.matrix_transpose(x)
+    return xp.conj(x) if xp.isdtype(x.dtype, "complex floating") else x
+
+
+class LinearAlgebra(Elementwise):
+    """Linear algebra for one namespace, ``xp``."""
+
+    def qr(self, y: Array) -> tuple[Array, Array]:
+        """Reduced QR of ``y``, shape (..., m, l) with m >= l."""
+        q, r = self.xp.linalg.qr(y, mode="reduced")
+        return q, r
+
+    def small_svd(self, b: Array) -> tuple[Array, Array, Array]:
+        """Thin SVD of a matrix small enough for one core."""
+        u, s, vh = self.xp.linalg.svd(b, full_matrices=False)
+        return u, s, vh
+
+    def small_eigh(self, g: Array) -> tuple[Array, Array]:
+        """Eigenvalues (ascending) and eigenvectors of a small Hermitian matrix."""
+        w, v = self.xp.linalg.eigh(g)
+        return w, v
+
+    def small_eigvalsh(self, g: Array) -> Array:
+        """Eigenvalues (ascending) of a small Hermitian matrix."""
+        return self.xp.linalg.eigvalsh(g)
+
+    def cholesky(self, g: Array) -> Array:
+        """Lower Cholesky factor of a Hermitian matrix; NaN for each matrix that has none."""
+        try:
+            return self.xp.linalg.cholesky(g)
+        except Exception as error:
+            if "LinAlgError" not in type(error).__name__:
+                raise
+        if g.ndim == 2:
+            return self.xp.full_like(g, math.nan)
+        return self.xp.stack([self.cholesky(g[i, ...]) for i in range(g.shape[0])])
+
+    def small_inverse(self, g: Array) -> Array:
+        """Inverse of a small matrix."""
+        return self.xp.linalg.inv(g)
+
+    def accumulation_dtype(self, like: Array) -> DType:
+        """Dtype to accumulate sums over ``like`` in: double precision where the library has it."""
+        return self.xp.complex128 if self.is_complex(like) else self.xp.float64
+
+    def gram(self, x: Array, y: Array | None = None) -> Array:
+        """``x^H y`` (``x^H x`` without ``y``), accumulated in the `accumulation_dtype` dtype."""
+        wide = self.accumulation_dtype(x)
+        x = self.xp.astype(x, wide, copy=False)
+        y = x if y is None else self.xp.astype(y, wide, copy=False)
+        return matrix_h(x, self.xp) @ y
+
+    def gram_by_slabs(self, x: Array, y: Array | None = None) -> Array:
+        """`gram` without a wide copy of ``x``: a slab of rows, or a few matrices of a batch, at a time."""
+        if x.dtype == self.accumulation_dtype(x) or math.prod(x.shape) <= SLAB:
+            return LinearAlgebra.gram(self, x, y)
+        step = SLAB // math.prod(x.shape[1:])
+        if x.ndim > 2 and step < 2:
+            rest = (None if y is None else y[i, ...] for i in range(x.shape[0]))
+            return self.xp.stack([self.gram_by_slabs(x[i, ...], b) for i, b in enumerate(rest)])
+        step = max(1, step)
+        slabs = [slice(i, i + step) for i in range(0, x.shape[0], step)]
+        parts = [
+            LinearAlgebra.gram(self, x[s, ...], None if y is None else y[s, ...]) for s in slabs
+        ]
+        return self.xp.concat(parts, axis=0) if x.ndim > 2 else sum(parts[1:], parts[0])
+
+    def adjoint_product(self, x: Array, y: Array) -> Array:
+        """``x^H y`` for a large ``x``, which is not copied to be conjugated."""
+        return self.conj(self.xp.matrix_transpose(x) @ self.conj(y))
+
+    def centered(self, x: Array) -> Array:
+        """``x`` less the mean of each column."""
+        return x - self.xp.mean(x, axis=-2, keepdims=True)
+
+    def product(self, x: Array, v: Array) -> Array:
+        """``x v`` for a large ``x`` that the caller gave."""
+        return x @ v
+
+    def normal_product(self, x: Array, v: Array) -> tuple[Array, Array]:
+        """``x v``, and a block that spans what ``x^H x v`` spans, for tall matrices.
+
+        The second is ``x^H`` times an orthonormal basis of the first, or whatever serves as well.
+        """
+        image = self.product(x, v)
+        return image, self.adjoint_product(x, self.qr(image)[0])
+
+    def triangular_factor(self, x: Array) -> Array:
+        """Triangular factor of the QR of a tall ``x``, shape (..., n, n), where nobody asks for the other one."""
+        return self.qr(x)[1]
+
+    def norm_squared(self, x: Array) -> Array:
+        """Squared Frobenius norm of each matrix, accumulated in the real `accumulation_dtype` dtype."""
+        xp = self.xp
+        wide = xp.astype(x, self.accumulation_dtype(x), copy=False)
+        return xp.sum(self.real_part(wide * self.conj(wide)), axis=(-2, -1))
+
+    def max_abs(self, x: Array) -> Array:
+        """Largest modulus in each matrix (of a complex number, the larger of its two parts)."""
+        xp = self.xp
+        parts = [xp.real(x), xp.imag(x)] if self.is_complex(x) else [x]
+        sizes = [xp.max(xp.abs(part), axis=(-2, -1)) for part in parts]
+        return sizes[0] if len(sizes) == 1 else xp.maximum(*sizes)
