@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slra._validate import check_choice, check_count, check_l1, check_positive, check_rank
-from slra.attn._maps import METHODS
-from slra.attn.projections import Projections, Ranks, fit_projections
+from slra.attn.fit import METHODS, Ranks
+from slra.attn.projections import Projections, fit_projections
 from slra.integrations._layer import L1, Approximation, attend, check_form
 from slra.objective import l1_penalty
 
