@@ -28,6 +28,10 @@ class Projections(NamedTuple):
     v_down, v_up : array, shapes (..., Hkv, Dv, r_v) and (..., Hkv, r_v, Dv)
     c, mu : array, shapes (..., Hkv, 1, D) and (..., Hkv, 1, Dv)
         Shifts. That of the keys changes no softmax weight; that of the values is added to the output.
+
+    Examples
+    --------
+    See `slra.integrations.jax.fit`.
     """
 
     q_down: Array
