@@ -280,3 +280,27 @@ def test_readme_example_runs_and_is_the_same_for_cupy():
     assert "\n".join(bare) == with_cupy.strip().replace("cupy as cp", "numpy as np").replace(
         "cp.", "np."
     )
+
+
+def test_the_page_on_the_architecture_names_what_there_is():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    files = {path.relative_to(PACKAGE.parent).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(rows) >= 7
+    for row in rows:
+        named = re.findall(r"`([^`]+)`", row)
+        paths = [file for name in named for file in files if name.endswith(".py") and name in file]
+        assert paths, row
+        text = "".join(files[path].read_text() for path in paths)
+        for name in named:
+            if not name.endswith(".py"):
+                assert all(part in text for part in name.split(".")), f"{name} is not in {paths}"
+
+
+def test_type_checkers_see_what_comes_out():
+    """A user's script, in which each result has the type that it asserts, under mypy's strictest settings."""
+    api = pytest.importorskip("mypy.api")
+    out, err, status = api.run(
+        ["--strict", "--follow-imports=silent", str(Path(__file__).with_name("typed_user.py"))]
+    )
+    assert status == 0, out + err

@@ -67,9 +67,9 @@ class LowRankAttention(nn.MultiheadAttention):
     method : {"svd", "scores", "output"}
         How subspaces are fitted, see `slra.fit_attention`: "svd" to the right singular vectors of Q, K and V.
     basis_per : {"layer", "sequence"}
-        What has a basis of its own. "layer": one for the layer, fitted to training batches and kept in buffers, as running statistics are.
-        "sequence": each sequence gets its own at each call. It has seen the whole sequence, so ``is_causal`` is
-        refused; what a causal ``attn_mask`` hides reaches the output through it all the same.
+        What has a basis of its own. "layer": one for the layer, fitted to training batches and kept in buffers, as
+        running statistics are. "sequence": each sequence gets its own at each call. It has seen the whole sequence, so
+        ``is_causal`` is refused; what a causal ``attn_mask`` hides reaches the output through it all the same.
     refit_every : int
         "layer" only: in training mode fit anew after so many calls; 0 leaves it to `fit_basis`. The first call in
         training mode fits before it attends, later ones after: a batch is attended to with the basis of earlier ones.
