@@ -1,7 +1,7 @@
 """The measurements of ``python -m slra report``: what each head of a layer can do without."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +18,22 @@ from slra.cli.demo import (
 )
 from slra.cli.report.arrays import Layer
 
-__all__ = ["TOLERANCES", "LayerReport", "Timing", "count_steps", "measure", "measure_all"]
+__all__ = [
+    "N_LAYERS",
+    "TOLERANCES",
+    "LayerReport",
+    "Timing",
+    "count_steps",
+    "measure",
+    "measure_all",
+    "sample_of",
+]
 
 TOLERANCES = (0.1, 0.05, 0.01)
 # Ranks looked at beside 1, 2 and 4, at most: each costs three fits and three attentions.
 N_RANKS = 16
+# Layers looked at unless all are asked for: SmolLM2's 30 at 2048 tokens would take minutes.
+N_LAYERS = 5
 
 Needed = list[int | None]
 
@@ -72,9 +83,16 @@ def count_steps(layers: list[Layer]) -> int:
     return sum(n_spectra + len(METHODS) * len(ranks_of(layer)) + N_ROUNDS for layer in layers)
 
 
-def measure_all(layers: list[Layer], advance: Callable[[], object]) -> list[LayerReport]:
-    """Measure every layer; ValueError where the numbers of one are too large or too small to be attended to."""
-    reports = []
+def sample_of(layers: list[Layer]) -> list[Layer]:
+    """Return `N_LAYERS` of the layers, evenly spaced, the first and the last among them."""
+    if len(layers) <= N_LAYERS:
+        return layers
+    last = len(layers) - 1
+    return [layers[round(i * last / (N_LAYERS - 1))] for i in range(N_LAYERS)]
+
+
+def measure_all(layers: list[Layer], advance: Callable[[], object]) -> Iterator[LayerReport]:
+    """Measure one layer after the other; ValueError where numbers are too large or too small to be attended to."""
     for layer in layers:
         try:
             with np.errstate(all="ignore"):
@@ -86,8 +104,7 @@ def measure_all(layers: list[Layer], advance: Callable[[], object]) -> list[Laye
             raise ValueError(
                 f"layer {layer.name} must hold numbers whose products {layer.k.dtype} can hold, and does not"
             )
-        reports.append(report)
-    return reports
+        yield report
 
 
 def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:
