@@ -89,7 +89,7 @@ def report(
             metavar="FILE...|MODEL",
             help="Q, K and V: one .npz or .safetensors file with arrays q, k, v (or layer0/q and so on), "
             "one .npy file of shape (3, ..., H, N, D), or three .npy files. Or the directory of a Hugging Face "
-            "model on this machine, with --text.",
+            "model on this machine, or a .gguf file of one, with --text.",
         ),
     ],
     text: Annotated[

@@ -1,12 +1,11 @@
 """What the library advises, by the rules in docs/report.md."""
 
-from slra.cli.report.measure import LayerReport
+from slra.cli.report.measure import WORTH_BYTES, LayerReport
 
 __all__ = ["TOLERANCE", "advise", "verdict"]
 
 # The tolerance the advice is about, and what is worth doing.
 TOLERANCE = 0.05
-WORTH_BYTES = 0.75
 WORTH_TIME = 0.9
 
 

@@ -34,7 +34,7 @@ def read_source(
     scale: float | None,
     advance: Callable[[int | None], object],
 ) -> Source:
-    """Read files, or run the model that the only path is the folder of.
+    """Read files, or run the model that the only path is the folder or the GGUF file of.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def read_source(
     ValueError
         If options do not go together, or what is read is wrong; see `read_layers` and `read_model`.
     """
-    if len(paths) == 1 and paths[0].is_dir():
+    if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix == ".gguf"):
         if text is None:
             raise ValueError(f"a model needs a text: give --text FILE with {paths[0]}")
         if causal or scale is not None:
