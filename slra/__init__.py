@@ -3,7 +3,6 @@
 from slra import objective, prox
 from slra.attn import (
     AttentionBasis,
-    KVCache,
     attention,
     attention_vjp,
     fit_attention,
@@ -11,6 +10,7 @@ from slra.attn import (
     low_rank_attention_vjp,
     merge_attention,
 )
+from slra.cache import KVCache
 from slra.decompose import (
     LowRankPlusSparse,
     RobustPCAResult,

@@ -4,7 +4,6 @@ The folder is not called ``attention`` because ``slra.attention`` is a function.
 """
 
 from slra.attn.basis import AttentionBasis
-from slra.attn.cache import KVCache
 from slra.attn.exact import attention
 from slra.attn.fit import fit_attention
 from slra.attn.low_rank import low_rank_attention
@@ -14,7 +13,6 @@ from slra.attn.vjp import attention_vjp
 
 __all__ = [
     "AttentionBasis",
-    "KVCache",
     "attention",
     "attention_vjp",
     "fit_attention",
