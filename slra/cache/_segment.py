@@ -58,14 +58,20 @@ class FloatRows(Part):
     @classmethod
     def empty(cls, layout: Layout, n_rows: int, like: Array, dtype: DType) -> "FloatRows":
         """Room for so many tokens."""
-        shapes, sparse = cls.shapes(layout, n_rows), []
+        shapes = cls.shapes(layout, n_rows)
         k = layout.backend.key_buffer(shapes["k"], dtype, like)
         v = layout.zeros(shapes["v"], like, dtype)
-        for width in (layout.width, layout.width_v):
+        if not layout.n_sparse:
+            return cls(layout, k, v, None, None)
+        sparse = []
+        for name, width in (("sparse_k", layout.width), ("sparse_v", layout.width_v)):
             # The backend chooses the dtype of indices.
-            zeros = layout.zeros((*shapes["k"][:-1], width), like, dtype)
-            entries = layout.backend.largest_in_rows(zeros, layout.n_sparse)
-            sparse.append(SparseEntries(*entries) if layout.n_sparse else None)
+            _, indices = layout.backend.largest_in_rows(layout.zeros((1, width), like), 1)
+            values, indices = (
+                layout.zeros(shapes[f"{name}.values"], like, kind)
+                for kind in (dtype, indices.dtype)
+            )
+            sparse.append(SparseEntries(values, indices))
         return cls(layout, k, v, *sparse)
 
     @property
