@@ -211,7 +211,7 @@ def _prepared(x: Array, contents: Contents) -> Array:
 def check_queries(
     q: Array, mask: Array | None, lengths: Array | None, is_causal: Any, contents: Contents
 ) -> Queries:
-    """Return queries (B, H * shared, M, D) in the dtype to compute in, and a mask with four axes, placed."""
+    """Return queries (B, H * shared, M, D) in the dtype to compute in, and a mask by key heads, placed."""
     layout = contents.layout
     resolve(basis=contents.like, q=q, optional={"mask": mask})
     promote(layout.backend, allow_complex=False, q=q)
@@ -231,10 +231,11 @@ def check_queries(
 def _check_mask(mask: Array, scores: tuple[int, ...], layout: Layout) -> Array:
     xp = layout.xp
     check_mask(layout.backend, mask, scores, "(..., Hq, m, n)")
-    core = ((1,) * max(0, 3 - mask.ndim) + tuple(mask.shape))[-3:]
-    if mask.ndim <= 3:
-        return xp.reshape(mask, (1, *core))
-    return layout.batched(xp.broadcast_to(mask, (*layout.batch, *core)))
+    heads, *core = ((1,) * max(0, 3 - mask.ndim) + tuple(mask.shape))[-3:]
+    lead = () if mask.ndim <= 3 else layout.batch
+    mask = xp.broadcast_to(mask, (*lead, heads, *core))
+    groups = (1, 1) if heads == 1 else (layout.n_heads, layout.n_shared)
+    return xp.reshape(mask, (layout.n_batch if lead else 1, *groups, *core))
 
 
 def check_lengths(lengths: Array | None, n_rows: int, contents: Contents) -> Array | None:

@@ -1,8 +1,7 @@
 """All that a cache holds: stored when tokens come, attended to when asked, decoded when wanted back."""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat as compat
 import numpy as np
@@ -12,7 +11,7 @@ from slra.attn.basis import Maps
 from slra.attn.fit import fit_attention
 from slra.attn.merge import merge_attention
 from slra.cache._exact_tokens import ExactTokens, RecentQueries
-from slra.cache._layout import Layout, Part, named_arrays, on_host, with_arrays
+from slra.cache._layout import Layout, named_arrays, on_host, with_arrays
 from slra.cache._queries import Queries
 from slra.cache._rotary import turns_at
 from slra.cache._segment import CHUNK_ROWS, Segment, maps_of
@@ -20,10 +19,10 @@ from slra.cache._segment import CHUNK_ROWS, Segment, maps_of
 __all__ = ["Contents"]
 
 
-@dataclass(frozen=True, eq=False)
-class Contents(Part):
+class Contents(NamedTuple):
     """Tokens of all sequences; its methods return other ones, which share buffers where these can be written to."""
 
+    layout: Layout
     lengths: Array  # (B,)
     segments: tuple[Segment, ...]
     exact: ExactTokens
@@ -71,7 +70,7 @@ class Contents(Part):
                 self.layout.xp.concat(x, axis=-2) for x in zip(self.turns, new, strict=True)
             )
             new = cos, sin
-        return self.replace(turns=new)
+        return self._replace(turns=new)
 
     def append(
         self, k: Array, v: Array, counts: Array | None, q: Array | None, dtype: DType
@@ -91,10 +90,10 @@ class Contents(Part):
         places = positions - last.start[:, None]
         last = last.put(k, v, xp.where(is_used & (places >= 0), places, 0 * places - 1))
         exact = held.exact.append(k, v, positions, is_used, lengths)
-        held = held.replace(lengths=lengths, segments=(*older, last), exact=exact).with_turns()
+        held = held._replace(lengths=lengths, segments=(*older, last), exact=exact).with_turns()
         if held.recent is None or q is None:
             return held
-        return held.replace(recent=held.recent.append(q))._refit_if_drifted()
+        return held._replace(recent=held.recent.append(q))._refit_if_drifted()
 
     def _storing(self, dtype: DType) -> "Contents":
         """Store no narrower than what comes, up to what is computed in, and the first tokens no wider either."""
@@ -108,8 +107,8 @@ class Contents(Part):
         if dtype == self.exact.k.dtype:
             return self
         if self.layout.dtype is None:
-            last = last.replace(rows=last.rows.astype(dtype))
-        return self.replace(segments=(*older, last), exact=self.exact.astype(dtype))
+            last = last._replace(rows=last.rows.astype(dtype))
+        return self._replace(segments=(*older, last), exact=self.exact.astype(dtype))
 
     def _refit_if_drifted(self) -> "Contents":
         """Once the window is full of tokens that were not looked at, measure, and refit where the bound is passed."""
@@ -118,7 +117,7 @@ class Contents(Part):
             return self
         if np.min(self.lengths) < layout.n_exact:
             return self
-        held = self.replace(recent=recent.replace(since_check=np.asarray(0)))
+        held = self._replace(recent=recent._replace(since_check=np.asarray(0)))
         exact = self.exact.astype(self.like.dtype)
         k, v = (x[:, :, layout.n_sink :, :] for x in (exact.k, exact.v))
         *older, last = self.segments
@@ -142,7 +141,7 @@ class Contents(Part):
         segment = segment.put(k, v, self.exact.window_positions(self.lengths) - start[:, None])
         n_rows = int(np.max(start - last.start))
         kept = [last.trimmed(n_rows)] if n_rows > 0 else []
-        return held.replace(segments=(*older, *kept, segment))
+        return held._replace(segments=(*older, *kept, segment))
 
     def _ends(self) -> list[Array]:
         """Where each segment ends: where the next one or the window begins."""

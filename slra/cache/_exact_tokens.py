@@ -1,40 +1,35 @@
 """Tokens kept as they came: the first ones, and a ring of the last ones."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import array_api_compat as compat
 
 from slra._typing import Array, DType
-from slra.cache._layout import Layout, Part
+from slra.cache._layout import Layout
 from slra.cache._queries import Queries
 from slra.cache._rotary import rotate, turns_at
 
 __all__ = ["ExactTokens", "RecentQueries"]
 
 
-@dataclass(frozen=True, eq=False)
-class ExactTokens(Part):
+class ExactTokens(NamedTuple):
     """Keys and values (B, H, n_sink + window, .) in the dtype that they came in: the sinks, then the ring."""
 
+    layout: Layout
     k: Array
     v: Array
-
-    @staticmethod
-    def shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
-        """Shapes of the arrays."""
-        lead = (layout.n_batch, layout.n_heads, layout.n_exact)
-        return {"k": (*lead, layout.width), "v": (*lead, layout.width_v)}
 
     @classmethod
     def empty(cls, layout: Layout, like: Array) -> "ExactTokens":
         """Room for them, beside ``like``."""
-        shapes = cls.shapes(layout).items()
-        return cls(layout, **{name: layout.zeros(shape, like) for name, shape in shapes})
+        lead = (layout.n_batch, layout.n_heads, layout.n_exact)
+        k, v = (layout.zeros((*lead, width), like) for width in (layout.width, layout.width_v))
+        return cls(layout, k, v)
 
     def astype(self, dtype: DType) -> "ExactTokens":
         """Keep them in another dtype."""
         k, v = (self.layout.xp.astype(x, dtype, copy=False) for x in (self.k, self.v))
-        return self.replace(k=k, v=v)
+        return self._replace(k=k, v=v)
 
     def append(
         self, k: Array, v: Array, positions: Array, is_used: Array, lengths: Array
@@ -49,7 +44,7 @@ class ExactTokens(Part):
         places = where(is_sink, positions, n_sink + (positions - n_sink) % max(1, window))
         places = where(is_used & (is_sink | is_last), places, 0 * places - 1)
         put_rows = self.layout.backend.put_rows
-        return self.replace(k=put_rows(self.k, k, places), v=put_rows(self.v, v, places))
+        return self._replace(k=put_rows(self.k, k, places), v=put_rows(self.v, v, places))
 
     def window_positions(self, lengths: Array) -> Array:
         """Which token each row of the ring holds, (B, window); one before the end of the sinks where none is."""
@@ -80,10 +75,10 @@ class ExactTokens(Part):
         return layout.unstack_heads(out), layout.unstack_heads(lse)
 
 
-@dataclass(frozen=True, eq=False)
-class RecentQueries(Part):
+class RecentQueries(NamedTuple):
     """Queries of the tokens in the window (B, H * shared, window, D), and how many tokens came since the last check."""
 
+    layout: Layout
     q: Array
     since_check: Array
 
@@ -91,4 +86,4 @@ class RecentQueries(Part):
         """Keep the last queries; count the tokens that came with them."""
         held = self.layout.xp.concat([self.q, q], axis=-2)
         since_check = self.since_check + q.shape[-2]
-        return self.replace(q=held[..., -self.layout.window :, :], since_check=since_check)
+        return self._replace(q=held[..., -self.layout.window :, :], since_check=since_check)

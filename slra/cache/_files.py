@@ -14,9 +14,8 @@ from slra._typing import Array
 from slra.attn.basis import AttentionBasis, Maps
 from slra.cache._checks import check_options
 from slra.cache._contents import Contents
-from slra.cache._exact_tokens import ExactTokens, RecentQueries
-from slra.cache._layout import Layout, named_arrays, on_host, with_arrays
-from slra.cache._segment import FloatRows, Segment
+from slra.cache._layout import Layout, map_arrays, named_arrays, on_host, with_arrays
+from slra.cache._segment import FloatRows, maps_of
 
 __all__ = ["load_contents", "save_contents"]
 
@@ -38,7 +37,7 @@ def save_contents(path: str | PathLike[str], contents: Contents) -> None:
     """Write what is in use to exactly this path."""
     library, backend = _safetensors(), contents.layout.backend
     named, in_bfloat16 = {}, []
-    for name, x in named_arrays(_without_room(contents).replace(turns=None)).items():
+    for name, x in named_arrays(_without_room(contents)._replace(turns=None)).items():
         if not on_host(x) and x.dtype == getattr(backend.xp, "bfloat16", None):
             # NumPy has no such dtype; single precision holds all its values.
             x = backend.xp.astype(x, backend.xp.float32)
@@ -61,10 +60,9 @@ def _without_room(contents: Contents) -> Contents:
     segments = []
     for segment in contents.segments:
         n_used = max(0, int(np.max(contents.lengths - segment.start)))
-        n_rows = min(n_used, segment.rows.n_rows)
-        rows = segment.rows.map(lambda x, n=n_rows: x[:, :, :n, :])
-        segments.append(segment.replace(rows=rows))
-    return contents.replace(segments=tuple(segments))
+        rows = segment.rows.first(min(n_used, segment.rows.n_rows))
+        segments.append(segment._replace(rows=rows))
+    return contents._replace(segments=tuple(segments))
 
 
 def _described(layout: Layout) -> str:
@@ -95,20 +93,30 @@ def load_contents(path: str | PathLike[str], like: Array, backend: Backend) -> C
         if metadata.get("checksum") != _checksum(named, metadata):
             raise ValueError("its checksum is not that of its content")
         in_bfloat16 = set(json.loads(metadata["bfloat16"]))
-        n_segments = int(metadata["n_segments"])
-        bases = [_basis(named, i, metadata["layout"]) for i in range(n_segments)]
-        layout = _layout(bases, metadata["layout"])
-        _check_arrays(named, layout, n_segments)
+        template = _template(named, int(metadata["n_segments"]), metadata["layout"])
+        _check_arrays(named, template)
     except (library.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"path must be a file written by KVCache.save, got {path}: {error}"
         ) from error
+    layout = dataclasses.replace(template.layout, xp=backend.xp)
     if (in_bfloat16 or layout.dtype == "bfloat16") and not hasattr(backend.xp, "bfloat16"):
         raise ValueError(
             "like must be an array of a library that has bfloat16, as the cache is stored in"
         )
-    layout = dataclasses.replace(layout, xp=backend.xp)
-    return _brought(named, in_bfloat16, bases, layout, like)
+    for name, x in named.items():
+        if layout.is_static or not _is_position(name):
+            dtype = "bfloat16" if name in in_bfloat16 else x.dtype.name
+            named[name] = backend.from_numpy(x, like, getattr(backend.xp, dtype))
+    contents: Contents = with_arrays(template, named, layout)
+    segments = []
+    for segment in contents.segments:
+        # Keys lie in memory as the library likes them best.
+        held = segment.rows
+        n_rows = held.n_rows if layout.capacity is None else layout.capacity - layout.n_sink
+        rows = FloatRows.empty(layout, n_rows, segment.maps.wk, held.v.dtype).filled(held)
+        segments.append(segment._replace(rows=rows))
+    return contents._replace(segments=tuple(segments)).with_turns()
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -118,15 +126,43 @@ def _metadata(content: bytes) -> dict[str, str]:
     return {str(name): str(value) for name, value in metadata.items()}
 
 
-def _basis(named: Arrays, i: int, described: str) -> AttentionBasis:
-    """Make the basis of a segment, for the checks that bases go through."""
+def _template(named: Arrays, n_segments: int, described: str) -> Contents:
+    """Make an empty cache of the options and maps in a file, by the checks that those of a new cache go through."""
     given = json.loads(described)
+    bases = [_basis(named, i, given) for i in range(n_segments)]
+    names = ("batch", "window", "n_sink", "n_sparse", "rotary", "drift_bound", "method")
+    options = {name: given[name] for name in names} | given["score_options"]
+    options = {name: options[name] for name in (*names, "scale", "softcap")}
+    # NumPy, by which this is checked, has no bfloat16.
+    stored = "float32" if given["dtype"] == "bfloat16" else given["dtype"]
+    layouts = {
+        check_options(basis, **options, capacity=given["capacity"], dtype=stored) for basis in bases
+    }
+    layout = layouts.pop()
+    described_now = _described(dataclasses.replace(layout, dtype=given["dtype"]))
+    n_exact = layout.n_batch * layout.n_heads * layout.n_exact * layout.width
+    # Sizes first: settings that are not those of the arrays might ask for any amount of memory.
+    sizes = layout.n_batch - len(named["lengths"]), n_exact - named["exact.k"].size
+    if layouts or described_now != described or any(sizes):
+        raise ValueError(f"its settings are not those of its arrays: {described}")
+    layout = dataclasses.replace(layout, capacity=None)
+    error = None if "error" not in named else bases[0].error
+    if error is not None and named["error"].ndim == 1:
+        error = error[(0,) * (error.ndim - 1)]
+    template = Contents.empty(layout, maps_of(bases[0], layout), error)._replace(turns=None)
+    (segment,) = template.segments
+    segments = tuple(segment._replace(maps=maps_of(basis, layout)) for basis in bases)
+    layout = dataclasses.replace(layout, capacity=given["capacity"], dtype=given["dtype"])
+    template = template._replace(segments=segments)
+    template = map_arrays(lambda x: x, template, layout=layout)
+    return template
+
+
+def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
+    """Make the basis of a segment."""
     maps = {name: named[f"segments.{i}.maps.{name}"] for name in Maps._fields[:-1]}
-    if any(
-        0 in x.shape or x.ndim != 4 or x.dtype not in (np.float32, np.float64)
-        for x in maps.values()
-    ):
-        raise ValueError(f"its maps of segment {i} are not single or double precision of four axes")
+    if any(0 in x.shape or x.dtype not in (np.float32, np.float64) for x in maps.values()):
+        raise ValueError(f"its maps of segment {i} are empty, or not in single or double precision")
     own = () if given["pool_batch"] else tuple(given["batch"])
     maps = {name: x.reshape(*own, *x.shape[1:]) for name, x in maps.items()}
     rank = (maps["wk"].shape[-1], maps["wv"].shape[-1])
@@ -134,94 +170,41 @@ def _basis(named: Arrays, i: int, described: str) -> AttentionBasis:
     return AttentionBasis(**maps, ranks=(rank,) * maps["wk"].shape[-3], error=error)
 
 
-def _layout(bases: list[AttentionBasis], described: str) -> Layout:
-    """Check the options as those of a new cache; the rest of the description has to follow from the maps."""
-    given = json.loads(described)
-    names = ("batch", "window", "n_sink", "n_sparse", "capacity", "rotary", "drift_bound", "method")
-    options = {name: given[name] for name in names} | given["score_options"]
-    options = {name: options[name] for name in (*names, "scale", "softcap")}
-    layouts = {check_options(basis, **options, dtype=None) for basis in bases}
-    if len(layouts) != 1:
-        raise ValueError("its segments do not belong together")
-    (layout,) = layouts
-    if given["dtype"] is not None:
-        # NumPy, by which this is checked, has no bfloat16.
-        stored = "float32" if given["dtype"] == "bfloat16" else given["dtype"]
-        check_options(bases[0], **options, dtype=stored)
-        layout = dataclasses.replace(layout, dtype=given["dtype"])
-    if _described(layout) != described:
-        raise ValueError(f"its settings are not those of its maps: {described}")
-    return layout
-
-
-def _check_arrays(named: Arrays, layout: Layout, n_segments: int) -> None:
-    """Raise ValueError where an array does not have the shape and kind that the layout says."""
-    work, n_batch = named["segments.0.maps.wk"].dtype, layout.n_batch
-    shapes: dict[str, tuple[int, ...]] = {"lengths": (n_batch,)}
-    ends = [named[f"segments.{i}.start"] for i in range(1, n_segments)] + [named["lengths"]]
-    for i, end in enumerate(ends):
-        at, n_rows = f"segments.{i}", named[f"segments.{i}.rows.v"].shape[2]
-        shapes[f"{at}.start"] = (n_batch,)
-        shapes |= {f"{at}.rows.{x}": shape for x, shape in FloatRows.shapes(layout, n_rows).items()}
-        if np.any(end - named[f"{at}.start"] > n_rows):
-            raise ValueError("its segments hold fewer tokens than its lengths say")
-        if layout.capacity is not None and n_rows > layout.capacity - layout.n_sink:
-            raise ValueError("its segments hold more tokens than its capacity")
-        for name, width in (("sparse_k", layout.width), ("sparse_v", layout.width_v)):
-            indices = named.get(f"{at}.rows.{name}.indices")
-            if indices is not None and np.any((indices < 0) | (indices >= width)):
-                raise ValueError(f"its {name}.indices are not between 0 and {width - 1}")
-    shapes |= {f"exact.{name}": shape for name, shape in ExactTokens.shapes(layout).items()}
-    if layout.drift_bound is not None:
-        n_queries = min(layout.window, named["recent.q"].shape[2])
-        shapes["recent.q"] = (n_batch, layout.n_query_heads, n_queries, layout.width)
-        shapes["recent.since_check"] = ()
-    if "error" in named:
-        lead = () if named["error"].ndim == 1 else layout.batch
-        shapes["error"] = (*lead, layout.n_query_heads)
-    others = {name for name in named if ".maps." not in name}
-    if others != set(shapes):
-        raise ValueError(f"it lacks or has too many of its arrays: {sorted(others ^ set(shapes))}")
-    stored: dict[str, Any] = {}
-    for name, shape in shapes.items():
-        x, kind = named[name], "i" if _counts(name) else "f"
+def _check_arrays(named: Arrays, template: Contents) -> None:
+    """Raise ValueError where an array is not what it is in an empty cache, but for the number of rows."""
+    layout, expected = template.layout, named_arrays(template)
+    if set(named) != set(expected):
+        raise ValueError(f"it lacks or has too many of its arrays: {set(named) ^ set(expected)}")
+    for name, right in expected.items():
+        x, shape, (held, _, field) = named[name], list(right.shape), name.rpartition(".")
+        at, is_row, _ = name.partition(".rows.")
+        if is_row:
+            shape[2] = named[f"{at}.rows.v"].shape[2]
+        elif name == "recent.q":
+            shape[2] = min(layout.window, x.shape[2])
         # Keys and values beside each other have one dtype, no wider than the maps.
-        dtype = stored.setdefault(name.rpartition(".")[0], x.dtype) if kind == "f" else x.dtype
-        if x.shape != shape or x.dtype.kind != kind or x.dtype != dtype:
-            raise ValueError(f"its {name} is {x.dtype} of shape {x.shape}, not {kind} of {shape}")
-        if kind == "f" and x.dtype.itemsize > work.itemsize:
-            raise ValueError(f"its {name} is {x.dtype}, wider than its maps")
-    if np.any(named["lengths"] < 0) or np.any(named["segments.0.start"] != layout.n_sink):
+        same = named[f"{held}.v"] if field == "k" else x
+        is_kind = x.dtype.kind == right.dtype.kind and x.dtype == same.dtype
+        if list(x.shape) != shape or not is_kind or x.dtype.itemsize > right.dtype.itemsize:
+            raise ValueError(
+                f"its {name} is {x.dtype} of shape {x.shape}, not {right.dtype} of {shape}"
+            )
+        if name.endswith("indices"):
+            width = layout.width if "sparse_k" in name else layout.width_v
+            if np.any((x < 0) | (x >= width)):
+                raise ValueError(f"its {name} are not between 0 and {width - 1}")
+    lengths, n_segments = named["lengths"], len(template.segments)
+    starts = [named[f"segments.{i}.start"] for i in range(n_segments)]
+    rooms = [named[f"segments.{i}.rows.v"].shape[2] for i in range(n_segments)]
+    if np.any(lengths < 0) or np.any(starts[0] != layout.n_sink):
         raise ValueError("its lengths are negative, or its first segment is not after the sinks")
+    for start, end, room in zip(starts, [*starts[1:], lengths], rooms, strict=True):
+        if np.any(end - start > room):
+            raise ValueError("its segments hold fewer tokens than its lengths say")
+    if layout.capacity is not None and max(rooms) > layout.capacity - layout.n_sink:
+        raise ValueError("its segments hold more tokens than its capacity")
 
 
-def _counts(name: str) -> bool:
-    """Whether an array holds places rather than data."""
-    return name.rpartition(".")[2] in ("lengths", "start", "since_check", "indices")
-
-
-def _brought(
-    named: Arrays, in_bfloat16: set[str], bases: list[AttentionBasis], layout: Layout, like: Array
-) -> Contents:
-    """Bring the arrays to a library; positions stay with NumPy unless they were traced."""
-    backend, xp, arrays = layout.backend, layout.xp, dict[str, Any](named)
-    for name, x in named.items():
-        is_position = _counts(name) and not name.endswith("indices")
-        if not is_position or (layout.is_static and not name.startswith("recent")):
-            dtype = xp.bfloat16 if name in in_bfloat16 else getattr(xp, x.dtype.name)
-            arrays[name] = backend.from_numpy(x, like, dtype)
-    segments = []
-    for i in range(len(bases)):
-        at = f"segments.{i}"
-        maps = Maps(**{name: arrays[f"{at}.maps.{name}"] for name in Maps._fields[:-1]}, ranks=())
-        v = arrays[f"{at}.rows.v"]
-        n_rows = v.shape[2] if layout.capacity is None else layout.capacity - layout.n_sink
-        rows = FloatRows.empty(layout, n_rows, like, v.dtype)
-        rows = rows.filled(with_arrays(rows, arrays, layout, f"{at}.rows"))
-        segments.append(Segment(layout, maps, arrays[f"{at}.start"], rows))
-    exact = ExactTokens(layout, arrays["exact.k"], arrays["exact.v"])
-    recent = None
-    if layout.drift_bound is not None:
-        recent = RecentQueries(layout, arrays["recent.q"], arrays["recent.since_check"])
-    lengths, error = arrays["lengths"], arrays.get("error")
-    return Contents(layout, lengths, tuple(segments), exact, recent, error, None).with_turns()
+def _is_position(name: str) -> bool:
+    """Whether an array counts tokens, which is done by NumPy unless shapes are static."""
+    return name.rpartition(".")[2] in ("lengths", "start", "since_check")

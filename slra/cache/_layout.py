@@ -6,11 +6,11 @@ where the capacity is static, so that they can be traced.
 Axes throughout: B batch (all leading axes as one), H key heads, M queries, n keys.
 """
 
-import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from slra._backends import Backend, backend_of
 from slra._backends.standard import ScoreOptions
 from slra._typing import Array, DType, Namespace
 
-__all__ = ["Layout", "Part", "named_arrays", "on_host", "register", "with_arrays"]
+__all__ = ["Layout", "map_arrays", "named_arrays", "on_host", "register", "with_arrays"]
 
 
 @dataclass(frozen=True)
@@ -122,63 +122,44 @@ def on_host(positions: Array) -> bool:
     return isinstance(positions, np.ndarray)
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A part of a cache: arrays and other parts, beside the layout of the whole. It never changes, its arrays may."""
-
-    layout: Layout
-
-    def replace(self, **changes: Any) -> Self:
-        """Make another one of the same kind."""
-        return dataclasses.replace(self, **changes)
-
-    def fields(self) -> dict[str, Any]:
-        """All but the layout."""
-        names = [field.name for field in dataclasses.fields(self)][1:]
-        return {name: getattr(self, name) for name in names}
-
-    def take_apart(self) -> tuple[tuple[Any, ...], Layout]:
-        """Give a transformation what varies and what does not."""
-        return tuple(self.fields().values()), self.layout
-
-    @classmethod
-    def put_together(cls, layout: Layout, fields: tuple[Any, ...]) -> Self:
-        """Undo `take_apart`."""
-        return cls(layout, *fields)
-
-
 def register(backend: Backend) -> None:
-    """Let transformations see through the parts."""
-    for kind in Part.__subclasses__():
-        backend.make_pytree(kind, kind.take_apart, kind.put_together)
+    """Let transformations see that a layout holds no arrays; the parts of a cache are tuples, which they know."""
+    backend.make_pytree(Layout, _no_arrays, _layout_itself)
+
+
+def _no_arrays(layout: Layout) -> tuple[tuple[()], Layout]:
+    return (), layout
+
+
+def _layout_itself(layout: Layout, _: tuple[()]) -> Layout:
+    return layout
+
+
+def map_arrays(
+    function: Callable[..., Array], x: Any, *others: Any, layout: Layout | None = None
+) -> Any:
+    """Apply a function to each array in nested tuples, and to the same ones of others; they may get another layout."""
+    if x is None or isinstance(x, Layout):
+        return x if x is None else layout or x
+    if not isinstance(x, tuple):
+        return function(x, *others)
+    parts = [map_arrays(function, *parts, layout=layout) for parts in zip(x, *others, strict=True)]
+    return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
 
 
 def named_arrays(x: Any, name: str = "") -> dict[str, Array]:
-    """All arrays of nested parts and tuples, by their paths."""
-    if x is None:
+    """All arrays in nested tuples, by their paths."""
+    if x is None or isinstance(x, Layout):
         return {}
-    if not isinstance(x, (Part, tuple)):
+    if not isinstance(x, tuple):
         return {name: x}
-    named: dict[str, Array] = {}
-    for path, inner in _inside(x, name):
-        named |= named_arrays(inner, path)
+    fields, named = getattr(x, "_fields", range(len(x))), dict[str, Array]()
+    for field, part in zip(fields, x, strict=True):
+        named |= named_arrays(part, f"{name}.{field}".lstrip("."))
     return named
 
 
 def with_arrays(x: Any, named: dict[str, Array], layout: Layout, name: str = "") -> Any:
-    """Make the same parts of other arrays, by their paths, and of another layout."""
-    if x is None:
-        return None
-    if not isinstance(x, (Part, tuple)):
-        return named[name]
-    inner = [with_arrays(inner, named, layout, path) for path, inner in _inside(x, name)]
-    if isinstance(x, Part):
-        return type(x)(layout, *inner)
-    return type(x)(*inner) if hasattr(x, "_fields") else tuple(inner)
-
-
-def _inside(x: Any, name: str) -> list[tuple[str, Any]]:
-    fields = x.fields() if isinstance(x, Part) else dict(enumerate(x))
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        fields = dict(zip(x._fields, x, strict=True))
-    return [(f"{name}.{field}".lstrip("."), inner) for field, inner in fields.items()]
+    """Make the same nested tuples of other arrays, by their paths, and of another layout."""
+    arrays = iter([named[path] for path in named_arrays(x, name)])
+    return map_arrays(lambda _: next(arrays), x, layout=layout)

@@ -52,7 +52,7 @@ def fit_prefix(
         error = layout.relative_error(out, exact)
         worst = float(layout.xp.max(error))
         if worst <= fit["rtol"]:
-            return contents.replace(error=error)
+            return contents._replace(error=error)
     raise ValueError(
         f"rtol must be larger: at rank {layout.rank} and with these options the error is {worst:.2g}, got {rtol}"
     )

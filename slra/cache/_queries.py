@@ -17,7 +17,7 @@ class Queries(NamedTuple):
     q: Array  # (B, H * shared, M, D)
     positions: Array  # (B, M): the token each query belongs to
     last_seen: Array  # (B, M): the last token it sees, -1 for none
-    mask: Array | None = None  # (B or 1, H * shared or 1, M or 1, N or 1), N counts tokens
+    mask: Array | None = None  # (B or 1, H or 1, shared or 1, M or 1, N or 1), N counts tokens
 
     @classmethod
     def at_the_end(
@@ -40,42 +40,33 @@ class Queries(NamedTuple):
 
     def mask_for(self, positions: Array, low: Array, high: Array) -> Array | None:
         """Which keys each query sees, laid out as stacked queries: keys at positions (B, n) from low to below high."""
-        xp = self.layout.xp
+        xp, mask = self.layout.xp, self.mask
         seen = (positions >= low) & (positions < high)
         seen = seen[:, None, :] & (positions[:, None, :] <= self.last_seen[:, :, None])
         if on_host(seen):
             seen = None if seen.all() else self.layout.backend.from_numpy(seen, self.q, xp.bool)
-        seen = None if seen is None else seen[:, None, :, :]
-        mask = None if self.mask is None else self._columns(self.mask, positions)
-        if mask is None or seen is None:
-            mask = seen if mask is None else mask
-        elif xp.isdtype(mask.dtype, "bool"):
-            mask = xp.logical_and(mask, seen)
-        else:
-            mask = xp.where(seen, mask, xp.full_like(mask, -xp.inf))
-        return None if mask is None else self._stack_mask(mask)
+        if mask is not None and mask.shape[-1] > 1:
+            mask = self._columns(mask, positions)
+        if seen is not None:
+            seen = seen[:, None, None, :, :]
+            if mask is None:
+                mask = seen
+            elif xp.isdtype(mask.dtype, "bool"):
+                mask = xp.logical_and(mask, seen)
+            else:
+                mask = xp.where(seen, mask, xp.full_like(mask, -xp.inf))
+        if mask is None or mask.shape[1:4] == (1, 1, 1):
+            return None if mask is None else mask[:, 0, ...]
+        *lead, _, _, n = mask.shape
+        rows = (self.layout.n_shared, self.q.shape[-2])
+        mask = xp.broadcast_to(mask, (*lead, *rows, n))
+        return xp.reshape(mask, (*lead, rows[0] * rows[1], n))
 
     def _columns(self, mask: Array, positions: Array) -> Array:
         """Columns of a mask at these positions, any of them where no token is."""
-        xp, n_tokens = self.layout.xp, mask.shape[-1]
-        if n_tokens == 1:
-            return mask
-        if on_host(positions):
-            inside = np.clip(positions, 0, n_tokens - 1)
+        xp, last = self.layout.xp, mask.shape[-1] - 1
+        inside = np.clip(positions, 0, last) if on_host(positions) else xp.clip(positions, 0, last)
+        if on_host(inside):
             inside = self.layout.backend.from_numpy(inside, mask, xp.int64)
-        else:
-            inside = xp.clip(positions, 0, n_tokens - 1)
         mask = xp.broadcast_to(mask, (positions.shape[0], *mask.shape[1:]))
-        return xp.take_along_axis(mask, inside[:, None, None, :], axis=-1)
-
-    def _stack_mask(self, mask: Array) -> Array:
-        xp, (n_batch, heads, rows, n_keys) = self.layout.xp, mask.shape
-        if heads == rows == 1:
-            return mask
-        n_rows, n_shared = self.q.shape[-2], self.layout.n_shared
-        if heads == 1:
-            # Still one mask for all key heads.
-            mask = xp.broadcast_to(mask[:, :, None, :, :], (n_batch, 1, n_shared, rows, n_keys))
-            return xp.reshape(mask, (n_batch, 1, n_shared * rows, n_keys))
-        mask = xp.broadcast_to(mask, (n_batch, heads, n_rows, n_keys))
-        return xp.reshape(mask, (n_batch, self.layout.n_heads, n_shared * n_rows, n_keys))
+        return xp.take_along_axis(mask, inside[:, None, None, None, :], axis=-1)

@@ -1,16 +1,14 @@
 """Tokens in r dimensions: how they are stored, read, and attended to."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from slra._typing import Array, DType
 from slra._validate import promote
 from slra.attn.basis import AttentionBasis, Maps
-from slra.cache._layout import Layout, Part, on_host
+from slra.cache._layout import Layout, map_arrays, on_host
 from slra.cache._queries import Queries
 from slra.cache._rotary import rotate, turns_at
 
@@ -30,48 +28,33 @@ class SparseEntries(NamedTuple):
     indices: Array
 
 
-@dataclass(frozen=True, eq=False)
-class FloatRows(Part):
+class FloatRows(NamedTuple):
     """Storage of a segment: coordinates k' and v' of each token as floats, and corrections of what they stand for.
 
     A segment knows no more of its storage than the methods: another way to store coordinates replaces this class.
     """
 
+    layout: Layout
     k: Array  # (B, H, n, r), and where the layout says so a column of ones, to be read as it is
     v: Array  # (B, H, n, r_v)
     sparse_k: SparseEntries | None
     sparse_v: SparseEntries | None
 
-    @staticmethod
-    def shapes(layout: Layout, n_rows: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the arrays, by their paths."""
-        lead, (rank_qk, rank_v) = (layout.n_batch, layout.n_heads, n_rows), layout.rank
-        shapes: dict[str, tuple[int, ...]] = {
-            "k": (*lead, rank_qk + layout.carries_shift),
-            "v": (*lead, rank_v),
-        }
-        if layout.n_sparse:
-            for name in ("sparse_k", "sparse_v"):
-                shapes |= {f"{name}.{x}": (*lead, layout.n_sparse) for x in SparseEntries._fields}
-        return shapes
-
     @classmethod
     def empty(cls, layout: Layout, n_rows: int, like: Array, dtype: DType) -> "FloatRows":
         """Room for so many tokens."""
-        shapes = cls.shapes(layout, n_rows)
-        k = layout.backend.key_buffer(shapes["k"], dtype, like)
-        v = layout.zeros(shapes["v"], like, dtype)
+        backend, (rank_qk, rank_v) = layout.backend, layout.rank
+        lead = (layout.n_batch, layout.n_heads, n_rows)
+        k = backend.key_buffer((*lead, rank_qk + layout.carries_shift), dtype, like)
+        v = layout.zeros((*lead, rank_v), like, dtype)
         if not layout.n_sparse:
             return cls(layout, k, v, None, None)
-        sparse = []
-        for name, width in (("sparse_k", layout.width), ("sparse_v", layout.width_v)):
+        shape, sparse = (*lead, layout.n_sparse), []
+        for width in (layout.width, layout.width_v):
             # The backend chooses the dtype of indices.
-            _, indices = layout.backend.largest_in_rows(layout.zeros((1, width), like), 1)
-            values, indices = (
-                layout.zeros(shapes[f"{name}.values"], like, kind)
-                for kind in (dtype, indices.dtype)
-            )
-            sparse.append(SparseEntries(values, indices))
+            _, indices = backend.largest_in_rows(layout.zeros((1, width), like), 1)
+            values = layout.zeros(shape, like, dtype)
+            sparse.append(SparseEntries(values, layout.zeros(shape, like, indices.dtype)))
         return cls(layout, k, v, *sparse)
 
     @property
@@ -100,8 +83,7 @@ class FloatRows(Part):
             largest = [backend.largest_in_rows(x, self.layout.n_sparse) for x in rest]
             sparse = [SparseEntries(self.rounded(values), at) for values, at in largest]
         held = self if not on_host(places) else self.with_room(int(places.max()) + 1)
-        new = FloatRows(self.layout, k, v, *sparse)
-        return held.map(lambda x, rows: backend.put_rows(x, rows, places), new)
+        return held._written(FloatRows(self.layout, k, v, *sparse), places)
 
     def coordinates(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
         """Read k', with its column of ones, and v'."""
@@ -125,23 +107,14 @@ class FloatRows(Part):
         """Whether reading makes no new array, however many rows."""
         return bool(self.sparse_k is None and self.dtype == dtype)
 
-    def map(self, function: Callable[..., Array], *others: "FloatRows") -> "FloatRows":
-        """Apply a function to each array, and to the same ones of others."""
-
-        def apply(*xs: Any) -> Any:
-            if xs[0] is None:
-                return None
-            return SparseEntries(*map(apply, *xs)) if isinstance(xs[0], tuple) else function(*xs)
-
-        fields = zip(*(x.fields().values() for x in (self, *others)), strict=True)
-        return FloatRows(self.layout, *(apply(*xs) for xs in fields))
-
     def astype(self, dtype: DType) -> "FloatRows":
         """Store floats in another dtype."""
         xp = self.layout.xp
-        return self.map(
-            lambda x: x if xp.isdtype(x.dtype, "integral") else xp.astype(x, dtype, copy=False)
+        rows: FloatRows = map_arrays(
+            lambda x: x if xp.isdtype(x.dtype, "integral") else xp.astype(x, dtype, copy=False),
+            self,
         )
+        return rows
 
     def with_room(self, n_rows: int) -> "FloatRows":
         """Make room for so many tokens, and for some more."""
@@ -151,17 +124,28 @@ class FloatRows(Part):
         n_rows = max(n_rows, math.ceil(held * GROWTH), LEAST_ROWS)
         return self._like(n_rows).filled(self)
 
+    def first(self, n_rows: int) -> "FloatRows":
+        """See the first rows only."""
+        rows: FloatRows = map_arrays(lambda x: x[:, :, :n_rows, :], self)
+        return rows
+
     def trimmed(self, n_rows: int) -> "FloatRows":
         """Keep the first rows only, and give the room back."""
-        return self._like(n_rows).filled(self.map(lambda x: x[:, :, :n_rows, :]))
+        return self._like(n_rows).filled(self.first(n_rows))
 
     def filled(self, rows: "FloatRows") -> "FloatRows":
         """Write rows, no more than there is room for, to the beginning."""
         places = np.broadcast_to(np.arange(rows.n_rows), (self.layout.n_batch, rows.n_rows))
-        return self.map(lambda x, new: self.layout.backend.put_rows(x, new, places), rows)
+        return self._written(rows, places)
+
+    def _written(self, rows: "FloatRows", places: Array) -> "FloatRows":
+        put_rows = self.layout.backend.put_rows
+        written: FloatRows = map_arrays(lambda x, new: put_rows(x, new, places), self, rows)
+        return written
 
     def _like(self, n_rows: int) -> "FloatRows":
-        return self.map(lambda x: self.layout.backend.rows_like(x, n_rows))
+        rows: FloatRows = map_arrays(lambda x: self.layout.backend.rows_like(x, n_rows), self)
+        return rows
 
 
 def maps_of(basis: AttentionBasis, layout: Layout) -> Maps:
@@ -174,10 +158,10 @@ def maps_of(basis: AttentionBasis, layout: Layout) -> Maps:
     return Maps(wq, wk, wv, uv, c, mu, ranks=())
 
 
-@dataclass(frozen=True, eq=False)
-class Segment(Part):
+class Segment(NamedTuple):
     """Tokens that were stored under one basis: row j of element b is token ``start[b] + j``."""
 
+    layout: Layout
     maps: Maps
     start: Array
     rows: FloatRows
@@ -198,7 +182,7 @@ class Segment(Part):
             astype = self.layout.xp.astype
             hat_k = self._decoded_keys(astype(small_k, k.dtype))
             rest = (k - hat_k, v - (astype(small_v, v.dtype) @ maps.uv + maps.mu))
-        return self.replace(rows=self.rows.put(small_k, small_v, rest, places))
+        return self._replace(rows=self.rows.put(small_k, small_v, rest, places))
 
     def read(self, rows: slice) -> tuple[Array, Array]:
         """Keys and values (B, H, rows, .) that the segment stands for, as they were appended."""
@@ -299,4 +283,4 @@ class Segment(Part):
 
     def trimmed(self, n_rows: int) -> "Segment":
         """Give back what it will not need: it is complete."""
-        return self.replace(rows=self.rows.trimmed(n_rows))
+        return self._replace(rows=self.rows.trimmed(n_rows))
