@@ -206,5 +206,4 @@ class Contents(NamedTuple):
                 at = layout.backend.from_numpy(indices, x, layout.xp.int64)
                 taken[name] = layout.xp.take(x, at, axis=0)
         layout = dataclasses.replace(layout, batch=(len(indices),))
-        chosen: Contents = with_arrays(self, taken, layout)
-        return chosen
+        return with_arrays(self, taken, layout)

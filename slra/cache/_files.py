@@ -108,7 +108,7 @@ def load_contents(path: str | PathLike[str], like: Array, backend: Backend) -> C
         if layout.is_static or not _is_position(name):
             dtype = "bfloat16" if name in in_bfloat16 else x.dtype.name
             named[name] = backend.from_numpy(x, like, getattr(backend.xp, dtype))
-    contents: Contents = with_arrays(template, named, layout)
+    contents = with_arrays(template, named, layout)
     segments = []
     for segment in contents.segments:
         # Keys lie in memory as the library likes them best.
@@ -154,8 +154,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     segments = tuple(segment._replace(maps=maps_of(basis, layout)) for basis in bases)
     layout = dataclasses.replace(layout, capacity=given["capacity"], dtype=given["dtype"])
     template = template._replace(segments=segments)
-    template = map_arrays(lambda x: x, template, layout=layout)
-    return template
+    return map_arrays(lambda x: x, template, layout=layout)
 
 
 def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:

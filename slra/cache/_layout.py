@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from slra._backends.standard import ScoreOptions
 from slra._typing import Array, DType, Namespace
 
 __all__ = ["Layout", "map_arrays", "named_arrays", "on_host", "register", "with_arrays"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -136,15 +138,21 @@ def _layout_itself(layout: Layout, _: tuple[()]) -> Layout:
 
 
 def map_arrays(
-    function: Callable[..., Array], x: Any, *others: Any, layout: Layout | None = None
-) -> Any:
+    function: Callable[..., Array], x: T, *others: Any, layout: Layout | None = None
+) -> T:
     """Apply a function to each array in nested tuples, and to the same ones of others; they may get another layout."""
-    if x is None or isinstance(x, Layout):
-        return x if x is None else layout or x
-    if not isinstance(x, tuple):
-        return function(x, *others)
-    parts = [map_arrays(function, *parts, layout=layout) for parts in zip(x, *others, strict=True)]
-    return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    given: Any = x
+    mapped: Any = given
+    if isinstance(given, Layout):
+        mapped = layout or given
+    elif isinstance(given, tuple):
+        same = zip(given, *others, strict=True)
+        parts = [map_arrays(function, *one, layout=layout) for one in same]
+        mapped = type(given)(*parts) if hasattr(given, "_fields") else tuple(parts)
+    elif given is not None:
+        mapped = function(given, *others)
+    answer: T = mapped
+    return answer
 
 
 def named_arrays(x: Any, name: str = "") -> dict[str, Array]:
@@ -159,7 +167,7 @@ def named_arrays(x: Any, name: str = "") -> dict[str, Array]:
     return named
 
 
-def with_arrays(x: Any, named: dict[str, Array], layout: Layout, name: str = "") -> Any:
+def with_arrays(x: T, named: dict[str, Array], layout: Layout) -> T:
     """Make the same nested tuples of other arrays, by their paths, and of another layout."""
-    arrays = iter([named[path] for path in named_arrays(x, name)])
+    arrays = iter([named[path] for path in named_arrays(x)])
     return map_arrays(lambda _: next(arrays), x, layout=layout)

@@ -110,11 +110,10 @@ class FloatRows(NamedTuple):
     def astype(self, dtype: DType) -> "FloatRows":
         """Store floats in another dtype."""
         xp = self.layout.xp
-        rows: FloatRows = map_arrays(
+        return map_arrays(
             lambda x: x if xp.isdtype(x.dtype, "integral") else xp.astype(x, dtype, copy=False),
             self,
         )
-        return rows
 
     def with_room(self, n_rows: int) -> "FloatRows":
         """Make room for so many tokens, and for some more."""
@@ -126,8 +125,7 @@ class FloatRows(NamedTuple):
 
     def first(self, n_rows: int) -> "FloatRows":
         """See the first rows only."""
-        rows: FloatRows = map_arrays(lambda x: x[:, :, :n_rows, :], self)
-        return rows
+        return map_arrays(lambda x: x[:, :, :n_rows, :], self)
 
     def trimmed(self, n_rows: int) -> "FloatRows":
         """Keep the first rows only, and give the room back."""
@@ -140,12 +138,10 @@ class FloatRows(NamedTuple):
 
     def _written(self, rows: "FloatRows", places: Array) -> "FloatRows":
         put_rows = self.layout.backend.put_rows
-        written: FloatRows = map_arrays(lambda x, new: put_rows(x, new, places), self, rows)
-        return written
+        return map_arrays(lambda x, new: put_rows(x, new, places), self, rows)
 
     def _like(self, n_rows: int) -> "FloatRows":
-        rows: FloatRows = map_arrays(lambda x: self.layout.backend.rows_like(x, n_rows), self)
-        return rows
+        return map_arrays(lambda x: self.layout.backend.rows_like(x, n_rows), self)
 
 
 def maps_of(basis: AttentionBasis, layout: Layout) -> Maps:
