@@ -307,6 +307,66 @@ def test_half_precision_halves_the_bytes(xp, dtype):
     assert out.dtype == np.float32
 
 
+@EAGER
+def test_tokens_are_stored_in_the_dtype_they_come_in(xp, tmp_path):
+    skip_most_on_jax(xp)
+    half = getattr(xp, "bfloat16", getattr(xp, "float16", xp.float32))
+    q, k, v = (xp.astype(to_xp(xp, x), half) for x in tokens())
+    basis = moved(basis_of((4, 3)), xp)
+    start = slra.KVCache(basis, window=4, n_sink=2).nbytes
+    cache = slra.KVCache(basis, window=4, n_sink=2).append(k[..., :30, :], v[..., :30, :])
+    bits = xp.finfo(half).bits
+    # Buffers of as many rows as came, and six tokens as they came.
+    numbers = 28 * (4 + 3) + 6 * (D + DV)
+    assert cache.nbytes - start == HK * (numbers * bits - 6 * (D + DV) * 64) // 8
+    assert cache.nbytes_exact == HK * 30 * (D + DV) * bits // 8
+    cache.save(tmp_path / "cache")
+    for one in (cache, slra.KVCache.load(tmp_path / "cache", like=q)):
+        for held, came in zip(one.decode(), (k, v), strict=True):
+            for rows in (slice(0, 2), slice(26, 30)):
+                right = to_numpy(xp.astype(came[..., :30, :], xp.float64))[:, rows]
+                np.testing.assert_array_equal(to_numpy(held)[:, rows], right)
+        # What comes wider is not rounded either.
+        one = one.append(*(to_xp(xp, x[..., 30:, :]) for x in tokens()[1:]))
+        np.testing.assert_array_equal(to_numpy(one.decode()[0])[:, 36:], tokens()[1][:, 36:])
+
+
+def test_a_dtype_is_a_name_or_an_object():
+    basis = basis_of((4, 3))
+    for dtype in ("float16", np.float16, np.dtype("float16")):
+        assert slra.KVCache(basis, dtype=dtype)._contents.layout.dtype == "float16"
+    torch = pytest.importorskip("torch")
+    moved_basis = moved(basis, compat.array_namespace(torch.empty(0)))
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert slra.KVCache(moved_basis, dtype=dtype)._contents.layout.dtype == "bfloat16"
+    for dtype in (np.int8, torch.float16, np.ones(2), None.__class__, "half"):
+        with pytest.raises(ValueError, match="dtype must be one of"):
+            slra.KVCache(basis, dtype=dtype)
+
+
+def test_it_shows_its_bytes_beside_those_of_an_exact_cache():
+    _, k, v = tokens()
+    cache = slra.KVCache(basis_of((4, 3)), window=4).append(k, v)
+    shown = repr(cache)
+    assert len(shown.splitlines()) <= 3
+    assert max(map(len, shown.splitlines())) <= 100
+    assert cache.nbytes_exact == k.nbytes + v.nbytes
+    for part in ("rank=(4, 3)", "float64", f"nbytes={cache.nbytes}", str(k.nbytes + v.nbytes)):
+        assert part in shown
+
+
+def test_a_step_computes_no_rotation_of_stored_keys(monkeypatch):
+    q, k, v = tokens(9000)
+    cache = slra.KVCache(basis_of((4, 3)), window=4, rotary=FREQUENCIES)
+    cache = appended(cache, k, v, [100, 20, 8880])
+    right, _ = expected(q, k, v, basis_of((4, 3)), n_queries=1, window=4, rotary=FREQUENCIES)
+    cos, angles = np.cos, []
+    monkeypatch.setattr(np, "cos", lambda x: angles.append(x.size) or cos(x))
+    np.testing.assert_allclose(cache.attend(q[:, -1:]), right, atol=1e-10)
+    # The query for each chunk, and the window; not the 9000 keys.
+    assert sum(angles) < 100
+
+
 def test_appending_copies_each_row_a_few_times_at_most():
     basis = basis_of((3, 2))
     _, k, v = tokens(10_000)
