@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Unpack, overload
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
 from slra._validate import check_flag, check_rank, promote, resolve, shown
 from slra.attn._basis_io import MAPS, NAMES, read_bases, shapes_of, write_bases
-from slra.attn._maps import Maps, mapped_output
+from slra.attn.maps import Maps, mapped_output
 from slra.attn.problem import AttentionProblem, make_problem
 
 __all__ = [

@@ -8,9 +8,9 @@ import numpy as np
 from slra._typing import RNG, AnyArray, Array, ArrayT, CausalAlign
 from slra._validate import check_choice, check_flag, check_positive, check_rank, check_rng
 from slra.attn._estimators import METHODS, Factors, RowSample
-from slra.attn._maps import Maps
 from slra.attn._ranks import Ranks, choose_ranks, mask_ranks, output_error
 from slra.attn.basis import AttentionBasis
+from slra.attn.maps import Maps
 from slra.attn.problem import AttentionProblem, make_problem, ungroup_heads
 from slra.attn.rows import sample_rows
 

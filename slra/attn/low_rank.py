@@ -13,10 +13,10 @@ from slra.attn._exact_keys import (
     output_with_exact_keys,
     without_exact_keys,
 )
-from slra.attn._maps import Maps, mapped_gradients, mapped_output, mapped_problem
 from slra.attn.basis import AttentionBasis, check_basis
 from slra.attn.exact import exact_gradients, exact_output_and_lse, output_gradient
 from slra.attn.fit import N_ROWS, fit_problem
+from slra.attn.maps import Maps, mapped_gradients, mapped_output, mapped_problem
 from slra.attn.problem import AttentionProblem, Three, make_problem
 from slra.attn.projections import Projections, project_all
 from slra.attn.rows import sample_rows
