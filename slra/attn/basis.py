@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._typing import Array, CausalAlign, Namespace
 from slra._validate import check_flag, check_rank, promote, resolve, shown
 from slra.attn._inputs import Inputs, check_inputs
@@ -85,6 +86,7 @@ class AttentionBasis:
     ranks: tuple[tuple[int, int], ...]
     error: Array
 
+    @isolated
     def attend(
         self,
         q: Array,
@@ -139,6 +141,7 @@ class AttentionBasis:
             (out,) = inputs.promoted.cast_back(inputs.backend, out)
         return (out, lse) if return_lse else out
 
+    @isolated
     def project(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         """Map queries, keys and values to the dimensions of the basis.
 
@@ -179,6 +182,7 @@ class AttentionBasis:
             )
             return q, k, v
 
+    @isolated
     def fold(
         self,
         w_q: Array,

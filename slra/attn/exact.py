@@ -1,5 +1,6 @@
 """Exact attention, in memory linear in the length of the sequence."""
 
+from slra._backends.ambient import isolated
 from slra._typing import Array, CausalAlign
 from slra._validate import check_flag
 from slra.attn._inputs import Inputs, check_inputs, group_heads, join_heads
@@ -7,6 +8,7 @@ from slra.attn._inputs import Inputs, check_inputs, group_heads, join_heads
 __all__ = ["attend", "attend_output", "attention"]
 
 
+@isolated
 def attention(
     q: Array,
     k: Array,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slra._backends.ambient import isolated
 from slra._typing import RNG, Array, CausalAlign
 from slra._validate import (
     check_choice,
@@ -38,6 +39,7 @@ N_ROWS = 128
 N_TEST_ROWS = 512
 
 
+@isolated
 def fit_attention(
     q: Array,
     k: Array,

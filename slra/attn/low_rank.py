@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from slra._backends.ambient import isolated
 from slra._typing import Array, CausalAlign
 from slra._validate import check_flag, check_rank
 from slra.attn._approximation import Thresholded, approximate, check_options
@@ -16,6 +17,7 @@ from slra.attn.exact_keys import attend_with_exact_keys
 __all__ = ["low_rank_attention"]
 
 
+@isolated
 def low_rank_attention(
     q: Array,
     k: Array,

@@ -3,6 +3,7 @@
 import operator
 from typing import NamedTuple
 
+from slra._backends.ambient import isolated
 from slra._backends.standard.attention import sum_to
 from slra._typing import Array, CausalAlign, Namespace
 from slra.attn._approximation import Mapped, Thresholded, approximate, check_options
@@ -15,6 +16,7 @@ from slra.attn.vjp import Results, check_results, lse_shape, pull_back
 __all__ = ["low_rank_attention_vjp"]
 
 
+@isolated
 def low_rank_attention_vjp(
     q: Array,
     k: Array,

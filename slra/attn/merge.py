@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import promote, resolve
 
 __all__ = ["merge_attention"]
 
 
+@isolated
 def merge_attention(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
     r"""Attention over all keys, from attention over parts of them.
 

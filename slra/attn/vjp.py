@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from slra._backends.ambient import isolated
 from slra._backends.standard.attention import scores_batch_shape
 from slra._typing import Array, CausalAlign
 from slra._validate import promote, resolve
@@ -10,6 +11,7 @@ from slra.attn._inputs import Inputs, check_inputs, group_heads, join_heads, spl
 __all__ = ["Results", "attention_vjp", "check_results", "lse_shape", "pull_back"]
 
 
+@isolated
 def attention_vjp(
     q: Array,
     k: Array,

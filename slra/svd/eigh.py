@@ -3,6 +3,7 @@
 from typing import Any, Literal, NamedTuple
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._backends.cholesky_qr import orthonormal
 from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
@@ -13,9 +14,10 @@ from slra._validate import (
     check_hermitian,
     check_positive_semidefinite,
     check_rank,
+    check_square,
 )
-from slra.svd._inputs import draw, read
-from slra.svd._linear_map import LinearMap
+from slra.svd._inputs import Problem, draw, read
+from slra.svd._linear_map import LinearMap, dense_map
 from slra.svd._result import fix_signs
 from slra.svd.gram import combine, spectrum, tall_svd
 from slra.svd.krylov import LAZY_ITER, MAX_ITER, MIN_ITER, RITZ_TOLERANCE, KrylovSpace
@@ -49,6 +51,7 @@ class EighResult(NamedTuple):
     V: Array
 
 
+@isolated
 def randomized_eigh(
     x: Any,
     rank: int,
@@ -108,9 +111,8 @@ def randomized_eigh(
     [-3.0, 2.0]
     """
     check_choice(method, ("krylov", "nystrom"), "method")
-    problem = read(x, test_matrix)
+    problem = _read_hermitian(x, test_matrix)
     A, backend = problem.A, problem.A.backend
-    check_hermitian(backend, A.shape, A.dense)
     rank = check_rank(rank, A.shape[-1], limit_is="the last axis of x")
     width = min(rank + check_count(n_oversamples, "n_oversamples"), A.shape[-1])
     depth = check_depth(n_iter)
@@ -126,7 +128,26 @@ def randomized_eigh(
         w, V = solve(A, sample, rank, depth)
     w = problem.unscaled(backend.xp.astype(w, backend.real_dtype(V.dtype), copy=False))
     V = fix_signs(V, w, matrix_h(V, backend.xp), backend).U
-    return EighResult(*problem.promoted.cast_back(backend, w, V))
+    return EighResult(w, *problem.promoted.cast_back(backend, V))
+
+
+def _read_hermitian(x: Any, test_matrix: Array | None) -> Problem:
+    """Read ``x``, which must be square and, as far as can be seen, Hermitian to the rounding of its dtype."""
+    problem = read(x, test_matrix, adjoint="own")
+    A, backend, narrow = problem.A, problem.A.backend, problem.promoted.narrow
+    check_square(A.shape)
+    if problem.entries is not None:
+        check_hermitian(backend, *problem.entries.skewness(), A.like.dtype)
+    if A.dense is None:
+        return problem
+    adjoint = matrix_h(A.dense, backend.xp)
+    if A.is_eager:
+        sizes = backend.max_abs(A.dense - adjoint), backend.max_abs(A.dense)
+        check_hermitian(backend, *sizes, narrow or A.like.dtype)
+    if narrow is None:
+        return problem
+    # Half precision may be off by what single precision would show.
+    return problem._replace(A=dense_map((A.dense + adjoint) / 2, backend))
 
 
 def _leading(w: Array, V: Array, rank: int, backend: Backend) -> tuple[Array, Array]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from slra._backends.ambient import isolated
 from slra._typing import RNG, Array
 from slra._validate import check_draws, check_factors, check_rank
 from slra.svd._inputs import Problem, draw, read
@@ -38,6 +39,7 @@ class ErrorEstimate(NamedTuple):
     spectral: Array
 
 
+@isolated
 def estimate_error(
     x: Any, approx: Sequence[Array], *, n_probes: int = 10, rng: RNG = None
 ) -> ErrorEstimate:
@@ -90,7 +92,7 @@ def estimate_error(
     >>> bool(0.5 * exact < found.frobenius < 1.6 * exact), bool(found.spectral > 1 / 11)
     (True, True)
     """
-    problem = read(x)
+    problem = read(x, adjoint="unused")
     A, backend = problem.A, problem.A.backend
     xp = backend.xp
     n_probes = check_rank(n_probes, 1 << 30, "n_probes")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+from slra._backends.ambient import isolated
 from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
 from slra._validate import (
@@ -26,6 +27,7 @@ __all__ = ["check_test_matrix", "randomized_svd"]
 _EIGH_COST = 40
 
 
+@isolated
 def randomized_svd(
     x: Any,
     rank: int | None = None,
@@ -130,7 +132,7 @@ def randomized_svd(
     if rtol is None and rank is not None:
         U, S, V = _fixed_rank(A, omega, rank, min(width, limit), depth, method)
     else:
-        rtol = _check_tolerance(A, rtol, method, depth, test_matrix)
+        rtol = _check_tolerance(problem, rtol, method, depth, test_matrix)
         U, S, V = tolerance_svd(A, lambda width: A.matmat(omega(width)), rtol, rank or limit)
     return _finished(problem, U, S, V)
 
@@ -177,14 +179,16 @@ def _cheapest(A: LinearMap, width: int, depth: int | None) -> str:
 def _finished(problem: Problem, U: Array, S: Array, V: Array) -> SVDResult:
     """Fix signs, undo the scaling, and answer in the caller's dtype."""
     backend = problem.A.backend
-    factors = fix_signs(U, problem.unscaled(S), matrix_h(V, backend.xp), backend)
-    return SVDResult(*problem.promoted.cast_back(backend, *factors))
+    U, S, Vh = fix_signs(U, problem.unscaled(S), matrix_h(V, backend.xp), backend)
+    U, Vh = problem.promoted.cast_back(backend, U, Vh)
+    return SVDResult(U, S, Vh)
 
 
 def _check_tolerance(
-    A: LinearMap, rtol: Any, method: str, depth: int | None, test_matrix: Array | None
+    problem: Problem, rtol: Any, method: str, depth: int | None, test_matrix: Array | None
 ) -> float:
     """Check what goes together with ``rtol``."""
+    A = problem.A
     if depth is not None:
         raise ValueError(f"n_iter must be 'auto' where rtol is given, got {depth}")
     if method not in ("auto", "krylov"):
@@ -199,7 +203,14 @@ def _check_tolerance(
             "rtol needs the Frobenius norm of x, which products do not tell; "
             "pass a slra.MatrixOperator with frobenius_norm"
         )
-    return check_rtol(A.backend, A.like, rtol, by_products=A.dense is None)
+    return check_rtol(
+        A.backend,
+        A.like,
+        rtol,
+        narrow=problem.promoted.narrow,
+        by_products=A.dense is None,
+        lost=1.0 if A.lost is None else float(A.lost()),
+    )
 
 
 def check_depth(n_iter: Any) -> int | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra._validate import check_finite, check_matrix, check_rank, check_rtol, promote, resolve
@@ -13,6 +14,7 @@ from slra.svd._result import SVDResult, fix_signs
 __all__ = ["by_triangle", "thin_svd", "truncated_svd"]
 
 
+@isolated
 def truncated_svd(x: Array, rank: int | None = None, *, rtol: float | None = None) -> SVDResult:
     """Leading singular triplets, by a deterministic method.
 
@@ -66,14 +68,15 @@ def truncated_svd(x: Array, rank: int | None = None, *, rtol: float | None = Non
     (work,) = promoted.arrays
     check_finite(backend, work, "x")
     if rtol is not None:
-        rtol = check_rtol(backend, x, rtol)
+        rtol = check_rtol(backend, work, rtol, narrow=promoted.narrow)
     work, exponent = brought_in_range(work, backend)
     U, S, Vh = thin_svd(work, backend, rank)
     if rtol is not None:
         S, rank = cut_values(S, rtol, rank, backend)
     S = scaled_back(S[..., None, :], exponent, backend)[..., 0, :]
-    factors = fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :], backend)
-    return SVDResult(*promoted.cast_back(backend, *factors))
+    U, S, Vh = fix_signs(U[..., :rank], S[..., :rank], Vh[..., :rank, :], backend)
+    U, Vh = promoted.cast_back(backend, U, Vh)
+    return SVDResult(U, S, Vh)
 
 
 def thin_svd(x: Array, backend: Backend, rank: int | None = None) -> tuple[Array, Array, Array]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._typing import RNG, Array
 from slra._validate import check_flag, resolve
 from slra.attn.basis import AttentionBasis
@@ -154,6 +155,7 @@ class KVCache:
         backend.make_pytree(KVCache, _take_apart, _put_together)
 
     @classmethod
+    @isolated
     def from_prefix(
         cls,
         q: Array,
@@ -219,6 +221,7 @@ class KVCache:
 
         return _made(*fit_prefix((q, k, v), rank, fit, make))
 
+    @isolated
     def append(
         self, k: Array, v: Array, *, q: Array | None = None, lengths: Array | None = None
     ) -> "KVCache":
@@ -264,6 +267,7 @@ class KVCache:
         self._state = state
         return self
 
+    @isolated
     def attend(
         self,
         q: Array,
@@ -319,6 +323,7 @@ class KVCache:
             out = xp.astype(xp.reshape(out, (*q.shape[:-1], settings.width_v)), q.dtype, copy=False)
         return (out, xp.reshape(lse, q.shape[:-1])) if return_lse else out
 
+    @isolated
     def decode(self) -> tuple[Array, Array]:
         """Keys and values that the cache stands for, in all dimensions.
 
@@ -336,6 +341,7 @@ class KVCache:
         k, v = (backend.xp.reshape(x, (*lead, *x.shape[2:])) for x in (k, v))
         return k, v
 
+    @isolated
     def select(self, indices: Array | Sequence[int]) -> "KVCache":
         """Make a cache of some of the sequences, in any order and as often as wanted, as beam search does.
 
