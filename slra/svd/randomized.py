@@ -17,7 +17,7 @@ from slra._validate import (
 from slra.svd import krylov, subspace
 from slra.svd._inputs import Problem, draw, read
 from slra.svd._linear_map import LinearMap
-from slra.svd._result import SVDResult, fix_signs
+from slra.svd._result import CenteredSVDResult, SVDResult, fix_signs
 from slra.svd.gram import exact_svd
 from slra.svd.tolerance import tolerance_svd
 
@@ -75,17 +75,19 @@ def randomized_svd(
     SVDResult
         ``U`` (..., m, k), ``S`` (..., k) and ``Vh`` (..., k, n), in the dtype of ``x`` (``S`` real), on its device.
         ``U`` and ``Vh`` are orthonormal to rounding, whatever ``x``. The entry of largest modulus in each column of
-        ``U`` is real and positive.
+        ``U`` is real and positive, the one of lowest index among those that tie within rounding. Of half precision
+        ``S`` is float32. With ``center`` the result has the means of the columns (..., n), too, as ``result.mean``.
 
     Raises
     ------
     TypeError
         If ``x`` is not a floating array; if an option is of a wrong type; if ``x`` and ``test_matrix`` come from
-        different libraries.
+        different libraries; if an operator has no adjoint, or returns another dtype than it says.
     ValueError
         If ``x`` has fewer than two axes, an empty axis, or NaN or infinity where values can be looked at; if a number
         is out of range; if neither ``rank`` nor ``rtol`` is given; if ``rtol`` comes with an option that it decides
-        itself, with values that cannot be looked at, or with an operator whose norm is not known; if ``test_matrix``
+        itself, with values that cannot be looked at, or with an operator whose norm is not known or is contradicted by
+        its products; if the adjoint of an operator is not one, as a random product tells; if ``test_matrix``
         has the wrong shape, or ``x`` is traced and the draw would not be repeatable.
 
     Notes
@@ -181,7 +183,7 @@ def _finished(problem: Problem, U: Array, S: Array, V: Array) -> SVDResult:
     backend = problem.A.backend
     U, S, Vh = fix_signs(U, problem.unscaled(S), matrix_h(V, backend.xp), backend)
     U, Vh = problem.promoted.cast_back(backend, U, Vh)
-    return SVDResult(U, S, Vh)
+    return CenteredSVDResult.of(SVDResult(U, S, Vh), problem.mean, backend)
 
 
 def _check_tolerance(
