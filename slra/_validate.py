@@ -45,6 +45,7 @@ __all__ = [
     "check_square",
     "check_sum_axis",
     "check_tau",
+    "check_tol",
     "is_kind",
     "promote",
     "resolve",
@@ -451,6 +452,22 @@ def check_rtol(
         raise ValueError(
             "rtol must be None where values cannot be looked at (traced and lazy arrays): "
             "the rank of the result would depend on them; pass rank"
+        )
+    return value - rounding
+
+
+def check_tol(backend: Backend, x: Array, tol: Any, narrow: DType | None) -> float:
+    """Return a tolerance of singular triplets between what rounding allows and 1; ``narrow`` as in `check_rtol`."""
+    value = check_positive(tol, "tol")
+    rounding = 0.0 if narrow is None else float(backend.xp.finfo(narrow).eps)
+    least = max(100 * float(backend.xp.finfo(x.dtype).eps), 2 * rounding)
+    if not least <= value < 1:
+        raise ValueError(
+            f"tol must be at least {least:.1e} for {narrow or x.dtype} and less than 1, got {tol!r}"
+        )
+    if not backend.is_eager(x):
+        raise ValueError(
+            "tol must be None where values cannot be looked at (traced and lazy arrays); pass n_iter"
         )
     return value - rounding
 

@@ -255,3 +255,77 @@ def test_signs_where_moduli_tie(xp, dtype):
         assert np.min(-np.diff(right.S)) > 1e-3
         np.testing.assert_allclose(U, right.U, atol=1e4 * EPS[dtype])
         np.testing.assert_allclose(Vh, right.Vh, atol=1e4 * EPS[dtype])
+
+
+@pytest.mark.parametrize("function", ["randomized_svd", "truncated_svd"])
+def test_a_centred_result_has_the_means(xp, function):
+    a = with_spectrum(0.5 ** np.arange(12), 40, 30, "float64") + np.linspace(-3, 3, 30)
+    options = {"rng": 0} if function == "randomized_svd" else {}
+    x = to_xp(xp, a)
+    result = getattr(slra, function)(x, 3, center=True, **options)
+    U, S, Vh = map(to_numpy, result)
+    exact = np.linalg.svd(a - a.mean(axis=0), compute_uv=False)
+    np.testing.assert_allclose(S, exact[:3], atol=1e-8)
+    np.testing.assert_allclose(to_numpy(result.mean), a.mean(axis=0), atol=1e-14)
+    error = np.linalg.norm(a - a.mean(axis=0) - (U * S) @ Vh)
+    for approx, center in ((result, False), (tuple(result), True)):
+        found = slra.estimate_error(x, approx, center=center, rng=1)
+        assert 0.4 * error <= float(to_numpy(found.frobenius)) <= 1.7 * error
+
+
+def test_a_centred_result_is_copied_whole():
+    import copy
+    import pickle
+
+    x = np.arange(12.0).reshape(4, 3) ** 2
+    result = slra.truncated_svd(x, 2, center=True)
+    for again in (copy.deepcopy(result), pickle.loads(pickle.dumps(result)), result._replace()):
+        np.testing.assert_array_equal(again.mean, x.mean(axis=0))
+        np.testing.assert_array_equal(again.S, result.S)
+    assert not hasattr(slra.truncated_svd(x, 2), "mean")
+
+
+def test_small_sparse_matrices_are_decomposed_exactly(monkeypatch):
+    sp = pytest.importorskip("scipy.sparse")
+    x = sp.random(60, 40, density=0.1, random_state=0)
+    for center in (False, True):
+        a = x.toarray() - center * x.toarray().mean(axis=0)
+        S = slra.truncated_svd(x, 5, center=center).S
+        np.testing.assert_allclose(S, np.linalg.svd(a, compute_uv=False)[:5], rtol=1e-12)
+    with pytest.raises(
+        ValueError, match=r"^x must have at most 16777216 entries where it is sparse"
+    ):
+        slra.truncated_svd(sp.csr_matrix((100_000, 1000)), 2)
+    with pytest.raises(TypeError, match="^x must be an array, got .*; use randomized_svd"):
+        slra.truncated_svd(sp.linalg.aslinearoperator(x), 2)
+
+
+@pytest.mark.eager_only("tol needs values")
+@pytest.mark.parametrize(("dtype", "tol"), [("float32", 1e-4), ("complex128", 1e-9)])
+def test_triplets_converged_to_a_tolerance(xp, dtype, tol):
+    sigma = np.concatenate([np.ones(12), 0.9 + 0.0 * np.arange(4), 0.8 / np.arange(1, 105)])
+    for shape in ((200, 120), (120, 200)):
+        a = with_spectrum(sigma, *shape, dtype)
+        # 16 values with blocks of 18 and a space that must be restarted.
+        for rank, oversamples in ((5, 4), (16, 2)):
+            result = slra.randomized_svd(
+                to_xp(xp, a), rank, tol=tol, n_oversamples=oversamples, rng=0
+            )
+            U, S, Vh = map(to_numpy, result)
+            V = np.conj(Vh).T
+            np.testing.assert_allclose(S, sigma[:rank], atol=10 * tol)
+            assert np.max(np.linalg.norm(a @ V - U * S, axis=0)) <= 1.1 * tol
+            assert np.max(np.linalg.norm(np.conj(a).T @ U - V * S, axis=0)) <= 1.1 * tol
+
+
+def test_a_tolerance_of_triplets_where_it_does_not_belong():
+    x = np.diag(1 / np.arange(1.0, 201))
+    for options, message in (
+        ({"tol": 1e-3}, "^tol needs rank"),
+        ({"rank": 2, "rtol": 0.1, "tol": 1e-3}, "^tol needs rank"),
+        ({"rank": 2, "tol": 1e-3, "n_iter": 3}, "^n_iter must be 'auto', method"),
+        ({"rank": 2, "tol": 1e-3, "method": "gram"}, "^n_iter must be 'auto', method"),
+        ({"rank": 2, "tol": 1e-16}, r"^tol must be at least 2.2e-14 for float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            slra.randomized_svd(x, **options)

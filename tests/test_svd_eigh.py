@@ -309,3 +309,27 @@ def test_hermitian_to_rounding_in_the_dtype_of_the_input(dtype):
         ValueError, match=rf"^x must be Hermitian, .* in {dtype} .*\(x \+ x\^H\) / 2$"
     ):
         slra.randomized_eigh(wrong, 3, rng=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_both_ends_of_a_spectrum(xp, dtype):
+    lam = np.concatenate([-5 * 0.6 ** np.arange(60), 0.5 * 0.6 ** np.arange(60)])
+    a = hermitian(lam, dtype)
+    ends = {"LM": [-5, -3, -1.8], "LA": [0.5, 0.3, 0.18], "SA": [-5, -3, -1.8]}
+    for which, exact in ends.items():
+        options = {"which": which, "n_oversamples": 5, "n_iter": 4, "rng": 0}
+        w, V = map(to_numpy, slra.randomized_eigh(to_xp(xp, a), 3, **options))
+        np.testing.assert_allclose(w, exact, atol=2e-3 * abs(exact[0]))
+        np.testing.assert_allclose(a @ V, V * w, atol=0.05 * abs(exact[0]))
+
+
+def test_the_ends_that_are_found_are_named():
+    x = np.diag(np.arange(1.0, 201))
+    with pytest.raises(ValueError, match="^which must be 'LM', 'LA' or 'SA', got 'SM': products"):
+        slra.randomized_eigh(x, 2, which="SM")
+    with pytest.raises(ValueError, match="^which must be one of 'LM', 'LA', 'SA', got 'BE'"):
+        slra.randomized_eigh(x, 2, which="BE")
+    with pytest.raises(ValueError, match="^which must be 'LM' or 'LA' for method='nystrom'"):
+        slra.randomized_eigh(x, 2, which="SA", method="nystrom")
+    w = slra.randomized_eigh(x[:10, :10], 2, which="SA", rng=0).w
+    np.testing.assert_allclose(w, [1, 2])

@@ -13,11 +13,13 @@ from slra._validate import (
     check_flag,
     check_rank,
     check_rtol,
+    check_tol,
 )
 from slra.svd import krylov, subspace
 from slra.svd._inputs import Problem, draw, read
 from slra.svd._linear_map import LinearMap
 from slra.svd._result import CenteredSVDResult, SVDResult, fix_signs
+from slra.svd.converged import converged_svd
 from slra.svd.gram import exact_svd
 from slra.svd.tolerance import tolerance_svd
 
@@ -33,6 +35,7 @@ def randomized_svd(
     rank: int | None = None,
     *,
     rtol: float | None = None,
+    tol: float | None = None,
     n_oversamples: int = 8,
     n_iter: int | Literal["auto"] = "auto",
     method: Literal["auto", "krylov", "subspace", "gram"] = "auto",
@@ -53,6 +56,9 @@ def randomized_svd(
         Take about the smallest rank with ``||x - U S Vh||_F <= rtol * ||x||_F`` for each matrix. The residual is
         verified before the result is returned. A batch gets the largest of the ranks, with exact zeros in ``S`` beyond
         the rank of each matrix. Not under jit or on Dask.
+    tol : float, optional
+        Iterate until each triplet has converged, ``||x v - s u||`` and ``||x^H u - s v||`` at most ``tol`` times the
+        largest singular value, as ``scipy.sparse.linalg.svds`` does; needs ``rank``. Not under jit or on Dask.
     n_oversamples : int
         Columns sampled beyond ``rank``; not used with ``rtol``.
     n_iter : int or "auto"
@@ -131,7 +137,11 @@ def randomized_svd(
         given = problem.test_matrix
         return draw(A, n_columns, source) if given is None else given
 
-    if rtol is None and rank is not None:
+    if tol is not None:
+        tol = _check_convergence(problem, tol, rank, rtol, method, depth, test_matrix)
+        assert rank is not None
+        U, S, V = converged_svd(A, omega, rank, min(width, limit), tol)
+    elif rtol is None and rank is not None:
         U, S, V = _fixed_rank(A, omega, rank, min(width, limit), depth, method)
     else:
         rtol = _check_tolerance(problem, rtol, method, depth, test_matrix)
@@ -213,6 +223,28 @@ def _check_tolerance(
         by_products=A.dense is None,
         lost=1.0 if A.lost is None else float(A.lost()),
     )
+
+
+def _check_convergence(
+    problem: Problem,
+    tol: Any,
+    rank: int | None,
+    rtol: Any,
+    method: str,
+    depth: int | None,
+    test_matrix: Array | None,
+) -> float:
+    """Check what goes together with ``tol``."""
+    if rank is None or rtol is not None:
+        raise ValueError(
+            "tol needs rank, and rtol to be None: it is for singular triplets, rtol for their sum"
+        )
+    if depth is not None or test_matrix is not None or method not in ("auto", "krylov"):
+        raise ValueError(
+            "n_iter must be 'auto', method 'auto' or 'krylov' and test_matrix None where tol is given, "
+            f"got n_iter={'auto' if depth is None else depth!r}, method={method!r}"
+        )
+    return check_tol(problem.A.backend, problem.A.like, tol, problem.promoted.narrow)
 
 
 def check_depth(n_iter: Any) -> int | None:
