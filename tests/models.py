@@ -1,0 +1,1 @@
+"""Small models of transformers with random weights."""
