@@ -159,11 +159,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if backend := selection.backend_of(item):
             item.user_properties.append(("backend", backend))
-    if selection.everything_named(config):
-        return
-    dropped = selection.left_out_of_all(items)
-    if not config.option.thorough:
-        dropped |= selection.left_out(items)
+    dropped = selection.deselected(config, items)
     config.hook.pytest_deselected(items=[item for item in items if item in dropped])
     # What takes longest first, so that no process waits for another at the end.
     items[:] = sorted(

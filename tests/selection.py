@@ -1,6 +1,6 @@
 """What plain ``pytest`` leaves out of ``pytest --thorough``, so that it takes minutes.
 
-Nothing is left out of what a command names: a file, a test (``::``), ``-k`` or ``-m``.
+A file that is named runs as thoroughly as that; a test that is named (``::``, ``-k``, ``-m``), with all there is of it.
 """
 
 from collections import defaultdict
@@ -49,13 +49,17 @@ def backend_of(item: pytest.Item) -> str | None:
     return params.params.get("xp") if params else None
 
 
-def everything_named(config: pytest.Config) -> bool:
-    """Whether the command says which tests are meant, by more than a folder."""
-    by_option = config.option.keyword or config.option.markexpr
-    return bool(by_option) or any(".py" in argument for argument in config.args)
+def deselected(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Item]:
+    """Items that a command does not run."""
+    files = any(".py" in argument for argument in config.args)
+    tests = any("::" in argument for argument in config.args)
+    if tests or config.option.keyword or config.option.markexpr:
+        return set()
+    found = _left_out_of_all(items)
+    return found if files or config.option.thorough else found | _left_out(items)
 
 
-def left_out(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+def _left_out(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """Items that plain ``pytest`` does not run."""
     found, groups = set(), defaultdict(list)
     for item in items:
@@ -84,8 +88,8 @@ def _mixed(group: list[pytest.Item]) -> list[pytest.Item]:
     return kept
 
 
-def left_out_of_all(items: Iterable[pytest.Item]) -> set[pytest.Item]:
-    """Items that no run has but one that names them: most on eager JAX, which jax-jit covers.
+def _left_out_of_all(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Items that no run has but one that names the tests: most on eager JAX, which jax-jit covers.
 
     Eager JAX was half the time of all tests. It gets the last set of parameters of each test, and the first where
     jax-jit cannot take it.
