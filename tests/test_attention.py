@@ -14,46 +14,7 @@ from hypothesis import strategies as st
 import slra
 from slra._backends import backend_of, standard
 from tests.backends import to_numpy, to_xp
-
-
-def naive_attention(
-    q,
-    k,
-    v,
-    *,
-    mask=None,
-    is_causal=False,
-    causal_align="bottom_right",
-    scale=None,
-    enable_gqa=False,
-    softcap=None,
-):
-    """Return softmax(scale * q k^T + mask) v and the log-sum-exp, term by term as written."""
-    q, k, v = (x.astype("float64") for x in (q, k, v))
-    if enable_gqa:
-        k, v = (np.repeat(x, q.shape[-3] // x.shape[-3], axis=-3) for x in (k, v))
-    scores = q @ k.swapaxes(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * np.tanh(scores / softcap)
-    if mask is not None:
-        scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
-    if is_causal:
-        n_q, n_k = scores.shape[-2:]
-        offset = {"bottom_right": n_k - n_q, "top_left": 0}.get(causal_align, causal_align)
-        scores = np.where(np.tri(n_q, n_k, offset, dtype=bool), scores, -np.inf)
-    peak = np.max(scores, axis=-1, keepdims=True)
-    peak = np.where(np.isfinite(peak), peak, 0)
-    weights = np.exp(scores - peak)
-    total = np.sum(weights, axis=-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        lse = (peak + np.log(total))[..., 0]
-    return weights / np.where(total == 0, 1, total) @ v, lse
-
-
-def qkv(shape_q, shape_k, d_v=None, dtype="float64", seed=0):
-    rng = np.random.default_rng(seed)
-    shape_v = (*shape_k[:-1], d_v or shape_k[-1])
-    return [rng.standard_normal(shape).astype(dtype) for shape in (shape_q, shape_k, shape_v)]
+from tests.naive_attention import TOL, naive_attention, qkv
 
 
 @pytest.mark.parametrize("n_q", [1, 3, 8, 9])
@@ -74,7 +35,6 @@ def test_few_queries_and_many_keys(n_q):
             np.testing.assert_allclose(lse, right_lse, atol=TOL["float64"])
 
 
-TOL = {"float64": 1e-12, "float32": 4e-6}
 CASES = {
     "plain": {},
     "causal": {"is_causal": True, "causal_align": "bottom_right"},
