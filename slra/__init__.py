@@ -12,9 +12,11 @@ from slra.attn import (
     merge_attention,
 )
 from slra.decompose import (
+    CompletionResult,
     LowRankPlusSparse,
     RobustPCAResult,
     SparseLowRankResult,
+    complete,
     compress,
     robust_pca,
     sparse_low_rank,
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionBasis",
+    "CompletionResult",
     "EighResult",
     "ErrorEstimate",
     "KVCache",
@@ -49,6 +52,7 @@ __all__ = [
     "admm",
     "attention",
     "attention_vjp",
+    "complete",
     "compress",
     "estimate_error",
     "fit_attention",
