@@ -246,8 +246,10 @@ class _Dense:
 
     def slabs(self, n_rows: int) -> Iterator[_Slab]:
         """So many rows at a time."""
-        for first in range(0, self.shape[-2], n_rows):
-            x, weights = (a[..., first : first + n_rows, :] for a in (self.x, self.weights))
+        m = self.shape[-2]
+        for first in range(0, m, n_rows):
+            rows = slice(first, min(first + n_rows, m))
+            x, weights = (a[..., rows, :] for a in (self.x, self.weights))
             yield _Slab(x, weights, *map(self.backend.xp.matrix_transpose, (x, weights)))
 
     def centered(self) -> "tuple[_Dense, Array]":
@@ -388,7 +390,12 @@ def _some_rows(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray[A
 
 def _read(x: Any, mask: Array | None) -> tuple[Entries, float, Promoted]:
     """Check what is given; return entries of modulus 1 at most, and their unit."""
-    if sparse_products(x) is not None:
+    found = sparse_products(x)
+    if found is not None:
+        if found.entries is None:
+            raise TypeError(
+                "x must be an array or a sparse matrix, whose entries are known, got a linear operator"
+            )
         if mask is not None:
             raise ValueError(
                 "mask must be None for a sparse matrix: its stored entries are the observed ones"
@@ -533,9 +540,11 @@ class _Fit(NamedTuple):
         left = xp.concat([state.left, math.sqrt(m) * U], axis=-1)
         right = xp.concat([state.right, xp.matrix_transpose(Vh) * S], axis=-1)
         scales = xp.mean(backend.real_part(right * backend.conj(right)), axis=-2, keepdims=True)
-        scales = backend.at_least(scales, float(xp.finfo(scales.dtype).smallest_normal) * 1e3)
         noise = rest.squares() / xp.sum(entries.column_sums()[1], axis=-1, keepdims=True)
-        noise = xp.astype(noise, backend.real_dtype(entries.like.dtype))
+        noise = xp.astype(noise, scales.dtype)
+        # Of a matrix of zeros both are zero, and would be divided by.
+        least = 1e3 * float(xp.finfo(scales.dtype).smallest_normal)
+        scales, noise = (backend.at_least(x, least) for x in (scales, noise))
         return _State(left, right, zeros(n, rank, rank), scales, noise, state.mean)
 
     def run(self, entries: Entries, state: _State, *, loosely: bool = False) -> _State:
