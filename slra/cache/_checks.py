@@ -18,9 +18,9 @@ from slra._validate import (
     resolve,
     shown,
 )
-from slra.attn._inputs import check_scale
-from slra.attn._maps import METHODS
 from slra.attn.basis import AttentionBasis, check_parts
+from slra.attn.fit import METHODS
+from slra.attn.problem import check_scale
 from slra.cache._contents import Contents
 from slra.cache._layout import Layout, on_host
 from slra.cache._queries import Queries

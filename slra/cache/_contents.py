@@ -7,9 +7,9 @@ import array_api_compat as compat
 import numpy as np
 
 from slra._typing import Array, DType
-from slra.attn.basis import Maps
+from slra.attn.exact import merge_attention
 from slra.attn.fit import fit_attention
-from slra.attn.merge import merge_attention
+from slra.attn.maps import Maps
 from slra.cache._exact_tokens import ExactTokens, RecentQueries
 from slra.cache._layout import Layout, named_arrays, on_host, with_arrays
 from slra.cache._queries import Queries

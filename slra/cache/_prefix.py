@@ -7,10 +7,10 @@ import numpy as np
 
 from slra._typing import Array
 from slra._validate import check_matrix, check_positive, resolve
-from slra.attn._rows import sample_rows
 from slra.attn.basis import AttentionBasis
 from slra.attn.exact import attention
 from slra.attn.fit import fit_attention
+from slra.attn.rows import sample_rows
 from slra.cache._contents import Contents
 from slra.cache._layout import on_host
 from slra.cache._queries import Queries
