@@ -16,9 +16,11 @@ from slra.attn import (
 )
 from slra.cache import KVCache
 from slra.decompose import (
+    CompletionResult,
     LowRankPlusSparse,
     RobustPCAResult,
     SparseLowRankResult,
+    complete,
     compress,
     robust_pca,
     sparse_low_rank,
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionBasis",
+    "CompletionResult",
     "EighResult",
     "ErrorEstimate",
     "FoldedProjections",
@@ -58,6 +61,7 @@ __all__ = [
     "attention",
     "attention_vjp",
     "baselines",
+    "complete",
     "compress",
     "estimate_error",
     "fit_attention",

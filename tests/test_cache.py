@@ -14,8 +14,7 @@ from slra._backends import backend_of
 from slra._backends.standard.rows import runs
 from slra.cache import kv_cache as module
 from tests.backends import to_numpy, to_xp
-from tests.test_attention import naive_attention
-from tests.test_low_rank import decaying
+from tests.naive_attention import decaying, naive_attention
 
 
 # JAX compiles every operation anew for every shape: there, only the cases that take another path than elsewhere.

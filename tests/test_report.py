@@ -25,6 +25,7 @@ from slra.cli.report.arrays import read_layers
 from slra.cli.report.measure import count_steps, effective_rank, measure, needed_ranks
 from tests.browser import measured
 from tests.command import environment
+from tests.naive_attention import softmax_attention
 
 N, D = 12, 4
 
@@ -42,13 +43,6 @@ def inputs(heads=2, key_heads=2, dtype=np.float64):
 def write_npz(path, q, k, v, prefix=""):
     np.savez(path, **{f"{prefix}q": q, f"{prefix}k": k, f"{prefix}v": v})
     return path
-
-
-def softmax_attention(scores, v, causal):
-    if causal:
-        scores = np.where(np.tri(*scores.shape, dtype=bool), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ v
 
 
 def cut(x, rank):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slra._backends.ambient import isolated
 from slra._typing import RNG, AnyArray, Array, ArrayT, CausalAlign
 from slra._validate import check_choice, check_flag, check_positive, check_rank, check_rng
 from slra.attn._estimators import METHODS, Factors, RowSample
@@ -22,6 +23,7 @@ N_ROWS = 128
 N_TEST_ROWS = 512
 
 
+@isolated
 def fit_attention(
     q: ArrayT,
     k: ArrayT,

@@ -3,6 +3,7 @@
 import operator
 from typing import Any, Literal, NamedTuple, TypeAlias, Unpack, overload
 
+from slra._backends.ambient import isolated
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
 from slra._validate import check_choice, check_count, check_flag, check_l1
 from slra.attn._estimators import METHODS
@@ -70,6 +71,7 @@ def low_rank_attention(
 ) -> ArrayT | tuple[ArrayT, ArrayT]: ...
 
 
+@isolated
 def low_rank_attention(
     q: ArrayT,
     k: ArrayT,
@@ -183,6 +185,7 @@ def low_rank_attention(
     return (out, problem.answer_lse(lse)) if return_lse else out
 
 
+@isolated
 def low_rank_attention_vjp(
     q: ArrayT,
     k: ArrayT,

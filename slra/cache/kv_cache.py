@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._typing import RNG, Array, DType
 from slra._validate import check_flag, resolve
 from slra.attn.basis import AttentionBasis
@@ -155,6 +156,7 @@ class KVCache:
         _register(layout.backend)
 
     @classmethod
+    @isolated
     def from_prefix(
         cls,
         q: Array,
@@ -219,6 +221,7 @@ class KVCache:
 
         return _made(fit_prefix((q, k, v), rank, fit, make))
 
+    @isolated
     def append(
         self, k: Array, v: Array, *, q: Array | None = None, lengths: Array | None = None
     ) -> "KVCache":
@@ -260,6 +263,7 @@ class KVCache:
         self._contents = held
         return self
 
+    @isolated
     def attend(
         self,
         q: Array,
@@ -314,6 +318,7 @@ class KVCache:
             out = xp.astype(out, q.dtype, copy=False)
         return (out, xp.reshape(lse, q.shape[:-1])) if return_lse else out
 
+    @isolated
     def decode(self) -> tuple[Array, Array]:
         """Keys and values that the cache stands for, in all dimensions.
 
@@ -329,6 +334,7 @@ class KVCache:
             k, v = self._contents.decode()
         return layout.unbatched(k), layout.unbatched(v)
 
+    @isolated
     def select(self, indices: Array | Sequence[int]) -> "KVCache":
         """Make a cache of some of the sequences, in any order and as often as wanted, as beam search does.
 
