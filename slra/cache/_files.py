@@ -164,7 +164,8 @@ def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
     if any(0 in x.shape or x.dtype not in (np.float32, np.float64) for x in maps.values()):
         raise ValueError(f"its maps of segment {i} are empty, or not in single or double precision")
     own = () if given["pool_batch"] else tuple(given["batch"])
-    maps = {name: x.reshape(*own, *x.shape[1:]) for name, x in maps.items()}
+    # By head, as a basis has them.
+    maps = {name: x.reshape(*own, -1, *x.shape[3:]) for name, x in maps.items()}
     rank = (maps["wk"].shape[-1], maps["wv"].shape[-1])
     error = np.broadcast_to(maps["wk"].dtype.type(0), maps["wq"].shape[:-2])
     return AttentionBasis(**maps, ranks=(rank,) * maps["wk"].shape[-3], error=error)

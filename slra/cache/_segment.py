@@ -147,11 +147,13 @@ class FloatRows(NamedTuple):
 
 def maps_of(basis: AttentionBasis, layout: Layout) -> Maps:
     """Lay the maps of a basis out with one batch axis, of length one where all elements share them."""
+    xp, lead = layout.xp, 1 if layout.pool_batch else layout.n_batch
     named = {name: getattr(basis, name) for name in Maps._fields[:-1]}
-    arrays = promote(layout.backend, allow_complex=False, **named).arrays
-    lead = 1 if layout.pool_batch else layout.n_batch
+    wq, *others = promote(layout.backend, allow_complex=False, **named).arrays
+    wq = xp.reshape(wq, (lead, layout.n_heads, layout.n_shared, *wq.shape[-2:]))
+    others = [xp.reshape(x, (lead, layout.n_heads, 1, *x.shape[-2:])) for x in others]
     # Ranks are in the layout: here they would be traced.
-    wq, wk, wv, uv, c, mu = (layout.xp.reshape(x, (lead, *x.shape[-3:])) for x in arrays)
+    wk, wv, uv, c, mu = others
     return Maps(wq, wk, wv, uv, c, mu, ranks=())
 
 
@@ -172,7 +174,7 @@ class Segment(NamedTuple):
 
     def put(self, k: Array, v: Array, places: Array) -> "Segment":
         """Write tokens (B, H, m, .) at places (B, m), counted from the start; negative ones are left out."""
-        maps, rest = self.maps, None
+        maps, rest = self._key_head_maps(), None
         small_k = self.rows.rounded(k @ maps.wk - maps.c @ maps.wk)
         small_v = self.rows.rounded(v @ maps.wv - maps.mu @ maps.wv)
         if self.layout.n_sparse:
@@ -183,19 +185,22 @@ class Segment(NamedTuple):
 
     def read(self, rows: slice) -> tuple[Array, Array]:
         """Keys and values (B, H, rows, .) that the segment stands for, as they were appended."""
-        dtype = self.maps.wk.dtype
+        dtype, maps = self.maps.wk.dtype, self._key_head_maps()
         k, v = self.rows.coordinates(rows, dtype)
-        k, v = self._decoded_keys(k), v @ self.maps.uv + self.maps.mu
+        k, v = self._decoded_keys(k), v @ maps.uv + maps.mu
         if corrections := self.rows.corrections(rows, dtype):
             k, v = k + corrections[0], v + corrections[1]
         return k, v
 
     def _decoded_keys(self, small: Array) -> Array:
         """Keys that coordinates stand for: what the query heads see of them, on average."""
-        xp, wq = self.layout.xp, self.maps.wq
-        wq = xp.reshape(wq, (wq.shape[0], -1, self.layout.n_shared, *wq.shape[-2:]))
-        back = xp.matrix_transpose(xp.mean(wq, axis=2))
-        return small[..., : self.layout.rank[0]] @ back + self.maps.c
+        xp = self.layout.xp
+        back = xp.matrix_transpose(xp.mean(self.maps.wq, axis=2))
+        return small[..., : self.layout.rank[0]] @ back + self.maps.c[:, :, 0, ...]
+
+    def _key_head_maps(self) -> Maps:
+        """Leave out the axis of the query heads that share a key head, but for their own map."""
+        return self.maps.each(lambda x: x[:, :, 0, ...])._replace(wq=self.maps.wq)
 
     def attend(
         self, queries: Queries, end: Array, turns: tuple[Array, Array] | None
@@ -212,7 +217,7 @@ class Segment(NamedTuple):
     def _attend(
         self, queries: Queries, end: Array, rows: slice, turns: tuple[Array, Array] | None
     ) -> tuple[Array, Array]:
-        layout, maps, rank_v = self.layout, self.maps, self.layout.rank[1]
+        layout, maps, rank_v = self.layout, self._key_head_maps(), self.layout.rank[1]
         mask, shift, dtype = None, None, queries.q.dtype
         if not queries.see_all(self.start, end, rows):
             positions = self.start[:, None] + layout.arange(rows.start, rows.stop, self.start)
@@ -220,7 +225,7 @@ class Segment(NamedTuple):
         k, v = self.rows.coordinates(rows, dtype)
         corrections = self.rows.corrections(rows, dtype)
         if turns is None:
-            q, k, shift = self._features(queries, k, corrections)
+            q, k, shift = self._features(queries, k, maps.c, corrections)
         else:
             q, k = self._rotated(queries, k, corrections, rows, turns)
         if corrections is not None:
@@ -234,15 +239,16 @@ class Segment(NamedTuple):
         return layout.unstack_heads(whole), layout.unstack_heads(lse)
 
     def _features(
-        self, queries: Queries, k: Array, corrections: tuple[Array, Array] | None
+        self, queries: Queries, k: Array, c: Array, corrections: tuple[Array, Array] | None
     ) -> tuple[Array, Array, Array | None]:
         """Make queries and keys whose products are the scores under the maps, but for a shift of each query.
 
         With sparse entries there are more features: q'k' + q s = (q', q) (k', s).
         """
         xp, stack = self.layout.xp, self.layout.stack_heads
-        q, whole = stack(queries.q @ self.maps.wq), stack(queries.q)
-        shift = whole @ xp.matrix_transpose(self.maps.c)
+        wq, whole = self.maps.wq, stack(queries.q)
+        wq = xp.reshape(wq, (wq.shape[0], self.layout.n_query_heads, *wq.shape[-2:]))
+        q, shift = stack(queries.q @ wq), whole @ xp.matrix_transpose(c)
         if self.layout.carries_shift:
             q = xp.concat([q, shift], axis=-1)
         if corrections is not None:
@@ -271,7 +277,7 @@ class Segment(NamedTuple):
 
     def drift(self, q: Array, k: Array, v: Array) -> float:
         """Relative error that the maps make in the output of queries over keys and values; the largest of all heads."""
-        maps, layout, q = self.maps, self.layout, self.layout.stack_heads(q)
+        maps, layout, q = self._key_head_maps(), self.layout, self.layout.stack_heads(q)
         exact, _ = layout.attend(q, k, v, None)
         low_k = self._decoded_keys((k - maps.c) @ maps.wk)
         out, _ = layout.attend(q, low_k, (v - maps.mu) @ maps.wv, None)
