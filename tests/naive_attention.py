@@ -26,7 +26,7 @@ def naive_attention(
         scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
     if is_causal:
         n_q, n_k = scores.shape[-2:]
-        offset = n_k - n_q if causal_align == "bottom_right" else 0
+        offset = {"bottom_right": n_k - n_q, "top_left": 0}.get(causal_align, causal_align)
         scores = np.where(np.tri(n_q, n_k, offset, dtype=bool), scores, -np.inf)
     peak = np.max(scores, axis=-1, keepdims=True)
     peak = np.where(np.isfinite(peak), peak, 0)
