@@ -7,7 +7,6 @@ from slra import objective, prox
 from slra.attn import (
     AttentionBasis,
     FoldedProjections,
-    KVCache,
     attention,
     attention_vjp,
     fit_attention,
@@ -15,6 +14,7 @@ from slra.attn import (
     low_rank_attention_vjp,
     merge_attention,
 )
+from slra.cache import KVCache
 from slra.decompose import (
     LowRankPlusSparse,
     RobustPCAResult,

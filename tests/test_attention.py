@@ -287,68 +287,6 @@ def test_numpy_needs_memory_linear_in_the_length():
     assert peak - q.nbytes < 4096 * 4096 * 4 / 8
 
 
-@pytest.fixture
-def limits():
-    """Allow each BLAS two threads; a function that gives how many each may use, now."""
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-    controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
-    if not controller.lib_controllers:
-        pytest.skip("no BLAS that threadpoolctl knows")
-    with controller.limit(limits=2):
-        yield lambda: [library.num_threads for library in controller.lib_controllers]
-
-
-def big():
-    return qkv((4, 1024, 16), (4, 1024, 16), dtype="float32")
-
-
-def test_blas_limits_are_put_back(limits):
-    before = limits()
-    slra.attention(*big())
-    assert limits() == before
-
-
-@pytest.mark.parametrize("allowed", [1, 2])
-def test_no_more_threads_than_blas_was_allowed(limits, allowed, monkeypatch):
-    from threadpoolctl import threadpool_limits
-
-    from slra._backends import numpy_attention
-
-    started = []
-
-    class Pool(ThreadPoolExecutor):
-        def __init__(self, n):
-            started.append((n, limits()))
-            super().__init__(n)
-
-    monkeypatch.setattr(numpy_attention, "ThreadPoolExecutor", Pool)
-    with threadpool_limits(allowed):
-        expected = limits()
-        slra.attention(*big())
-        assert limits() == expected
-    assert [n for n, _ in started] == ([] if allowed == 1 else [min(expected)])
-    assert all(set(inside) == {1} for _, inside in started)
-
-
-def test_calls_from_several_threads_at_once(limits):
-    before = limits()
-    q, k, v = big()
-    expected = slra.attention(q, k, v)
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: slra.attention(q, k, v), range(8)))
-    assert all(np.array_equal(result, expected) for result in results)
-    assert limits() == before
-
-
-def test_blas_limits_are_put_back_after_an_error(limits):
-    from slra._backends import blas_threads
-
-    before = limits()
-    with contextlib.suppress(ZeroDivisionError), blas_threads.workers(), blas_threads.workers():
-        raise ZeroDivisionError
-    assert limits() == before
-
-
 def test_what_ends_a_call_is_not_kept_waiting(monkeypatch):
     """Ctrl-C is raised where results are awaited: what no thread has begun by then is let go."""
     from slra._backends import numpy_attention

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from slra._backends import Backend
+from slra._backends.ambient import with_callers_errors
 from slra._typing import Array
 from slra._validate import check_count, check_positive
 
@@ -108,6 +109,7 @@ def run(
     may_scan: bool = True,
 ) -> SolveResult:
     """Advance until the residual is at most ``tol``, the callback says stop, or ``max_iter`` is reached."""
+    objective, callback = (f and with_callers_errors(f) for f in (objective, callback))
     if tol is None and callback is None and may_scan:
         return _scan(advance, state, objective, max_iter, backend)
     xp = backend.xp

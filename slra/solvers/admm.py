@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated, with_callers_errors
 from slra._typing import Array
 from slra._validate import (
     check_callable,
@@ -28,6 +29,7 @@ class _State(NamedTuple):
     rho: Array
 
 
+@isolated
 def admm(
     z0: Array,
     solve_x: Callable[[Array, Any], Array],
@@ -121,6 +123,8 @@ def admm(
         *(("objective", objective), ("callback", callback)),
     ):
         check_callable(function, name, optional=True)
+    solve_x, prox_z = with_callers_errors(solve_x), with_callers_errors(prox_z)
+    operator, adjoint = (f and with_callers_errors(f) for f in (operator, adjoint))
     rho = check_positive(rho, "rho", limits=backend.xp.finfo(z.dtype))
     relaxation = check_positive(relaxation, "relaxation")
     if relaxation >= 2:

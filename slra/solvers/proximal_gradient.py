@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated, with_callers_errors
 from slra._typing import Array
 from slra._validate import (
     check_callable,
@@ -38,6 +39,7 @@ class _State(NamedTuple):
     largest_gradient: Array
 
 
+@isolated
 def proximal_gradient(
     x0: Array,
     value_and_grad: ValueAndGrad,
@@ -182,6 +184,7 @@ def _check_step(step: Any, x: Array, backend: Backend) -> float | Array:
 def _checked(value_and_grad: Any) -> ValueAndGrad:
     """Look at what a function of the caller's returns."""
     check_callable(value_and_grad, "value_and_grad")
+    value_and_grad = with_callers_errors(value_and_grad)
 
     def call(x: Array) -> tuple[Any, Array]:
         pair = value_and_grad(x)
@@ -226,7 +229,7 @@ def _advance(
 
 def _forward_backward(prox: Prox, weight: Any, x: Array, backend: Backend) -> ForwardBackward:
     """Return ``(y, grad, step) -> prox(y - step * grad, step * weight)``, one primitive where there is one."""
-    primitive = _primitive(prox, x, backend)
+    primitive, prox = _primitive(prox, x, backend), with_callers_errors(prox)
 
     def call(y: Array, grad: Array, step: Any) -> Array:
         with backend.ignore_overflow():
