@@ -6,14 +6,14 @@ from types import SimpleNamespace
 from tests import selection
 
 
-def items(name, **parameters):
+def items(test, **parameters):
     """Stand-ins for the items of a test with all combinations of so many values."""
     combinations = [{}]
     for argument, n in parameters.items():
         combinations = [{**one, argument: i} for one in combinations for i in range(n)]
     return [
         SimpleNamespace(
-            nodeid=f"tests/test_x.py::{name}[{'-'.join(map(str, indices.values()))}]",
+            nodeid=f"tests/test_x.py::{test}[{'-'.join(map(str, indices.values()))}]",
             callspec=SimpleNamespace(indices=indices),
         )
         for indices in combinations
