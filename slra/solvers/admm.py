@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from slra._backends import Backend
 from slra._typing import Array
 from slra._validate import (
     check_callable,
@@ -11,13 +10,22 @@ from slra._validate import (
     check_positive,
     check_returned,
     promote,
-    resolve,
 )
-from slra.solvers._loop import Callback, SolveResult, Step, check_limits, norm, run
+from slra.solvers._loop import (
+    FLOOR,
+    Callback,
+    SolveResult,
+    Step,
+    check_limits,
+    check_visible,
+    run,
+)
+from slra.solvers._scalars import Scalars, as_scalars, check_steps, norm, scalars_of
+from slra.solvers._tree import Flatten, Tree, Unflatten, tree_of
 
 __all__ = ["admm"]
 
-Operator = Callable[[Array], Array]
+Operator = Callable[[Any], Any]
 
 
 class _State(NamedTuple):
@@ -25,23 +33,30 @@ class _State(NamedTuple):
     z: Array
     # The multiplier over rho.
     u: Array
-    rho: Array
+    rho: Any
+    # Largest ||A x|| or ||z||, and ||A^H u||, so far.
+    largest: Any
+    strongest: Any
 
 
 def admm(
-    z0: Array,
-    solve_x: Callable[[Array, Any], Array],
-    prox_z: Callable[[Array, Any], Array],
+    z0: Any,
+    solve_x: Callable[[Any, Any], Any],
+    prox_z: Callable[[Any, Any], Any],
     *,
     operator: Operator | None = None,
     adjoint: Operator | None = None,
-    rho: float = 1.0,
+    rho: float | Array = 1.0,
     relaxation: float = 1.0,
     balance: float | None = None,
     tol: float | None = 1e-6,
+    atol: float = 0.0,
     max_iter: int = 1000,
-    objective: Callable[[Array], Any] | None = None,
+    start: Any = None,
+    objective: Callable[[Any], Any] | None = None,
     callback: Callback | None = None,
+    flatten: Flatten | None = None,
+    unflatten: Unflatten | None = None,
 ) -> SolveResult:
     r"""Minimise ``f(x) + g(z)`` subject to ``A x = z``, f and g convex.
 
@@ -109,11 +124,12 @@ def admm(
     >>> result.x.round(8).tolist(), result.converged
     ([2.0, 0.0], True)
     """
-    backend = resolve(z0=z0)
-    promoted = promote(backend, z0=z0)
+    tree, vector = tree_of(z0, flatten, unflatten, "z0")
+    backend = tree.backend
+    promoted = promote(backend, z0=vector)
     (z,) = promoted.arrays
     check_finite(backend, z, "z0")
-    tol, max_iter = check_limits(tol, max_iter)
+    limits = check_limits(tol, atol, max_iter)
     check_callable(solve_x, "solve_x")
     check_callable(prox_z, "prox_z")
     for name, function in (
@@ -121,7 +137,8 @@ def admm(
         *(("objective", objective), ("callback", callback)),
     ):
         check_callable(function, name, optional=True)
-    rho = check_positive(rho, "rho", limits=backend.xp.finfo(z.dtype))
+    check_visible(z, limits, callback, backend)
+    rho, batch = check_steps(rho, z, "rho", backend)
     relaxation = check_positive(relaxation, "relaxation")
     if relaxation >= 2:
         raise ValueError(f"relaxation must be between 0 and 2, got {relaxation}")
@@ -131,53 +148,88 @@ def admm(
             raise ValueError(f"balance must be 1 or more, got {balance}")
     if (operator is None) != (adjoint is None):
         raise ValueError("operator and adjoint must be given both or neither")
-    like: dict[str, Any] = {
-        "dtype": backend.real_dtype(z.dtype),
-        "device": backend.creation_device(z),
-    }
-    penalty = backend.xp.full((), rho, **like)
+    as_numbers = limits.tol is not None or callback is not None
+    m = scalars_of(z, batch, backend, as_numbers=as_numbers)
+    penalty = as_scalars(rho, m, backend)
+    z, u = _warm(start, z, penalty, tree, m)
+
+    def x_step(v: Array, rho: Any) -> Any:
+        found = solve_x(tree.split(v), rho)
+        return tree.join(found, "what solve_x returns") if operator is None else found
+
+    def forward(x: Any) -> Array:
+        return x if operator is None else tree.join(operator(x), "what operator returns")
+
+    def back(v: Array) -> Array:
+        return v if adjoint is None else adjoint(tree.split(v))
+
+    def size(x: Array) -> Any:
+        return norm(backend.stop_gradient(x), m, backend)
 
     def advance(state: _State) -> Step:
-        rho_now = rho if balance is None else state.rho
-        x = solve_x(state.z - state.u, rho_now)
-        image = x if operator is None else operator(x)
+        rho_now = rho if balance is None else m.spread(state.rho)
+        x = x_step(state.z - state.u, rho_now)
+        image = forward(x)
         with backend.ignore_overflow():
             mixed = image if relaxation == 1 else relaxation * image + (1 - relaxation) * state.z
             # An array, where NumPy makes a scalar of a sum of 0-d ones.
             shifted = backend.xp.asarray(mixed + state.u)
-        z = check_returned(prox_z(shifted, 1 / rho_now), "prox_z", state.z.shape)
+        found = tree.join(prox_z(tree.split(shifted), 1 / rho_now), "what prox_z returns")
+        z = check_returned(found, "prox_z", state.z.shape)
         with backend.ignore_overflow():
             u, move = shifted - z, z - state.z
-        back = adjoint or (lambda v: v)
         back_move, back_u = back(move), back(u)
         with backend.ignore_overflow():
-            primal = _ratio(
-                norm(image - z, backend), norm(image, backend), norm(z, backend), backend=backend
-            )
-            dual = _ratio(norm(back_move, backend), norm(back_u, backend), backend=backend)
-            factor = _balancing_factor(primal, dual, balance, backend)
+            gap, shift, pull = size(image - z), size(back_move), size(back_u)
+            extent = m.maximum(size(image), size(z))
+            largest = m.maximum(extent, state.largest)
+            strongest = m.maximum(pull, state.strongest)
+            primal = m.ratio(gap, m.maximum(extent, FLOOR * largest))
+            dual = m.ratio(shift, m.maximum(pull, FLOOR * strongest))
+            absolute = m.maximum(gap, state.rho * shift)
+            factor = _balancing_factor(primal, dual, balance, m)
             kept = z if operator is None else x
-            following = _State(kept, z, u / factor, state.rho * factor)
-        return Step(following, kept, backend.xp.maximum(primal, dual))
+            divided = u if balance is None else u / m.spread(factor)
+            following = _State(kept, z, divided, state.rho * factor, largest, strongest)
+        residual = m.maximum(primal, dual)
+        return Step(following, kept, residual, absolute, m.negate(m.isfinite(residual)))
 
     # The first x is known only after the first solve; where A is not the identity its shape may differ from z.
-    start = _State(z if operator is None else solve_x(z, rho), z, backend.xp.zeros_like(z), penalty)
-    result = run(advance, start, objective, tol, max_iter, callback, backend)
-    return result._replace(x=promoted.cast_back(backend, result.x)[0])
+    none = m.full(0.0)
+    first = _State(z if operator is None else x_step(z, rho), z, u, penalty, none, none)
+    goal = None if objective is None else (tree.wrap(objective) if operator is None else objective)
+    seen = tree if operator is None else tree._replace(unflatten=None)
+    result, last = run(advance, first, goal, limits, callback, m, seen)
+    x, z, u = promoted.cast_back(backend, result.x, last.z, last.u)
+    return result._replace(x=seen.split(x), z=tree.split(z), u=tree.split(u), rho=last.rho)
 
 
-def _ratio(x: Array, *scales: Array, backend: Backend) -> Array:
-    xp = backend.xp
-    scale = scales[0] if len(scales) == 1 else xp.maximum(*scales)
-    return xp.reshape(x / xp.where(scale == 0, 1.0, scale), ())
+def _warm(start: Any, z: Array, rho: Any, tree: Tree, m: Scalars) -> tuple[Array, Array]:
+    """Return where ``z`` and ``u`` start; a result's multiplier is brought to the penalty of this run."""
+    backend = tree.backend
+    if start is None:
+        return z, backend.xp.zeros_like(z)
+    factor = None
+    if isinstance(start, SolveResult):
+        if start.z is None or start.u is None:
+            raise ValueError("start must be a result of admm, got one that has no z and u")
+        if start.rho is not None:
+            factor = m.spread(start.rho / rho)
+        start = (start.z, start.u)
+    if not isinstance(start, tuple) or len(start) != 2:
+        raise TypeError(
+            f"start must be a result of admm or a pair (z, u), got {type(start).__name__}"
+        )
+    warm = []
+    for name, given in zip(("z of start", "u of start"), start, strict=True):
+        one = check_returned(tree.join(given, name), name, z.shape)
+        check_finite(backend, one, name)
+        warm.append(backend.xp.astype(one, z.dtype))
+    return warm[0], warm[1] if factor is None else warm[1] * factor
 
 
-def _balancing_factor(primal: Array, dual: Array, balance: float | None, backend: Backend) -> Any:
+def _balancing_factor(primal: Any, dual: Any, balance: float | None, m: Scalars) -> Any:
     """Factor on rho that brings the two residuals together. Source: Boyd et al., section 3.4.1."""
     if balance is None:
         return 1.0
-    xp = backend.xp
-    one = xp.ones_like(primal)
-    return xp.where(
-        primal > balance * dual, 2 * one, xp.where(dual > balance * primal, one / 2, one)
-    )
+    return m.where(primal > balance * dual, 2.0, m.where(dual > balance * primal, 0.5, 1.0))
