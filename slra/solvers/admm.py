@@ -25,6 +25,9 @@ from slra.solvers._tree import Flatten, Tree, Unflatten, tree_of
 
 __all__ = ["admm"]
 
+# Where A x and z vanish, they are small beside the multiplier over rho, which has their units.
+SMALL = 1e-6
+
 Operator = Callable[[Any], Any]
 
 
@@ -37,6 +40,9 @@ class _State(NamedTuple):
     # Largest ||A x|| or ||z||, and ||A^H u||, so far.
     largest: Any
     strongest: Any
+    # Iterations since rho changed, and how often it has.
+    age: Any
+    changes: Any
 
 
 def admm(
@@ -149,6 +155,7 @@ def admm(
     if (operator is None) != (adjoint is None):
         raise ValueError("operator and adjoint must be given both or neither")
     as_numbers = limits.tol is not None or callback is not None
+    digit = 4 * float(backend.xp.finfo(z.dtype).eps)
     m = scalars_of(z, batch, backend, as_numbers=as_numbers)
     penalty = as_scalars(rho, m, backend)
     z, u = _warm(start, z, penalty, tree, m)
@@ -181,22 +188,29 @@ def admm(
         back_move, back_u = back(move), back(u)
         with backend.ignore_overflow():
             gap, shift, pull = size(image - z), size(back_move), size(back_u)
-            extent = m.maximum(size(image), size(z))
+            scaled, extent = size(u), m.maximum(size(image), size(z))
             largest = m.maximum(extent, state.largest)
             strongest = m.maximum(pull, state.strongest)
-            primal = m.ratio(gap, m.maximum(extent, FLOOR * largest))
-            dual = m.ratio(shift, m.maximum(pull, FLOOR * strongest))
             absolute = m.maximum(gap, state.rho * shift)
-            factor = _balancing_factor(primal, dual, balance, m)
+            # Both are differences of numbers as large as the multiplier and the iterate, and known to their last digit.
+            gap = m.where(gap > digit * scaled, gap, 0.0)
+            shift = m.where(shift > digit * size(z), shift, 0.0)
+            least = m.maximum(FLOOR * largest, SMALL * scaled)
+            primal = m.ratio(gap, m.maximum(extent, least))
+            dual = m.ratio(shift, m.maximum(pull, FLOOR * strongest))
             kept = z if operator is None else x
-            divided = u if balance is None else u / m.spread(factor)
-            following = _State(kept, z, divided, state.rho * factor, largest, strongest)
+            following = _State(
+                kept, z, u, state.rho, largest, strongest, state.age + 1, state.changes
+            )
+            if balance is not None:
+                following = _balanced(following, primal, dual, balance, m)
         residual = m.maximum(primal, dual)
         return Step(following, kept, residual, absolute, m.negate(m.isfinite(residual)))
 
     # The first x is known only after the first solve; where A is not the identity its shape may differ from z.
     none = m.full(0.0)
-    first = _State(z if operator is None else x_step(z, rho), z, u, penalty, none, none)
+    x = z if operator is None else x_step(z, rho)
+    first = _State(x, z, u, penalty, none, none, none, none)
     goal = None if objective is None else (tree.wrap(objective) if operator is None else objective)
     seen = tree if operator is None else tree._replace(unflatten=None)
     result, last = run(advance, first, goal, limits, callback, m, seen)
@@ -228,8 +242,17 @@ def _warm(start: Any, z: Array, rho: Any, tree: Tree, m: Scalars) -> tuple[Array
     return warm[0], warm[1] if factor is None else warm[1] * factor
 
 
-def _balancing_factor(primal: Any, dual: Any, balance: float | None, m: Scalars) -> Any:
-    """Factor on rho that brings the two residuals together. Source: Boyd et al., section 3.4.1."""
-    if balance is None:
-        return 1.0
-    return m.where(primal > balance * dual, 2.0, m.where(dual > balance * primal, 0.5, 1.0))
+def _balanced(state: _State, primal: Any, dual: Any, balance: float, m: Scalars) -> _State:
+    """Change rho to bring the two residuals together, the less often the more often it has been done.
+
+    Source: Boyd et al., section 3.4.1, where it must stop after a number of iterations for the method to converge.
+    """
+    factor = m.where(primal > balance * dual, 2.0, m.where(dual > balance * primal, 0.5, 1.0))
+    changes = (factor != 1.0) & (state.age > state.changes)
+    factor = m.where(changes, factor, 1.0)
+    return state._replace(
+        u=state.u / m.spread(factor),
+        rho=state.rho * factor,
+        age=m.where(changes, 0.0, state.age),
+        changes=m.where(changes, state.changes + 1, state.changes),
+    )
