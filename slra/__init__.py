@@ -20,7 +20,7 @@ from slra.decompose import (
     sparse_low_rank,
 )
 from slra.prox import prox_l1 as soft_threshold
-from slra.solvers import Progress, SolveResult, admm, proximal_gradient
+from slra.solvers import Progress, SolveResult, admm, primal_dual, proximal_gradient
 from slra.svd import (
     EighResult,
     ErrorEstimate,
@@ -57,6 +57,7 @@ __all__ = [
     "merge_attention",
     "objective",
     "prox",
+    "primal_dual",
     "proximal_gradient",
     "randomized_eigh",
     "randomized_svd",
