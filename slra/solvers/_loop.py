@@ -163,7 +163,7 @@ def run(
     xp = backend.xp
     if limits.tol is None and callback is None:
         return _scan(advance, state, objective, limits.max_iter, backend)
-    step = None
+    step: Step | None = None
     objectives: list[Array] = []
     residuals = []
     solved: Any = False

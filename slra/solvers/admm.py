@@ -69,36 +69,47 @@ def admm(
     Parameters
     ----------
     z0 : array
-        Where ``z`` starts; real or complex floating, any shape; half precision is computed in float32.
+        Where ``z`` starts; real or complex floating, any shape; half precision is computed in float32. Or a tuple or
+        list of arrays, or what ``flatten`` takes apart.
     solve_x : callable
         ``(v, rho) -> argmin_x f(x) + rho/2 ||A x - v||^2``.
     prox_z : callable
         ``(v, step) -> argmin_z step * g(z) + 1/2 ||z - v||^2``, as for `proximal_gradient`.
     operator, adjoint : callable, optional
         ``x -> A x`` and ``z -> A^H z``, both or none; A is the identity by default.
-    rho : float
-        Penalty, greater than 0: it changes the speed, not the solution.
+    rho : float or array
+        Penalty, greater than 0: it changes the speed, not the solution. An array of the shape of leading axes of ``z``
+        says that these count problems of a batch: each has its penalty, its residual and its stop.
     relaxation : float
         Between 0 and 2; 1.5 to 1.8 is often faster than 1.
     balance : float, optional
         Double or halve ``rho`` when one residual exceeds the other this many times, at least 1 (10 is usual).
-        ``solve_x`` then meets changing values of ``rho``, as 0-d arrays.
+        ``solve_x`` then meets changing values of ``rho``, the less often the longer it runs.
     tol : float or None
         Stop when the residual is at most this. None means exactly ``max_iter`` iterations, which is the form that runs
         under ``jax.jit`` (as one loop, not unrolled), vmap, torch.compile and on Dask.
+    atol : float
+        Stop, too, when ``||A x - z||`` and ``rho ||A^H (z - z_old)||`` are at most this.
     max_iter : int
         Largest number of iterations.
+    start : SolveResult or (z, u), optional
+        Where to start instead: what an earlier call returned.
     objective : callable, optional
         ``x -> value``, evaluated after each iteration for the history only.
     callback : callable, optional
         Called with a `Progress` after each iteration; returning True stops the solver.
+    flatten, unflatten : callable, optional
+        ``z -> list of arrays`` and back, for structures other than tuples and lists. With the identity for A, ``x`` is
+        of the structure too, else what ``solve_x`` returns: an array.
 
     Returns
     -------
     SolveResult
         ``x`` is the last ``x``; with the identity for A it is the last ``z``, which has what ``prox_z`` gives, such as
-        exact zeros. The residual is the larger of ``||A x - z|| / max(||A x||, ||z||)`` and
-        ``||A^H (z - z_old)|| / ||A^H u||``.
+        exact zeros. ``z``, ``u`` (the multiplier over ``rho``) and ``rho`` are the last ones. The residual is the
+        larger of ``||A x - z|| / max(||A x||, ||z||, 1e-6 ||u||)`` and ``||A^H (z - z_old)|| / ||A^H u||``, where a
+        scale that goes to 0 counts as 1e-12 of the largest there was, and a difference of less than 4 roundings of what
+        it is a difference of as 0.
 
     Raises
     ------

@@ -32,8 +32,8 @@ __all__ = ["primal_dual"]
 
 # Products to find the norm of K with, and what is added to what they find, which is never too large.
 N_POWER, MARGIN = 30, 1.05
-# One residual may exceed the other so many times before the steps are changed.
-BALANCE = 4.0
+# Iterations before the ratio of the steps is first changed, and how many more before each next time.
+WINDOW = 10
 # As in proximal_gradient: a rounding in eps.
 ROUNDING = 0.3
 
@@ -49,6 +49,9 @@ class _State(NamedTuple):
     curvature: Any
     norm: Any
     ratio: Any
+    # Where the iterates were when that ratio was last changed, how long ago, and how often it was.
+    x_before: Array
+    u_before: Array
     age: Any
     changes: Any
     largest: Any
@@ -88,17 +91,18 @@ def primal_dual(
     prox_f : callable or None
         ``(x, tau) -> argmin_y tau * f(y) + 1/2 ||y - x||^2``; None where there is no f.
     prox_gconj : callable
-        ``(u, sigma) -> argmin_v sigma * g*(v) + 1/2 ||v - u||^2`` with the convex conjugate of g. For the l1 norm times
-        ``w`` that is the projection on moduli up to ``w``; by Moreau it is ``u - sigma * prox_g(u / sigma, 1 / sigma)``.
+        ``(u, sigma) -> argmin_v sigma * g*(v) + 1/2 ||v - u||^2`` with the convex conjugate of g. For the l1 norm
+        times ``w`` that is the projection on moduli up to ``w``; by Moreau it is
+        ``u - sigma * prox_g(u / sigma, 1 / sigma)``.
     K, KT : callable
-        ``x -> K x`` and ``u -> K^H u``. ``K`` may return a tuple or list of arrays, which ``KT`` and ``prox_gconj`` then
-        take: so several functions of several operators are summed.
+        ``x -> K x`` and ``u -> K^H u``. ``K`` may return a tuple or list of arrays, which ``KT`` and ``prox_gconj``
+        then take: so several functions of several operators are summed.
     steps : (tau, sigma), optional
         Lengths of the steps, numbers or arrays that broadcast to ``x`` and to ``K x`` (a diagonal preconditioner:
         ``1 / tau_j`` and ``1 / sigma_i`` the sums of ``|K_ij|`` over i and j are safe where there is no h). With the
-        norm of K and a constant L of the gradient of h, ``1 / tau - sigma ||K||^2 >= L / 2``. By default they are found:
-        the norm of K by a power iteration, the curvature of h from gradients on the way, and their ratio such that both
-        residuals fall together.
+        norm of K and a constant L of the gradient of h, ``1 / tau - sigma ||K||^2 >= L / 2``. By default they are
+        found: the norm of K by a power iteration, the curvature of h from gradients on the way, and their ratio from
+        how far ``x`` and ``u`` go.
     tol : float or None
         Stop when the residual is at most this. None means exactly ``max_iter`` iterations, which is the form that runs
         under ``jax.jit`` (as one loop, not unrolled), torch.compile and on Dask.
@@ -118,10 +122,10 @@ def primal_dual(
     Returns
     -------
     SolveResult
-        ``x``, and the dual variable ``u``, of the shape of ``K x``. The residual is that of these two, the larger of
-        ``||p|| / max(||grad h(x)||, ||K^H u||)`` and ``||d|| / (||K|| ||x||)``, where p and d are the members of the
-        optimality conditions ``grad h(x) + df(x) + K^H u`` and ``dg*(u) - K x`` that the step leads to: both are 0 at a
-        solution and nowhere else.
+        ``x``, and the dual variable ``u``, of the structure of ``K x``. The residual is that of these two, the larger
+        of ``||p|| / max(||grad h(x)||, ||K^H u||, L ||x||)`` and ``||d|| / (||K|| ||x||)``, L the curvature of h that
+        was met. The members p and d of ``grad h(x) + df(x) + K^H u`` and ``dg*(u) - K x``, that the step shows, are
+        both 0 at a solution and nowhere else.
 
     Raises
     ------
@@ -201,9 +205,7 @@ def primal_dual(
                 f"value_and_grad must return a pair of a value and a gradient, got {type(pair).__name__}"
             )
         grad = tree.join(pair[1], "the gradient that value_and_grad returns")
-        return pair[0], check_gradient(
-            backend, x, check_returned(grad, "value_and_grad", x.shape)
-        )
+        return pair[0], check_gradient(backend, x, check_returned(grad, "value_and_grad", x.shape))
 
     def size(x: Array) -> Any:
         return norm(backend.stop_gradient(x), m, backend)
@@ -227,7 +229,7 @@ def primal_dual(
         length = _norm_of(forward, back, x, size, m, tree)
         bend = none if value_and_grad is None else _bend(gradient, x, grad, size, m, tree)
     first = _State(
-        *(x, u, grad, image, back(u), bend, length, m.full(1.0), none, none),
+        *(x, u, grad, image, back(u), bend, length, m.full(1.0), x, u, none, none),
         *(size(x), none, unknown, unknown),
     )
 
@@ -258,12 +260,16 @@ def primal_dual(
         with backend.ignore_overflow():
             d, turn = new - x, grad - state.grad
             moved, turned = size(d), size(turn)
-            across = m.ratio(_along(d, turn, m, tree), m.maximum(moved, 1e-300) if m.are_numbers else moved)
+            across = m.ratio(
+                _along(d, turn, m, tree), m.maximum(moved, 1e-300) if m.are_numbers else moved
+            )
             p = turn + new_back - state.back - d / tau
             q = image - state.image - (new_u - u) / sigma
             is_finite = _is_finite(value, m, tree) & m.isfinite(size(grad) + size(new_u))
             bend = m.ratio(across, moved)
-            rough = m.maximum(bend, m.where(across > 0, m.ratio(m.ratio(turned, across) * turned, moved), 0.0))
+            rough = m.maximum(
+                bend, m.where(across > 0, m.ratio(m.ratio(turned, across) * turned, moved), 0.0)
+            )
             # A step so short that its differences are rounding tells nothing.
             tells = moved > 64 * eps * size(new)
             accepted = is_finite
@@ -275,19 +281,21 @@ def primal_dual(
                 curvature = m.maximum(curvature, met)
                 curvature = m.where(is_finite, curvature, 10 / tau)
                 stretched = m.maximum(
-                    stretched, m.where(is_finite & tells, m.ratio(size(image - state.image), moved), 0.0)
+                    stretched,
+                    m.where(is_finite & tells, m.ratio(size(image - state.image), moved), 0.0),
                 )
             else:
-                stretched = m.maximum(stretched, m.ratio(size(image), m.where(size(new) == 0, 1.0, size(new))))
+                stretched = m.maximum(
+                    stretched, m.ratio(size(image), m.where(size(new) == 0, 1.0, size(new)))
+                )
             largest = m.maximum(state.largest, size(new))
             pull = m.maximum(size(grad), size(new_back))
             strongest = m.maximum(state.strongest, pull)
             primal = m.maximum(size(p), ROUNDING * eps * size(new / tau))
             gap = m.maximum(size(q), ROUNDING * eps * size(new_u / sigma))
-            primal_rel = _relative(primal, m.maximum(pull, FLOOR * strongest), m)
-            gap_rel = _relative(
-                gap, stretched * m.maximum(size(new), FLOOR * largest), m
-            )
+            scale = m.maximum(pull, curvature * m.maximum(size(new), FLOOR * largest))
+            primal_rel = _relative(primal, m.maximum(scale, FLOOR * strongest), m)
+            gap_rel = _relative(gap, stretched * m.maximum(size(new), FLOOR * largest), m)
             following = _State(
                 m.pick(accepted, new, x),
                 m.pick(accepted, new_u, u),
@@ -297,6 +305,8 @@ def primal_dual(
                 curvature,
                 stretched,
                 state.ratio,
+                state.x_before,
+                state.u_before,
                 state.age + 1,
                 state.changes,
                 m.where(accepted, largest, state.largest),
@@ -305,7 +315,7 @@ def primal_dual(
                 m.where(accepted, m.maximum(primal, gap), state.absolute),
             )
             if given is None:
-                following = _balanced(following, primal_rel, gap_rel, m)
+                following = _balanced(following, size, m)
         is_stuck = m.negate(accepted) if given is not None else m.negate(m.isfinite(curvature))
         return Step(following, following.x, following.residual, following.absolute, is_stuck)
 
@@ -319,13 +329,19 @@ def _relative(size: Any, scale: Any, m: Scalars) -> Any:
     return m.where(scale > 0, m.ratio(size, scale), m.where(size > 0, math.inf, 0.0))
 
 
-def _balanced(state: _State, primal: Any, dual: Any, m: Scalars) -> _State:
-    """Change the ratio of the steps to bring the residuals together, the less often the more often it was done."""
-    # A long dual step, which the ratio stands for, makes the dual residual fall sooner.
-    factor = m.where(dual > BALANCE * primal, 2.0, m.where(primal > BALANCE * dual, 0.5, 1.0))
-    changes = (factor != 1.0) & (state.age > state.changes)
+def _balanced(state: _State, size: Callable[[Array], Any], m: Scalars) -> _State:
+    """Bring the ratio of the steps towards that of the ways gone, the less often the more often it was done.
+
+    Source: the primal weight of D. Applegate et al., Practical large-scale linear programming using primal-dual hybrid
+    gradient, NeurIPS 2021, section 4.3, here between windows that grow, without their restarts.
+    """
+    target = m.ratio(size(state.u - state.u_before), size(state.x - state.x_before))
+    target = m.maximum(state.ratio / 100, m.minimum(target, 100 * state.ratio))
+    changes = (state.age >= WINDOW * (1 + state.changes)) & (target > 0)
     return state._replace(
-        ratio=state.ratio * m.where(changes, factor, 1.0),
+        ratio=m.where(changes, m.sqrt(state.ratio * target), state.ratio),
+        x_before=m.pick(changes, state.x, state.x_before),
+        u_before=m.pick(changes, state.u, state.u_before),
         age=m.where(changes, 0.0, state.age),
         changes=m.where(changes, state.changes + 1, state.changes),
     )

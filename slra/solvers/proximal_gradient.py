@@ -91,10 +91,13 @@ def proximal_gradient(
     Parameters
     ----------
     x0 : array
-        Where to start; real or complex floating, any shape; half precision is computed in float32.
+        Where to start; real or complex floating, any shape; half precision is computed in float32. Or a tuple or list
+        of arrays, or what ``flatten`` takes apart: then all functions take and return such a structure.
     value_and_grad : callable
         ``x -> (f(x), gradient of f at x)``: a number or 0-d array, and an array like ``x``. For complex ``x`` the
-        gradient ``G`` with ``f(x + d) = f(x) + Re <G, d> + o(|d|)``. The value is used by the search for a step only.
+        gradient ``G`` with ``f(x + d) = f(x) + Re <G, d> + o(|d|)``. Of the value only whether it is finite is looked
+        at: infinity, or NaN, says that ``x`` is outside of the domain of f, and the point is not accepted. An array of
+        values, of the shape of the leading axes of ``x``, says that these count problems of a batch.
     prox : callable
         ``(x, tau) -> argmin_y tau * g(y) + 1/2 ||y - x||^2``, such as `slra.prox.prox_l1`; called with
         ``tau = step * weight``. That one, `slra.prox.prox_nonneg_l1` and
@@ -103,52 +106,71 @@ def proximal_gradient(
     weight : float or array
         Factor on g, 0 or more; an array broadcasts to ``x``, for an operator that takes such a ``tau``: with `prox_l1`
         it weighs each entry.
-    step : float or 0-d array, optional
-        Step length, at most 1/L for an L-Lipschitz gradient. By default it is found by backtracking, starting from
-        the curvature along the gradient at ``x0``; that needs values that can be looked at.
+    step : float or array, optional
+        Step length, at most 1/L for an L-Lipschitz gradient; for a batch an array of them, of the shape of its leading
+        axes. By default it is found on the way, from gradients, and need be constant nowhere.
     accelerated : bool
         FISTA with restart rather than ISTA.
     tol : float or None
         Stop when the residual is at most this. None means exactly ``max_iter`` iterations, which is the form that runs
         under ``jax.jit`` (as one loop, not unrolled), vmap, torch.compile and on Dask.
+    atol : float
+        Stop, too, when ``||r||`` (below) is at most this, in the units of a gradient.
     max_iter : int
-        Largest number of iterations.
+        Largest number of iterations, each of one gradient.
     objective : callable, optional
-        ``x -> f(x) + weight * g(x)``, evaluated after each iteration for the history only.
+        ``x -> f(x) + weight * g(x)``, evaluated after each iteration for the history; where it is not finite nothing
+        has converged.
     callback : callable, optional
         Called with a `Progress` after each iteration; returning True stops the solver.
+    flatten, unflatten : callable, optional
+        ``x -> list of arrays`` and back, for structures other than tuples and lists, such as
+        ``jax.tree_util.tree_leaves`` and ``partial(jax.tree_util.tree_unflatten, structure)``.
 
     Returns
     -------
     SolveResult
-        The residual is ``||y - x|| / step``, the norm of the gradient mapping (zero exactly at a minimiser), over the
-        largest norm of a gradient seen. ``converged`` is False where ``max_iter`` was reached first, the callback
-        stopped, or the iteration left the finite numbers.
+        The residual is that of ``x`` itself: ``||r|| / max(||grad f(x)||, L ||x||)``, with the subgradient r of
+        ``f + weight * g`` at ``x`` that the step to it shows, no less than what rounding leaves unknown of it. It is
+        zero exactly at a minimiser, and no gradient mapping at ``x`` is longer than ``||r||``. L is the curvature of f
+        met by the last steps; for an iterate that goes to 0, ``||x||`` counts as 1e-12 of the largest there was. So the
+        scale does not depend on where the run started. ``converged`` is False where ``max_iter`` was reached first, the
+        callback stopped, or no step leads to a finite value. For a batch there are a step, a residual and a stop for
+        each problem, and ``converged`` is an array.
 
     Raises
     ------
     TypeError
         If ``x0`` is not a floating array, or an option is of a wrong type; if a gradient is complex and ``x0`` is not.
     ValueError
-        If ``x0`` has NaN or infinity; if an option is out of range; if ``tol`` or ``callback`` is given or ``step`` is
-        not where values cannot be looked at.
+        If ``x0`` has NaN or infinity, or the value or the gradient there has; if an option is out of range; if ``tol``
+        or ``callback`` is given where values cannot be looked at.
 
     Notes
     -----
     .. math::
 
-        x_{k+1} = \operatorname{prox}_{s w g}(y_k - s \nabla f(y_k)), \qquad
-        y_{k+1} = x_{k+1} + \frac{t_k - 1}{t_{k+1}} (x_{k+1} - x_k), \qquad
-        t_{k+1} = \tfrac12 \bigl(1 + \sqrt{1 + 4 t_k^2}\bigr)
+        x_{k+1} = \operatorname{prox}_{s w g}(y_k - s \, h_k), \qquad
+        (y_k, h_k) = (x_k, \nabla f(x_k)) + \frac{t_k - 1}{t_{k+1}}
+            \bigl( (x_k, \nabla f(x_k)) - (x_{k-1}, \nabla f(x_{k-1})) \bigr), \qquad
+        t_{k+1} = \tfrac12 \bigl(1 + \sqrt{1 + 4 t_k^2 s_{k-1} / s_k}\bigr)
 
-    starting over with ``t = 1`` where the momentum points uphill, ``<y_k - x_{k+1}, x_{k+1} - x_k> > 0``. For convex
-    f and g and ``s <= 1/L`` the objective converges as O(1/k^2), and linearly with strong convexity.
+    starting over with ``t = 1`` where the momentum points uphill, ``<y_k - x_{k+1}, x_{k+1} - x_k> > 0``. The gradient
+    at ``y_k`` is extrapolated like ``y_k``, which is exact for quadratic f: one gradient a step, all of them at points
+    that may be returned, in the domain of g.
+
+    A step is accepted if its value and gradient are finite and
+    ``<grad f(x_{k+1}) - h_k, x_{k+1} - y_k> <= ||x_{k+1} - y_k||^2 / s``, but for rounding; if not, s is cut and the
+    iteration repeats. After a step it grows by 2%, or doubles where f is flatter than half of what it is made for. With
+    a given step, momentum ends where that inequality fails.
 
     References
     ----------
     A. Beck, M. Teboulle, A fast iterative shrinkage-thresholding algorithm for linear inverse problems,
     SIAM Journal on Imaging Sciences 2 (2009), 183-202; B. O'Donoghue, E. Candes, Adaptive restart for accelerated
-    gradient schemes, Foundations of Computational Mathematics 15 (2015), 715-732, section 3.2.
+    gradient schemes, Foundations of Computational Mathematics 15 (2015), 715-732, section 3.2; K. Scheinberg,
+    D. Goldfarb, X. Bai, Fast first-order methods for composite convex optimization with backtracking, Foundations of
+    Computational Mathematics 14 (2014), 389-417, for momentum with steps that grow.
 
     Examples
     --------
@@ -202,7 +224,7 @@ def proximal_gradient(
         step is None,
     )
     start = problem.start(x, value, grad, step)
-    result, last = run(
+    result, _ = run(
         problem.advance,
         start,
         None if objective is None else tree.wrap(objective),
@@ -312,27 +334,20 @@ class _Problem(NamedTuple):
             choice = self._judge(state, found, self._is_finite(value), momentum, x)
             accepted = choice.accepted
             following = _State(
-                m.pick(accepted, new, x),
-                m.pick(accepted, new_grad, grad),
-                m.pick(accepted, new - x, state.move),
-                m.pick(accepted, new_grad - grad, state.turn),
-                choice.momentum,
-                choice.step,
-                *(
-                    m.where(accepted, after, before)
-                    for after, before in (
-                        (step, state.last),
-                        (choice.curvature, state.curvature),
-                        (m.maximum(state.largest, found.size), state.largest),
-                        (choice.residual, state.residual),
-                        (choice.absolute, state.absolute),
-                    )
-                ),
-                state.is_first & m.negate(accepted),
+                x=m.pick(accepted, new, x),
+                grad=m.pick(accepted, new_grad, grad),
+                move=m.pick(accepted, new - x, state.move),
+                turn=m.pick(accepted, new_grad - grad, state.turn),
+                momentum=choice.momentum,
+                step=choice.step,
+                last=m.where(accepted, step, state.last),
+                curvature=m.where(accepted, choice.curvature, state.curvature),
+                largest=m.where(accepted, m.maximum(state.largest, found.size), state.largest),
+                residual=m.where(accepted, choice.residual, state.residual),
+                absolute=m.where(accepted, choice.absolute, state.absolute),
+                is_first=state.is_first & m.negate(accepted),
             )
-        return Step(
-            following, following.x, following.residual, following.absolute, choice.is_stuck
-        )
+        return Step(following, following.x, following.residual, following.absolute, choice.is_stuck)
 
     def _judge(
         self, state: _State, found: "_Measured", value_is_finite: Any, momentum: Any, x: Array
@@ -362,16 +377,12 @@ class _Problem(NamedTuple):
             longer = step * m.where(is_flat, FAST_GROWTH, GROWTH)
             # The first step was there to learn how long one may be.
             learns = state.is_first & (found.cosine > 0) & (noise < 0.5)
-            longer = m.where(
-                learns, m.maximum(longer, m.ratio(found.moved, found.turned)), longer
-            )
+            longer = m.where(learns, m.maximum(longer, m.ratio(found.moved, found.turned)), longer)
             # Not a digit has changed: all is solved, or the step is lost in rounding.
             longer = m.where(found.moved == 0, step / CUT, longer)
             cut = m.where(excess > 1, m.maximum(m.ratio(0.9, excess), CUT), 0.9)
             cut = m.where(is_finite, cut, CUT)
-            following = self._in_range(
-                m.where(accepted, longer, step * m.minimum(cut, 0.9)), x
-            )
+            following = self._in_range(m.where(accepted, longer, step * m.minimum(cut, 0.9)), x)
             is_stuck = is_stuck & (following == step)
 
         curvature = m.minimum(m.maximum(curvature, FORGET * state.curvature), 1 / step)
@@ -389,9 +400,7 @@ class _Problem(NamedTuple):
         """Norms, and the cosine of the angle between a step and what it changed in the gradient."""
         m, backend = self.scalars, self.backend
         if not m.are_numbers:
-            d, turn, r, new, grad, move = map(
-                backend.stop_gradient, (d, turn, r, new, grad, move)
-            )
+            d, turn, r, new, grad, move = map(backend.stop_gradient, (d, turn, r, new, grad, move))
             moved, turned, rest, slope, size = map(self._norm, (d, turn, r, grad, new))
             across, along = self._inner(d, turn, moved, turned), self._inner(d, move, moved, 1.0)
             return _Measured(moved, turned, across, rest, slope, size, -moved - beta * along)
@@ -414,9 +423,7 @@ class _Problem(NamedTuple):
         m = self.scalars
         axes = tuple(range(len(m.batch), x.ndim))
         x_inverse, y_inverse = m.ratio(1.0, x_unit), m.ratio(1.0, y_unit)
-        return self.backend.inner(
-            x * m.spread(x_inverse), y * m.spread(y_inverse), axes
-        )
+        return self.backend.inner(x * m.spread(x_inverse), y * m.spread(y_inverse), axes)
 
     def _norm(self, x: Array) -> Any:
         return norm(x, self.scalars, self.backend)
