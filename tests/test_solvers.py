@@ -574,16 +574,25 @@ def test_a_value_for_something_else_is_refused():
 
 
 def test_steps_are_found_where_nothing_can_be_looked_at(xp):
-    """Under a trace and on Dask too: a fixed number of steps, none of them given, solves a lasso."""
+    """Under a trace and on Dask too: a fixed number of steps, none of them given, the same as with plain numbers."""
     A, b = small()
-    smooth, *_ = as_functions(xp, A, b)
-    result = slra.proximal_gradient(
-        to_xp(xp, np.zeros(20)), smooth, slra.prox.prox_l1, tol=None, max_iter=60
-    )
+
+    def solve(namespace):
+        smooth = as_functions(namespace, A, b)[0]
+        x0 = to_xp(namespace, np.zeros(20))
+        return slra.proximal_gradient(x0, smooth, slra.prox.prox_l1, tol=None, max_iter=8)
+
+    result = solve(xp)
     assert result.converged is None
     x = to_numpy(result.x)
-    grad = A.T @ (A @ x - b)
-    assert np.linalg.norm(x - shrunk(x - grad, 1.0)) <= 1e-2 * np.linalg.norm(A.T @ b)
+    mapping = np.linalg.norm(x - shrunk(x - A.T @ (A @ x - b), 1.0))
+    assert mapping <= 0.2 * np.linalg.norm(A.T @ b)
+    seen = []
+    smooth = as_functions(np, A, b)[0]
+    slra.proximal_gradient(
+        np.zeros(20), smooth, slra.prox.prox_l1, tol=0.0, max_iter=8, callback=seen.append
+    )
+    np.testing.assert_allclose(x, seen[-1].x, atol=1e-10)
 
 
 # Structures
@@ -705,3 +714,128 @@ def test_admm_of_a_batch(xp):
     assert tuple(result.residual.shape) == (result.n_iter, 3)
     assert bool(xp.all(result.converged))
     np.testing.assert_allclose(to_numpy(result.x), shrunk(b, 1.0), atol=1e-6)
+
+
+# Primal-dual
+
+
+def differences(x):
+    return x[1:] - x[:-1]
+
+
+def steps_on(xp, data, weight, **options):
+    """Total variation of a signal, 1/2 ||x - b||^2 + weight |D x|_1."""
+    b = to_xp(xp, data)
+    edge = xp.zeros_like(b[:1])
+
+    def adjoint(u):
+        return xp.concat([edge, u]) - xp.concat([u, edge])
+
+    return slra.primal_dual(
+        xp.zeros_like(b),
+        lambda x: (xp.sum((x - b) ** 2) / 2, x - b),
+        None,
+        lambda u, sigma: slra.prox.project_box(u, -weight, weight),
+        differences,
+        adjoint,
+        **options,
+    )
+
+
+@pytest.mark.eager_only("tol looks at values")
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_primal_dual_solves_total_variation(xp, scale):
+    """x = b - D^T u with |u| <= weight and u = weight sign(D x) where x jumps, which no other x has."""
+    data, weight = scale * STEPS, 0.5 * scale
+    result = steps_on(xp, data, weight, tol=1e-9, max_iter=20_000)
+    assert result.converged is True
+    x = to_numpy(result.x)
+    u = -np.cumsum(data - x)[:-1]
+    assert abs(np.sum(data - x)) <= 1e-7 * scale
+    assert np.max(np.abs(u)) <= weight * (1 + 1e-6)
+    jumps = np.abs(np.diff(x)) > 1e-5 * scale
+    assert 0 < np.sum(jumps) < 29
+    np.testing.assert_allclose(u[jumps], weight * np.sign(np.diff(x)[jumps]), rtol=1e-5)
+    np.testing.assert_allclose(to_numpy(result.u), u, atol=1e-5 * weight)
+    again = steps_on(xp, data, weight, tol=1e-9, start=result)
+    assert again.n_iter <= 5
+
+
+def test_primal_dual_makes_a_fixed_number_of_iterations(xp):
+    def solve(namespace):
+        return steps_on(namespace, STEPS, 0.5, tol=None, max_iter=5, steps=(0.2, 0.9))
+
+    result, reference = solve(xp), solve(np)
+    assert result.converged is None
+    np.testing.assert_allclose(to_numpy(result.x), reference.x, atol=1e-13)
+    np.testing.assert_allclose(to_numpy(result.u), reference.u, atol=1e-13)
+    x, u = np.zeros(30), np.zeros(29)
+    D = np.diff(np.eye(30), axis=0)
+    for _ in range(5):
+        new = x - 0.2 * (x - STEPS + D.T @ u)
+        u = np.clip(u + 0.9 * D @ (2 * new - x), -0.5, 0.5)
+        x = new
+    np.testing.assert_allclose(reference.x, x, atol=1e-13)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_primal_dual_with_constraints_and_two_operators(preconditioned):
+    """Least |D x|_1 + |x|_1 / 2 under A x = c, against a linear program."""
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((4, 12))
+    c = A @ np.repeat([0.0, 2.0, 0.0], 4)
+    D = np.diff(np.eye(12), axis=0)
+    cost = np.concatenate([np.full(24, 0.5), np.ones(22)])
+    equal = np.block(
+        [
+            [A, -A, np.zeros((4, 22))],
+            [D, -D, -np.eye(11), np.eye(11)],
+        ]
+    )
+    best = scipy.optimize.linprog(cost, A_eq=equal, b_eq=np.concatenate([c, np.zeros(11)])).fun
+    options = {}
+    if preconditioned:
+        K = np.vstack([A, D])
+        options["steps"] = (1 / np.abs(K).sum(axis=0), 1 / np.abs(K).sum(axis=1))
+    result = slra.primal_dual(
+        np.zeros(12),
+        None,
+        lambda x, tau: slra.prox.prox_l1(x, 0.5 * tau),
+        lambda u, sigma: (u[0] - sigma_of(sigma, 0) * c, np.clip(u[1], -1, 1)),
+        lambda x: (A @ x, D @ x),
+        lambda u: A.T @ u[0] + D.T @ u[1],
+        max_iter=100_000,
+        **options,
+    )
+    assert result.converged is True
+    assert isinstance(result.u, tuple)
+    assert np.linalg.norm(A @ result.x - c) <= 1e-4 * np.linalg.norm(c)
+    value = np.sum(np.abs(result.x)) / 2 + np.sum(np.abs(np.diff(result.x)))
+    assert abs(value - best) <= 1e-4 * best
+
+
+def sigma_of(sigma, part):
+    """Part of a dual step that belongs to four equations or to eleven differences."""
+    if np.ndim(sigma) == 0:
+        return sigma
+    return sigma[:4] if part == 0 else sigma[4:]
+
+
+def test_options_of_primal_dual():
+    def solve(**options):
+        given = {"K": lambda x: x, "KT": lambda u: u, **options}
+        x0 = np.ones(3)
+        return slra.primal_dual(
+            x0, None, None, lambda u, sigma: u, given.pop("K"), given.pop("KT"), **given
+        )
+
+    with pytest.raises(TypeError, match="K must be callable"):
+        solve(K=3)
+    with pytest.raises(ValueError, match=r"KT must return an array of shape \(3,\)"):
+        solve(KT=lambda u: u[:2])
+    with pytest.raises(TypeError, match=r"steps must be a pair \(tau, sigma\)"):
+        solve(steps=0.1)
+    with pytest.raises(ValueError, match="sigma must be finite and greater than 0"):
+        solve(steps=(0.1, 0.0))
+    with pytest.raises(TypeError, match="start must be a result of primal_dual"):
+        solve(start=3)
