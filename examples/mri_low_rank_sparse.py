@@ -1,9 +1,9 @@
 """Reconstruct a film from a quarter of its Fourier coefficients: magnetic resonance imaging by low rank plus sparse.
 
-A scanner measures Fourier coefficients of each frame, line by line, and takes its time over each. What it leaves out has
-to be made up for by what is known of such films: most of it hardly changes (a matrix of low rank, a frame a column), and
-what does change is periodic, as a heart is (sparse once transformed along time). With M the lines measured, F the Fourier
-transform of frames and T that of time,
+A scanner measures Fourier coefficients of each frame, line by line, and takes its time over each. What it leaves out
+has to be made up for by what is known of such films: most of it hardly changes (a matrix of low rank, a frame a row),
+and what does change is periodic, as a heart is (sparse once transformed along time). With M the lines measured, F the
+Fourier transform of frames and T that of time,
 
     minimise  1/2 ||M F (L + S) - data||^2 + a ||L||_* + b ||T S||_1
 
@@ -25,7 +25,7 @@ import slra
 
 SIDE, N_FRAMES, PART, NOISE = 48, 24, 0.25, 0.002
 # Weights relative to the largest singular value and the largest coefficient of the first guess.
-LOW_RANK, SPARSE = 0.003, 0.02
+LOW_RANK, SPARSE = 0.01, 0.01
 
 fourier = partial(np.fft.fft2, norm="ortho")
 inverse = partial(np.fft.ifft2, norm="ortho")

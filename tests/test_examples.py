@@ -92,8 +92,8 @@ def test_mri_by_low_rank_and_sparse(run):
     done = run("mri_low_rank_sparse")
     assert done.converged
     assert done.rank < 12
-    # Half of what the missing coefficients were taking part in.
-    assert done.error["low rank + sparse"] < 0.5 * done.error["zeros for the rest"]
+    # The missing lines cost a fifth of the film; more than a third of that comes back.
+    assert done.error["low rank + sparse"] < 0.6 * done.error["zeros for the rest"]
 
 
 def test_total_variation_of_a_photograph(run):
