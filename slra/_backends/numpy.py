@@ -32,6 +32,14 @@ class NumpyBackend(Backend):
         """Widen a slab at a time, which stays in the cache."""
         return self.gram_by_slabs(x, y)
 
+    def centered(self, x: Array, mean: Array) -> Array:
+        """Subtract the rest of the mean in place."""
+        near = mean.astype(x.dtype)
+        out = x - near
+        if mean.dtype != x.dtype:
+            out -= (mean - near).astype(x.dtype)
+        return out
+
     def max_abs(self, x: Array) -> Array:
         """Take extremes, not moduli: nothing as large as ``x`` is allocated."""
         parts = [x.real, x.imag] if self.is_complex(x) else [x]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from slra._backends import Backend
+from slra._backends.ambient import with_callers_errors
 from slra._typing import Array
 from slra._validate import check_count, check_positive
 from slra.solvers._scalars import Scalars
@@ -159,6 +160,7 @@ def run(
     tree: Tree,
 ) -> tuple[SolveResult, Any]:
     """Advance until all is solved, the callback says stop, or ``max_iter`` is reached; return the last state too."""
+    objective, callback = (f and with_callers_errors(f) for f in (objective, callback))
     backend = tree.backend
     xp = backend.xp
     if limits.tol is None and callback is None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from slra._backends.ambient import isolated, with_callers_errors
 from slra._typing import Array
 from slra._validate import (
     check_callable,
@@ -45,6 +46,7 @@ class _State(NamedTuple):
     changes: Any
 
 
+@isolated
 def admm(
     z0: Any,
     solve_x: Callable[[Any, Any], Any],
@@ -154,6 +156,8 @@ def admm(
         *(("objective", objective), ("callback", callback)),
     ):
         check_callable(function, name, optional=True)
+    solve_x, prox_z = with_callers_errors(solve_x), with_callers_errors(prox_z)
+    operator, adjoint = (f and with_callers_errors(f) for f in (operator, adjoint))
     check_visible(z, limits, callback, backend)
     rho, batch = check_steps(rho, z, "rho", backend)
     relaxation = check_positive(relaxation, "relaxation")

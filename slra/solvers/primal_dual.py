@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slra._backends.ambient import isolated, with_callers_errors
 from slra._typing import Array
 from slra._validate import (
     check_callable,
@@ -60,6 +61,7 @@ class _State(NamedTuple):
     absolute: Any
 
 
+@isolated
 def primal_dual(
     x0: Any,
     value_and_grad: Callable[[Any], tuple[Any, Any]] | None,
@@ -183,6 +185,8 @@ def primal_dual(
     ):
         check_callable(maybe, name, optional=True)
     check_visible(x, limits, callback, backend)
+    prox_gconj, K, KT = (with_callers_errors(f) for f in (prox_gconj, K, KT))
+    value_and_grad, prox_f = (f and with_callers_errors(f) for f in (value_and_grad, prox_f))
     as_numbers = limits.tol is not None or callback is not None
     m = scalars_of(x, (), backend, as_numbers=as_numbers)
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated, with_callers_errors
 from slra._typing import Array
 from slra._validate import (
     check_callable,
@@ -70,6 +71,7 @@ class _State(NamedTuple):
     is_first: Any
 
 
+@isolated
 def proximal_gradient(
     x0: Any,
     value_and_grad: ValueAndGrad,
@@ -251,6 +253,7 @@ def _batch(x: Array, value: Any, of_steps: tuple[int, ...]) -> tuple[int, ...]:
 
 def _checked(value_and_grad: ValueAndGrad, tree: Tree) -> Callable[[Array], tuple[Any, Array]]:
     """Look at what a function of the caller's returns."""
+    value_and_grad = with_callers_errors(value_and_grad)
 
     def call(x: Array) -> tuple[Any, Array]:
         pair = value_and_grad(tree.split(x))
@@ -465,7 +468,7 @@ class _Choice(NamedTuple):
 def _forward_backward(prox: Prox, weight: Any, x: Array, tree: Tree) -> ForwardBackward:
     """Return ``(y, grad, step) -> prox(y - step * grad, step * weight)``, one primitive where there is one."""
     backend = tree.backend
-    primitive = _primitive(prox, x, backend)
+    primitive, prox = _primitive(prox, x, backend), with_callers_errors(prox)
 
     def call(y: Array, grad: Array, step: Any) -> Array:
         with backend.ignore_overflow():
