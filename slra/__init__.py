@@ -26,7 +26,7 @@ from slra.decompose import (
     sparse_low_rank,
 )
 from slra.prox import prox_l1 as soft_threshold
-from slra.solvers import Progress, SolveResult, admm, proximal_gradient
+from slra.solvers import Progress, SolveResult, admm, primal_dual, proximal_gradient
 from slra.svd import (
     EighResult,
     ErrorEstimate,
@@ -70,6 +70,7 @@ __all__ = [
     "low_rank_attention_vjp",
     "merge_attention",
     "objective",
+    "primal_dual",
     "prox",
     "proximal_gradient",
     "randomized_eigh",
