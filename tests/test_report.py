@@ -140,6 +140,13 @@ def test_effective_rank_and_needed_rank():
     assert needed_ranks(errors, [1, 2, 4], 0.05) == [4, None]
 
 
+def test_causal_queries_are_the_last_of_the_text(tmp_path):
+    q, k, v = inputs()
+    whole = run(write_npz(tmp_path / "a.npz", q[:, 5:], k, v), "--causal", "--json", tmp_path / "a")
+    assert whole.exit_code == 0, whole.output
+    assert json.loads((tmp_path / "a").read_text())["layers"][0]["attends"] == "causal"
+
+
 def test_a_zero_head_is_no_error(tmp_path):
     q, k, v = inputs()
     v[1] = 0
