@@ -12,15 +12,18 @@ import pytest
 # Files and tests that take long and say little about the machine they run on.
 THOROUGH = {
     "test_benchmarks.py": "the benchmarks' own pages",
+    "test_cache.py::test_under_jit_sequences_differ_in_length_and_an_overflow_shows": "compiles for long",
     "test_cupy.py::test_a_mutant_has_wrong_values": "a compiler's run for each mutant of a kernel",
     "test_cupy.py::test_nvrtc_compiles": "NVIDIA's compiler",
     "test_cupy.py::test_nvrtc_compiles_what_other_arguments_make_of_a_kernel": "NVIDIA's compiler",
     "test_cupy.py::test_the_compiler_refuses_mutants_that_are_not_c": "NVIDIA's compiler",
     "test_dask_cluster.py": "starts clusters",
+    "test_demo.py::test_demo_backend": "whole programs",
     "test_digits_example.py": "trains",
     "test_examples.py": "whole programs",
     "test_figures.py": "pictures of the documentation",
     "test_fuzz.py": "hundreds of wrong arguments to each function",
+    "test_low_rank_vjp.py::test_equals_jax": "compiles for long; PyTorch's gradients are compared with",
     "test_report_model.py": "models",
     "test_svd_tolerance.py::test_a_hundred_seeds": "a hundred of each",
     "test_torch_transforms.py": "torch.compile takes seconds for each function",
