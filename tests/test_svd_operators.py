@@ -554,6 +554,8 @@ def test_linear_operators_of_any_library(xp, has_matrix):
         def matmat(self, v):
             return x @ v
 
+        _matmat = matmat
+
         def rmatmat(self, u):
             return xp.matrix_transpose(x) @ u
 
