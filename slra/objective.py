@@ -189,7 +189,7 @@ def l1_penalty_prox(
     .. math:: \operatorname{prox}(x)_i = \operatorname{sign}(x_i) \max(|x_i| - s \lambda, 0)
 
     After a step against the gradient of the task's loss it is one iteration of proximal gradient; for a loop with
-    step search and momentum see `slra.proximal_gradient`.
+    steps that are found and momentum see `slra.proximal_gradient`.
 
     Examples
     --------

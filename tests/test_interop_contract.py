@@ -16,9 +16,8 @@ import pytest
 
 import slra
 from slra._validate import promote, resolve
-from tests.backends import to_numpy, to_xp
+from tests.backends import brought, fetched, to_numpy, to_xp
 from tests.fuzz.targets import TARGETS
-from tests.test_fuzz import brought, fetched
 from tests.transforms import CASES, OF_A_MATRIX, arguments
 
 TESTS = Path(__file__).parent

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from slra.integrations.sklearn import LowRank
-from tests.test_svd_never_wrong import make
+from tests.matrices import make
 
 
 def checks():

@@ -5,7 +5,7 @@ import pytest
 
 import slra
 from tests.backends import to_numpy, to_xp
-from tests.test_svd_never_wrong import eps_of, orthonormal
+from tests.matrices import eps_of, orthonormal
 
 
 def hermitian(lam, dtype, batch=()):

@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 import slra
 from tests.backends import to_numpy, to_xp
-from tests.test_svd_never_wrong import check, make, reference_error
+from tests.matrices import check, make, reference_error
 
 
 def sparse(dtype="float64", kind="csr_matrix", seed=0):

@@ -5,7 +5,7 @@ import pytest
 
 import slra
 from tests.backends import to_numpy, to_xp
-from tests.test_svd_never_wrong import make
+from tests.matrices import make
 
 
 def smallest_ranks(a, rtol):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slra.attn._inputs import check_scale
+from slra.attn.problem import check_scale
 from slra.cli.report.arrays import Layer, read_layers
 from slra.cli.report.model import read_model
 
