@@ -321,7 +321,7 @@ def test_triplets_converged_to_a_tolerance(xp, dtype, tol):
 def test_a_tolerance_of_triplets_where_it_does_not_belong():
     x = np.diag(1 / np.arange(1.0, 201))
     for options, message in (
-        ({"tol": 1e-3}, "^tol needs rank"),
+        ({"rtol": 0.1, "tol": 1e-3}, "^tol needs rank"),
         ({"rank": 2, "rtol": 0.1, "tol": 1e-3}, "^tol needs rank"),
         ({"rank": 2, "tol": 1e-3, "n_iter": 3}, "^n_iter must be 'auto', method"),
         ({"rank": 2, "tol": 1e-3, "method": "gram"}, "^n_iter must be 'auto', method"),

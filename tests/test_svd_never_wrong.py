@@ -63,6 +63,51 @@ def test_what_lies_along_few_axes(name, dtype):
         np.testing.assert_allclose(np.conj(V).T @ V, np.eye(6), atol=100 * eps_of(dtype))
 
 
+def structured(name, dtype):
+    """Matrices as they come from graphs, labels, sensors and logs, rather than from a spectrum."""
+    rng, i, j = np.random.default_rng(0), np.arange(300)[:, None], np.arange(200)
+    noise = rng.standard_normal((300, 200))
+    if name == "graded rows":
+        a = noise * 10.0 ** (-8 * i / 300)
+    elif name == "near-ties":
+        a = np.cos(2 * np.pi * i * j / 64) / (1 + j)
+    elif name == "graph":
+        a = ((i * 7 + 3 * j) % 31 == 0) * 1.0
+    elif name == "one-hot":
+        a = (rng.integers(200, size=(300, 1)) == j) * 1.0
+    elif name == "mean":
+        a = noise * 0.9**j + 1000
+    else:
+        a = np.where(j == 0, rng.normal(1e6, 1, (300, 1)), (rng.random((300, 200)) < 0.05) * noise)
+    return (a * (1 + 1j) if np.dtype(dtype).kind == "c" else a).astype(dtype)
+
+
+STRUCTURED = ["graded rows", "near-ties", "graph", "one-hot", "mean", "time"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_structured_matrices(name, dtype):
+    sparse = pytest.importorskip("scipy.sparse")
+    a = structured(name, dtype)
+    wide = a.astype(np.result_type(dtype, "float64"))
+    for center in (False, True):
+        c = wide - center * wide.mean(axis=0)
+        exact, norm = np.linalg.svd(c, compute_uv=False), np.linalg.norm(c)
+        # Entries are known to eps, and so are deviations from a mean that is no larger.
+        eps = eps_of(dtype)
+        for x in (a, sparse.csr_array(a)):
+            for options in ({}, {"method": "subspace"}, {"method": "gram"}):
+                U, S, Vh = slra.randomized_svd(x, 6, center=center, rng=0, **options)
+                error = np.linalg.norm(c - (U.astype(wide.dtype) * S) @ Vh)
+                near = 1.02 if options.get("method") != "subspace" else 1.05
+                assert error <= near * np.linalg.norm(exact[6:]) + 100 * eps * norm
+                for Q in (U, np.conj(Vh).T):
+                    assert np.max(np.abs(np.conj(Q).T @ Q - np.eye(6))) <= 50 * eps * 6**0.5
+            U, S, Vh = slra.randomized_svd(x, rtol=0.3, center=center, rng=0)
+            assert np.linalg.norm(c - (U.astype(wide.dtype) * S) @ Vh) <= 0.3 * norm
+
+
 def test_few_axes_on_every_backend(xp):
     a = along_axes("diagonal", "float32")
     check(a, 6, slra.randomized_svd(to_xp(xp, a), 6, rng=0))

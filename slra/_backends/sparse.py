@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import array_api_compat as compat
+import numpy as np
+
 from slra._typing import Array, Namespace
 
 __all__ = ["SparseEntries", "SparseProducts", "products_of", "sparse_products"]
@@ -83,9 +86,20 @@ def sparse_products(x: Any) -> SparseProducts | None:
             return _of_sparse(x, xp())
         linalg: Any = sys.modules.get(f"{package}.sparse.linalg")
         if linalg is not None and isinstance(x, linalg.LinearOperator):
-            like = xp().empty(0, dtype=x.dtype)
-            return SparseProducts(xp(), like, x.matmat, x.rmatmat, None)
+            like = _like(x, xp)
+            return SparseProducts(compat.array_namespace(like), like, x.matmat, x.rmatmat, None)
     return None
+
+
+def _like(x: Any, xp: Callable[[], Namespace]) -> Array:
+    """Return an array such as a linear operator takes: from SciPy 1.18 on, it may be of any library."""
+    matrix: Any = getattr(x, "A", None)
+    if not isinstance(matrix, np.ndarray) and compat.is_array_api_obj(matrix):
+        # Only this tells the device.
+        return matrix[:0, ...]
+    # Its own namespace, which SciPy has a copy of, is known by what it makes.
+    own = getattr(x, "_xp", None)
+    return (xp() if own is None else own).empty(0, dtype=x.dtype)
 
 
 def _of_sparse(x: Any, xp: Namespace) -> SparseProducts:
