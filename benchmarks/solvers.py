@@ -1,6 +1,6 @@
 """Solvers beside specialists, and the default of `proximal_gradient` beside the other candidates for it.
 
-    python -m benchmarks.solvers     two minutes; writes benchmarks/results/solvers.json
+    python -m benchmarks.solvers     about two minutes; writes benchmarks/results/solvers.json
 
 Needs the ``bench`` extra, celer and skglm. Each method is given the first of the tolerances 1e-1, 1e-1.5, ... that
 leads to an objective within 1e-6 of the least, relative to that of zero, and that call is timed.
@@ -287,11 +287,12 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {}
+    versions = {name: metadata.version(name) for name in ("celer", "skglm")}
     for name, make in PROBLEMS.items():
         found[name] = measure(make())
         print(name, found[name], flush=True)
-    versions = {name: metadata.version(name) for name in ("celer", "skglm")}
-    print(save("solvers", {"problems": found, **versions}))
+        path = save("solvers", {"problems": found, **versions})
+    print(path)
 
 
 if __name__ == "__main__":

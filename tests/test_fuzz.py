@@ -29,7 +29,16 @@ from tests.fuzz.targets import FILES, TARGETS, Target
 PACKAGE = str(Path(slra.__file__).parent)
 LONG = int(os.environ.get("SLRA_FUZZ", "0"))
 SECONDS = 20
-CALLABLES = ("matmat", "rmatmat", "operator", "adjoint", "objective", "callback")
+CALLABLES = (
+    "matmat",
+    "rmatmat",
+    "operator",
+    "adjoint",
+    "objective",
+    "callback",
+    "flatten",
+    "unflatten",
+)
 
 
 def profile(max_examples: int) -> settings:

@@ -835,7 +835,7 @@ def test_options_of_primal_dual():
         solve(KT=lambda u: u[:2])
     with pytest.raises(TypeError, match=r"steps must be a pair \(tau, sigma\)"):
         solve(steps=0.1)
-    with pytest.raises(ValueError, match="sigma must be finite and greater than 0"):
+    with pytest.raises(ValueError, match="sigma of steps must be finite and greater than 0"):
         solve(steps=(0.1, 0.0))
     with pytest.raises(TypeError, match="start must be a result of primal_dual"):
         solve(start=3)

@@ -421,7 +421,7 @@ def _check_steps(steps: Any, x: Array, u: Array, tree: Tree) -> tuple[Any, Any]:
         raise TypeError(f"steps must be a pair (tau, sigma), got {type(steps).__name__}")
     backend = tree.backend
     checked = []
-    for name, step, like in (("tau", steps[0], x), ("sigma", steps[1], u)):
+    for name, step, like in (("tau of steps", steps[0], x), ("sigma of steps", steps[1], u)):
         if isinstance(step, (int, float)):
             checked.append(check_positive(step, name, limits=backend.xp.finfo(like.dtype)))
             continue
