@@ -80,12 +80,14 @@ def exact_svd(A: LinearMap, rank: int) -> tuple[Array, Array, Array]:
 def _by_qr(blocks: Sequence[Array], rank: int, backend: Backend) -> tuple[Array, Array, Array]:
     """Take the safe way to what `tall_svd` gives."""
     xp = backend.xp
-    U, S, Vh = thin_svd(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1), backend)
+    U, S, Vh = thin_svd(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1), backend, rank)
     return U[..., :rank], S[..., :rank], matrix_h(Vh[..., :rank, :], xp)
 
 
 def combine(blocks: Sequence[Array], V: Array, backend: Backend) -> Array:
     """``[W_1, W_2, ...] @ V``, a slab of rows at a time: one product each, and no second copy of the blocks."""
+    if len(blocks) == 1:
+        return backend.product(blocks[0], V)
     xp, n_rows = backend.xp, blocks[0].shape[-2]
     step = _SLAB_ROWS if backend.is_eager(blocks[0]) else n_rows
     slabs = [

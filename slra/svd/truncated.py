@@ -87,7 +87,7 @@ def thin_svd(x: Array, backend: Backend, rank: int | None = None) -> tuple[Array
         return U, S, matrix_h(V, xp)
     Q, R = backend.qr(x)
     U, S, Vh = backend.small_svd(R)
-    return Q @ U, S, Vh
+    return Q @ U[..., :rank], S, Vh
 
 
 def by_triangle(
