@@ -20,9 +20,9 @@ def tall_qr(y: Array, backend: Backend) -> tuple[Array, Array]:
     """Reduced QR of a tall ``y`` whose squares stay in range.
 
     Each pass scales the columns to unit norm and divides by the Cholesky factor of their Gram matrix. A pass whose
-    columns were then nearly orthonormal ends it: its output is orthonormal to rounding, whatever came before. An element of
-    the batch that gets there in no pass (dependent or zero columns) is done again by Householder's QR, which always
-    gives orthonormal columns. So is everything lazy.
+    columns were then nearly orthonormal ends it: its output is orthonormal to rounding, whatever came before. An
+    element of the batch that gets there in no pass (dependent or zero columns) is done again by Householder's QR, which
+    always gives orthonormal columns. So is everything lazy.
 
     References
     ----------

@@ -37,7 +37,7 @@ class NumpyBackend(Backend):
         return self.gram_by_slabs(x, y)
 
     def max_abs(self, x: Array) -> Array:
-        """Take extremes, not moduli: nothing as large as ``x`` is allocated; of a slab of rows that stays in the cache."""
+        """Take extremes, not moduli, of slabs that stay in the cache: nothing as large as ``x`` is allocated."""
         n_bytes = x.nbytes if x.ndim == 2 else 0
         step = max(1, BLOCK_BYTES * x.shape[-2] // n_bytes) if n_bytes else max(1, x.shape[-2])
         slabs = [x[..., i : i + step, :] for i in range(0, x.shape[-2], step)]

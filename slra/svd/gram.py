@@ -14,6 +14,7 @@ from slra._backends.cholesky_qr import tall_qr, with_phases
 from slra._backends.elements import redo
 from slra._backends.standard import matrix_h
 from slra._typing import Array, Namespace
+from slra.svd._costs import direct_is_faster
 from slra.svd._linear_map import LinearMap
 from slra.svd.truncated import by_triangle, thin_svd
 
@@ -74,13 +75,18 @@ def exact_svd(A: LinearMap, rank: int) -> tuple[Array, Array, Array]:
     x, backend = A.materialize(), A.backend
     if not A.is_eager:
         return by_triangle(x, A.matmat, rank, backend)
+    if direct_is_faster(x.shape, rank):
+        U, S, Vh = backend.small_svd(x)
+        return U[..., :rank], S[..., :rank], matrix_h(Vh[..., :rank, :], backend.xp)
     return tall_svd([x], spectrum(backend.gram(x), backend), rank, backend)
 
 
 def _by_qr(blocks: Sequence[Array], rank: int, backend: Backend) -> tuple[Array, Array, Array]:
     """Take the safe way to what `tall_svd` gives."""
     xp = backend.xp
-    U, S, Vh = thin_svd(blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1), backend, rank)
+    U, S, Vh = thin_svd(
+        blocks[0] if len(blocks) == 1 else xp.concat(blocks, axis=-1), backend, rank
+    )
     return U[..., :rank], S[..., :rank], matrix_h(Vh[..., :rank, :], xp)
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
+
 from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
 from slra._validate import (
@@ -14,6 +16,7 @@ from slra._validate import (
     check_rtol,
 )
 from slra.svd import krylov, subspace
+from slra.svd._costs import gram_is_faster
 from slra.svd._inputs import Problem, draw, read
 from slra.svd._linear_map import LinearMap
 from slra.svd._result import SVDResult, fix_signs
@@ -21,9 +24,6 @@ from slra.svd.gram import exact_svd
 from slra.svd.tolerance import tolerance_svd
 
 __all__ = ["check_test_matrix", "randomized_svd"]
-
-# A flop of a small eigenproblem takes as long as this many of a large product.
-_EIGH_COST = 40
 
 
 def randomized_svd(
@@ -58,7 +58,8 @@ def randomized_svd(
         values can be looked at, and is 3 ("krylov") or 4 ("subspace") where not.
     method : {"auto", "krylov", "subspace", "gram"}
         "krylov" keeps every block of the iteration: the most accurate for its products. "subspace" keeps one: the
-        least memory. "gram" is exact and fast where one side is short. "auto" counts flops.
+        least memory. "gram" is exact and fast where one side is short. "auto" takes
+        the one that a model of their times says is faster, "gram" where they are near.
     center : bool
         Subtract the mean of each column first (principal components of the rows). Of a matrix that is not an array
         the products are corrected instead.
@@ -128,7 +129,13 @@ def randomized_svd(
         return draw(A, n_columns, source) if given is None else given
 
     if rtol is None and rank is not None:
-        U, S, V = _fixed_rank(A, omega, rank, min(width, limit), depth, method)
+        width = min(width, limit)
+        if _is_narrow(A, rank, width, depth, method, test_matrix):
+            # A generator, as more than one test matrix may be drawn from it.
+            source = np.random.default_rng(source)
+            U, S, V = krylov.narrow_krylov_svd(A, lambda n: A.matmat(omega(n)), rank, width)
+        else:
+            U, S, V = _fixed_rank(A, omega, rank, width, depth, method)
     else:
         rtol = _check_tolerance(A, rtol, method, depth, test_matrix)
         U, S, V = tolerance_svd(A, lambda width: A.matmat(omega(width)), rtol, rank or limit)
@@ -144,7 +151,7 @@ def _fixed_rank(
     method: str,
 ) -> tuple[Array, Array, Array]:
     if method == "auto":
-        method = _cheapest(A, width, depth)
+        method = _cheapest(A, rank, width, depth)
     basis = width * (krylov.MIN_ITER if depth is None else depth)
     limit = min(A.shape[-2:])
     if method == "gram" or width == limit or (method == "krylov" and basis >= limit):
@@ -155,23 +162,28 @@ def _fixed_rank(
     return subspace.subspace_svd(A, omega(width), rank, depth)
 
 
-def _cheapest(A: LinearMap, width: int, depth: int | None) -> str:
-    """Choose by counting flops; those of eigenproblems, which run slowly, count `_EIGH_COST` times.
+def _is_narrow(
+    A: LinearMap,
+    rank: int,
+    width: int,
+    depth: int | None,
+    method: str,
+    test_matrix: Array | None,
+) -> bool:
+    """Whether to take a Krylov space of narrow blocks: where products do not run faster the wider they are."""
+    is_default = depth is None and test_matrix is None and method in ("auto", "krylov")
+    pays = rank >= krylov.BLOCK and width >= 2 * krylov.BLOCK
+    fits = krylov.MIN_ITER * width < min(A.shape[-2:])
+    return A.dense is None and A.is_eager and is_default and pays and fits
 
-    With short side n, long side m and a Krylov basis of L = depth * width columns:
 
-    - gram:   2 m n^2 + cost n^3
-    - krylov: 2 m n width (2 depth + 1) + 2 L^2 (m + 2 n) + cost L^3
-    """
-    short, long = sorted(A.shape[-2:])
-    depth = max(1, krylov.MIN_ITER if depth is None else depth)
-    basis = depth * width
+def _cheapest(A: LinearMap, rank: int, width: int, depth: int | None) -> str:
+    """Choose by the model of `slra.svd._costs`."""
     if A.dense is None:
         return "krylov"
-    gram = 2 * long * short**2 + _EIGH_COST * short**3
-    products = 2 * long * short * width * (2 * depth + 1)
-    iterated = products + 2 * basis**2 * (long + 2 * short) + _EIGH_COST * basis**3
-    return "gram" if gram <= iterated else "krylov"
+    depth = max(1, krylov.MIN_ITER if depth is None else depth)
+    is_gram = gram_is_faster(A.shape, rank, width, depth, is_eager=A.is_eager)
+    return "gram" if is_gram else "krylov"
 
 
 def _finished(problem: Problem, U: Array, S: Array, V: Array) -> SVDResult:

@@ -75,9 +75,7 @@ class LinearAlgebra(Elementwise):
             step = SLAB // math.prod(x.shape[1:])
             if step < 2:
                 rest = (None if y is None else y[i, ...] for i in range(x.shape[0]))
-                return self.xp.stack(
-                    [self.gram_by_slabs(x[i, ...], b) for i, b in enumerate(rest)]
-                )
+                return self.xp.stack([self.gram_by_slabs(x[i, ...], b) for i, b in enumerate(rest)])
         else:
             # A slab at least half as large as the result: else adding to that is most of the work.
             step = max(SLAB // x.shape[1], (x if y is None else y).shape[1] // 2, 1)
