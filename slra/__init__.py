@@ -1,8 +1,12 @@
 """Sparse and low-rank approximation, and attention on it, for every array library."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from slra import objective, prox
 from slra.attn import (
     AttentionBasis,
+    FoldedProjections,
     KVCache,
     attention,
     attention_vjp,
@@ -32,12 +36,16 @@ from slra.svd import (
     truncated_svd,
 )
 
+if TYPE_CHECKING:
+    from slra import baselines, integrations
+
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionBasis",
     "EighResult",
     "ErrorEstimate",
+    "FoldedProjections",
     "KVCache",
     "LowRankPlusSparse",
     "MatrixOperator",
@@ -49,9 +57,11 @@ __all__ = [
     "admm",
     "attention",
     "attention_vjp",
+    "baselines",
     "compress",
     "estimate_error",
     "fit_attention",
+    "integrations",
     "low_rank_attention",
     "low_rank_attention_vjp",
     "merge_attention",
@@ -65,3 +75,10 @@ __all__ = [
     "sparse_low_rank",
     "truncated_svd",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what not everybody asks for once somebody does."""
+    if name in ("baselines", "integrations"):
+        return importlib.import_module(f"slra.{name}")
+    raise AttributeError(f"module 'slra' has no attribute {name!r}")

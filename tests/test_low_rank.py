@@ -40,7 +40,7 @@ def frobenius(x):
 
 OPTIONS = {
     "plain": {},
-    "causal": {"is_causal": True},
+    "causal": {"is_causal": True, "causal_align": "bottom_right"},
     "softcap": {"softcap": 2.0, "scale": 0.5},
 }
 
@@ -273,7 +273,7 @@ def test_half_precision_is_computed_in_single(xp):
 
 def test_low_rank_attention_stays_on_the_device_of_the_input(xp, device):
     q, k, v = (xp.asarray(x, device=device) for x in decaying())
-    basis = slra.fit_attention(q, k, v, 3, is_causal=True)
+    basis = slra.fit_attention(q, k, v, 3, is_causal=True, causal_align="bottom_right")
     assert basis.attend(q, k, v).device == basis.error.device == q.device
 
 

@@ -1,194 +1,186 @@
-"""The three ways to find the linear maps: the formula, the best rank of the scores, the best rank of the output.
+"""Attention under linear maps on the feature axis."""
 
-Each takes grouped data and returns factors whose columns come in order of importance, so that a smaller rank is a
-prefix (`cut`).
-"""
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
-from typing import NamedTuple
+import numpy as np
 
-from slra._backends import Backend
 from slra._typing import Array, Namespace
-from slra.attn._rows import Grouped, row_weights, sample_rows, take_rows
-from slra.svd.truncated import thin_svd
+from slra.attn.exact import (
+    OutputGradient,
+    exact_gradients,
+    exact_output,
+    exact_output_and_lse,
+)
+from slra.attn.problem import AttentionProblem, Three, group_heads, ungroup_heads
 
-__all__ = ["METHODS", "Factors", "RowSample", "cut", "fit_joint", "fit_output", "fit_svd"]
+__all__ = ["Maps", "carry_shift", "mapped_gradients", "mapped_output", "mapped_problem"]
 
-# Query rows whose second moment stands for that of all of them.
-N_MOMENT_ROWS = 1024
-
-
-class RowSample(NamedTuple):
-    """What a fit may look at: rows of the attention matrix, and the keys that are not left to exact scores."""
-
-    rows: list[int]
-    pool_batch: bool = False
-    keep: Array | None = None  # (..., H, Nk): False for keys that stay exact
+# Heads whose ranks round up to the same multiple of this run together: a kernel's register holds as many numbers.
+RANK_STEP = 8
 
 
-class Factors(NamedTuple):
-    """Maps of all ranks: left (..., H, G or 1, D, p), wk (..., H, D, p), wv (..., H, Dv, p), c, mu (..., H, 1, .)."""
+class _HasMaps(Protocol):
+    """A basis, as far as this file knows one."""
 
-    left: Array
-    wk: Array
-    wv: Array
-    c: Array
-    mu: Array
-    is_formula: bool = False
-
-
-def cut(
-    factors: Factors, rank_qk: int, rank_v: int, backend: Backend
-) -> tuple[Array, Array, Array]:
-    """Return wq (..., H, G or 1, D, r), wk and wv for a rank of queries and keys, and one of values."""
-    transposed = backend.xp.matrix_transpose
-    left, wk = factors.left[..., :rank_qk], factors.wk[..., :rank_qk]
-    if factors.is_formula:
-        left = left @ (transposed(left) @ wk[..., None, :, :])
-    return left, wk, factors.wv[..., :rank_v]
+    @property
+    def wq(self) -> Array: ...
+    @property
+    def wk(self) -> Array: ...
+    @property
+    def ranks(self) -> tuple[tuple[int, int], ...]: ...
 
 
-def fit_svd(data: Grouped, sample: RowSample) -> Factors:
-    """Right singular vectors of Q (per query head), K and V, uncentred: the formula to the letter."""
-    backend, xp = data.backend, data.backend.xp
-    q, k, v = (_pooled(x, n, sample, data) for x, n in ((data.q, 4), (data.k, 3), (data.v, 3)))
-    left, wk, wv = (_right_vectors(x, backend) for x in (q, k, v))
-    return Factors(left, wk, wv, xp.zeros_like(k[..., :1, :]), xp.zeros_like(v[..., :1, :]), True)
+class Maps(NamedTuple):
+    """The maps of `slra.AttentionBasis`, laid out as a problem is, and the ranks of each key head."""
+
+    wq: Array  # (..., H, G or 1, D, r)
+    wk: Array  # (..., H, 1, D, r)
+    wv: Array  # (..., H, 1, Dv, r_v)
+    uv: Array  # (..., H, 1, r_v, Dv)
+    c: Array  # (..., H, 1, 1, D)
+    mu: Array  # (..., H, 1, 1, Dv)
+    ranks: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, basis: _HasMaps, problem: AttentionProblem) -> "Maps":
+        """Lay out the maps of a basis, in the dtype of the problem."""
+        n_shared = basis.wq.shape[-3] // basis.wk.shape[-3] if basis.wq.ndim > 2 else 1
+        wq = group_heads(basis.wq, n_shared, problem.xp)
+        others = {
+            name: group_heads(getattr(basis, name), 1, problem.xp) for name in cls._fields[1:-1]
+        }
+        return cls(wq, **others, ranks=basis.ranks).in_dtype_of(problem)
+
+    def each(self, function: Callable[[Array], Array]) -> "Maps":
+        """Apply a function to each array."""
+        return self._replace(**{name: function(getattr(self, name)) for name in self._fields[:-1]})
+
+    def in_dtype_of(self, problem: AttentionProblem) -> "Maps":
+        """Cast the maps to the dtype that a problem is computed in."""
+        xp, dtype = problem.xp, problem.q.dtype
+        return self.each(lambda x: x if x.dtype == dtype else xp.astype(x, dtype))
+
+    def by_head(self, problem: AttentionProblem) -> dict[str, Array]:
+        """Arrays by query head and by key head, as a basis has them; without a head axis if the problem had none."""
+        xp, has_heads = problem.xp, any(problem.with_heads)
+        arrays = dict(zip(self._fields[:-1], self[:-1], strict=True))
+        shape = (*self.wq.shape[:-3], problem.n_shared, *self.wq.shape[-2:])
+        arrays["wq"] = xp.broadcast_to(self.wq, shape)
+        return {name: ungroup_heads(x, has_heads, xp) for name, x in arrays.items()}
+
+    def project(self, problem: AttentionProblem) -> Three:
+        """Map queries, keys and values; shifts are taken off after the map: r numbers a row instead of D."""
+        q, k, v = problem[:3]
+        return q @ self.wq, k @ self.wk - self.c @ self.wk, v @ self.wv - self.mu @ self.wv
+
+    def cut(self, rank_qk: int, rank_v: int) -> "Maps":
+        """Keep the leading columns."""
+        wq, wk = self.wq[..., :rank_qk], self.wk[..., :rank_qk]
+        return self._replace(wq=wq, wk=wk, wv=self.wv[..., :rank_v], uv=self.uv[..., :rank_v, :])
 
 
-def fit_joint(data: Grouped, sample: RowSample) -> Factors:
-    r"""Best low rank of :math:`Q (K - 1 c^T)^T`, with c the mean key, and principal components of V.
-
-    With the triangular factors of Q and K the scores have the singular values of a small core; its right singular
-    vectors Y give Wq = B Y and Wk = B^{-T} Y, where B B^T = (K - c)^T (K - c).
-    """
-    backend, xp = data.backend, data.backend.xp
-    q = _pooled(_stacked(data.q, xp), 3, sample, data)
-    q = _triangle(q / _peak(q, xp), backend)
-    k, v = _pooled(data.k, 3, sample, data), _pooled(data.v, 3, sample, data)
-    c, mu = xp.mean(k, axis=-2, keepdims=True), xp.mean(v, axis=-2, keepdims=True)
-    # Scales of Q and K do not matter: what one map is multiplied by, the other is divided by.
-    _, S, Vh = backend.small_svd(_triangle((k - c) / _peak(k, xp), backend))
-    root = _floored(S, k.shape[-1] * xp.finfo(k.dtype).eps, xp)[..., None, :]
-    V = xp.matrix_transpose(Vh)
-    Y = xp.matrix_transpose(thin_svd(q @ (V * root), backend)[2])
-    wv = _right_vectors(v - mu, backend)
-    return Factors(((V * root) @ Y)[..., None, :, :], (V / root) @ Y, wv, c, mu)
+def carry_shift(maps: Maps, q: Array, small_q: Array, small_k: Array, xp: Namespace) -> Any:
+    """Append to projections a dimension whose product is what the shift of the keys takes off the scores of ``q``."""
+    shift = xp.broadcast_to(q @ xp.matrix_transpose(maps.c), (*small_q.shape[:-1], 1))
+    ones = xp.ones_like(small_k[..., :1])
+    return xp.concat([small_q, shift], axis=-1), xp.concat([small_k, ones], axis=-1)
 
 
-def fit_output(data: Grouped, sample: RowSample) -> Factors:
-    r"""Best low rank of the scores in the metric of the attention received, principal components of the output.
+def mapped_output(
+    problem: AttentionProblem, maps: Maps, *, with_lse: bool
+) -> tuple[Array, Array | None]:
+    """Attention under maps that fit the problem, and its log-sum-exp; heads of like rank together."""
+    buckets = list(_buckets(maps))
+    if len(buckets) == 1:
+        ((_, *ranks),) = buckets
+        return _one_rank_output(problem, maps.cut(*ranks), with_lse=with_lse)
+    xp, backend = problem.xp, problem.backend
+    outs, lses, order = [], [], []
+    for heads, *ranks in buckets:
+        some, part = _take_heads(maps, problem, heads)
+        out, lse = _one_rank_output(part, some.cut(*ranks), with_lse=with_lse)
+        outs.append(out)
+        lses.append(lse)
+        order += heads
+    back = backend.from_numpy(np.argsort(order), problem.q, xp.int64)
+    out = xp.take(xp.concat(outs, axis=-4), back, axis=-4)
+    return out, xp.take(xp.concat(lses, axis=-3), back, axis=-3) if with_lse else None
 
-    A change dS of the scores changes the output by :math:`\sum_j P_{ij} dS_{ij} (v_j - o_i)`. So a key counts by the
-    attention it receives, :math:`w_j = \sum_i P_{ij}` over the sampled rows, and the scores are approximated in
-    :math:`\sum_{ij} w_j (dS_{ij})^2`; V only matters where the output, P V, goes.
-    """
-    backend, xp = data.backend, data.backend.xp
-    rows = row_weights(data, take_rows(data.q, sample.rows, backend), data.k, sample.rows)
-    rows = _stacked(rows, xp)
-    if sample.keep is not None:
-        rows = rows * xp.astype(sample.keep, rows.dtype)[..., None, :]
-    received = xp.sum(rows, axis=-2)[..., None]
-    if backend.is_eager(received) and not bool(xp.all(xp.isfinite(received))):
-        # An eigensolver would not converge.
-        raise ValueError("q, k and mask must have finite scores, got NaN or infinity in a product")
-    k, v = _pooled(data.k, 3, sample, data), data.v
-    out = _pooled(rows @ v, 3, sample, data)
-    mass = _pooled(xp.sum(rows, axis=-1, keepdims=True), 3, sample, data)
-    received = _pooled(received, 3, sample, data)
-    total = xp.sum(mass, axis=-2, keepdims=True)
-    total = xp.where(total == 0, xp.ones_like(total), total)
-    c = xp.matrix_transpose(received) @ k / total
-    mu = xp.sum(out, axis=-2, keepdims=True) / total
-    left, wk = _weighted_low_rank(
-        _moment(_some_queries(data, sample), backend),
-        # Both are needed: where one key gets all the attention, the weights of the others are tiny.
-        _moment((k - c) / _peak(k, xp) * xp.sqrt(received), backend),
-        backend,
+
+def _buckets(maps: Maps) -> Iterator[tuple[list[int], int, int]]:
+    """Key heads that run together, and the ranks they run at: padded to a multiple of RANK_STEP where mixed."""
+    if len(set(maps.ranks)) == 1:
+        yield list(range(len(maps.ranks))), *maps.ranks[0]
+        return
+    together: dict[tuple[int, int], list[int]] = {}
+    for head, ranks in enumerate(maps.ranks):
+        rank_qk, rank_v = (math.ceil(rank / RANK_STEP) * RANK_STEP for rank in ranks)
+        key = min(rank_qk, maps.wk.shape[-1]), min(rank_v, maps.wv.shape[-1])
+        together.setdefault(key, []).append(head)
+    for key in sorted(together):
+        yield together[key], *key
+
+
+def _take_heads(
+    maps: Maps, problem: AttentionProblem, heads: list[int]
+) -> tuple[Maps, AttentionProblem]:
+    """Cut some key heads, and the query heads that share them, out of maps and a problem."""
+    xp = problem.xp
+    indices = problem.backend.from_numpy(np.asarray(heads), problem.q, xp.int64)
+
+    def take(x: Any) -> Any:
+        is_of_all = x is None or x.ndim < 4 or x.shape[-4] == 1
+        return x if is_of_all else xp.take(x, indices, axis=-4)
+
+    small = maps.each(take)._replace(ranks=tuple(maps.ranks[head] for head in heads))
+    q, k, v, mask = map(take, problem[:4])
+    return small, problem._replace(q=q, k=k, v=v, mask=mask)
+
+
+def _one_rank_output(
+    problem: AttentionProblem, maps: Maps, *, with_lse: bool
+) -> tuple[Array, Array | None]:
+    """Exact attention in the dimensions of the basis, and back."""
+    xp, options = problem.xp, problem.options
+    q, k, v = maps.project(problem)
+    uv = maps.uv
+    if options.softcap is not None:
+        # tanh sees the shift of the scores, so it is carried as one more dimension.
+        q, k = carry_shift(maps, problem.q, q, k, xp)
+    counts = problem.may_leave_query_without_keys
+    if counts:
+        # A row that attends to nothing must not get mu: one more value counts what is attended to.
+        v = xp.concat([v, xp.ones_like(v[..., :1])], axis=-1)
+        uv = xp.concat([uv, maps.mu], axis=-2)
+    small = problem._replace(q=q, k=k, v=v)
+    if with_lse:
+        out, lse = exact_output_and_lse(small)
+        if options.softcap is None:
+            lse = lse + options.scale * (problem.q @ xp.matrix_transpose(maps.c))[..., 0]
+    else:
+        out, lse = exact_output(small), None
+    return out @ uv if counts else out @ uv + maps.mu, lse
+
+
+def mapped_problem(problem: AttentionProblem, maps: Maps) -> AttentionProblem:
+    """Project to r + 1 dimensions: the shift of the keys is one more, and one more value counts what is seen."""
+    xp = problem.xp
+    q, k, v = maps.project(problem)
+    q, k = carry_shift(maps, problem.q, q, k, xp)
+    return problem._replace(q=q, k=k, v=xp.concat([v, xp.ones_like(v[..., :1])], axis=-1))
+
+
+def mapped_gradients(small: AttentionProblem, maps: Maps, given: OutputGradient) -> Three:
+    """Gradients for q, k and v under maps, from that of the output; ``small`` is what `mapped_problem` returned."""
+    xp = small.xp
+    transposed = xp.matrix_transpose
+    c = xp.broadcast_to(transposed(maps.c), (*maps.wq.shape[:-1], 1))
+    wq, uv = xp.concat([maps.wq, c], axis=-1), xp.concat([maps.uv, maps.mu], axis=-2)
+    dq, dk, dv = exact_gradients(small, given._replace(grad_out=given.grad_out @ transposed(uv)))
+    return (
+        dq @ transposed(wq),
+        dk[..., :-1] @ transposed(maps.wk),
+        dv[..., :-1] @ transposed(maps.wv),
     )
-    # Not from its Gram matrix: the output is smooth, and a high rank needs directions below sqrt(eps) of the largest.
-    spread = out - mass * mu
-    _, _, Vh = backend.small_svd(_square(_triangle(spread / _peak(spread, xp), backend), backend))
-    return Factors(left[..., None, :, :], wk, xp.matrix_transpose(Vh), c, mu)
-
-
-METHODS = {"svd": fit_svd, "scores": fit_joint, "output": fit_output}
-
-
-def _stacked(x: Array, xp: Namespace) -> Array:
-    """(..., H, G, S, D) to (..., H, G * S, D): the rows of all query heads that share a key head."""
-    return xp.reshape(x, (*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1]))
-
-
-def _pooled(x: Array, n_core: int, sample: RowSample, data: Grouped) -> Array:
-    """Make the axes before the last ``n_core`` (the first of which is the head) into rows, where asked to pool."""
-    n_batch = x.ndim - n_core
-    if not sample.pool_batch or n_batch == 0:
-        return x
-    xp = data.backend.xp
-    x = xp.permute_dims(x, (*range(n_batch, x.ndim - 2), *range(n_batch), x.ndim - 2, x.ndim - 1))
-    return xp.reshape(x, (*x.shape[: n_core - 2], -1, x.shape[-1]))
-
-
-def _some_queries(data: Grouped, sample: RowSample) -> Array:
-    """Take queries that stand for all, (..., H, rows, D)."""
-    rows = sample_rows(data.q.shape[-2], N_MOMENT_ROWS, None)
-    q = _stacked(take_rows(data.q, rows, data.backend), data.backend.xp)
-    return _pooled(q, 3, sample, data)
-
-
-def _triangle(x: Array, backend: Backend) -> Array:
-    """Return a matrix of at most D rows with the Gram matrix of ``x``."""
-    return backend.qr(x)[1] if x.shape[-2] > x.shape[-1] else x
-
-
-def _right_vectors(x: Array, backend: Backend) -> Array:
-    """Right singular vectors, as columns; the scale does not matter, but squares are to stay in range."""
-    return backend.xp.matrix_transpose(thin_svd(x / _peak(x, backend.xp), backend)[2])
-
-
-def _square(x: Array, backend: Backend) -> Array:
-    """Append rows of zeros to a wide matrix: its singular value decomposition then has all right vectors."""
-    n_missing = x.shape[-1] - x.shape[-2]
-    if n_missing == 0:
-        return x
-    shape, device = (*x.shape[:-2], n_missing, x.shape[-1]), backend.creation_device(x)
-    return backend.xp.concat([x, backend.xp.zeros(shape, dtype=x.dtype, device=device)], axis=-2)
-
-
-def _moment(x: Array, backend: Backend) -> Array:
-    """Gram matrix of the columns over the square of the largest entry, which might overflow."""
-    return _gram(x / _peak(x, backend.xp), backend.xp)
-
-
-def _gram(x: Array, xp: Namespace) -> Array:
-    return xp.matrix_transpose(x) @ x
-
-
-def _peak(x: Array, xp: Namespace) -> Array:
-    """Largest modulus of each matrix, 1 for zero."""
-    highest, lowest = (f(x, axis=(-2, -1), keepdims=True) for f in (xp.max, xp.min))
-    return _positive(xp.maximum(highest, -lowest), xp)
-
-
-def _positive(x: Array, xp: Namespace) -> Array:
-    return xp.where(x > 0, x, xp.ones_like(x))
-
-
-def _floored(x: Array, relative: float, xp: Namespace) -> Array:
-    """Lift values along the last axis to a fraction of the largest: directions without data stay invertible."""
-    largest = _positive(xp.max(x, axis=-1, keepdims=True), xp)
-    return xp.maximum(x, largest * relative)
-
-
-def _weighted_low_rank(moment_q: Array, moment_k: Array, backend: Backend) -> tuple[Array, Array]:
-    r"""Minimise :math:`\|A^{1/2} (I - W_q W_k^T) B^{1/2}\|_F` at every rank at once, for the moments A and B.
-
-    With B = R R^T and Y the eigenvectors of R^T A R: Wq = R Y, Wk = R^{-T} Y.
-    """
-    xp = backend.xp
-    w, U = backend.small_eigh(moment_k)
-    root = xp.sqrt(_floored(w, w.shape[-1] * xp.finfo(w.dtype).eps, xp))[..., None, :]
-    R = U * root
-    _, Y = backend.small_eigh(xp.matrix_transpose(R) @ moment_q @ R)
-    Y = xp.flip(Y, axis=-1)
-    return R @ Y, (U / root) @ Y

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from slra._typing import Array
-from slra.attn._maps import METHODS
 from slra.attn.cache.state import Segment, Settings, SparseTokens, State
+from slra.attn.fit import METHODS
 
 __all__ = ["check_contents"]
 

@@ -27,7 +27,7 @@ from slra.attn.cache.state import (
     namespace_of,
     zeros,
 )
-from slra.attn.merge import merge_attention
+from slra.attn.exact import merge_attention
 
 __all__ = ["attend_state", "empty_state", "read_state", "select_state", "store"]
 

@@ -8,7 +8,6 @@ import numpy as np
 from slra._backends import Backend
 from slra._typing import Array
 from slra._validate import check_matrix, check_positive, resolve
-from slra.attn._rows import sample_rows
 from slra.attn.basis import AttentionBasis
 from slra.attn.cache.ask import Ask
 from slra.attn.cache.flow import attend_state
@@ -16,6 +15,7 @@ from slra.attn.cache.rotary import rotate
 from slra.attn.cache.state import Settings, State, is_host
 from slra.attn.exact import attention
 from slra.attn.fit import fit_attention
+from slra.attn.rows import sample_rows
 
 __all__ = ["fit_prefix"]
 

@@ -8,10 +8,10 @@ import numpy as np
 from slra._backends import Backend
 from slra._backends.standard import ScoreOptions
 from slra._validate import check_choice, check_count, check_positive, promote, resolve
-from slra.attn._inputs import check_scale
-from slra.attn._maps import METHODS
 from slra.attn.basis import AttentionBasis, check_parts
 from slra.attn.cache.state import SegmentMaps, Settings
+from slra.attn.fit import METHODS
+from slra.attn.problem import check_scale
 
 __all__ = ["check_settings", "maps_of"]
 

@@ -10,32 +10,23 @@ import numpy as np
 from slra._npz import read_npz
 from slra._validate import resolve
 
-__all__ = ["NAMES", "load_arrays", "load_layers", "save_arrays", "save_layers", "shapes_of"]
+__all__ = ["MAPS", "NAMES", "read_bases", "shapes_of", "write_bases"]
 
 Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 
-NAMES = ("wq", "wk", "wv", "uv", "c", "mu", "error")
+MAPS = ("wq", "wk", "wv", "uv", "c", "mu")
+NAMES = (*MAPS, "error")
 
 
-def save_arrays(path: str | PathLike[str], basis: Any) -> None:
-    """Write the arrays and the ranks of a basis to exactly this path."""
-    _write(path, _arrays_of(basis))
-
-
-def save_layers(path: str | PathLike[str], bases: Mapping[str, Any]) -> None:
-    """Write several bases, by the names of their layers, to one file."""
-    stored = {layer: _arrays_of(basis) for layer, basis in bases.items()}
-    _write(path, {f"{layer}/{name}": x for layer in stored for name, x in stored[layer].items()})
-
-
-def load_arrays(path: str | PathLike[str]) -> Arrays:
-    """Read them back; ValueError where the file is not what `save_arrays` writes."""
-    return _read(path, "AttentionBasis.save", layered=False)[""]
-
-
-def load_layers(path: str | PathLike[str], writer: str) -> dict[str, Arrays]:
-    """Read several bases back; ValueError, which names their ``writer``, where the file is not one of it."""
-    return _read(path, writer, layered=True)
+def write_bases(path: str | PathLike[str], bases: Mapping[str, Any], *, layered: bool) -> None:
+    """Write the arrays and ranks of bases, by the names of their layers, to exactly this path."""
+    stored: dict[str, Any] = {
+        f"{layer}/{name}" if layered else name: x
+        for layer, basis in bases.items()
+        for name, x in _arrays_of(basis).items()
+    }
+    with Path(path).open("wb") as file:
+        np.savez(file, **stored)
 
 
 def _arrays_of(basis: Any) -> Arrays:
@@ -44,13 +35,11 @@ def _arrays_of(basis: Any) -> Arrays:
     return {**arrays, "ranks": np.asarray(basis.ranks, dtype=np.int64)}
 
 
-def _write(path: str | PathLike[str], arrays: dict[str, Any]) -> None:
-    with Path(path).open("wb") as file:
-        np.savez(file, **arrays)
+def read_bases(path: str | PathLike[str], writer: str, *, layered: bool) -> dict[str, Arrays]:
+    """Read and check a file, by layer; without layers all is under the empty name.
 
-
-def _read(path: str | PathLike[str], writer: str, *, layered: bool) -> dict[str, Arrays]:
-    """Read and check a file, by layer; without layers all is under the empty name."""
+    ValueError, which names the ``writer`` of such files, where this is not one of them.
+    """
     layers: dict[str, Arrays] = {}
     try:
         for key, x in read_npz(path).items():
