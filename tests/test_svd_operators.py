@@ -364,3 +364,23 @@ def test_more_copies_of_a_singular_value_than_a_block_has_columns(name, shape):
             np.testing.assert_allclose(S, exact[:rank], atol=0.01 * exact[0])
             np.testing.assert_allclose(U.T @ U, np.eye(rank), atol=1e-13)
             np.testing.assert_allclose(Vh @ Vh.T, np.eye(rank), atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("decay", [0.999, 0.9])
+def test_sparse_with_a_short_side(dtype, decay):
+    """Exact by a sparse Gram matrix, except where this loses the small ones."""
+    rng = np.random.default_rng(0)
+    a = sp.random(60, 4000, density=0.03, random_state=0, format="csr")
+    a = sp.diags_array(decay ** np.arange(60.0)) @ a
+    a = (a * (1 + 1j) if dtype == "complex128" else a).astype(dtype)
+    exact = np.linalg.svd(a.toarray().astype(np.result_type(dtype, "float64")), compute_uv=False)
+    for x in (a.tocsr(), a.T.tocsc()):
+        for rank in (2, 15, 55):
+            U, S, Vh = slra.randomized_svd(x, rank, rng=rng)
+            eps = np.finfo(dtype).eps
+            np.testing.assert_allclose(S, exact[:rank], rtol=1e-7, atol=20 * eps * exact[0])
+            for Q in (U, np.conj(Vh).T):
+                np.testing.assert_allclose(np.conj(Q).T @ Q, np.eye(rank), atol=100 * eps)
+            error = np.linalg.norm(x.toarray() - (U * S) @ Vh)
+            assert error <= 1.001 * np.linalg.norm(exact[rank:]) + 100 * eps * exact[0]

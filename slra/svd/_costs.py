@@ -8,7 +8,7 @@ alike, and a choice needs no more than ratios.
 
 import math
 
-__all__ = ["direct_is_faster", "gram_is_faster"]
+__all__ = ["direct_is_faster", "gram_is_faster", "sparse_gram_is_faster"]
 
 # Where two methods are this near, the exact one is taken.
 _WORTH_EXACTNESS = 1.15
@@ -30,6 +30,20 @@ def _krylov(m: int, n: int, rank: int, width: int, depth: int, n_calls: float) -
     products = n_passes * m * n * (2.5 + 0.02 * width)
     space = (m + 2 * n) * basis * (0.9 + 0.15 * basis) + 2.1 * basis**3
     return n_calls * 4e6 + products + space + _vectors(m, rank)
+
+
+def sparse_gram_is_faster(
+    shape: tuple[int, ...], n_entries: int, n_products: int, rank: int, width: int, depth: int
+) -> bool:
+    """Whether a Gram matrix by sparse products takes no longer than a Krylov space, nor more memory than its blocks.
+
+    A product of two entries takes as long as three of an entry with a column of a block.
+    """
+    n, m = sorted(shape)
+    basis = depth * width
+    gram = 3 * n_products + 0.85 * n**3 + n_entries * rank
+    space = (m + 2 * n) * basis * (0.9 + 0.15 * basis) + 2.1 * basis**3
+    return n * n <= (m + n) * width and gram <= n_entries * 2 * basis + space
 
 
 def _vectors(m: int, rank: int) -> float:

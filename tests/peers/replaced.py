@@ -30,9 +30,7 @@ def sklearn_randomized_svd(
     if isinstance(M, np.ndarray) and M.dtype.kind in "iu":
         M = M.astype(float)
     rank = min(n_components, *M.shape)
-    return tuple(
-        slra.randomized_svd(M, rank, n_oversamples=n_oversamples, n_iter=n_iter, rng=seed)
-    )
+    return tuple(slra.randomized_svd(M, rank, n_oversamples=n_oversamples, n_iter=n_iter, rng=seed))
 
 
 def dask_svd_compressed(
