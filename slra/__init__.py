@@ -7,7 +7,6 @@ from slra import objective, prox
 from slra.attn import (
     AttentionBasis,
     FoldedProjections,
-    KVCache,
     attention,
     attention_vjp,
     fit_attention,
@@ -15,16 +14,19 @@ from slra.attn import (
     low_rank_attention_vjp,
     merge_attention,
 )
+from slra.cache import KVCache
 from slra.decompose import (
+    CompletionResult,
     LowRankPlusSparse,
     RobustPCAResult,
     SparseLowRankResult,
+    complete,
     compress,
     robust_pca,
     sparse_low_rank,
 )
 from slra.prox import prox_l1 as soft_threshold
-from slra.solvers import Progress, SolveResult, admm, proximal_gradient
+from slra.solvers import Progress, SolveResult, admm, primal_dual, proximal_gradient
 from slra.svd import (
     EighResult,
     ErrorEstimate,
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionBasis",
+    "CompletionResult",
     "EighResult",
     "ErrorEstimate",
     "FoldedProjections",
@@ -58,6 +61,7 @@ __all__ = [
     "attention",
     "attention_vjp",
     "baselines",
+    "complete",
     "compress",
     "estimate_error",
     "fit_attention",
@@ -66,6 +70,7 @@ __all__ = [
     "low_rank_attention_vjp",
     "merge_attention",
     "objective",
+    "primal_dual",
     "prox",
     "proximal_gradient",
     "randomized_eigh",

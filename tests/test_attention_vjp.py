@@ -9,7 +9,7 @@ import pytest
 import slra
 from slra._backends import backend_of, standard
 from tests.backends import to_numpy, to_xp
-from tests.test_attention import naive_attention, qkv
+from tests.naive_attention import naive_attention, qkv
 
 OPTIONS = {
     "plain": {},

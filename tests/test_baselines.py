@@ -6,7 +6,7 @@ import pytest
 import slra
 from slra.baselines._favor import orthogonal_features
 from tests.backends import to_numpy, to_xp
-from tests.test_attention import naive_attention
+from tests.naive_attention import naive_attention
 
 TOL = 1e-11
 

@@ -9,8 +9,7 @@ import slra
 from slra._backends import backend_of
 from slra.attn.rows import sample_rows
 from tests.backends import to_numpy, to_xp
-from tests.test_attention import naive_attention
-from tests.test_low_rank import decaying, frobenius
+from tests.naive_attention import decaying, frobenius, naive_attention
 
 EAGER = pytest.mark.eager_only("ranks would depend on data")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import slra
-from tests.test_transformers import VOCABULARY, WIDTH, decoder, tokens
+from tests.models import VOCABULARY, WIDTH, decoder, tokens
 
 PAGE = Path(__file__).parents[1] / "docs" / "integrations.md"
 

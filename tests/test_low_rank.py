@@ -5,23 +5,10 @@ import pytest
 
 import slra
 from tests.backends import to_numpy, to_xp
-from tests.test_attention import naive_attention
+from tests.naive_attention import decaying, frobenius, naive_attention
 
 EPS = {"float32": np.finfo("float32").eps, "float64": np.finfo("float64").eps}
 SCALE = 8**-0.5
-
-
-def decaying(seed=0, heads=2, heads_k=2, n_q=40, n_k=50, d=8, d_v=6, batch=(), dtype="float64"):
-    """Q, K, V with decaying spectra, a common offset of the keys and of the values, and peaked attention."""
-    rng = np.random.default_rng(seed)
-
-    def draw(n_heads, n, width):
-        x = rng.standard_normal((*batch, n_heads, n, width)) * 0.75 ** np.arange(width)
-        return x @ np.linalg.qr(rng.standard_normal((n_heads, width, width)))[0]
-
-    q, k, v = 2 * draw(heads, n_q, d), 2 * draw(heads_k, n_k, d), draw(heads_k, n_k, d_v)
-    k, v = k + rng.standard_normal(d), v + rng.standard_normal(d_v)
-    return [x.astype(dtype) for x in (q, k, v)]
 
 
 def truncated(x, rank):
@@ -32,10 +19,6 @@ def truncated(x, rank):
 def tail(x, rank):
     """Frobenius distance to the best matrix of this rank (Eckart and Young)."""
     return np.sqrt(np.sum(np.linalg.svd(x, compute_uv=False)[..., rank:] ** 2, axis=-1))
-
-
-def frobenius(x):
-    return np.linalg.norm(x, axis=(-2, -1))
 
 
 OPTIONS = {

@@ -7,7 +7,7 @@ import pytest
 
 import slra
 from tests.backends import to_numpy, to_xp
-from tests.test_low_rank import decaying
+from tests.naive_attention import decaying
 
 # The largest entry of a gradient is about 10 here.
 ATOL = 1e-9

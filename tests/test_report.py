@@ -25,6 +25,7 @@ from slra.cli.report.arrays import read_layers
 from slra.cli.report.measure import count_steps, effective_rank, measure, needed_ranks
 from tests.browser import measured
 from tests.command import environment
+from tests.naive_attention import softmax_attention
 
 N, D = 12, 4
 
@@ -42,13 +43,6 @@ def inputs(heads=2, key_heads=2, dtype=np.float64):
 def write_npz(path, q, k, v, prefix=""):
     np.savez(path, **{f"{prefix}q": q, f"{prefix}k": k, f"{prefix}v": v})
     return path
-
-
-def softmax_attention(scores, v, causal):
-    if causal:
-        scores = np.where(np.tri(*scores.shape, dtype=bool), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ v
 
 
 def cut(x, rank):
@@ -144,6 +138,13 @@ def test_effective_rank_and_needed_rank():
     assert effective_rank(np.zeros((1, 3))) == [0]
     errors = np.array([[0.04, 0.2], [0.2, 0.2], [0.01, 0.2]])  # a dip is not yet enough
     assert needed_ranks(errors, [1, 2, 4], 0.05) == [4, None]
+
+
+def test_causal_queries_are_the_last_of_the_text(tmp_path):
+    q, k, v = inputs()
+    whole = run(write_npz(tmp_path / "a.npz", q[:, 5:], k, v), "--causal", "--json", tmp_path / "a")
+    assert whole.exit_code == 0, whole.output
+    assert json.loads((tmp_path / "a").read_text())["layers"][0]["attends"] == "causal"
 
 
 def test_a_zero_head_is_no_error(tmp_path):

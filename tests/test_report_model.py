@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from slra.cli.app import app
 from slra.cli.report.model import read_model
 from tests.command import hide, run_python
-from tests.test_report import softmax_attention
+from tests.naive_attention import softmax_attention
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"

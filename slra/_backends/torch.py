@@ -71,6 +71,17 @@ class TorchBackend(Backend):
         """There is nothing to silence, and torch.compile does not follow NumPy's way to."""
         return contextlib.nullcontext()
 
+    def copied(self, x: Array) -> Array:
+        """Clone, which gradients pass through."""
+        return x.clone()
+
+    def column_means(self, x: Array) -> Array:
+        """Add up by slabs on a CPU, where torch would widen all of ``x`` first."""
+        if x.device.type != "cpu":
+            return super().column_means(x)
+        ones = torch.ones((*x.shape[:-1], 1), dtype=x.dtype, device=x.device)
+        return self.conj(torch.transpose(self.gram(x, ones), -1, -2)) / x.shape[-2]
+
     def cholesky(self, g: Array) -> Array:
         """Factor without raising, and mark what failed."""
         factor, info = torch.linalg.cholesky_ex(g)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from slra._backends import Backend
 from slra._typing import Array, Namespace
-from slra.attn._maps import Maps
+from slra.attn.maps import Maps
 from slra.attn.problem import AttentionProblem
 from slra.attn.rows import row_weights, sample_rows, take_rows
 from slra.svd.truncated import thin_svd

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 from slra._backends.standard.attention import combine_masks
 from slra._typing import Array
-from slra.attn._maps import Maps, mapped_output
 from slra.attn.exact import (
     OutputGradient,
     exact_gradients,
     exact_output_and_lse,
     merge_attention,
 )
+from slra.attn.maps import Maps, mapped_output
 from slra.attn.problem import AttentionProblem, Three
 from slra.attn.rows import row_weights, take_rows
 

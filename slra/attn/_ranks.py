@@ -6,7 +6,7 @@ import numpy as np
 
 from slra._typing import Array, Namespace
 from slra.attn._estimators import Factors
-from slra.attn._maps import Maps, carry_shift
+from slra.attn.maps import Maps, carry_shift
 from slra.attn.problem import AttentionProblem
 from slra.attn.rows import row_weights, take_rows
 

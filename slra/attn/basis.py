@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
+from slra._backends.ambient import isolated
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
 from slra._validate import check_flag, check_rank, promote, resolve, shown
 from slra.attn._basis_io import MAPS, NAMES, read_bases, shapes_of, write_bases
-from slra.attn._maps import Maps, mapped_output
+from slra.attn.maps import Maps, mapped_output
 from slra.attn.problem import AttentionProblem, make_problem
 
 __all__ = [
@@ -149,6 +150,7 @@ class AttentionBasis:
         **options: Unpack[AttentionOptions],
     ) -> ArrayT | tuple[ArrayT, ArrayT]: ...
 
+    @isolated
     def attend(
         self,
         q: ArrayT,
@@ -202,6 +204,7 @@ class AttentionBasis:
             out: ArrayT = problem.answer(small)
         return (out, problem.answer_lse(lse)) if return_lse else out
 
+    @isolated
     def project(self, q: ArrayT, k: ArrayT, v: ArrayT) -> tuple[ArrayT, ArrayT, ArrayT]:
         """Map queries, keys and values to the dimensions of the basis.
 
@@ -230,6 +233,7 @@ class AttentionBasis:
             q, k, v = problem.answer_inputs(small)
         return q, k, v
 
+    @isolated
     def fold(
         self,
         w_q: Array,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
+from slra._backends.ambient import isolated
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign, Namespace
 from slra._validate import check_flag, promote, resolve
 from slra.attn.problem import AttentionProblem, Three, make_problem
@@ -47,6 +48,7 @@ def attention(
 ) -> ArrayT | tuple[ArrayT, ArrayT]: ...
 
 
+@isolated
 def attention(
     q: ArrayT,
     k: ArrayT,
@@ -152,6 +154,7 @@ def exact_output(problem: AttentionProblem) -> Array:
     return backend.attention_output(q, k, v, mask, options)
 
 
+@isolated
 def attention_vjp(
     q: ArrayT,
     k: ArrayT,
@@ -288,6 +291,7 @@ def exact_gradients(problem: AttentionProblem, given: OutputGradient) -> Three:
     return backend.attention_vjp(q, k, v, mask, options, *given)
 
 
+@isolated
 def merge_attention(outs: Sequence[ArrayT], lses: Sequence[ArrayT]) -> tuple[ArrayT, ArrayT]:
     r"""Attention over all keys, from attention over parts of them.
 

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from slra._backends.ambient import isolated
 from slra._typing import RNG, AnyArray, Array, ArrayT, CausalAlign
 from slra._validate import check_choice, check_flag, check_positive, check_rank, check_rng
 from slra.attn._estimators import METHODS, Factors, RowSample
-from slra.attn._maps import Maps
 from slra.attn._ranks import Ranks, choose_ranks, mask_ranks, output_error
 from slra.attn.basis import AttentionBasis
+from slra.attn.maps import Maps
 from slra.attn.problem import AttentionProblem, make_problem, ungroup_heads
 from slra.attn.rows import sample_rows
 
@@ -22,6 +23,7 @@ N_ROWS = 128
 N_TEST_ROWS = 512
 
 
+@isolated
 def fit_attention(
     q: ArrayT,
     k: ArrayT,

@@ -3,6 +3,7 @@
 import operator
 from typing import Any, Literal, NamedTuple, TypeAlias, Unpack, overload
 
+from slra._backends.ambient import isolated
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
 from slra._validate import check_choice, check_count, check_flag, check_l1
 from slra.attn._estimators import METHODS
@@ -13,10 +14,10 @@ from slra.attn._exact_keys import (
     output_with_exact_keys,
     without_exact_keys,
 )
-from slra.attn._maps import Maps, mapped_gradients, mapped_output, mapped_problem
 from slra.attn.basis import AttentionBasis, check_basis
 from slra.attn.exact import exact_gradients, exact_output_and_lse, output_gradient
 from slra.attn.fit import N_ROWS, fit_problem
+from slra.attn.maps import Maps, mapped_gradients, mapped_output, mapped_problem
 from slra.attn.problem import AttentionProblem, Three, make_problem
 from slra.attn.projections import Projections, project_all
 from slra.attn.rows import sample_rows
@@ -70,6 +71,7 @@ def low_rank_attention(
 ) -> ArrayT | tuple[ArrayT, ArrayT]: ...
 
 
+@isolated
 def low_rank_attention(
     q: ArrayT,
     k: ArrayT,
@@ -183,6 +185,7 @@ def low_rank_attention(
     return (out, problem.answer_lse(lse)) if return_lse else out
 
 
+@isolated
 def low_rank_attention_vjp(
     q: ArrayT,
     k: ArrayT,

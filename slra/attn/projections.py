@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from slra._typing import Array, CausalAlign
 from slra._validate import check_choice, resolve
 from slra.attn._estimators import METHODS
-from slra.attn._maps import Maps, mapped_output
 from slra.attn.fit import Fitted, Ranks, fit_problem
+from slra.attn.maps import Maps, mapped_output
 from slra.attn.problem import AttentionProblem, Three, group_heads, make_problem, ungroup_heads
 
 __all__ = ["Projections", "fit_projections", "project_all", "projected_output"]

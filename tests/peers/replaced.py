@@ -27,7 +27,7 @@ def sklearn_randomized_svd(
     from sklearn.utils import check_random_state
 
     seed = int(check_random_state(random_state).randint(2**31 - 1))
-    if isinstance(M, np.ndarray) and M.dtype.kind in "iu":
+    if np.dtype(M.dtype).kind in "iu":
         M = M.astype(float)
     rank = min(n_components, *M.shape)
     return tuple(slra.randomized_svd(M, rank, n_oversamples=n_oversamples, n_iter=n_iter, rng=seed))

@@ -79,6 +79,10 @@ class Backend(Attention, LinearAlgebra, SparseRows, Rows):
         """Draw a standard Gaussian matrix of the dtype of ``like``, the same on every backend."""
         return self.from_numpy(gaussian(shape, rng, is_complex=self.is_complex(like)), like)
 
+    def copied(self, x: Array) -> Array:
+        """Return a copy that shares no memory with ``x``; ``x`` itself where arrays cannot be written to."""
+        return self.xp.asarray(x, copy=True, device=self.creation_device(x))
+
     # Control flow
 
     def scan(

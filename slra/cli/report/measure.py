@@ -188,7 +188,8 @@ def _sampled_queries(layer: Layer) -> tuple[NDArray[Any], dict[str, Any]]:
 
 
 def _options(layer: Layer) -> dict[str, Any]:
-    return {**layer.options, "enable_gqa": True}
+    # Fewer queries than keys are the last of a text, as in a cache.
+    return {"causal_align": "bottom_right", **layer.options, "enable_gqa": True}
 
 
 def effective_rank(sigma: NDArray[Any]) -> NDArray[np.float64]:

@@ -7,17 +7,23 @@ from typing import Any
 import numpy as np
 
 from slra._backends import Backend
-from slra._typing import RNG, Array
+from slra._backends.ambient import isolated
+from slra._typing import RNG, Array, DType
 from slra._validate import check_flag, resolve
 from slra.attn.basis import AttentionBasis
-from slra.attn.cache import checks
-from slra.attn.cache.ask import ask
-from slra.attn.cache.drift import follow, remember
-from slra.attn.cache.files import load_cache, save_cache
-from slra.attn.cache.flow import attend_state, empty_state, read_state, select_state, store
-from slra.attn.cache.prefix import fit_prefix
-from slra.attn.cache.settings import check_settings, maps_of
-from slra.attn.cache.state import Settings, State, arrays_of, is_host
+from slra.cache._checks import (
+    check_lengths,
+    check_options,
+    check_queries,
+    check_room,
+    check_selection,
+    check_tokens,
+)
+from slra.cache._contents import Contents
+from slra.cache._files import load_contents, save_contents
+from slra.cache._layout import named_arrays, on_host, register
+from slra.cache._prefix import fit_prefix
+from slra.cache._segment import maps_of
 from slra.decompose._sparse_low_rank_matrix import size_in_bytes
 
 __all__ = ["KVCache"]
@@ -43,24 +49,23 @@ class KVCache:
     n_sparse : int
         How many entries of each key and each value are stored beside the low rank: the largest of what it leaves.
     capacity : int, optional
-        Tokens to make room for; not with "drift". Then memory does not grow, and more tokens are an error. On JAX it
-        makes the cache a pytree of static shapes, to be used under ``jax.jit``, where tokens beyond it make every
-        output NaN.
-    dtype : {"float16", "bfloat16", "float32", "float64"}, optional
-        What k', v' and sparse entries are stored in, by default the dtype of the basis. Computed is in the latter.
+        Tokens to make room for; not with ``drift_bound``. Then memory does not grow, and more tokens are an error. On
+        JAX it makes the cache a pytree of static shapes, to be used under ``jax.jit``, where tokens beyond it make
+        every output NaN.
+    dtype : {"float16", "bfloat16", "float32", "float64"} or dtype, optional
+        What k', v' and sparse entries are stored in. By default the dtype of the keys and values that come, but no
+        wider than that of the basis, which is computed in; where shapes are static (JAX, ``capacity``) the latter.
     scale, softcap : float, optional
         As in `attention`. The default scale is ``1/sqrt(D)`` of the original D.
     rotary : sequence of float, optional
         Frequencies of a rotary position embedding, in radians a token: feature i is paired with feature i + F for
         F frequencies, features from 2F on are left alone. Then `append` and `attend` take keys and queries that are
         not rotated yet, and the cache rotates what it decodes.
-    update : {"fixed", "drift"}
-        Whether to refit where new tokens do not fit the basis.
     drift_bound : float, optional
-        With "drift": the relative error of the output, over the tokens of the window alone and for their own
-        queries, beyond which the basis is fitted to the window. It is measured each time the window has been
-        replaced, on the worst head, and with ``rotary`` before the rotation. The new basis serves the tokens of the
-        window and those to come.
+        The relative error of the output, over the tokens of the window alone and for their own queries, beyond which
+        the basis is fitted anew, to the window. It is measured each time the window has been replaced, on the worst
+        head, and with ``rotary`` before the rotation. The new basis serves the tokens of the window and those to
+        come. By default the basis stays.
     method : {"output", "scores", "svd"}
         How a refit is done, see `fit_attention`.
 
@@ -70,6 +75,8 @@ class KVCache:
         Tokens of each sequence.
     nbytes : int
         Bytes of all arrays held: maps, buffers with the room they have left, exact tokens, indices.
+    nbytes_exact : int
+        Bytes that the keys and values of the tokens held would take as they came.
     n_segments : int
         Bases in use.
     error : array, shape (..., Hq), or None
@@ -113,8 +120,7 @@ class KVCache:
     50
     """
 
-    _state: State
-    _settings: Settings
+    _contents: Contents
 
     def __init__(
         self,
@@ -125,15 +131,14 @@ class KVCache:
         n_sink: int = 0,
         n_sparse: int = 0,
         capacity: int | None = None,
-        dtype: str | None = None,
+        dtype: str | DType | None = None,
         scale: float | None = None,
         softcap: float | None = None,
         rotary: Sequence[float] | Array | None = None,
-        update: str = "fixed",
         drift_bound: float | None = None,
         method: str = "output",
     ) -> None:
-        backend, settings = check_settings(
+        layout = check_options(
             basis,
             batch=batch,
             window=window,
@@ -144,16 +149,14 @@ class KVCache:
             scale=scale,
             softcap=softcap,
             rotary=rotary,
-            update=update,
             drift_bound=drift_bound,
             method=method,
         )
-        maps = maps_of(basis, settings.n_batch, backend)
-        self._settings = settings
-        self._state = empty_state(maps, basis.error, settings, backend)
-        backend.make_pytree(KVCache, _take_apart, _put_together)
+        self._contents = Contents.empty(layout, maps_of(basis, layout), basis.error)
+        _register(layout.backend)
 
     @classmethod
+    @isolated
     def from_prefix(
         cls,
         q: Array,
@@ -212,13 +215,13 @@ class KVCache:
         fit |= {name: options[name] for name in ("scale", "softcap") if name in options}
         fit |= {"is_causal": True, "enable_gqa": True}
 
-        def make(basis: AttentionBasis) -> tuple[State, Settings]:
+        def make(basis: AttentionBasis) -> Contents:
             cache = cls(basis, batch=tuple(k.shape[:-3]), method=method, **options)
-            cache = cache.append(k, v, q=q)
-            return cache._state, cache._settings
+            return cache.append(k, v, q=q)._contents
 
-        return _made(*fit_prefix((q, k, v), rank, fit, make))
+        return _made(fit_prefix((q, k, v), rank, fit, make))
 
+    @isolated
     def append(
         self, k: Array, v: Array, *, q: Array | None = None, lengths: Array | None = None
     ) -> "KVCache":
@@ -231,7 +234,7 @@ class KVCache:
         v : array, shape (..., Hkv, m, Dv)
             Values.
         q : array, shape (..., Hq, m, D), optional
-            Queries of the same tokens. Needed with ``update="drift"``, ignored otherwise.
+            Queries of the same tokens. Needed with ``drift_bound``, ignored otherwise.
         lengths : array of int, shape (...,), optional
             How many of the ``m`` tokens each sequence has, the first ones; all by default.
 
@@ -248,22 +251,19 @@ class KVCache:
         ValueError
             If shapes do not fit, the capacity is exceeded, or ``q`` is missing.
         """
-        backend, settings, state = self._table(), self._settings, self._state
-        checks.check_can_grow(state, settings)
-        k, v, q = checks.check_tokens(k, v, q, state, settings, backend)
-        counts = checks.check_lengths(lengths, k.shape[-2], state, settings, backend)
-        checks.check_room(state, k.shape[-2], counts, settings)
-        with backend.ignore_overflow():
-            if k.shape[-2]:
-                state = store(state, k, v, counts, settings, backend)
-                if state.recent is not None:
-                    state = state._replace(recent=remember(state.recent, q, settings, backend))
-                    state = follow(state, settings, backend)
-        if backend.is_functional:
-            return _made(state, settings)
-        self._state = state
+        held = self._contents
+        k, v, q, dtype = check_tokens(k, v, q, held)
+        n_new = k.shape[-2]
+        counts = check_lengths(lengths, n_new, held)
+        check_room(n_new, counts, held)
+        with held.layout.backend.ignore_overflow():
+            held = held.append(k, v, counts, q, dtype) if n_new else held
+        if held.layout.backend.is_functional:
+            return _made(held)
+        self._contents = held
         return self
 
+    @isolated
     def attend(
         self,
         q: Array,
@@ -308,17 +308,17 @@ class KVCache:
         With ``m`` queries that are many, the whole prompt say, exact attention on its keys and values is as fast and
         exact. Here memory is in proportion to ``m n`` where a mask is needed.
         """
-        backend, settings, state = self._table(), self._settings, self._state
+        held = self._contents
         check_flag(return_lse, "return_lse")
-        work, mask = checks.check_queries(q, mask, is_causal, state, settings, backend)
-        counts = checks.check_lengths(lengths, q.shape[-2], state, settings, backend)
-        asked = ask(work, mask, counts, state.lengths, is_causal=is_causal, backend=backend)
-        with backend.ignore_overflow():
-            out, lse = attend_state(state, asked, settings, backend)
-            xp = backend.xp
-            out = xp.astype(xp.reshape(out, (*q.shape[:-1], settings.width_v)), q.dtype, copy=False)
+        queries = check_queries(q, mask, lengths, is_causal, held)
+        xp = held.layout.xp
+        with held.layout.backend.ignore_overflow():
+            out, lse = held.attend(queries)
+            out = xp.reshape(out, (*q.shape[:-1], held.layout.width_v))
+            out = xp.astype(out, q.dtype, copy=False)
         return (out, xp.reshape(lse, q.shape[:-1])) if return_lse else out
 
+    @isolated
     def decode(self) -> tuple[Array, Array]:
         """Keys and values that the cache stands for, in all dimensions.
 
@@ -329,13 +329,12 @@ class KVCache:
             of ``lengths``, or the static capacity.
         v : array, shape (..., Hkv, n, Dv)
         """
-        backend, settings = self._table(), self._settings
-        with backend.ignore_overflow():
-            k, v = read_state(self._state, settings, backend)
-        lead = (*settings.batch, settings.n_heads)
-        k, v = (backend.xp.reshape(x, (*lead, *x.shape[2:])) for x in (k, v))
-        return k, v
+        layout = self._contents.layout
+        with layout.backend.ignore_overflow():
+            k, v = self._contents.decode()
+        return layout.unbatched(k), layout.unbatched(v)
 
+    @isolated
     def select(self, indices: Array | Sequence[int]) -> "KVCache":
         """Make a cache of some of the sequences, in any order and as often as wanted, as beam search does.
 
@@ -356,10 +355,7 @@ class KVCache:
         ValueError
             If the cache does not have one batch axis, or an index is out of range.
         """
-        backend, settings = self._table(), self._settings
-        chosen = checks.check_selection(indices, settings, backend)
-        state = select_state(self._state, chosen, settings, backend)
-        return _made(state, settings._replace(batch=(len(chosen),)))
+        return _made(self._contents.select(check_selection(indices, self._contents.layout)))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cache to a file, with a checksum (needs the package safetensors).
@@ -369,7 +365,7 @@ class KVCache:
         path : str or path-like
             Written as it is, no suffix is added. Room that is left is not written.
         """
-        save_cache(path, self._state, self._settings, self._table())
+        save_contents(path, self._contents)
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, like: Array | None = None) -> "KVCache":
@@ -393,59 +389,75 @@ class KVCache:
             If the file is cut short, changed, or not what `save` writes; or if it holds a dtype that the library of
             ``like`` does not have (bfloat16 on NumPy).
         """
-        backend = resolve(like=np.empty(0) if like is None else like)
-        state, settings = load_cache(path, np.empty(0) if like is None else like, backend)
-        backend.make_pytree(KVCache, _take_apart, _put_together)
-        return _made(state, settings)
+        like = np.empty(0) if like is None else like
+        backend = resolve(like=like)
+        contents = load_contents(path, like, backend)
+        _register(backend)
+        return _made(contents)
 
     @property
     def lengths(self) -> Array:
         """Tokens of each sequence, shape (...,)."""
-        lengths = self._state.lengths
-        if is_host(lengths):
-            return lengths.reshape(self._settings.batch).copy()
-        return self._table().xp.reshape(lengths, self._settings.batch)
+        layout, lengths = self._contents.layout, self._contents.lengths
+        if on_host(lengths):
+            return lengths.reshape(layout.batch).copy()
+        return layout.xp.reshape(lengths, layout.batch)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays held."""
-        backend = self._table()
+        backend = self._contents.layout.backend
         return sum(
             int(x.nbytes) if isinstance(x, np.ndarray) else size_in_bytes(backend, x)
-            for x in arrays_of(self._state)
+            for x in named_arrays(self._contents).values()
         )
+
+    @property
+    def nbytes_exact(self) -> int:
+        """Bytes of the keys and values of as many tokens as they came, those of short sequences padded."""
+        layout = self._contents.layout
+        n_numbers = layout.n_batch * layout.n_heads * (layout.width + layout.width_v)
+        bits = layout.xp.finfo(self._contents.exact.k.dtype).bits
+        return self._contents.n_tokens * n_numbers * int(bits) // 8
 
     @property
     def n_segments(self) -> int:
         """Bases in use."""
-        return len(self._state.segments)
+        return len(self._contents.segments)
 
     @property
     def error(self) -> Array | None:
         """Relative error of the output on the data of the fit, shape (..., Hq)."""
-        return self._state.error
+        return self._contents.error
 
     def __repr__(self) -> str:
-        settings = self._settings
+        layout, held = self._contents.layout, self._contents
+        heads = f"{layout.n_query_heads} on {layout.n_heads}"
         return (
-            f"KVCache(batch={settings.batch}, heads={settings.n_heads}, rank={settings.rank}, "
-            f"window={settings.window}, n_sink={settings.n_sink}, n_segments={self.n_segments})"
+            f"KVCache(batch={layout.batch}, n_tokens={held.n_tokens}, heads={heads}, "
+            f"D={layout.width}, Dv={layout.width_v},\n"
+            f"        rank={layout.rank}, window={layout.window}, n_sink={layout.n_sink}, "
+            f"n_sparse={layout.n_sparse}, n_segments={self.n_segments},\n"
+            f"        dtype={held.segments[-1].rows.dtype}, nbytes={self.nbytes}, nbytes_exact={self.nbytes_exact})"
         )
 
-    def _table(self) -> Backend:
-        return resolve(basis=self._state.segments[0].maps.wk)
 
-
-def _made(state: State, settings: Settings) -> KVCache:
-    """Make a cache of what it is made of."""
+def _made(contents: Contents) -> KVCache:
+    """Make a cache of what it holds."""
     cache = object.__new__(KVCache)
-    cache._state, cache._settings = state, settings
+    cache._contents = contents
     return cache
 
 
-def _take_apart(cache: KVCache) -> tuple[tuple[State], Settings]:
-    return (cache._state,), cache._settings
+def _register(backend: Backend) -> None:
+    """Let transformations see through caches."""
+    register(backend)
+    backend.make_pytree(KVCache, _take_apart, _put_together)
 
 
-def _put_together(settings: Settings, children: tuple[State]) -> KVCache:
-    return _made(children[0], settings)
+def _take_apart(cache: KVCache) -> tuple[tuple[Contents], None]:
+    return (cache._contents,), None
+
+
+def _put_together(_: None, children: tuple[Contents]) -> KVCache:
+    return _made(children[0])
