@@ -44,12 +44,13 @@ def dask_svd_compressed(
     coerce_signs: bool = True,
 ) -> tuple[Any, Any, Any]:
     """Take and give what ``dask.array.linalg.svd_compressed`` does."""
-    if compute:
-        a = a.persist()
+    import dask
+
     rank = min(k, *a.shape)
-    return tuple(
-        slra.randomized_svd(a, rank, n_oversamples=n_oversamples, n_iter=n_power_iter, rng=seed)
+    U, S, Vh = slra.randomized_svd(
+        a, rank, n_oversamples=n_oversamples, n_iter=n_power_iter, rng=seed
     )
+    return dask.persist(U, S, Vh) if compute else (U, S, Vh)
 
 
 def pytest_configure(config: pytest.Config) -> None:
