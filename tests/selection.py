@@ -11,6 +11,7 @@ import pytest
 
 # Files and tests that take long and say little about the machine they run on.
 THOROUGH = {
+    "test_peers.py": "other libraries' tests",
     "test_benchmarks.py": "the benchmarks' own pages",
     "test_cache.py::test_under_jit_sequences_differ_in_length_and_an_overflow_shows": "compiles for long",
     "test_cupy.py::test_a_mutant_has_wrong_values": "a compiler's run for each mutant of a kernel",

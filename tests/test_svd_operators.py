@@ -562,3 +562,55 @@ def test_linear_operators_of_any_library(xp, has_matrix):
     result = slra.randomized_svd(Operator(), 5, rng=0)
     assert compat.array_namespace(result.U) is compat.array_namespace(x)
     check(a, 5, result, 1.01, reference_error(a, 5, 3))
+
+
+REPEATED = {
+    "all the same": np.ones(400),
+    "one more than a block has columns": np.repeat(1 / np.arange(1.0, 26), 17)[:400],
+    "copies": np.repeat(1 / np.arange(1.0, 11), 40),
+    "copies that decay slowly": np.repeat(np.arange(1.0, 17) ** -0.3, 25),
+    "a few times the same, then nothing": np.repeat([1.0, 0.0], [20, 380]),
+    "near copies": np.repeat(1 / np.arange(1.0, 11), 40) * (1 + 1e-6 * np.arange(400)),
+    "spread by a tenth": np.repeat(1 / np.arange(1.0, 11), 40) * (1 + 2.5e-3 * np.arange(400)),
+    "two clusters and a tail": np.concatenate([np.repeat([1.0, 0.5], 40), 0.1 / np.arange(1, 321)]),
+}
+
+
+@pytest.mark.parametrize("shape", [(700, 400), (400, 700)])
+@pytest.mark.parametrize("name", REPEATED)
+def test_more_copies_of_a_singular_value_than_a_block_has_columns(name, shape):
+    """Of a value that is repeated a Krylov space holds as many copies as its blocks have columns."""
+    exact = np.sort(REPEATED[name])[::-1]
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((n, n)))[0][:, :400] for n in shape)
+    a = (left * exact) @ right.T
+    operator = slra.MatrixOperator(lambda v: a @ v, lambda u: a.T @ u, shape, like=a)
+    diagonal = sp.csr_array(np.diag(exact)[rng.permutation(400)])
+    for x, dense in ((operator, a), (diagonal, diagonal.toarray())):
+        for rank in (24, 60):
+            U, S, Vh = slra.randomized_svd(x, rank, rng=0)
+            best = np.linalg.norm(exact[rank:])
+            assert np.linalg.norm(dense - (U * S) @ Vh) <= 1.01 * best + 1e-13
+            np.testing.assert_allclose(S, exact[:rank], atol=0.01 * exact[0])
+            np.testing.assert_allclose(U.T @ U, np.eye(rank), atol=1e-13)
+            np.testing.assert_allclose(Vh @ Vh.T, np.eye(rank), atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("decay", [0.999, 0.9])
+def test_sparse_with_a_short_side(dtype, decay):
+    """Exact by a sparse Gram matrix, except where this loses the small ones."""
+    rng = np.random.default_rng(0)
+    a = sp.random(60, 4000, density=0.03, random_state=0, format="csr")
+    a = sp.diags_array(decay ** np.arange(60.0)) @ a
+    a = (a * (1 + 1j) if dtype == "complex128" else a).astype(dtype)
+    exact = np.linalg.svd(a.toarray().astype(np.result_type(dtype, "float64")), compute_uv=False)
+    for x in (a.tocsr(), a.T.tocsc()):
+        for rank in (2, 15, 55):
+            U, S, Vh = slra.randomized_svd(x, rank, rng=rng)
+            eps = np.finfo(dtype).eps
+            np.testing.assert_allclose(S, exact[:rank], rtol=1e-7, atol=20 * eps * exact[0])
+            for Q in (U, np.conj(Vh).T):
+                np.testing.assert_allclose(np.conj(Q).T @ Q, np.eye(rank), atol=100 * eps)
+            error = np.linalg.norm(x.toarray() - (U * S) @ Vh)
+            assert error <= 1.001 * np.linalg.norm(exact[rank:]) + 100 * eps * exact[0]

@@ -33,6 +33,18 @@ class SparseEntries(NamedTuple):
         parts = (wide, self.matrix.indices, self.matrix.indptr)
         return type(self.matrix)(parts, shape=self.matrix.shape)
 
+    def n_gram_products(self) -> int:
+        """Return how many products of two entries `gram_on_short_side` adds."""
+        xp, (m, n) = self.xp, self.matrix.shape
+        counts = xp.diff(self.matrix.indptr) if m >= n else xp.bincount(self.matrix.indices)
+        return int(xp.sum(xp.astype(counts, xp.float64) ** 2))
+
+    def gram_on_short_side(self) -> Array:
+        """``x^H x`` of a tall matrix, ``x x^H`` of a wide one, as an array in double precision."""
+        wide, (m, n) = self.widened(), self.matrix.shape
+        adjoint = wide.conj().T
+        return (adjoint @ wide if m >= n else wide @ adjoint).toarray()
+
     def moments(self, values: Array) -> tuple[Array, Array]:
         """Mean of each column, and the sum of squares about these, if these were the values; double precision.
 

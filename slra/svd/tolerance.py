@@ -3,22 +3,19 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
-from slra._backends.cholesky_qr import orthonormal
 from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra.svd._cut import cut_at_tolerance, cut_values, keep_leading, ranks_for
 from slra.svd._inputs import NORM_IS_WRONG
 from slra.svd._linear_map import LinearMap
 from slra.svd.gram import spectrum, tall_svd
-from slra.svd.krylov import KrylovSpace
+from slra.svd.krylov import BLOCK, KrylovSpace, started
 from slra.svd.truncated import thin_svd
 
 __all__ = ["tolerance_svd"]
 
 Found: TypeAlias = tuple[Array, Array, Array, Array]
 
-# Columns of a block: wide enough for fast products, narrow enough for a deep space.
-BLOCK = 16
 # A space that fills this part of a dense matrix costs more than decomposing the matrix.
 _EXACT_SHARE = 3
 # The rank has settled once a space larger by the first factor lowers it by less than the second.
@@ -101,7 +98,7 @@ def _grow(
     """Grow a space until the ranks it needs have settled; None where the exact way is cheaper."""
     backend, limit = A.backend, min(A.shape[-2:])
     xp = backend.xp
-    space = _started(A, sample(BLOCK))
+    space = started(A, sample(BLOCK))
     widest = limit // _EXACT_SHARE if A.dense is not None else limit
     enough = min(widest, _CAPPED_DEPTH * (cap + _CAPPED_OVERSAMPLES))
     total, allowed = norm**2, (rtol * norm) ** 2
@@ -134,16 +131,6 @@ def _check_norm(A: LinearMap, captured: Array, total: Array, *, is_all: bool = F
         wrong = wrong | (captured + slack < total)
     if A.dense is None and bool(xp.any(wrong)):
         raise ValueError(NORM_IS_WRONG)
-
-
-def _started(A: LinearMap, block: Array) -> KrylovSpace:
-    """Return the space of the tall one of ``A`` and ``A^H``, with its first block."""
-    if A.shape[-2] < A.shape[-1]:
-        A = A.H
-        block = A.matmat(orthonormal(block, A.backend))
-    space = KrylovSpace(A)
-    space.append(A.rmatmat(orthonormal(block, A.backend)))
-    return space
 
 
 def residual_norm(A: LinearMap, U: Array, S: Array, V: Array, norm: Array) -> Array:

@@ -18,6 +18,7 @@ from slra._validate import (
     promote,
     resolve,
 )
+from slra.svd._costs import direct_is_faster
 from slra.svd._cut import cut_values
 from slra.svd._linear_map import brought_in_range, scaled_back
 from slra.svd._result import CenteredSVDResult, SVDResult, fix_signs
@@ -135,9 +136,12 @@ def thin_svd(x: Array, backend: Backend, rank: int | None = None) -> tuple[Array
     if not backend.is_eager(x):
         U, S, V = by_triangle(x, lambda v: backend.product(x, v), rank or x.shape[-1], backend)
         return U, S, matrix_h(V, xp)
+    if direct_is_faster(x.shape, rank or x.shape[-1]):
+        # LAPACK's own reduction, without a detour through three products in the interpreter.
+        return backend.small_svd(x)
     Q, R = backend.qr(x)
     U, S, Vh = backend.small_svd(R)
-    return Q @ U, S, Vh
+    return Q @ U[..., :rank], S, Vh
 
 
 def by_triangle(
