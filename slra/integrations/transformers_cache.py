@@ -46,8 +46,9 @@ class LowRankCache(Cache):
     Pass it to ``model.generate`` as ``cache``, which was called ``past_key_values`` before, and to a model as
     ``past_key_values``.
 
-    The tokens of one call (a prompt, a chunk of it, a turn of a chat) attend to each other exactly; those of later calls
-    attend to what is left of them. Beam search works; cropping (assisted generation) does not, and layers with a sliding window are not known.
+    The tokens of one call (a prompt, a chunk of it, a turn of a chat) attend to each other exactly; those of later
+    calls attend to what is left of them. Beam search works; cropping (assisted generation) does not, and layers with a
+    sliding window are not known.
 
     Examples
     --------
