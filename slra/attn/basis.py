@@ -133,7 +133,8 @@ class AttentionBasis:
         )
         check_basis(self, inputs, enable_gqa=enable_gqa)
         check_flag(return_lse, "return_lse")
-        with inputs.backend.ignore_overflow():
+        same_bits = inputs.backend.same_bits()
+        with inputs.backend.ignore_overflow(), same_bits, same_bits:
             maps = Maps.of(self, inputs.q)
             out, lse = attend_maps(maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
             (out,) = inputs.promoted.cast_back(inputs.backend, out)

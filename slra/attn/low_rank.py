@@ -117,7 +117,8 @@ def low_rank_attention(
     check_flag(return_lse, "return_lse")
     methods = (*METHODS, *BASELINES)
     thresholds, n_exact = check_options(inputs, method, methods, rtol, l1, n_exact)
-    with inputs.backend.ignore_overflow():
+    same_bits = inputs.backend.same_bits()
+    with inputs.backend.ignore_overflow(), same_bits, same_bits:
         if method in BASELINES:
             others = {"rtol": rtol is not None, "l1": any(thresholds), "basis": basis is not None}
             _check_baseline(inputs, method, {**others, "return_lse": return_lse}, n_exact)

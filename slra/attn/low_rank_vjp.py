@@ -119,7 +119,8 @@ def low_rank_attention_vjp(
         softcap=softcap,
     )
     thresholds, n_exact = check_options(inputs, method, tuple(METHODS), rtol, l1, n_exact)
-    with inputs.backend.ignore_overflow():
+    same_bits = inputs.backend.same_bits()
+    with inputs.backend.ignore_overflow(), same_bits, same_bits:
         found = approximate(
             inputs,
             rank,
