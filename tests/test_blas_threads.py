@@ -100,6 +100,29 @@ def test_calls_from_eight_threads_at_once(limits, inside):
     assert now() == limits
 
 
+def low_rank(name):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 611, 67)).astype("float32")
+    with blas_threads.workers():
+        basis = slra.fit_attention(q, k, v, 16)
+    out, lse = slra.attention(q, k, v, return_lse=True)
+    calls = {
+        "low_rank_attention": lambda: slra.low_rank_attention(q, k, v, 16),
+        "n_exact": lambda: slra.low_rank_attention(q, k, v, 16, n_exact=8),
+        "attend": lambda: basis.attend(q, k, v),
+        "attention_vjp": lambda: np.stack(slra.attention_vjp(q, k, v, out, lse, out)),
+    }
+    return calls[name]
+
+
+@pytest.mark.parametrize("name", ["low_rank_attention", "n_exact", "attend", "attention_vjp"])
+def test_eight_threads_give_the_bits_of_one(limits, name):
+    """Products beside attention too, whose sums OpenBLAS orders by the number of its threads on many processors."""
+    call = low_rank(name)
+    expected = call()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(np.array_equal(got, expected) for got in pool.map(lambda _: call(), range(8)))
+
+
 @pytest.mark.parametrize("allowed", [1, 2])
 def test_no_more_threads_than_blas_was_allowed(limits, allowed, monkeypatch):
     started = []

@@ -3,9 +3,13 @@
 Needs: numpy, scipy. Reads its input only, which may be read-only.
 """
 
+import contextlib
+from typing import Any
+
 import numpy as np
 
 from slra._backends import numpy_attention
+from slra._backends.blas_threads import workers
 from slra._backends.numpy_decode import FEW_QUERIES, few_queries_attention
 from slra._backends.standard import Backend, ScoreOptions
 from slra._backends.standard.sparse import index_dtype
@@ -31,6 +35,10 @@ class NumpyBackend(Backend):
     def is_complex(self, x: Array) -> bool:
         """Look at the kind: a call of ``isdtype`` takes as long as a product of small matrices."""
         return bool(x.dtype.kind == "c")
+
+    def same_bits(self) -> contextlib.AbstractContextManager[Any]:
+        """Limit BLAS as attention does, all the time: elsewhere it would be limited only while others attend."""
+        return workers()
 
     def gram(self, x: Array, y: Array | None = None) -> Array:
         """Widen a slab at a time, which stays in the cache."""

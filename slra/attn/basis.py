@@ -199,7 +199,7 @@ class AttentionBasis:
         )
         problem = check_basis(self, problem)
         check_flag(return_lse, "return_lse")
-        with problem.backend.ignore_overflow():
+        with (same_bits := problem.backend.same_bits()), same_bits:
             small, lse = mapped_output(problem, Maps.of(self, problem), with_lse=return_lse)
             out: ArrayT = problem.answer(small)
         return (out, problem.answer_lse(lse)) if return_lse else out

@@ -171,7 +171,7 @@ def low_rank_attention(
     )
     check_flag(return_lse, "return_lse")
     thresholds, n_exact = _check_options(problem, method, rtol, l1, n_exact)
-    with problem.backend.ignore_overflow():
+    with (same_bits := problem.backend.same_bits()), same_bits:
         problem, chosen = _approximate(problem, rank, rtol, method, thresholds, n_exact, basis)
         small: Array
         lse: Array | None
@@ -290,7 +290,7 @@ def low_rank_attention_vjp(
     )
     thresholds, n_exact = _check_options(problem, method, rtol, l1, n_exact)
     given = (out, lse, grad_out, grad_lse)
-    with problem.backend.ignore_overflow():
+    with (same_bits := problem.backend.same_bits()), same_bits:
         answered, chosen = _approximate(problem, rank, rtol, method, thresholds, n_exact, basis)
         if isinstance(chosen, ThresholdedProjections):
             grads = _through_threshold(answered, chosen, given)

@@ -73,6 +73,13 @@ class Backend(Attention, LinearAlgebra, SparseRows, Rows):
         """Let numbers leave the range of their dtype without NumPy's warnings, which other libraries do not have."""
         return np.errstate(all="ignore")
 
+    def same_bits(self) -> contextlib.AbstractContextManager[Any]:
+        """Let calls in other threads not change the order of sums, around products that go with attention.
+
+        To be entered twice at once: Ctrl-C can then cut short only one of the exits.
+        """
+        return contextlib.nullcontext()
+
     def test_matrix(
         self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
     ) -> Array:
