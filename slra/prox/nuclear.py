@@ -19,7 +19,14 @@ from slra.svd import SVDResult
 from slra.svd._inputs import near_one
 from slra.svd._linear_map import brought_in_range, power_of_two, scaled_back, scaling_exponent
 
-__all__ = ["norm_nuclear", "prox_nuclear", "shrink_singular_values"]
+__all__ = [
+    "MIN_PARTIAL",
+    "is_harmless",
+    "norm_nuclear",
+    "partial_svd",
+    "prox_nuclear",
+    "shrink_singular_values",
+]
 
 # Below this length of the short side a full SVD is as fast as a partial one.
 MIN_PARTIAL = 100
@@ -164,17 +171,14 @@ def shrink_singular_values(
     basis: Array | None,
     rng: np.random.Generator | int | None,
     backend: Backend,
-    *,
-    tol: float | None = None,
 ) -> SVDResult:
-    """Singular triplets of ``x`` above ``tau``, less ``tau``; ``tol`` is the residual allowed over sigma_1."""
+    """Singular triplets of ``x`` above ``tau``, less ``tau``."""
     xp = backend.xp
     eager = backend.is_eager(x)
-    if eager and x.ndim == 2 and min(x.shape) >= MIN_PARTIAL and _is_harmless(x, backend):
-        if tol is None:
-            tol = 10 * float(xp.finfo(x.dtype).eps) * max(x.shape) ** 0.5
+    if eager and x.ndim == 2 and min(x.shape) >= MIN_PARTIAL and is_harmless(x, backend):
+        tol = 10 * float(xp.finfo(x.dtype).eps) * max(x.shape) ** 0.5
         assert isinstance(rng, np.random.Generator)
-        found = _partial_svd(x, _number(tau, backend), basis, rng, tol, backend)
+        found = partial_svd(x, _number(tau, backend), basis, rng, tol, backend)
     else:
         found = None
     U, S, Vh = masked_svd(x, backend) if found is None else found
@@ -201,21 +205,25 @@ def _shrinkage(S: Array, tau: float | Array, backend: Backend) -> Array:
     return backend.nonneg_threshold(S, _level(tau)) / positive
 
 
-def _is_harmless(x: Array, backend: Backend) -> bool:
+def is_harmless(x: Array, backend: Backend) -> bool:
     """Whether ``x`` is finite and squares of its entries stay in range."""
     largest = backend.max_abs(x)
     return bool(backend.xp.isfinite(largest)) and scaling_exponent(largest, backend) is None
 
 
-def _partial_svd(
+def partial_svd(
     x: Array,
     tau: float,
     basis: Array | None,
     rng: np.random.Generator,
     tol: float,
     backend: Backend,
+    budget: float = 1.0,
 ) -> SVDResult | None:
-    """Singular triplets down to below ``tau``, or None where finding them costs more than a full SVD."""
+    """Singular triplets down to below ``tau``, or None where finding them costs more than a full SVD.
+
+    ``tol`` is the residual allowed over sigma_1, ``budget`` what may be spent, where a full SVD costs 1.
+    """
     xp = backend.xp
     xh, shortest = matrix_h(x, xp), min(x.shape)
     known = 0 if basis is None else basis.shape[0]
@@ -224,7 +232,7 @@ def _partial_svd(
         V = xp.concat([matrix_h(basis, xp), V], axis=1)
     last: SVDResult | None = None
     spent = 0.0
-    while spent < 1:
+    while spent < budget:
         width = V.shape[1]
         if 4 * width > shortest:
             return None
