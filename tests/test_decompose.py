@@ -430,7 +430,7 @@ HOLES = np.ones((6, 5), dtype=bool)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: slra.robust_pca(X[None]), ValueError, "x must be one matrix"),
+        (lambda: slra.robust_pca(X[0]), ValueError, "x must have at least 2 dimensions"),
         (lambda: slra.robust_pca(np.full((6, 5), np.nan)), ValueError, "x must be finite"),
         (lambda: slra.robust_pca(X, 0.0), ValueError, "l1 must be finite and greater than 0"),
         (lambda: slra.robust_pca(X, tol=0.0), ValueError, "tol must be finite and greater than 0"),
@@ -466,11 +466,12 @@ def test_candidates_of_equal_bytes():
     from slra.decompose.compress import _equal_bytes
 
     for (m, n), rank in itertools.product([(512, 32), (32, 512), (7, 3)], [1, 3]):
-        splits = _equal_bytes(np.zeros((m, n), "float32"), rank, backend_of(xp))
-        assert splits[0] == (rank, 0)
-        width = 4 + (1 if n <= 128 else 2)
-        for r, k in splits:
-            assert (m + n) * r * 4 + m * k * width <= (m + n) * rank * 4
+        for per in ("row", "matrix"):
+            budgets = _equal_bytes(np.zeros((m, n), "float32"), rank, per, 4, backend_of(xp))
+            n_lines, length = (m, n) if per == "row" else (1, m * n)
+            width = 4 + (1 if length <= 128 else 2 if length <= 2**15 else 4)
+            for r, k, _ in budgets:
+                assert (m + n) * r * 4 + n_lines * k * width <= (m + n) * rank * 4
 
 
 def test_archive_with_damaged_compressed_data(tmp_path):

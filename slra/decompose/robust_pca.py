@@ -216,17 +216,17 @@ def robust_pca(
         if mask is not None:
             sparse = xp.where(mask, sparse, 0.0)
         parts = [scaled_back(part, exponent, backend) for part in (low_rank, sparse)]
-        parts = [layout.original(part, xp) for part in promoted.cast_back(backend, *parts)]
+        L, S = (layout.original(part, xp) for part in promoted.cast_back(backend, *parts))
         residuals = np.asarray(history).reshape(len(history), *layout.batch)
         last = residuals[-1] if history else np.zeros(layout.batch)
         counts, done = n_iter.reshape(layout.batch), last <= tol
         real = backend.real_dtype(work.dtype)
         told = backend.from_numpy(residuals, work, real)
         if not layout.batch:
-            return RobustPCAResult(*parts, int(counts), float(last), bool(done), told)
+            return RobustPCAResult(L, S, int(counts), float(last), bool(done), told)
         device = backend.creation_device(work)
         n_iter, is_done = (xp.asarray(a, device=device) for a in (counts, done))
-        return RobustPCAResult(*parts, n_iter, backend.from_numpy(last, work, real), is_done, told)
+        return RobustPCAResult(L, S, n_iter, backend.from_numpy(last, work, real), is_done, told)
 
     return _pursue(
         work,
@@ -343,7 +343,6 @@ def _pursue(
     return result()
 
 
-
 class _Pursuit:
     """A batch of problems, (B, m, n) with ``max|x| = 1``: what each has reached, its penalty and its memory.
 
@@ -382,6 +381,7 @@ class _Pursuit:
         self.since, self.n_changes = np.full(n, PERIOD), np.zeros(n, int)
         self.is_extrapolated, self.shortest = np.zeros(n, bool), np.full(n, np.inf)
         self.history: list[np.ndarray[Any, Any]] = []
+        self.plain = x
         self._forget_all()
 
     def step(self) -> tuple[Array, Array, np.ndarray[Any, Any]]:
@@ -393,9 +393,7 @@ class _Pursuit:
         sparse = self.P_next
         if np.any(self.noise > 0):
             # The rest of P is the part of the noise.
-            sparse = self.backend.soft_threshold(
-                self.F, self.weight * self._column(self.threshold)
-            )
+            sparse = self.backend.soft_threshold(self.F, self.weight * self._column(self.threshold))
         self.primal = self._norms(self.C_next - self.C) / self.norm
         size = self._norms(self.C_next)
         self.dual = self._norms(self.P_next - self.P) / np.where(size == 0, 1.0, size)
@@ -479,7 +477,7 @@ class _Pursuit:
         self.products = np.zeros((n, 0, 0))
         self.is_alive = np.zeros((n, 0), bool)
         self.has_last = np.zeros(n, bool)
-        self.last_F = self.last_move = self.plain = self.x
+        self.last_F, self.last_move = self.x, self.x
 
     def _forget(self, is_forgotten: np.ndarray[Any, Any]) -> None:
         self.is_alive[is_forgotten] = False
@@ -558,7 +556,10 @@ class _Pursuit:
         # Values near tau come with an error of eps sigma_1^2 / tau.
         if np.any(S[:, -1] * eps > 0.01 * self.tol * tau):
             _, values, Vh = thin_svd(x, backend)
-            S, V = backend.to_numpy(values)[:, ::-1].astype(float), xp.flip(matrix_h(Vh, xp), axis=-1)
+            S, V = (
+                backend.to_numpy(values)[:, ::-1].astype(float),
+                xp.flip(matrix_h(Vh, xp), axis=-1),
+            )
         gain = np.maximum(1 - tau[:, None] / np.maximum(S, tau[:, None]), 0.0)
         if self.rank is not None:
             gain[:, : -self.rank] = 0.0

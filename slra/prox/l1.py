@@ -271,7 +271,7 @@ def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:
     l2 = check_positive(l2, "l2", allow_zero=True, limits=backend.xp.finfo(x.dtype))
     axis = check_sum_axis(x, axis)
     with backend.ignore_overflow():
-        modulus = backend.xp.abs(x)
+        modulus = backend.modulus(x)
         # Without a weight the square is nothing, even where it is infinite.
         square = l2 / 2 * modulus * modulus if l2 else 0.0
         return backend.xp.sum(modulus + square, axis=axis)

@@ -95,7 +95,7 @@ def norm_linf(x: Array, *, axis: int = -1) -> Array:
     backend = resolve(x=x)
     (x,) = promote(backend, x=x).arrays
     (along,) = check_axis(x, (axis,))
-    return backend.xp.max(backend.xp.abs(x), axis=along)
+    return backend.xp.max(backend.modulus(x), axis=along)
 
 
 def project_l1_ball(x: Array, radius: float | Array, *, axis: int = -1) -> Array:
@@ -233,4 +233,6 @@ def _onto_l1_ball(x: Array, radius: float | Array, axis: int, backend: Backend) 
     # Sums of what lies below the largest modulus stay in range.
     peak = backend.xp.max(modulus, axis=axis, keepdims=True)
     level = peak + _simplex_level(modulus - peak, radius, axis, backend)
-    return backend.soft_threshold(x, backend.at_least(level, 0.0))
+    shrunk = backend.soft_threshold(x, backend.at_least(level, 0.0))
+    # The same inside the ball, but for the derivative at 0.
+    return backend.xp.where(level <= 0, x, shrunk)

@@ -1,5 +1,7 @@
 """The nuclear norm: soft thresholding of singular values, by as few of them as it takes."""
 
+import math
+
 import numpy as np
 
 from slra._backends import Backend
@@ -111,6 +113,8 @@ def prox_nuclear(
         )
     if basis is not None:
         basis = near_one(basis, "warm_start", backend)
+    if not return_factors and backend.is_differentiated(work):
+        return promoted.cast_back(backend, _with_derivative(work, tau, backend))[0]
     if not return_factors and not backend.is_eager(work):
         return promoted.cast_back(
             backend, filtered(work, lambda S: _shrinkage(S, tau, backend), backend)
@@ -161,8 +165,27 @@ def norm_nuclear(x: Array) -> Array:
     check_matrix(x, "x")
     (x,) = promote(backend, x=x).arrays
     x, exponent = brought_in_range(x, backend)
-    total = backend.xp.sum(masked_svd(x, backend).S, axis=-1)[..., None, None]
-    return scaled_back(total, exponent, backend)[..., 0, 0]
+    xp = backend.xp
+    is_finite = xp.isfinite(x)
+    S = backend.singular_values(xp.where(is_finite, x, 0.0))
+    # Values that are 0 up to rounding have any subgradient; theirs is 0.
+    cut = max(x.shape[-2:]) * xp.finfo(S.dtype).eps * S[..., :1]
+    total = xp.sum(xp.where(cut < S, S, backend.stop_gradient(S)), axis=-1)
+    total = xp.where(xp.any(~is_finite, axis=(-2, -1)), math.nan, total)
+    return scaled_back(total[..., None, None], exponent, backend)[..., 0, 0]
+
+
+def _with_derivative(x: Array, tau: float | Array, backend: Backend) -> Array:
+    """`prox_nuclear` for libraries that differentiate, with a derivative that is right at equal values too."""
+    xp = backend.xp
+    level = tau * xp.ones_like(xp.abs(x[..., :1, :1]))
+    is_finite = xp.isfinite(x)
+
+    def shrink(x: Array, level: Array) -> Array:
+        return filtered(x, lambda S: _shrinkage(S, level, backend), backend)
+
+    shrunk = backend.shrink_spectrum(xp.where(is_finite, x, 0.0), level, shrink)
+    return xp.where(xp.all(is_finite, axis=(-2, -1), keepdims=True), shrunk, math.nan)
 
 
 def shrink_singular_values(

@@ -146,10 +146,6 @@ class Backend(LinearAlgebra, SparseRows, Rows):
         """Softmax weights of one tile, and the gradient with respect to its products."""
         return weights_and_gradients(self, products, grad_weights, bounds, lse, delta)
 
-    def stop_gradient(self, x: Array) -> Array:
-        """Return ``x``, through which no gradient passes."""
-        return x
-
     def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function`` such that a gradient recomputes its insides instead of keeping them."""
         return function

@@ -40,6 +40,14 @@ class Elementwise:
         """Complex conjugate, of a real array too."""
         return self.xp.conj(x) if self.is_complex(x) else x
 
+    def modulus(self, x: Array) -> Array:
+        """Modulus of each entry, whose gradient at 0 is 0."""
+        return self.xp.abs(x)
+
+    def stop_gradient(self, x: Array) -> Array:
+        """``x`` as a constant, to libraries that differentiate."""
+        return x
+
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Shrink the modulus of each entry by ``tau``, to no less than zero."""
         xp = self.xp
@@ -88,15 +96,23 @@ class Elementwise:
         """Largest modulus along ``axes`` (1 for zero and infinity) and the norm over it; their product may overflow."""
         xp = self.xp
         modulus = xp.abs(x)
-        peak = xp.max(modulus, axis=axes, keepdims=True)
-        unit = xp.where((peak == 0) | (peak == math.inf), 1.0, peak)
+        peak = self.stop_gradient(xp.max(modulus, axis=axes, keepdims=True))
+        is_zero = peak == 0
+        unit = xp.where(is_zero | (peak == math.inf), 1.0, peak)
         scaled = modulus / unit
-        return unit, xp.sqrt(xp.sum(scaled * scaled, axis=axes, keepdims=True))
+        square = xp.sum(scaled * scaled, axis=axes, keepdims=True)
+        # The root has no derivative at 0, and what autodiff makes of it survives a choice of the result: choose before.
+        norm = xp.sqrt(xp.where(is_zero, xp.ones_like(square), square))
+        return unit, xp.where(is_zero, xp.zeros_like(norm), norm)
 
     def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
         """Shorten each vector along ``axes`` by ``tau``, to no less than zero."""
         unit, norm = self.scaled_group_norm(x, axes)
-        return x * (self.at_least(norm - tau / unit, 0.0) / self.xp.where(norm == 0, 1.0, norm))
+        # A vector of zeros stays as it is; by the gain that is the limit, for the derivative.
+        gain = self.at_least(norm - tau / unit, 0.0) / self.xp.where(norm == 0, 1.0, norm)
+        if isinstance(tau, float):
+            return x * (gain if tau else self.xp.where(norm == 0, 1.0, gain))
+        return x * self.xp.where((norm == 0) & (tau == 0), 1.0, gain)
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Sum of moduli along ``axis``."""
