@@ -1,6 +1,8 @@
 """The nuclear norm: soft thresholding of singular values, by as few of them as it takes."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +11,7 @@ from slra._backends.cholesky_qr import orthonormal, tall_qr
 from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
 from slra._validate import (
+    Promoted,
     check_draws,
     check_flag,
     check_matrix,
@@ -40,6 +43,7 @@ def prox_nuclear(
     x: Array,
     tau: float | Array,
     *,
+    weights: Sequence[float] | None = None,
     warm_start: Array | None = None,
     return_factors: bool = False,
     rng: RNG = None,
@@ -51,7 +55,11 @@ def prox_nuclear(
     x : array, shape (..., m, n)
         Real or complex floating.
     tau : float or array
-        Threshold, 0 or more; an array broadcasts to ``x`` and has length one along the last two axes.
+        Threshold, 0 or more, infinity to keep it at zero; an array broadcasts to ``x`` and has length one along the
+        last two axes.
+    weights : sequence of float, optional
+        One for each singular value, from the largest on, 0 or more and never falling (the small ones pay most, which
+        is what keeps the problem solvable); infinity keeps a value at zero. 1 by default. On the host.
     warm_start : array, shape (k, n), optional
         ``Vh`` of an earlier call on a similar matrix, to start from. Any ``k``, 0 too. Changes the time, not the
         result. Used where values can be looked at and ``x`` is one matrix.
@@ -73,12 +81,13 @@ def prox_nuclear(
         If ``x`` is not a floating array, ``tau`` neither a real number nor such an array, ``warm_start`` not an array
         of the same library, or ``rng`` of a wrong type.
     ValueError
-        If ``x`` has fewer than two axes or an empty one; if ``tau`` is negative or not finite, or does not fit ``x``;
-        if ``warm_start`` has another number of columns than ``x``, or NaN or infinity.
+        If ``x`` has fewer than two axes or an empty one; if ``tau`` is negative or NaN, or does not fit ``x``; if
+        ``weights`` are not as many as singular values, fall or are negative; if ``warm_start`` has another number of
+        columns than ``x``, or NaN or infinity.
 
     Notes
     -----
-    .. math:: \operatorname{prox}(x) = \sum_i \max(\sigma_i - \tau, 0)\, u_i v_i^H
+    .. math:: \operatorname{prox}(x) = \sum_i \max(\sigma_i - \tau w_i, 0)\, u_i v_i^H
 
     One large matrix whose values can be looked at is decomposed only as far as ``tau``: block subspace iteration with
     Rayleigh-Ritz, from ``warm_start`` and a few random vectors, more of them while the smallest Ritz value exceeds
@@ -90,7 +99,8 @@ def prox_nuclear(
     References
     ----------
     J.-F. Cai, E. J. Candes, Z. Shen, A singular value thresholding algorithm for matrix completion,
-    SIAM Journal on Optimization 20 (2010), 1956-1982, Theorem 2.1.
+    SIAM Journal on Optimization 20 (2010), 1956-1982, Theorem 2.1; with weights: K. Chen, H. Dong, K.-S. Chan, Reduced
+    rank regression via adaptive nuclear norm penalization, Biometrika 100 (2013), 901-920.
 
     Examples
     --------
@@ -103,7 +113,7 @@ def prox_nuclear(
     check_matrix(x, "x")
     promoted = promote(backend, x=x, warm_start=warm_start)
     work, basis = promoted.arrays
-    tau = check_tau(backend, work, tau, axes=(x.ndim - 2, x.ndim - 1))
+    tau = check_tau(backend, work, tau, axes=(x.ndim - 2, x.ndim - 1), allow_inf=True)
     source = check_draws(backend, work, rng)
     check_flag(return_factors, "return_factors")
     if basis is not None and (basis.ndim != 2 or basis.shape[1] != x.shape[-1]):
@@ -113,6 +123,9 @@ def prox_nuclear(
         )
     if basis is not None:
         basis = near_one(basis, "warm_start", backend)
+    if weights is not None:
+        level = _weighted_level(tau, check_spectral_weights(weights, work), work, backend)
+        return _shrink_by_level(promoted, level, return_factors, backend)
     if not return_factors and backend.is_differentiated(work):
         return promoted.cast_back(backend, _with_derivative(work, tau, backend))[0]
     if not return_factors and not backend.is_eager(work):
@@ -130,13 +143,15 @@ def prox_nuclear(
     return promoted.cast_back(backend, low_rank)[0]
 
 
-def norm_nuclear(x: Array) -> Array:
+def norm_nuclear(x: Array, *, weights: Sequence[float] | None = None) -> Array:
     r"""Sum of singular values, the function behind `prox_nuclear`.
 
     Parameters
     ----------
     x : array, shape (..., m, n)
         Real or complex floating.
+    weights : sequence of float, optional
+        As for `prox_nuclear`.
 
     Returns
     -------
@@ -148,11 +163,11 @@ def norm_nuclear(x: Array) -> Array:
     TypeError
         If ``x`` is not a floating array.
     ValueError
-        If ``x`` has fewer than two axes or an empty one.
+        If ``x`` has fewer than two axes or an empty one, or ``weights`` do not fit.
 
     Notes
     -----
-    .. math:: \|x\|_* = \sum_i \sigma_i
+    .. math:: \|x\|_* = \sum_i w_i \sigma_i
 
     Examples
     --------
@@ -170,9 +185,58 @@ def norm_nuclear(x: Array) -> Array:
     S = backend.singular_values(xp.where(is_finite, x, 0.0))
     # Values that are 0 up to rounding have any subgradient; theirs is 0.
     cut = max(x.shape[-2:]) * xp.finfo(S.dtype).eps * S[..., :1]
-    total = xp.sum(xp.where(cut < S, S, backend.stop_gradient(S)), axis=-1)
+    S = xp.where(cut < S, S, backend.stop_gradient(S))
+    if weights is not None:
+        lam = backend.from_numpy(check_spectral_weights(weights, x), x, S.dtype)
+        S = xp.where(S == 0, 0.0, S * lam)
+    total = xp.sum(S, axis=-1)
     total = xp.where(xp.any(~is_finite, axis=(-2, -1)), math.nan, total)
     return scaled_back(total[..., None, None], exponent, backend)[..., 0, 0]
+
+
+def check_spectral_weights(weights: Any, x: Array) -> np.ndarray[Any, Any]:
+    """Return weights of the singular values of ``x``, from the largest on."""
+    lam, n = np.asarray(weights, dtype=float), min(x.shape[-2:])
+    if lam.shape != (n,):
+        raise ValueError(
+            f"weights must be {n} numbers, one for each singular value, got shape {lam.shape}"
+        )
+    if not np.all(lam >= 0) or np.any(lam[1:] < lam[:-1]):
+        raise ValueError("weights must be 0 or more and never fall")
+    return lam
+
+
+def _weighted_level(
+    tau: float | Array, lam: np.ndarray[Any, Any], x: Array, backend: Backend
+) -> Array:
+    """Threshold of each singular value, (..., k); without a weight there is none, whatever ``tau``."""
+    xp = backend.xp
+    weights = backend.from_numpy(lam, x, backend.real_dtype(x.dtype))
+    return xp.where(weights > 0, _level(tau) * xp.where(weights > 0, weights, 1.0), 0.0)
+
+
+def _shrink_by_level(
+    promoted: Promoted, level: Array, return_factors: bool, backend: Backend
+) -> Array | SVDResult:
+    """Shrink each singular value by a threshold of its own, by a full SVD."""
+    work = promoted.arrays[0]
+    if not return_factors and not backend.is_eager(work):
+
+        def gain(S: Array) -> Array:
+            positive = backend.xp.where(S > 0, S, backend.xp.ones_like(S))
+            return backend.nonneg_threshold(S, level) / positive
+
+        return promoted.cast_back(backend, filtered(work, gain, backend))[0]
+    work, exponent = brought_in_range(work, backend)
+    if exponent is not None:
+        level = power_of_two(level[..., None, :], exponent, backend)[..., 0, :]
+    U, S, Vh = masked_svd(work, backend)
+    S = backend.nonneg_threshold(S, level)
+    low_rank = scaled_back((U * S[..., None, :]) @ Vh, exponent, backend)
+    if not return_factors:
+        return promoted.cast_back(backend, low_rank)[0]
+    S = scaled_back(S[..., None, :], exponent, backend)[..., 0, :]
+    return SVDResult(*promoted.cast_back(backend, U, S, Vh))
 
 
 def _with_derivative(x: Array, tau: float | Array, backend: Backend) -> Array:

@@ -1,6 +1,7 @@
 """Elementwise functions, thresholds, sums and order in the array API standard."""
 
 import math
+from collections.abc import Callable
 
 from slra._typing import Array, DType, Namespace
 
@@ -86,6 +87,16 @@ class Elementwise:
     def extrapolate(self, x: Array, move: Array, factor: Array | float) -> Array:
         """Go from ``x`` by ``factor`` times ``move``."""
         return x + factor * move
+
+    def as_vectors(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Callable[[Array], Array]]:
+        """``x`` with ``axes`` as one axis, the last, and what puts them back."""
+        xp = self.xp
+        order = tuple(a for a in range(x.ndim) if a not in axes) + axes
+        moved = xp.permute_dims(x, order)
+        back = tuple(sorted(range(x.ndim), key=order.__getitem__))
+        length = math.prod(x.shape[a] for a in axes)
+        flat = xp.reshape(moved, (*moved.shape[: x.ndim - len(axes)], length))
+        return flat, lambda y: xp.permute_dims(xp.reshape(y, moved.shape), back)
 
     def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
         """Euclidean norm along ``axes``, which are kept; scaled, because squares overflow."""
