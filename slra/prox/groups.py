@@ -324,19 +324,14 @@ def _norms(x: Array, layout: _Layout, backend: Backend) -> tuple[Array, Array]:
     padded = xp.concat([x, xp.zeros_like(x[..., :1])], axis=-1)
     parts = []
     for members in layout.members:
-        gathered = xp.take(padded, _index(members.ravel(), x, backend), axis=-1)
+        gathered = backend.take_places(padded, members.ravel())
         gathered = xp.reshape(gathered, (*x.shape[:-1], *members.shape))
         parts.append(backend.scaled_group_norm(gathered, (x.ndim,)))
-    place = _index(layout.place, x, backend)
     unit, norm = (
-        xp.take(xp.concat([part[i][..., 0] for part in parts], axis=-1), place, axis=-1)
+        backend.take_places(xp.concat([part[i][..., 0] for part in parts], axis=-1), layout.place)
         for i in (0, 1)
     )
     return unit, norm
-
-
-def _index(a: np.ndarray[Any, Any], like: Array, backend: Backend) -> Array:
-    return backend.xp.asarray(a, device=backend.creation_device(like))
 
 
 def _shorten(x: Array, tau: float | Array, layout: _Layout, axis: int, backend: Backend) -> Array:
@@ -353,7 +348,7 @@ def _shorten(x: Array, tau: float | Array, layout: _Layout, axis: int, backend: 
     gain = xp.where(is_zero & (level == 0), xp.ones_like(gain), gain)
     # Those that are in no group find a gain of 1 behind the others.
     gain = xp.concat([gain, xp.ones_like(gain[..., :1])], axis=-1)
-    gain = xp.take(gain, _index(layout.labels, x, backend), axis=-1)
+    gain = backend.take_places(gain, layout.labels)
     return xp.moveaxis(x * gain, -1, axis)
 
 

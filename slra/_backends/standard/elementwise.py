@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from slra._typing import Array, DType, Namespace
 
@@ -97,6 +100,14 @@ class Elementwise:
         length = math.prod(x.shape[a] for a in axes)
         flat = xp.reshape(moved, (*moved.shape[: x.ndim - len(axes)], length))
         return flat, lambda y: xp.permute_dims(xp.reshape(y, moved.shape), back)
+
+    def take_places(self, x: Array, places: np.ndarray[Any, Any]) -> Array:
+        """Entries along the last axis at places that are known on the host."""
+        return self.xp.take(x, self.xp.asarray(places, device=self.creation_device(x)), axis=-1)
+
+    def creation_device(self, like: Array) -> Any:
+        """Device to create an array on that is to meet ``like``."""
+        raise NotImplementedError
 
     def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
         """Euclidean norm along ``axes``, which are kept; scaled, because squares overflow."""
