@@ -405,3 +405,70 @@ def test_conjugates_are_those_that_are_known(xp):
         np.testing.assert_allclose(dual, prox.project_l2_ball(X), atol=8 * EPS)
         dual = to_numpy(prox.conjugate(prox.prox_squared_l2)(x, tau))
         np.testing.assert_allclose(dual, X / (1 + tau), atol=8 * EPS)
+
+
+# Derivatives where an autodiff of the formulas divides by zero.
+
+
+def at(kind):
+    """A matrix with a vector of zeros in it, of zeros only, with equal singular values, square and not."""
+    rng = np.random.default_rng(1)
+    Q, P = (np.linalg.qr(rng.standard_normal((n, n)))[0] for n in (4, 3))
+    some = rng.standard_normal((4, 3))
+    some[1] = 0
+    values = {"equal": [2.0, 2.0, 2.0], "two equal": [3.0, 2.0, 2.0], "rank one": [3.0, 0.0, 0.0]}
+    if kind in values:
+        return (Q[:, :3] * values[kind]) @ P
+    return {"zero": np.zeros((4, 3)), "a zero row": some}[kind]
+
+
+C = np.random.default_rng(2).standard_normal((4, 3))
+SMOOTHED = {
+    "norm_l2": lambda x, c: prox.norm_l2(x).sum(),
+    "norm_l21": lambda x, c: prox.norm_l21(x),
+    "norm_linf": lambda x, c: prox.norm_linf(x).sum(),
+    "norm_elastic_net": lambda x, c: prox.norm_elastic_net(x, l2=0.5),
+    "norm_nuclear": lambda x, c: prox.norm_nuclear(x),
+    "prox_l2": lambda x, c: (c * prox.prox_l2(x, 0.3)).sum(),
+    "prox_l2 by nothing": lambda x, c: (c * prox.prox_l2(x, 0.0)).sum(),
+    "prox_l21": lambda x, c: (c * prox.prox_l21(x, 0.3)).sum(),
+    "project_l2_ball": lambda x, c: (c * prox.project_l2_ball(x, 0.9)).sum(),
+    "prox_linf": lambda x, c: (c * prox.prox_linf(x, 0.3)).sum(),
+    "prox_groups": lambda x, c: (c * prox.prox_groups(x, 0.3, groups=[[0, 2], [1]])).sum(),
+    "prox_nuclear": lambda x, c: (c * prox.prox_nuclear(x, 0.7)).sum(),
+    "prox_nuclear, wide": lambda x, c: (c.T * prox.prox_nuclear(x.T, 0.7)).sum(),
+    "prox_nuclear by nothing": lambda x, c: (c * prox.prox_nuclear(x, 0.0)).sum(),
+}
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_gradients_are_those_of_differences_at_zero_and_at_equal_values(library, name):
+    module = pytest.importorskip(library)
+    function = SMOOTHED[name]
+    for kind in ("zero", "a zero row", "equal", "two equal", "rank one"):
+        x, h = at(kind), 1e-6
+        right = np.zeros_like(x)
+        for i in np.ndindex(x.shape):
+            step = np.zeros_like(x)
+            step[i] = h
+            right[i] = (function(x + step, C) - function(x - step, C)) / (2 * h)
+        if library == "torch":
+            leaf = module.tensor(x, requires_grad=True)
+            function(leaf, module.tensor(C)).backward()
+            gradient = leaf.grad.numpy()
+        else:
+            gradient = module.grad(function)(module.numpy.asarray(x), module.numpy.asarray(C))
+        np.testing.assert_allclose(gradient, right, atol=1e-6, err_msg=kind)
+
+
+def test_prox_nuclear_passes_gradcheck_of_torch():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x = torch.tensor(rng.standard_normal((2, 4, 3)), requires_grad=True)
+    z = torch.tensor(rng.standard_normal((4, 3)) + 1j * rng.standard_normal((4, 3)))
+    tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    check = torch.autograd.gradcheck
+    assert check(prox.prox_nuclear, (x, tau), check_forward_ad=True)
+    assert check(lambda z: prox.prox_nuclear(z, 0.5), (z.requires_grad_(),))
+    assert torch.autograd.gradgradcheck(lambda x: prox.prox_nuclear(x, 0.5), (x,))
