@@ -32,6 +32,14 @@ class NumpyBackend(Backend):
         """Widen a slab at a time, which stays in the cache."""
         return self.gram_by_slabs(x, y)
 
+    def centered(self, x: Array, mean: Array) -> Array:
+        """Subtract the rest of the mean in place."""
+        near = mean.astype(x.dtype)
+        out = x - near
+        if mean.dtype != x.dtype:
+            out -= (mean - near).astype(x.dtype)
+        return out
+
     def max_abs(self, x: Array) -> Array:
         """Take extremes, not moduli: nothing as large as ``x`` is allocated."""
         parts = [x.real, x.imag] if self.is_complex(x) else [x]
@@ -54,6 +62,12 @@ class NumpyBackend(Backend):
             np.clip(source, -tau, tau, out=target)
             np.subtract(source, target, out=target)
         return out
+
+    def inner(self, x: Array, y: Array, axes: tuple[int, ...] | None = None) -> Array:
+        """Leave the sum over all axes to BLAS, which makes no array of products."""
+        if axes is not None:
+            return super().inner(x, y, axes)
+        return np.vdot(x, y).real
 
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions

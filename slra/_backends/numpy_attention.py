@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slra._backends.blas_threads import workers
+from slra._backends.blas_threads import limit_this_thread, workers
 from slra._backends.standard.attention import ScoreOptions, Tile, scores_batch_shape
 from slra._typing import Array
 
@@ -130,20 +130,30 @@ def in_threads(
     if len(tasks) == 1 or n_products < WORTH_THREADS:
         _drain(waiting, run, dtype)
         return
-    with workers() as n_workers:
-        if n_workers == 1:
-            _drain(waiting, run, dtype)
-            return
-        with ThreadPoolExecutor(n_workers) as pool:
-            running = [pool.submit(_drain, waiting, run, dtype) for _ in range(n_workers)]
-            try:
-                for future in running:
-                    future.result()
-            finally:
-                # Left over only after an error or Ctrl-C, which then need not wait for the rest.
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        waiting.get_nowait()
+    limits = workers()
+    with limits as n_workers, limits:
+        if n_workers > 1:
+            with ThreadPoolExecutor(n_workers) as pool:
+                try:
+                    running = [
+                        pool.submit(_drain_alone, waiting, run, dtype) for _ in range(n_workers)
+                    ]
+                    for future in running:
+                        future.result()
+                except BaseException:
+                    # After an error or Ctrl-C nobody waits for what no thread has begun.
+                    with contextlib.suppress(queue.Empty):
+                        while True:
+                            waiting.get_nowait()
+                    raise
+        # With one worker all of it; else what is left where BLAS cannot be limited in our threads.
+        _drain(waiting, run, dtype)
+
+
+def _drain_alone(*args: Any) -> None:
+    """Run tasks in a thread of ours, unless BLAS would start more in it."""
+    if limit_this_thread():
+        _drain(*args)
 
 
 def _drain(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._backends.standard.sparse import index_dtype
 from slra._npz import read_npz
 from slra._typing import Array
@@ -98,6 +99,7 @@ class LowRankPlusSparse(_Parts):
         """What the sparse entries are counted by: "row" or "matrix"."""
         return "row" if self.values.ndim == self.left.ndim else "matrix"
 
+    @isolated
     def to_dense(self) -> Array:
         """Return the matrix as an array, shape (..., m, n)."""
         backend = resolve(left=self.left)
@@ -114,6 +116,7 @@ class LowRankPlusSparse(_Parts):
     def _sparse(self, backend: Backend) -> Array:
         return scattered(self.values, self.indices, self.shape, backend)
 
+    @isolated
     def __matmul__(self, other: Array) -> Array:
         """Multiply by a vector (n,) or matrices (..., n, p)."""
         backend = resolve(left=self.left, other=other)
@@ -132,6 +135,7 @@ class LowRankPlusSparse(_Parts):
                 sparse = self._sparse(backend) @ other
             return self.left @ (self.right @ other) + sparse
 
+    @isolated
     def __rmatmul__(self, other: Array) -> Array:
         """Multiply a vector (m,) or matrices (..., p, m) by this."""
         backend = resolve(left=self.left, other=other)

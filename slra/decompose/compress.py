@@ -6,6 +6,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._backends.standard import matrix_h
 from slra._backends.standard.sparse import index_dtype
 from slra._typing import Array
@@ -46,6 +47,7 @@ class _Budget(NamedTuple):
     per: str
 
 
+@isolated
 def compress(
     x: Array,
     rank: int,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
 from slra._validate import (
@@ -86,6 +87,7 @@ class RobustPCAResult(NamedTuple):
     history: Array
 
 
+@isolated
 def robust_pca(
     x: Array,
     l1: float | None = None,

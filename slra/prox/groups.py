@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_axis, check_positive, check_tau, promote, resolve
 
@@ -14,6 +15,7 @@ __all__ = ["norm_groups", "norm_sparse_group", "prox_groups", "prox_sparse_group
 Groups = Sequence[Any] | Any
 
 
+@isolated
 def prox_groups(
     x: Array,
     tau: float | Array,
@@ -80,6 +82,7 @@ def prox_groups(
         return promoted.cast_back(backend, _shorten(x, tau, layout, axes[0], backend))[0]
 
 
+@isolated
 def norm_groups(
     x: Array, *, groups: Groups, weights: Sequence[float] | None = None, axis: int = -1
 ) -> Array:
@@ -127,6 +130,7 @@ def norm_groups(
         return _total(x, layout, along, backend)
 
 
+@isolated
 def prox_sparse_group(
     x: Array,
     tau: float | Array,
@@ -194,6 +198,7 @@ def prox_sparse_group(
         return promoted.cast_back(backend, _shorten(shrunk, tau, layout, axes[0], backend))[0]
 
 
+@isolated
 def norm_sparse_group(
     x: Array,
     *,

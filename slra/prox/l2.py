@@ -1,12 +1,14 @@
 """The Euclidean norm of a vector, the sum of such norms over groups, and the Euclidean ball."""
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_axis, check_matrix, check_tau, promote, resolve
 
 __all__ = ["norm_l2", "norm_l21", "project_l2_ball", "prox_l2", "prox_l21"]
 
 
+@isolated
 def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...] = -1) -> Array:
     r"""Shorten vectors by ``tau``: the proximal operator of ``tau * ||x||_2``, the norm and not its square.
 
@@ -51,6 +53,7 @@ def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...] = -1) -
     return _shorten(x, tau, check_axis(x, axis), backend)
 
 
+@isolated
 def norm_l2(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
     r"""Euclidean norm of vectors, the function behind `prox_l2`.
 
@@ -91,6 +94,7 @@ def norm_l2(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
         return backend.xp.squeeze(backend.group_norm(x, axes), axis=axes)
 
 
+@isolated
 def prox_l21(x: Array, tau: float | Array, *, axis: int = -1) -> Array:
     r"""Shorten the rows or columns of matrices: the proximal operator of ``tau * ||x||_{2,1}`` (group lasso).
 
@@ -137,6 +141,7 @@ def prox_l21(x: Array, tau: float | Array, *, axis: int = -1) -> Array:
     return _shorten(x, tau, _check_group_axis(x, axis), backend)
 
 
+@isolated
 def norm_l21(x: Array, *, axis: int = -1) -> Array:
     r"""Sum of the Euclidean norms of the rows or columns of matrices, the function behind `prox_l21`.
 
@@ -177,6 +182,7 @@ def norm_l21(x: Array, *, axis: int = -1) -> Array:
         return backend.xp.sum(backend.group_norm(x, axes), axis=(-2, -1))
 
 
+@isolated
 def project_l2_ball(
     x: Array, radius: float | Array = 1.0, *, axis: int | tuple[int, ...] = -1
 ) -> Array:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_positive, check_sum_axis, check_tau, promote, resolve
 
@@ -11,6 +12,7 @@ __all__ = ["norm_mcp", "norm_scad", "prox_mcp", "prox_scad"]
 Axis = int | tuple[int, ...] | None
 
 
+@isolated
 def prox_mcp(x: Array, tau: float | Array, *, l1: float = 1.0, gamma: float = 3.0) -> Array:
     r"""Proximal operator of ``tau`` times the minimax concave penalty (MCP).
 
@@ -76,6 +78,7 @@ def prox_mcp(x: Array, tau: float | Array, *, l1: float = 1.0, gamma: float = 3.
         return promoted.cast_back(backend, _resized(x, modulus, best, backend))[0]
 
 
+@isolated
 def norm_mcp(x: Array, *, l1: float = 1.0, gamma: float = 3.0, axis: Axis = None) -> Array:
     r"""Sum of minimax concave penalties, the function behind `prox_mcp`; not a norm.
 
@@ -121,6 +124,7 @@ def norm_mcp(x: Array, *, l1: float = 1.0, gamma: float = 3.0, axis: Axis = None
         return backend.xp.sum(_mcp(backend.modulus(x), l1, gamma, backend), axis=axis)
 
 
+@isolated
 def prox_scad(x: Array, tau: float | Array, *, l1: float = 1.0, gamma: float = 3.7) -> Array:
     r"""Proximal operator of ``tau`` times the smoothly clipped absolute deviation (SCAD).
 
@@ -184,6 +188,7 @@ def prox_scad(x: Array, tau: float | Array, *, l1: float = 1.0, gamma: float = 3
         return promoted.cast_back(backend, _resized(x, modulus, best, backend))[0]
 
 
+@isolated
 def norm_scad(x: Array, *, l1: float = 1.0, gamma: float = 3.7, axis: Axis = None) -> Array:
     r"""Sum of smoothly clipped absolute deviations, the function behind `prox_scad`; not a norm.
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._backends.cholesky_qr import orthonormal, tall_qr
 from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
@@ -39,6 +40,7 @@ MIN_PARTIAL = 100
 N_FRESH = 8
 
 
+@isolated
 def prox_nuclear(
     x: Array,
     tau: float | Array,
@@ -143,6 +145,7 @@ def prox_nuclear(
     return promoted.cast_back(backend, low_rank)[0]
 
 
+@isolated
 def norm_nuclear(x: Array, *, weights: Sequence[float] | None = None) -> Array:
     r"""Sum of singular values, the function behind `prox_nuclear`.
 

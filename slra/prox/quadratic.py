@@ -1,5 +1,6 @@
 """Smooth losses: the square, a quadratic form, and the logistic loss."""
 
+from slra._backends.ambient import isolated
 from slra._typing import Array, Namespace
 from slra._validate import check_sum_axis, check_tau, promote, resolve
 
@@ -17,6 +18,7 @@ Axis = int | tuple[int, ...] | None
 NEWTON_STEPS = 9
 
 
+@isolated
 def prox_squared_l2(x: Array, tau: float | Array) -> Array:
     r"""Shrink by a factor: the proximal operator of ``tau/2 * ||x||_2^2``.
 
@@ -62,6 +64,7 @@ def prox_squared_l2(x: Array, tau: float | Array) -> Array:
         return promoted.cast_back(backend, x / (1 + tau))[0]
 
 
+@isolated
 def norm_squared_l2(x: Array, *, axis: Axis = None) -> Array:
     r"""Half the sum of squared moduli, the function behind `prox_squared_l2`; not a norm.
 
@@ -100,6 +103,7 @@ def norm_squared_l2(x: Array, *, axis: Axis = None) -> Array:
         return backend.xp.sum(backend.real_part(x * backend.conj(x)), axis=axis) / 2
 
 
+@isolated
 def prox_quadratic(x: Array, tau: float | Array, *, A: Array, b: Array | None = None) -> Array:
     r"""Solve a linear system: the proximal operator of ``tau * (1/2 <x, A x> - Re <b, x>)``.
 
@@ -157,6 +161,7 @@ def prox_quadratic(x: Array, tau: float | Array, *, A: Array, b: Array | None = 
         return promoted.cast_back(backend, solved)[0]
 
 
+@isolated
 def norm_quadratic(x: Array, *, A: Array, b: Array | None = None) -> Array:
     r"""Quadratic form, the function behind `prox_quadratic`; not a norm.
 
@@ -213,6 +218,7 @@ def _check_form(x: Array, A: Array, b: Array | None) -> None:
         raise ValueError(f"b must have shape ({n},) or that of x, got {tuple(b.shape)}")
 
 
+@isolated
 def prox_logistic(x: Array, tau: float | Array) -> Array:
     r"""Proximal operator of ``tau`` times the sum of ``log(1 + exp(-x))``.
 
@@ -284,6 +290,7 @@ def prox_logistic(x: Array, tau: float | Array) -> Array:
         return promoted.cast_back(backend, xp.where(xp.isfinite(x), y, x))[0]
 
 
+@isolated
 def norm_logistic(x: Array, *, axis: Axis = None) -> Array:
     r"""Sum of ``log(1 + exp(-x))``, the function behind `prox_logistic`; not a norm.
 

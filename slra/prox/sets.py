@@ -1,5 +1,6 @@
 """Projections on the l0 ball and on an affine set."""
 
+from slra._backends.ambient import isolated
 from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra._validate import check_axis, check_count, promote, resolve
@@ -7,6 +8,7 @@ from slra._validate import check_axis, check_count, promote, resolve
 __all__ = ["project_affine", "project_l0_ball"]
 
 
+@isolated
 def project_l0_ball(x: Array, n_nonzero: int = 1, *, axis: int | tuple[int, ...] = -1) -> Array:
     r"""Keep the largest entries of each vector: a nearest point with so many nonzero entries at most.
 
@@ -59,6 +61,7 @@ def project_l0_ball(x: Array, n_nonzero: int = 1, *, axis: int | tuple[int, ...]
     return promoted.cast_back(backend, restore(backend.xp.reshape(rows, flat.shape)))[0]
 
 
+@isolated
 def project_affine(x: Array, A: Array, b: Array) -> Array:
     r"""Nearest point that solves ``A y = b``.
 

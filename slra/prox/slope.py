@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_axis, check_tau, promote, resolve
 
 __all__ = ["norm_slope", "prox_slope"]
 
 
+@isolated
 def prox_slope(x: Array, tau: float | Array, *, weights: Sequence[float], axis: int = -1) -> Array:
     r"""Proximal operator of ``tau`` times the sorted l1 norm.
 
@@ -81,6 +83,7 @@ def prox_slope(x: Array, tau: float | Array, *, weights: Sequence[float], axis: 
         return promoted.cast_back(backend, xp.moveaxis(moved * gain, -1, along))[0]
 
 
+@isolated
 def norm_slope(x: Array, *, weights: Sequence[float], axis: int = -1) -> Array:
     r"""Sorted l1 norm, the function behind `prox_slope`.
 

@@ -2,6 +2,7 @@
 
 import math
 
+from slra._backends.ambient import isolated
 from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra._validate import check_matrix, check_tau, promote, resolve
@@ -12,6 +13,7 @@ from slra.svd._linear_map import brought_in_range, power_of_two, scaled_back
 __all__ = ["project_nuclear_ball", "project_psd"]
 
 
+@isolated
 def project_psd(x: Array) -> Array:
     r"""Nearest Hermitian positive semidefinite matrix.
 
@@ -64,6 +66,7 @@ def project_psd(x: Array) -> Array:
     return promoted.cast_back(backend, nearest)[0]
 
 
+@isolated
 def project_nuclear_ball(x: Array, radius: float | Array = 1.0) -> Array:
     r"""Nearest matrix whose singular values have a sum of ``radius`` or less.
 

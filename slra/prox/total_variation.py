@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_axis, check_count, check_tau, promote, resolve
 
@@ -14,6 +15,7 @@ __all__ = ["norm_tv", "prox_tv"]
 Axes = int | tuple[int, ...]
 
 
+@isolated
 def prox_tv(x: Array, tau: float | Array, *, axis: Axes = -1, n_iter: int = 200) -> Array:
     r"""Denoise by total variation: the proximal operator of ``tau`` times `norm_tv`.
 
@@ -76,6 +78,7 @@ def prox_tv(x: Array, tau: float | Array, *, axis: Axes = -1, n_iter: int = 200)
         return promoted.cast_back(backend, _iterated(x, tau, axes, n_iter, backend))[0]
 
 
+@isolated
 def norm_tv(x: Array, *, axis: Axes = -1) -> Array:
     r"""Total variation: the sum over places of the norm of the differences there; not a norm.
 

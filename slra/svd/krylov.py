@@ -51,10 +51,19 @@ class KrylovSpace:
             # The image once more, with the product that follows: what was there is then never computed.
             self.W[-1], block = self.A.normal(self.V[-1])
         else:
-            image = self.W[-1]
-            own = self.gram[..., -image.shape[-1] :, -image.shape[-1] :]
-            block = self.A.rmatmat(precondition(image, own, self.A.backend))
+            block = self.following()
         self.append(block)
+
+    def following(self) -> Array:
+        """Span of ``A^H A`` times the last block; eager only."""
+        assert self.gram is not None
+        image = self.W[-1]
+        own = self.gram[..., -image.shape[-1] :, -image.shape[-1] :]
+        return self.A.rmatmat(precondition(image, own, self.A.backend))
+
+    def residual_block(self) -> Array:
+        """Return the block to grow by, orthogonal to the space: what a restart has to keep."""
+        return self._orthogonal_part(self.following())
 
     def _orthogonal_part(self, block: Array) -> Array:
         """Orthonormal basis of ``block`` less its part in the space; as many columns even where nothing is left."""

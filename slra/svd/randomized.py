@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+from slra._backends.ambient import isolated
 from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
 from slra._validate import (
@@ -12,11 +13,13 @@ from slra._validate import (
     check_flag,
     check_rank,
     check_rtol,
+    check_tol,
 )
 from slra.svd import krylov, subspace
 from slra.svd._inputs import Problem, draw, read
 from slra.svd._linear_map import LinearMap
-from slra.svd._result import SVDResult, fix_signs
+from slra.svd._result import CenteredSVDResult, SVDResult, fix_signs
+from slra.svd.converged import converged_svd
 from slra.svd.gram import exact_svd
 from slra.svd.tolerance import tolerance_svd
 
@@ -26,11 +29,13 @@ __all__ = ["check_test_matrix", "randomized_svd"]
 _EIGH_COST = 40
 
 
+@isolated
 def randomized_svd(
     x: Any,
     rank: int | None = None,
     *,
     rtol: float | None = None,
+    tol: float | None = None,
     n_oversamples: int = 8,
     n_iter: int | Literal["auto"] = "auto",
     method: Literal["auto", "krylov", "subspace", "gram"] = "auto",
@@ -51,6 +56,9 @@ def randomized_svd(
         Take about the smallest rank with ``||x - U S Vh||_F <= rtol * ||x||_F`` for each matrix. The residual is
         verified before the result is returned. A batch gets the largest of the ranks, with exact zeros in ``S`` beyond
         the rank of each matrix. Not under jit or on Dask.
+    tol : float, optional
+        Iterate until each triplet has converged, ``||x v - s u||`` and ``||x^H u - s v||`` at most ``tol`` times the
+        largest singular value, as ``scipy.sparse.linalg.svds`` does; needs ``rank``. Not under jit or on Dask.
     n_oversamples : int
         Columns sampled beyond ``rank``; not used with ``rtol``.
     n_iter : int or "auto"
@@ -73,17 +81,19 @@ def randomized_svd(
     SVDResult
         ``U`` (..., m, k), ``S`` (..., k) and ``Vh`` (..., k, n), in the dtype of ``x`` (``S`` real), on its device.
         ``U`` and ``Vh`` are orthonormal to rounding, whatever ``x``. The entry of largest modulus in each column of
-        ``U`` is real and positive.
+        ``U`` is real and positive, the one of lowest index among those that tie within rounding. Of half precision
+        ``S`` is float32. With ``center`` the result has the means of the columns (..., n), too, as ``result.mean``.
 
     Raises
     ------
     TypeError
         If ``x`` is not a floating array; if an option is of a wrong type; if ``x`` and ``test_matrix`` come from
-        different libraries.
+        different libraries; if an operator has no adjoint, or returns another dtype than it says.
     ValueError
         If ``x`` has fewer than two axes, an empty axis, or NaN or infinity where values can be looked at; if a number
         is out of range; if neither ``rank`` nor ``rtol`` is given; if ``rtol`` comes with an option that it decides
-        itself, with values that cannot be looked at, or with an operator whose norm is not known; if ``test_matrix``
+        itself, with values that cannot be looked at, or with an operator whose norm is not known or is contradicted by
+        its products; if the adjoint of an operator is not one, as a random product tells; if ``test_matrix``
         has the wrong shape, or ``x`` is traced and the draw would not be repeatable.
 
     Notes
@@ -127,10 +137,14 @@ def randomized_svd(
         given = problem.test_matrix
         return draw(A, n_columns, source) if given is None else given
 
-    if rtol is None and rank is not None:
+    if tol is not None:
+        tol = _check_convergence(problem, tol, rank, rtol, method, depth, test_matrix)
+        assert rank is not None
+        U, S, V = converged_svd(A, omega, rank, min(width, limit), tol)
+    elif rtol is None and rank is not None:
         U, S, V = _fixed_rank(A, omega, rank, min(width, limit), depth, method)
     else:
-        rtol = _check_tolerance(A, rtol, method, depth, test_matrix)
+        rtol = _check_tolerance(problem, rtol, method, depth, test_matrix)
         U, S, V = tolerance_svd(A, lambda width: A.matmat(omega(width)), rtol, rank or limit)
     return _finished(problem, U, S, V)
 
@@ -177,14 +191,16 @@ def _cheapest(A: LinearMap, width: int, depth: int | None) -> str:
 def _finished(problem: Problem, U: Array, S: Array, V: Array) -> SVDResult:
     """Fix signs, undo the scaling, and answer in the caller's dtype."""
     backend = problem.A.backend
-    factors = fix_signs(U, problem.unscaled(S), matrix_h(V, backend.xp), backend)
-    return SVDResult(*problem.promoted.cast_back(backend, *factors))
+    U, S, Vh = fix_signs(U, problem.unscaled(S), matrix_h(V, backend.xp), backend)
+    U, Vh = problem.promoted.cast_back(backend, U, Vh)
+    return CenteredSVDResult.of(SVDResult(U, S, Vh), problem.mean, backend)
 
 
 def _check_tolerance(
-    A: LinearMap, rtol: Any, method: str, depth: int | None, test_matrix: Array | None
+    problem: Problem, rtol: Any, method: str, depth: int | None, test_matrix: Array | None
 ) -> float:
     """Check what goes together with ``rtol``."""
+    A = problem.A
     if depth is not None:
         raise ValueError(f"n_iter must be 'auto' where rtol is given, got {depth}")
     if method not in ("auto", "krylov"):
@@ -199,7 +215,36 @@ def _check_tolerance(
             "rtol needs the Frobenius norm of x, which products do not tell; "
             "pass a slra.MatrixOperator with frobenius_norm"
         )
-    return check_rtol(A.backend, A.like, rtol, by_products=A.dense is None)
+    return check_rtol(
+        A.backend,
+        A.like,
+        rtol,
+        narrow=problem.promoted.narrow,
+        by_products=A.dense is None,
+        lost=1.0 if A.lost is None else float(A.lost()),
+    )
+
+
+def _check_convergence(
+    problem: Problem,
+    tol: Any,
+    rank: int | None,
+    rtol: Any,
+    method: str,
+    depth: int | None,
+    test_matrix: Array | None,
+) -> float:
+    """Check what goes together with ``tol``."""
+    if rank is None or rtol is not None:
+        raise ValueError(
+            "tol needs rank, and rtol to be None: it is for singular triplets, rtol for their sum"
+        )
+    if depth is not None or test_matrix is not None or method not in ("auto", "krylov"):
+        raise ValueError(
+            "n_iter must be 'auto', method 'auto' or 'krylov' and test_matrix None where tol is given, "
+            f"got n_iter={'auto' if depth is None else depth!r}, method={method!r}"
+        )
+    return check_tol(problem.A.backend, problem.A.like, tol, problem.promoted.narrow)
 
 
 def check_depth(n_iter: Any) -> int | None:

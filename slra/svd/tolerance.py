@@ -7,6 +7,7 @@ from slra._backends.cholesky_qr import orthonormal
 from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra.svd._cut import cut_at_tolerance, cut_values, keep_leading, ranks_for
+from slra.svd._inputs import NORM_IS_WRONG
 from slra.svd._linear_map import LinearMap
 from slra.svd.gram import spectrum, tall_svd
 from slra.svd.krylov import KrylovSpace
@@ -78,6 +79,7 @@ def _by_gram(
         return found and (found[2], found[1], found[0], found[3])
     backend, x = A.backend, A.materialize()
     gram = backend.gram(x)
+    _check_norm(A, backend.real_part(backend.xp.linalg.trace(gram)), norm**2, is_all=True)
     if rtol**2 <= 16 * x.shape[-1] * backend.xp.finfo(gram.dtype).eps:
         return None
     known = spectrum(gram, backend)
@@ -107,6 +109,7 @@ def _grow(
     while space.dimension + BLOCK <= widest:
         space.grow()
         captured = backend.real_part(xp.linalg.trace(space.gram))
+        _check_norm(A, captured, total)
         if space.dimension < enough and not bool(xp.all(total - captured <= allowed)):
             continue
         if space.dimension < _GROWTH * looked_at:
@@ -119,6 +122,18 @@ def _grow(
             return space, ranks
         before, looked_at = ranks, space.dimension
     return None
+
+
+def _check_norm(A: LinearMap, captured: Array, total: Array, *, is_all: bool = False) -> None:
+    """See whether the norm that an operator came with is at least that of a part of it."""
+    xp = A.backend.xp
+    lost = 1.0 if A.lost is None else A.lost()
+    slack = _CANCELLATION * float(xp.finfo(A.like.dtype).eps) * lost * captured
+    wrong = captured - slack > total
+    if is_all:
+        wrong = wrong | (captured + slack < total)
+    if A.dense is None and bool(xp.any(wrong)):
+        raise ValueError(NORM_IS_WRONG)
 
 
 def _started(A: LinearMap, block: Array) -> KrylovSpace:

@@ -100,9 +100,26 @@ class LinearAlgebra(Elementwise):
         """``x^H y`` for a large ``x``, which is not copied to be conjugated."""
         return self.conj(self.xp.matrix_transpose(x) @ self.conj(y))
 
-    def centered(self, x: Array) -> Array:
-        """``x`` less the mean of each column."""
-        return x - self.xp.mean(x, axis=-2, keepdims=True)
+    def accumulated(self, x: Array) -> Array:
+        """``x`` in the `accumulation_dtype` dtype."""
+        return self.xp.astype(x, self.accumulation_dtype(x), copy=False)
+
+    def column_means(self, x: Array) -> Array:
+        """Mean of each column, (..., 1, n), in the `accumulation_dtype` dtype."""
+        wide, m = self.accumulation_dtype(x), x.shape[-2]
+        mean = self.xp.sum(x, axis=-2, keepdims=True, dtype=wide) / m
+        if self.xp.finfo(wide).bits == 64:
+            return mean
+        # Without double precision, once more about the mean that was found: what it misses is small.
+        return mean + self.xp.mean(x - mean, axis=-2, keepdims=True)
+
+    def centered(self, x: Array, mean: Array) -> Array:
+        """``x`` less the mean of each column, rounded once although the mean may be wider than ``x``."""
+        if mean.dtype == x.dtype:
+            return x - mean
+        near = self.xp.astype(mean, x.dtype)
+        rest = self.xp.astype(mean - self.xp.astype(near, mean.dtype), x.dtype)
+        return (x - near) - rest
 
     def product(self, x: Array, v: Array) -> Array:
         """``x v`` for a large ``x`` that the caller gave."""
