@@ -526,19 +526,31 @@ def _axes(x: Array, axis: Any, name: str) -> tuple[int, ...]:
 
 
 def check_tau(
-    backend: Backend, x: Array, tau: Any, name: str = "tau", *, axes: tuple[int, ...] = ()
+    backend: Backend,
+    x: Array,
+    tau: Any,
+    name: str = "tau",
+    *,
+    axes: tuple[int, ...] = (),
+    allow_inf: bool = False,
 ) -> Any:
     """Return a threshold as a float, or as an array of the real dtype of ``x`` that broadcasts to it.
 
-    An array has length one along ``axes``, those of the vectors or matrices that share one threshold.
+    An array has length one along ``axes``, those of the vectors or matrices that share one threshold. Where infinity
+    is allowed it keeps what it belongs to at zero.
     """
     if isinstance(tau, np.generic) or not compat.is_array_api_obj(tau):
+        if allow_inf and isinstance(tau, numbers.Real) and tau == math.inf:
+            return math.inf
         return check_positive(
             tau, name, allow_zero=True, limits=backend.xp.finfo(_computed_in(backend, x))
         )
     tau = check_bound(backend, x, tau, name, axes=axes)
-    if backend.is_eager(tau) and not bool(backend.xp.all((tau >= 0) & backend.xp.isfinite(tau))):
-        raise ValueError(f"{name} must be finite and 0 or more everywhere")
+    if backend.is_eager(tau):
+        is_right = tau >= 0 if allow_inf else (tau >= 0) & backend.xp.isfinite(tau)
+        if not bool(backend.xp.all(is_right)):
+            kind = "0 or more" if allow_inf else "finite and 0 or more"
+            raise ValueError(f"{name} must be {kind} everywhere")
     return tau
 
 

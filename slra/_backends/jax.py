@@ -12,6 +12,7 @@ import jax
 from slra._backends.jax_attention import scanned_attention
 from slra._backends.standard import Backend, ScoreOptions
 from slra._backends.standard.sparse import index_dtype
+from slra._backends.standard.spectral import ShrunkSpectrum
 from slra._typing import Array
 
 __all__ = ["JaxBackend"]
@@ -78,11 +79,37 @@ class JaxBackend(Backend):
         rows = jax.numpy.swapaxes(rows, 1, 2).astype(buffer.dtype)
         return buffer.at[element, :, places, :].set(rows, mode="drop")
 
-    def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
-        """Sum x * sign(x): its gradient at 0 is 0, where that of ``jax.numpy.abs`` is 1."""
+    def modulus(self, x: Array) -> Array:
+        """Multiply by the sign: its gradient at 0 is 0, where that of ``jax.numpy.abs`` is 1."""
         if self.is_complex(x):
-            return super().sum_abs(x, axis)
-        return jax.numpy.sum(x * jax.lax.stop_gradient(jax.numpy.sign(x)), axis=axis)
+            return super().modulus(x)
+        return x * jax.lax.stop_gradient(jax.numpy.sign(x))
+
+    def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
+        """Sum moduli with that gradient."""
+        return jax.numpy.sum(self.modulus(x), axis=axis)
+
+    def singular_values(self, x: Array) -> Array:
+        """Without a QR, whose derivative needs full rank; this one needs no vectors."""
+        return jax.numpy.linalg.svd(x, compute_uv=False)
+
+    def is_differentiated(self, x: Array) -> bool:
+        """Any tracer may be one of a derivative."""
+        return isinstance(x, jax.core.Tracer)
+
+    def shrink_spectrum(
+        self, x: Array, tau: Array, function: Callable[[Array, Array], Array]
+    ) -> Array:
+        """Give it a rule of its own for tangents, which JAX transposes."""
+        shrink = jax.custom_jvp(function)
+
+        def rule(primals: Any, tangents: Any) -> Any:
+            spectrum = ShrunkSpectrum.of(primals[0], primals[1], self)
+            move, step = tangents
+            return spectrum.value(), spectrum.along(move) + step * spectrum.along_tau()
+
+        shrink.defjvp(rule)
+        return shrink(x, tau)
 
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions

@@ -127,6 +127,16 @@ class NumpyBackend(Backend):
         indices = np.sort(indices, axis=-1)
         return np.take_along_axis(x, indices, axis=-1), indices.astype(index_dtype(np, n))
 
+    def keep_largest(self, x: Array, k: int) -> Array:
+        """Partition the moduli, not their indices, which takes a quarter of the time; not where several are equal."""
+        n = x.shape[-1]
+        if 0 < k < n:
+            modulus = np.abs(x)
+            is_kept = modulus >= np.partition(modulus, n - k, axis=-1)[..., n - k, None]
+            if np.count_nonzero(is_kept) * n == k * x.size:
+                return x * is_kept
+        return super().keep_largest(x, k)
+
     def scatter_rows(self, values: Array, indices: Array, n: int) -> Array:
         """Write the entries where they belong."""
         dense = np.zeros((*values.shape[:-1], n), dtype=values.dtype)

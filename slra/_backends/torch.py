@@ -15,6 +15,7 @@ import torch.utils.checkpoint
 from slra._backends.gaussian import gaussian
 from slra._backends.standard import Backend, ScoreOptions
 from slra._backends.standard.sparse import index_dtype
+from slra._backends.standard.spectral import ShrunkSpectrum
 from slra._backends.torch_attention import expressible, sdpa_attention
 from slra._typing import Array
 
@@ -44,6 +45,36 @@ def _is_mapped(x: Array) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _drawn(shape: tuple[int, ...], seed: int, is_complex: bool) -> Array:
     return torch.from_numpy(gaussian(tuple(shape), seed, is_complex=is_complex))
+
+
+class _ShrinkSpectrum(torch.autograd.Function):  # type: ignore[misc]
+    """A function of a matrix and ``tau`` with the derivative of `ShrunkSpectrum`, in both modes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Array, tau: Array, function: Any, backend: Backend) -> Array:
+        return function(x, tau)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, tau, _, ctx.backend = inputs
+        ctx.save_for_backward(x, tau)
+        ctx.save_for_forward(x, tau)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Array) -> Any:
+        x, tau = ctx.saved_tensors
+        spectrum = ShrunkSpectrum.of(x, tau, ctx.backend)
+        slope = torch.sum(torch.real(torch.conj(spectrum.along_tau()) * grad), (-2, -1))
+        return spectrum.along(grad), slope[..., None, None], None, None
+
+    @staticmethod
+    def jvp(ctx: Any, move: Array | None, step: Array | None, *rest: Any) -> Array:
+        x, tau = ctx.saved_tensors
+        spectrum = ShrunkSpectrum.of(x, tau, ctx.backend)
+        along = 0.0 if move is None else spectrum.along(move)
+        return along + (0.0 if step is None else step * spectrum.along_tau())
 
 
 class TorchBackend(Backend):
@@ -86,6 +117,22 @@ class TorchBackend(Backend):
         """Factor without raising, and mark what failed."""
         factor, info = torch.linalg.cholesky_ex(g)
         return torch.where((info == 0)[..., None, None], factor, torch.nan)
+
+    def singular_values(self, x: Array) -> Array:
+        """Without a QR, whose derivative needs full rank; this one needs no differences of values."""
+        return torch.linalg.svdvals(x)
+
+    def is_differentiated(self, x: Array) -> bool:
+        """Say whether a graph is recorded, or a transform may ask for a derivative."""
+        return (torch.is_grad_enabled() and x.requires_grad) or not self.is_eager(x)
+
+    def shrink_spectrum(
+        self, x: Array, tau: Array, function: Callable[[Array, Array], Array]
+    ) -> Array:
+        """Through autograd, where it is not compiled."""
+        if torch.compiler.is_compiling():
+            return function(x, tau)
+        return _ShrinkSpectrum.apply(x, tau, function, self)
 
     def gram(self, x: Array, y: Array | None = None) -> Array:
         """Widen a slab at a time, which stays in the cache of a CPU."""

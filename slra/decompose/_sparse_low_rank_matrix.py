@@ -1,4 +1,4 @@
-"""The compressed matrix: two factors and a few entries in every row."""
+"""The compressed matrix: two factors and a few entries, in every row or anywhere."""
 
 from os import PathLike
 from pathlib import Path
@@ -8,11 +8,12 @@ import numpy as np
 
 from slra._backends import Backend
 from slra._backends.ambient import isolated
+from slra._backends.standard.sparse import index_dtype
 from slra._npz import read_npz
 from slra._typing import Array
 from slra._validate import promote, resolve
 
-__all__ = ["LowRankPlusSparse"]
+__all__ = ["LowRankPlusSparse", "scattered", "size_in_bytes"]
 
 
 class _Parts(NamedTuple):
@@ -23,7 +24,7 @@ class _Parts(NamedTuple):
 
 
 class LowRankPlusSparse(_Parts):
-    """A matrix held as ``left @ right`` plus the same number of sparse entries in every row.
+    """A matrix held as ``left @ right`` plus a few sparse entries: as many in every row, or anywhere.
 
     A named tuple of four arrays, so that JAX and others can take it apart; what `compress` returns.
 
@@ -33,10 +34,11 @@ class LowRankPlusSparse(_Parts):
         Left factor; ``r`` may be 0.
     right : array, shape (..., r, n)
         Right factor.
-    values : array, shape (..., m, k)
-        Sparse entries; ``k`` may be 0.
-    indices : array of signed integers, shape (..., m, k)
-        Their columns, ascending in each row, in the narrowest dtype that holds ``n - 1``.
+    values : array, shape (..., m, k) or (..., k)
+        Sparse entries, k in each row, or k in the whole matrix; ``k`` may be 0.
+    indices : array of signed integers, shape of values
+        Their columns, ascending in each row, in the narrowest dtype that holds ``n - 1``. In the second form their
+        places ``row * n + column``, ascending, in the narrowest dtype that holds ``m n - 1``.
 
     Examples
     --------
@@ -69,13 +71,50 @@ class LowRankPlusSparse(_Parts):
         backend = resolve(left=self.left)
         return sum(size_in_bytes(backend, x) for x in self)
 
+    @property
+    def T(self) -> "LowRankPlusSparse":
+        """The transpose, whose sparse entries are counted over the whole matrix."""
+        backend = resolve(left=self.left)
+        xp, (*batch, m, n) = backend.xp, self.shape
+        if not hasattr(xp, "take_along_axis"):
+            raise TypeError(
+                "T must sort the sparse entries, which lazy arrays cannot do; take it before"
+            )
+        places = xp.astype(self.indices, xp.int64 if m * n > 2**31 else xp.int32)
+        if self.per == "row":
+            rows = xp.arange(m, dtype=places.dtype, device=backend.creation_device(places))
+            places = xp.reshape(places + n * rows[:, None], (*batch, -1))
+        places = places % n * m + places // n
+        order = xp.argsort(places, axis=-1)
+        values = xp.reshape(self.values, places.shape)
+        return LowRankPlusSparse(
+            xp.matrix_transpose(self.right),
+            xp.matrix_transpose(self.left),
+            xp.take_along_axis(values, order, axis=-1),
+            xp.astype(xp.take_along_axis(places, order, axis=-1), index_dtype(xp, m * n)),
+        )
+
+    @property
+    def per(self) -> str:
+        """What the sparse entries are counted by: "row" or "matrix"."""
+        return "row" if self.values.ndim == self.left.ndim else "matrix"
+
     @isolated
     def to_dense(self) -> Array:
         """Return the matrix as an array, shape (..., m, n)."""
         backend = resolve(left=self.left)
-        sparse = backend.scatter_rows(self.values, self.indices, self.shape[-1])
         with backend.ignore_overflow():
-            return self.left @ self.right + sparse
+            return self.left @ self.right + self._sparse(backend)
+
+    def __repr__(self) -> str:
+        n_entries, rank = self.values.shape[-1], self.left.shape[-1]
+        return (
+            f"LowRankPlusSparse(shape={self.shape}, rank={rank}, "
+            f"sparse={n_entries} a {self.per}, dtype={self.dtype}, nbytes={self.nbytes})"
+        )
+
+    def _sparse(self, backend: Backend) -> Array:
+        return scattered(self.values, self.indices, self.shape, backend)
 
     @isolated
     def __matmul__(self, other: Array) -> Array:
@@ -90,7 +129,10 @@ class LowRankPlusSparse(_Parts):
         if other.ndim == 1:
             return (self @ other[:, None])[..., 0]
         with backend.ignore_overflow():
-            sparse = backend.sparse_matmul(self.values, self.indices, other)
+            if self.per == "row":
+                sparse = backend.sparse_matmul(self.values, self.indices, other)
+            else:
+                sparse = self._sparse(backend) @ other
             return self.left @ (self.right @ other) + sparse
 
     @isolated
@@ -105,9 +147,8 @@ class LowRankPlusSparse(_Parts):
             )
         if other.ndim == 1:
             return self.__rmatmul__(other[None, :])[..., 0, :]
-        sparse = backend.scatter_rows(self.values, self.indices, self.shape[-1])
         with backend.ignore_overflow():
-            return (other @ self.left) @ self.right + other @ sparse
+            return (other @ self.left) @ self.right + other @ self._sparse(backend)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write to a ``.npz`` or ``.safetensors`` file (the latter needs the package safetensors).
@@ -115,7 +156,8 @@ class LowRankPlusSparse(_Parts):
         Parameters
         ----------
         path : str or path
-            Where to; its suffix says which format.
+            Where to; its suffix says which format. bfloat16, which NumPy does not have, is written as float32, which
+            holds all its values.
 
         Raises
         ------
@@ -123,7 +165,7 @@ class LowRankPlusSparse(_Parts):
             If the suffix is another.
         """
         backend = resolve(left=self.left)
-        arrays = {name: backend.to_numpy(x) for name, x in zip(self._fields, self, strict=True)}
+        arrays = {name: _stored(backend, x) for name, x in zip(self._fields, self, strict=True)}
         if _suffix(path) == ".npz":
             with Path(path).open("wb") as file:
                 np.savez(file, allow_pickle=False, **arrays)
@@ -157,6 +199,21 @@ class LowRankPlusSparse(_Parts):
             for name, a in arrays.items():
                 arrays[name] = backend.from_numpy(a, like, getattr(backend.xp, a.dtype.name))
         return cls(**arrays)
+
+
+def scattered(values: Array, indices: Array, shape: tuple[int, ...], backend: Backend) -> Array:
+    """Dense matrix (..., m, n) of sparse entries, in every row or anywhere."""
+    m, n = shape[-2:]
+    if values.ndim == len(shape):
+        return backend.scatter_rows(values, indices, n)
+    flat = backend.scatter_rows(values[..., None, :], indices[..., None, :], m * n)
+    return backend.xp.reshape(flat, shape)
+
+
+def _stored(backend: Backend, x: Array) -> np.ndarray[Any, Any]:
+    if hasattr(backend.xp, "bfloat16") and x.dtype == backend.xp.bfloat16:
+        x = backend.xp.astype(x, backend.xp.float32)
+    return backend.to_numpy(x)
 
 
 def _check_factor(backend: Backend, other: Array) -> None:
@@ -213,9 +270,11 @@ def _check_parts(arrays: dict[str, np.ndarray[Any, Any]], path: str | PathLike[s
         raise _not_one(path, "left, right and values must have one floating dtype")
     if indices.dtype.kind != "i":
         raise _not_one(path, f"indices must be signed integers, got {indices.dtype}")
+    per_row = values.ndim == left.ndim
     fits = (
-        min(left.ndim, right.ndim, values.ndim) >= 2
-        and left.shape[:-1] == values.shape[:-1]
+        min(left.ndim, right.ndim) >= 2
+        and values.ndim >= 1
+        and left.shape[: -1 if per_row else -2] == values.shape[:-1]
         and left.shape[:-2] == right.shape[:-2]
         and left.shape[-1] == right.shape[-2]
         and values.shape == indices.shape
@@ -223,7 +282,8 @@ def _check_parts(arrays: dict[str, np.ndarray[Any, Any]], path: str | PathLike[s
     if not fits:
         shapes = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
         raise _not_one(path, f"its shapes do not fit together: {shapes}")
-    if indices.size and (indices.min() < 0 or indices.max() >= right.shape[-1]):
-        raise _not_one(path, f"indices must be between 0 and {right.shape[-1] - 1}")
+    limit = right.shape[-1] if per_row else left.shape[-2] * right.shape[-1]
+    if indices.size and (indices.min() < 0 or indices.max() >= limit):
+        raise _not_one(path, f"indices must be between 0 and {limit - 1}")
     if np.any(indices[..., 1:] <= indices[..., :-1]):
-        raise _not_one(path, "indices must ascend in every row")
+        raise _not_one(path, "indices must ascend in every row, or in the matrix")

@@ -16,7 +16,7 @@ def prox_l0(x: Array, tau: float | Array) -> Array:
     x : array
         Real or complex floating, any shape.
     tau : float or array
-        Price of an entry, 0 or more; an array broadcasts to ``x``.
+        Price of an entry, 0 or more, infinity to keep it at zero; an array broadcasts to ``x``.
 
     Returns
     -------
@@ -28,7 +28,7 @@ def prox_l0(x: Array, tau: float | Array) -> Array:
     TypeError
         If ``x`` is not a floating array, or ``tau`` neither a real number nor such an array.
     ValueError
-        If ``tau`` is negative or not finite, or does not broadcast to ``x``.
+        If ``tau`` is negative or NaN, or does not broadcast to ``x``.
 
     Notes
     -----
@@ -51,7 +51,7 @@ def prox_l0(x: Array, tau: float | Array) -> Array:
     backend = resolve(x=x)
     promoted = promote(backend, x=x)
     (x,) = promoted.arrays
-    tau = check_tau(backend, x, tau)
+    tau = check_tau(backend, x, tau, allow_inf=True)
     # Not the root of 2 tau, which may be infinite.
     cut = 2 * (tau / 2) ** 0.5
     # Written with <= so that NaN is kept.

@@ -25,7 +25,7 @@ def prox_l1(x: Array, tau: float | Array) -> Array:
     x : array
         Real or complex floating, any shape.
     tau : float or array
-        Threshold, 0 or more; an array broadcasts to ``x``.
+        Threshold, 0 or more, infinity to keep an entry at zero; an array broadcasts to ``x``.
 
     Returns
     -------
@@ -37,7 +37,7 @@ def prox_l1(x: Array, tau: float | Array) -> Array:
     TypeError
         If ``x`` is not a floating array, or ``tau`` neither a real number nor such an array.
     ValueError
-        If ``tau`` is negative or not finite, or does not broadcast to ``x``.
+        If ``tau`` is negative or NaN, or does not broadcast to ``x``.
 
     Notes
     -----
@@ -59,7 +59,7 @@ def prox_l1(x: Array, tau: float | Array) -> Array:
     """
     backend = resolve(x=x)
     promoted = promote(backend, keep_half=backend.takes_half, x=x)
-    tau = check_tau(backend, promoted.arrays[0], tau)
+    tau = check_tau(backend, promoted.arrays[0], tau, allow_inf=True)
     return promoted.cast_back(backend, backend.soft_threshold(promoted.arrays[0], tau))[0]
 
 
@@ -111,7 +111,7 @@ def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
     x : array
         Real floating, any shape.
     tau : float or array
-        Threshold, 0 or more; an array broadcasts to ``x``.
+        Threshold, 0 or more, infinity to keep an entry at zero; an array broadcasts to ``x``.
 
     Returns
     -------
@@ -123,7 +123,7 @@ def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
     TypeError
         If ``x`` is not a real floating array, or ``tau`` neither a real number nor such an array.
     ValueError
-        If ``tau`` is negative or not finite, or does not broadcast to ``x``.
+        If ``tau`` is negative or NaN, or does not broadcast to ``x``.
 
     Notes
     -----
@@ -142,7 +142,7 @@ def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
     """
     backend = resolve(x=x)
     promoted = promote(backend, allow_complex=False, keep_half=backend.takes_half, x=x)
-    tau = check_tau(backend, promoted.arrays[0], tau)
+    tau = check_tau(backend, promoted.arrays[0], tau, allow_inf=True)
     with backend.ignore_overflow():
         return promoted.cast_back(backend, backend.nonneg_threshold(promoted.arrays[0], tau))[0]
 
@@ -195,7 +195,7 @@ def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
     x : array
         Real or complex floating, any shape.
     tau : float or array
-        Step, 0 or more; an array broadcasts to ``x``.
+        Step, 0 or more, infinity to keep an entry at zero; an array broadcasts to ``x``.
     l2 : float
         Weight of the square, 0 or more.
 
@@ -209,7 +209,7 @@ def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
     TypeError
         If ``x`` is not a floating array, ``tau`` neither a real number nor such an array, or ``l2`` not a real number.
     ValueError
-        If ``tau`` or ``l2`` is negative or not finite, or ``tau`` does not broadcast to ``x``.
+        If ``tau`` is negative or NaN or ``l2`` negative or not finite, or ``tau`` does not broadcast to ``x``.
 
     Notes
     -----
@@ -228,9 +228,15 @@ def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
     """
     backend = resolve(x=x)
     promoted = promote(backend, keep_half=backend.takes_half, x=x)
-    tau = check_tau(backend, promoted.arrays[0], tau)
+    tau = check_tau(backend, promoted.arrays[0], tau, allow_inf=True)
     limits = backend.xp.finfo(promote(backend, x=x).arrays[0].dtype)
     l2 = check_positive(l2, "l2", allow_zero=True, limits=limits)
+    # Infinity times an l2 of 0 would be NaN; this is as large as any modulus.
+    tau = (
+        backend.at_most(tau, float(limits.max))
+        if not isinstance(tau, float)
+        else min(tau, float(limits.max))
+    )
     with backend.ignore_overflow():
         return promoted.cast_back(backend, backend.elastic_threshold(promoted.arrays[0], tau, l2))[
             0
@@ -278,7 +284,7 @@ def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:
     l2 = check_positive(l2, "l2", allow_zero=True, limits=backend.xp.finfo(x.dtype))
     axis = check_sum_axis(x, axis)
     with backend.ignore_overflow():
-        modulus = backend.xp.abs(x)
+        modulus = backend.modulus(x)
         # Without a weight the square is nothing, even where it is infinite.
         square = l2 / 2 * modulus * modulus if l2 else 0.0
         return backend.xp.sum(modulus + square, axis=axis)

@@ -1,5 +1,6 @@
 """The Euclidean norm of a vector, the sum of such norms over groups, and the Euclidean ball."""
 
+from slra._backends import Backend
 from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_axis, check_matrix, check_tau, promote, resolve
@@ -8,7 +9,7 @@ __all__ = ["norm_l2", "norm_l21", "project_l2_ball", "prox_l2", "prox_l21"]
 
 
 @isolated
-def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...]) -> Array:
+def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...] = -1) -> Array:
     r"""Shorten vectors by ``tau``: the proximal operator of ``tau * ||x||_2``, the norm and not its square.
 
     Parameters
@@ -16,7 +17,8 @@ def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...]) -> Arr
     x : array
         Real or complex floating.
     tau : float or array
-        Threshold, 0 or more; an array broadcasts to ``x`` and has length one along ``axis``.
+        Threshold, 0 or more, infinity to keep it at zero; an array broadcasts to ``x`` and has length one along
+        ``axis``.
     axis : int or tuple of int
         The axes that make up one vector; the others are a batch.
 
@@ -30,7 +32,7 @@ def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...]) -> Arr
     TypeError
         If ``x`` is not a floating array, ``tau`` neither a real number nor such an array, or ``axis`` not an int.
     ValueError
-        If ``tau`` is negative or not finite, or does not fit ``x``; if ``axis`` is out of range or empty.
+        If ``tau`` is negative or NaN, or does not fit ``x``; if ``axis`` is out of range or empty.
 
     Notes
     -----
@@ -48,17 +50,11 @@ def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...]) -> Arr
     [[3.0, 4.0], [0.0, 0.0]]
     """
     backend = resolve(x=x)
-    promoted = promote(backend, keep_half=backend.takes_half, x=x)
-    axes = check_axis(x, axis)
-    tau = check_tau(backend, promoted.arrays[0], tau, axes=axes)
-    with backend.ignore_overflow():
-        return promoted.cast_back(backend, backend.group_threshold(promoted.arrays[0], tau, axes))[
-            0
-        ]
+    return _shorten(x, tau, check_axis(x, axis), backend)
 
 
 @isolated
-def norm_l2(x: Array, *, axis: int | tuple[int, ...]) -> Array:
+def norm_l2(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
     r"""Euclidean norm of vectors, the function behind `prox_l2`.
 
     Parameters
@@ -99,7 +95,7 @@ def norm_l2(x: Array, *, axis: int | tuple[int, ...]) -> Array:
 
 
 @isolated
-def prox_l21(x: Array, tau: float | Array, *, axis: int) -> Array:
+def prox_l21(x: Array, tau: float | Array, *, axis: int = -1) -> Array:
     r"""Shorten the rows or columns of matrices: the proximal operator of ``tau * ||x||_{2,1}`` (group lasso).
 
     Parameters
@@ -107,7 +103,8 @@ def prox_l21(x: Array, tau: float | Array, *, axis: int) -> Array:
     x : array, shape (..., m, n)
         Real or complex floating.
     tau : float or array
-        Threshold, 0 or more; an array broadcasts to ``x`` and has length one along ``axis``: one number a group.
+        Threshold, 0 or more, infinity to keep it at zero; an array broadcasts to ``x`` and has length one along
+        ``axis``: one number a group.
     axis : int
         The axis along which a group lies: -1 makes groups of rows, -2 of columns.
 
@@ -141,17 +138,11 @@ def prox_l21(x: Array, tau: float | Array, *, axis: int) -> Array:
     [[3.0, 0.0], [4.0, 0.0]]
     """
     backend = resolve(x=x)
-    promoted = promote(backend, keep_half=backend.takes_half, x=x)
-    axes = _check_group_axis(x, axis)
-    tau = check_tau(backend, promoted.arrays[0], tau, axes=axes)
-    with backend.ignore_overflow():
-        return promoted.cast_back(backend, backend.group_threshold(promoted.arrays[0], tau, axes))[
-            0
-        ]
+    return _shorten(x, tau, _check_group_axis(x, axis), backend)
 
 
 @isolated
-def norm_l21(x: Array, *, axis: int) -> Array:
+def norm_l21(x: Array, *, axis: int = -1) -> Array:
     r"""Sum of the Euclidean norms of the rows or columns of matrices, the function behind `prox_l21`.
 
     Parameters
@@ -192,7 +183,9 @@ def norm_l21(x: Array, *, axis: int) -> Array:
 
 
 @isolated
-def project_l2_ball(x: Array, radius: float | Array, *, axis: int | tuple[int, ...] = -1) -> Array:
+def project_l2_ball(
+    x: Array, radius: float | Array = 1.0, *, axis: int | tuple[int, ...] = -1
+) -> Array:
     r"""Nearest point of the Euclidean ball around zero.
 
     Parameters
@@ -242,6 +235,14 @@ def project_l2_ball(x: Array, radius: float | Array, *, axis: int | tuple[int, .
         inside = unit * norm <= radius
         scale = (radius / unit) / xp.where(inside, 1.0, norm)
         return promoted.cast_back(backend, xp.where(inside, x, x * scale))[0]
+
+
+def _shorten(x: Array, tau: float | Array, axes: tuple[int, ...], backend: Backend) -> Array:
+    promoted = promote(backend, keep_half=backend.takes_half, x=x)
+    (x,) = promoted.arrays
+    tau = check_tau(backend, x, tau, axes=axes, allow_inf=True)
+    with backend.ignore_overflow():
+        return promoted.cast_back(backend, backend.group_threshold(x, tau, axes))[0]
 
 
 def _check_group_axis(x: Array, axis: int) -> tuple[int, ...]:

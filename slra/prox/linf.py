@@ -5,11 +5,11 @@ from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_axis, check_tau, promote, resolve
 
-__all__ = ["norm_linf", "project_l1_ball", "project_simplex", "prox_linf"]
+__all__ = ["norm_linf", "project_l1_ball", "project_simplex", "prox_linf", "simplex_level"]
 
 
 @isolated
-def prox_linf(x: Array, tau: float | Array, *, axis: int = -1) -> Array:
+def prox_linf(x: Array, tau: float | Array, *, axis: int | tuple[int, ...] = -1) -> Array:
     r"""Cut the peaks of a vector: the proximal operator of ``tau * max|x|``.
 
     Parameters
@@ -18,8 +18,8 @@ def prox_linf(x: Array, tau: float | Array, *, axis: int = -1) -> Array:
         Real or complex floating.
     tau : float or array
         Threshold, 0 or more; an array broadcasts to ``x`` and has length one along ``axis``.
-    axis : int
-        The axis of the vectors; the others are a batch.
+    axis : int or tuple of int
+        The axes that make up one vector; the others are a batch.
 
     Returns
     -------
@@ -55,27 +55,27 @@ def prox_linf(x: Array, tau: float | Array, *, axis: int = -1) -> Array:
     backend = resolve(x=x)
     promoted = promote(backend, x=x)
     (x,) = promoted.arrays
-    (along,) = check_axis(x, (axis,))
-    tau = check_tau(backend, x, tau, axes=(along,))
+    axes = check_axis(x, axis)
+    tau = check_tau(backend, x, tau, axes=axes)
     with backend.ignore_overflow():
-        return promoted.cast_back(backend, x - _onto_l1_ball(x, tau, along, backend))[0]
+        return promoted.cast_back(backend, x - _onto_l1_ball(x, tau, axes, backend))[0]
 
 
 @isolated
-def norm_linf(x: Array, *, axis: int = -1) -> Array:
+def norm_linf(x: Array, *, axis: int | tuple[int, ...] = -1) -> Array:
     r"""Largest modulus of each vector, the function behind `prox_linf`.
 
     Parameters
     ----------
     x : array
         Real or complex floating.
-    axis : int
-        The axis of the vectors.
+    axis : int or tuple of int
+        The axes that make up one vector.
 
     Returns
     -------
     array
-        Real, without that axis; float32 for half precision.
+        Real, without those axes; float32 for half precision.
 
     Raises
     ------
@@ -97,12 +97,13 @@ def norm_linf(x: Array, *, axis: int = -1) -> Array:
     """
     backend = resolve(x=x)
     (x,) = promote(backend, x=x).arrays
-    (along,) = check_axis(x, (axis,))
-    return backend.xp.max(backend.xp.abs(x), axis=along)
+    return backend.xp.max(backend.modulus(x), axis=check_axis(x, axis))
 
 
 @isolated
-def project_l1_ball(x: Array, radius: float | Array, *, axis: int = -1) -> Array:
+def project_l1_ball(
+    x: Array, radius: float | Array = 1.0, *, axis: int | tuple[int, ...] = -1
+) -> Array:
     r"""Nearest point of the l1 ball around zero.
 
     Parameters
@@ -111,8 +112,8 @@ def project_l1_ball(x: Array, radius: float | Array, *, axis: int = -1) -> Array
         Real or complex floating.
     radius : float or array
         0 or more; an array broadcasts to ``x`` and has length one along ``axis``.
-    axis : int
-        The axis of the vectors; the others are a batch.
+    axis : int or tuple of int
+        The axes that make up one vector; the others are a batch.
 
     Returns
     -------
@@ -148,14 +149,16 @@ def project_l1_ball(x: Array, radius: float | Array, *, axis: int = -1) -> Array
     backend = resolve(x=x)
     promoted = promote(backend, x=x)
     (x,) = promoted.arrays
-    (along,) = check_axis(x, (axis,))
-    radius = check_tau(backend, x, radius, "radius", axes=(along,))
+    axes = check_axis(x, axis)
+    radius = check_tau(backend, x, radius, "radius", axes=axes)
     with backend.ignore_overflow():
-        return promoted.cast_back(backend, _onto_l1_ball(x, radius, along, backend))[0]
+        return promoted.cast_back(backend, _onto_l1_ball(x, radius, axes, backend))[0]
 
 
 @isolated
-def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array:
+def project_simplex(
+    x: Array, radius: float | Array = 1.0, *, axis: int | tuple[int, ...] = -1
+) -> Array:
     r"""Nearest point of the simplex: entries of 0 or more whose sum is ``radius``.
 
     Parameters
@@ -164,8 +167,8 @@ def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array
         Real floating.
     radius : float or array
         0 or more; an array broadcasts to ``x`` and has length one along ``axis``.
-    axis : int
-        The axis of the vectors; the others are a batch.
+    axis : int or tuple of int
+        The axes that make up one vector; the others are a batch.
 
     Returns
     -------
@@ -201,16 +204,16 @@ def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array
     backend = resolve(x=x)
     promoted = promote(backend, allow_complex=False, x=x)
     (x,) = promoted.arrays
-    (along,) = check_axis(x, (axis,))
-    radius = check_tau(backend, x, radius, "radius", axes=(along,))
+    axes = check_axis(x, axis)
+    radius = check_tau(backend, x, radius, "radius", axes=axes)
     with backend.ignore_overflow():
         # Sums of what lies below the largest entry stay in range, and so does the level.
-        x = x - backend.xp.max(x, axis=along, keepdims=True)
-        theta = _simplex_level(x, radius, along, backend)
+        x = x - backend.xp.max(x, axis=axes, keepdims=True)
+        theta = _level_over(x, radius, axes, backend)
         return promoted.cast_back(backend, backend.nonneg_threshold(x, theta))[0]
 
 
-def _simplex_level(x: Array, radius: float | Array, axis: int, backend: Backend) -> Array:
+def simplex_level(x: Array, radius: float | Array, axis: int, backend: Backend) -> Array:
     """Level theta for which ``sum(max(x - theta, 0)) == radius`` along ``axis``, which is kept.
 
     The largest entry of ``x`` is 0. The mean excess of the j largest entries grows with j as long as the entries stay
@@ -233,9 +236,25 @@ def _simplex_level(x: Array, radius: float | Array, axis: int, backend: Backend)
     return theta + (xp.sum(excess / n_above, axis=axis, keepdims=True) - radius / n_above)
 
 
-def _onto_l1_ball(x: Array, radius: float | Array, axis: int, backend: Backend) -> Array:
+def _level_over(x: Array, radius: float | Array, axes: tuple[int, ...], backend: Backend) -> Array:
+    """`simplex_level` of vectors that lie along several axes, which are kept."""
+    if len(axes) == 1:
+        return simplex_level(x, radius, axes[0], backend)
+    xp = backend.xp
+    flat, _ = backend.as_vectors(x, axes)
+    kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    if not isinstance(radius, float):
+        radius = xp.reshape(xp.broadcast_to(radius, kept), (*flat.shape[:-1], 1))
+    return xp.reshape(simplex_level(flat, radius, flat.ndim - 1, backend), kept)
+
+
+def _onto_l1_ball(
+    x: Array, radius: float | Array, axes: tuple[int, ...], backend: Backend
+) -> Array:
     modulus = backend.xp.abs(x)
     # Sums of what lies below the largest modulus stay in range.
-    peak = backend.xp.max(modulus, axis=axis, keepdims=True)
-    level = peak + _simplex_level(modulus - peak, radius, axis, backend)
-    return backend.soft_threshold(x, backend.at_least(level, 0.0))
+    peak = backend.xp.max(modulus, axis=axes, keepdims=True)
+    level = peak + _level_over(modulus - peak, radius, axes, backend)
+    shrunk = backend.soft_threshold(x, backend.at_least(level, 0.0))
+    # The same inside the ball, but for the derivative at 0.
+    return backend.xp.where(level <= 0, x, shrunk)

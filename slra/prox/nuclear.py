@@ -1,5 +1,9 @@
 """The nuclear norm: soft thresholding of singular values, by as few of them as it takes."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from slra._backends import Backend
@@ -8,6 +12,7 @@ from slra._backends.cholesky_qr import orthonormal, tall_qr
 from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
 from slra._validate import (
+    Promoted,
     check_draws,
     check_flag,
     check_matrix,
@@ -20,7 +25,14 @@ from slra.svd import SVDResult
 from slra.svd._inputs import near_one
 from slra.svd._linear_map import brought_in_range, power_of_two, scaled_back, scaling_exponent
 
-__all__ = ["norm_nuclear", "prox_nuclear", "shrink_singular_values"]
+__all__ = [
+    "MIN_PARTIAL",
+    "is_harmless",
+    "norm_nuclear",
+    "partial_svd",
+    "prox_nuclear",
+    "shrink_singular_values",
+]
 
 # Below this length of the short side a full SVD is as fast as a partial one.
 MIN_PARTIAL = 100
@@ -33,6 +45,7 @@ def prox_nuclear(
     x: Array,
     tau: float | Array,
     *,
+    weights: Sequence[float] | None = None,
     warm_start: Array | None = None,
     return_factors: bool = False,
     rng: RNG = None,
@@ -44,7 +57,11 @@ def prox_nuclear(
     x : array, shape (..., m, n)
         Real or complex floating.
     tau : float or array
-        Threshold, 0 or more; an array broadcasts to ``x`` and has length one along the last two axes.
+        Threshold, 0 or more, infinity to keep it at zero; an array broadcasts to ``x`` and has length one along the
+        last two axes.
+    weights : sequence of float, optional
+        One for each singular value, from the largest on, 0 or more and never falling (the small ones pay most, which
+        is what keeps the problem solvable); infinity keeps a value at zero. 1 by default. On the host.
     warm_start : array, shape (k, n), optional
         ``Vh`` of an earlier call on a similar matrix, to start from. Any ``k``, 0 too. Changes the time, not the
         result. Used where values can be looked at and ``x`` is one matrix.
@@ -66,12 +83,13 @@ def prox_nuclear(
         If ``x`` is not a floating array, ``tau`` neither a real number nor such an array, ``warm_start`` not an array
         of the same library, or ``rng`` of a wrong type.
     ValueError
-        If ``x`` has fewer than two axes or an empty one; if ``tau`` is negative or not finite, or does not fit ``x``;
-        if ``warm_start`` has another number of columns than ``x``, or NaN or infinity.
+        If ``x`` has fewer than two axes or an empty one; if ``tau`` is negative or NaN, or does not fit ``x``; if
+        ``weights`` are not as many as singular values, fall or are negative; if ``warm_start`` has another number of
+        columns than ``x``, or NaN or infinity.
 
     Notes
     -----
-    .. math:: \operatorname{prox}(x) = \sum_i \max(\sigma_i - \tau, 0)\, u_i v_i^H
+    .. math:: \operatorname{prox}(x) = \sum_i \max(\sigma_i - \tau w_i, 0)\, u_i v_i^H
 
     One large matrix whose values can be looked at is decomposed only as far as ``tau``: block subspace iteration with
     Rayleigh-Ritz, from ``warm_start`` and a few random vectors, more of them while the smallest Ritz value exceeds
@@ -83,7 +101,8 @@ def prox_nuclear(
     References
     ----------
     J.-F. Cai, E. J. Candes, Z. Shen, A singular value thresholding algorithm for matrix completion,
-    SIAM Journal on Optimization 20 (2010), 1956-1982, Theorem 2.1.
+    SIAM Journal on Optimization 20 (2010), 1956-1982, Theorem 2.1; with weights: K. Chen, H. Dong, K.-S. Chan, Reduced
+    rank regression via adaptive nuclear norm penalization, Biometrika 100 (2013), 901-920.
 
     Examples
     --------
@@ -96,7 +115,7 @@ def prox_nuclear(
     check_matrix(x, "x")
     promoted = promote(backend, x=x, warm_start=warm_start)
     work, basis = promoted.arrays
-    tau = check_tau(backend, work, tau, axes=(x.ndim - 2, x.ndim - 1))
+    tau = check_tau(backend, work, tau, axes=(x.ndim - 2, x.ndim - 1), allow_inf=True)
     source = check_draws(backend, work, rng)
     check_flag(return_factors, "return_factors")
     if basis is not None and (basis.ndim != 2 or basis.shape[1] != x.shape[-1]):
@@ -106,6 +125,11 @@ def prox_nuclear(
         )
     if basis is not None:
         basis = near_one(basis, "warm_start", backend)
+    if weights is not None:
+        level = _weighted_level(tau, check_spectral_weights(weights, work), work, backend)
+        return _shrink_by_level(promoted, level, return_factors, backend)
+    if not return_factors and backend.is_differentiated(work):
+        return promoted.cast_back(backend, _with_derivative(work, tau, backend))[0]
     if not return_factors and not backend.is_eager(work):
         return promoted.cast_back(
             backend, filtered(work, lambda S: _shrinkage(S, tau, backend), backend)
@@ -122,13 +146,15 @@ def prox_nuclear(
 
 
 @isolated
-def norm_nuclear(x: Array) -> Array:
+def norm_nuclear(x: Array, *, weights: Sequence[float] | None = None) -> Array:
     r"""Sum of singular values, the function behind `prox_nuclear`.
 
     Parameters
     ----------
     x : array, shape (..., m, n)
         Real or complex floating.
+    weights : sequence of float, optional
+        As for `prox_nuclear`.
 
     Returns
     -------
@@ -140,11 +166,11 @@ def norm_nuclear(x: Array) -> Array:
     TypeError
         If ``x`` is not a floating array.
     ValueError
-        If ``x`` has fewer than two axes or an empty one.
+        If ``x`` has fewer than two axes or an empty one, or ``weights`` do not fit.
 
     Notes
     -----
-    .. math:: \|x\|_* = \sum_i \sigma_i
+    .. math:: \|x\|_* = \sum_i w_i \sigma_i
 
     Examples
     --------
@@ -157,8 +183,76 @@ def norm_nuclear(x: Array) -> Array:
     check_matrix(x, "x")
     (x,) = promote(backend, x=x).arrays
     x, exponent = brought_in_range(x, backend)
-    total = backend.xp.sum(masked_svd(x, backend).S, axis=-1)[..., None, None]
-    return scaled_back(total, exponent, backend)[..., 0, 0]
+    xp = backend.xp
+    is_finite = xp.isfinite(x)
+    S = backend.singular_values(xp.where(is_finite, x, 0.0))
+    # Values that are 0 up to rounding have any subgradient; theirs is 0.
+    cut = max(x.shape[-2:]) * xp.finfo(S.dtype).eps * S[..., :1]
+    S = xp.where(cut < S, S, backend.stop_gradient(S))
+    if weights is not None:
+        lam = backend.from_numpy(check_spectral_weights(weights, x), x, S.dtype)
+        S = xp.where(S == 0, 0.0, S * lam)
+    total = xp.sum(S, axis=-1)
+    total = xp.where(xp.any(~is_finite, axis=(-2, -1)), math.nan, total)
+    return scaled_back(total[..., None, None], exponent, backend)[..., 0, 0]
+
+
+def check_spectral_weights(weights: Any, x: Array) -> np.ndarray[Any, Any]:
+    """Return weights of the singular values of ``x``, from the largest on."""
+    lam, n = np.asarray(weights, dtype=float), min(x.shape[-2:])
+    if lam.shape != (n,):
+        raise ValueError(
+            f"weights must be {n} numbers, one for each singular value, got shape {lam.shape}"
+        )
+    if not np.all(lam >= 0) or np.any(lam[1:] < lam[:-1]):
+        raise ValueError("weights must be 0 or more and never fall")
+    return lam
+
+
+def _weighted_level(
+    tau: float | Array, lam: np.ndarray[Any, Any], x: Array, backend: Backend
+) -> Array:
+    """Threshold of each singular value, (..., k); without a weight there is none, whatever ``tau``."""
+    xp = backend.xp
+    weights = backend.from_numpy(lam, x, backend.real_dtype(x.dtype))
+    return xp.where(weights > 0, _level(tau) * xp.where(weights > 0, weights, 1.0), 0.0)
+
+
+def _shrink_by_level(
+    promoted: Promoted, level: Array, return_factors: bool, backend: Backend
+) -> Array | SVDResult:
+    """Shrink each singular value by a threshold of its own, by a full SVD."""
+    work = promoted.arrays[0]
+    if not return_factors and not backend.is_eager(work):
+
+        def gain(S: Array) -> Array:
+            positive = backend.xp.where(S > 0, S, backend.xp.ones_like(S))
+            return backend.nonneg_threshold(S, level) / positive
+
+        return promoted.cast_back(backend, filtered(work, gain, backend))[0]
+    work, exponent = brought_in_range(work, backend)
+    if exponent is not None:
+        level = power_of_two(level[..., None, :], exponent, backend)[..., 0, :]
+    U, S, Vh = masked_svd(work, backend)
+    S = backend.nonneg_threshold(S, level)
+    low_rank = scaled_back((U * S[..., None, :]) @ Vh, exponent, backend)
+    if not return_factors:
+        return promoted.cast_back(backend, low_rank)[0]
+    S = scaled_back(S[..., None, :], exponent, backend)[..., 0, :]
+    return SVDResult(*promoted.cast_back(backend, U, S, Vh))
+
+
+def _with_derivative(x: Array, tau: float | Array, backend: Backend) -> Array:
+    """`prox_nuclear` for libraries that differentiate, with a derivative that is right at equal values too."""
+    xp = backend.xp
+    level = tau * xp.ones_like(xp.abs(x[..., :1, :1]))
+    is_finite = xp.isfinite(x)
+
+    def shrink(x: Array, level: Array) -> Array:
+        return filtered(x, lambda S: _shrinkage(S, level, backend), backend)
+
+    shrunk = backend.shrink_spectrum(xp.where(is_finite, x, 0.0), level, shrink)
+    return xp.where(xp.all(is_finite, axis=(-2, -1), keepdims=True), shrunk, math.nan)
 
 
 def shrink_singular_values(
@@ -167,17 +261,14 @@ def shrink_singular_values(
     basis: Array | None,
     rng: np.random.Generator | int | None,
     backend: Backend,
-    *,
-    tol: float | None = None,
 ) -> SVDResult:
-    """Singular triplets of ``x`` above ``tau``, less ``tau``; ``tol`` is the residual allowed over sigma_1."""
+    """Singular triplets of ``x`` above ``tau``, less ``tau``."""
     xp = backend.xp
     eager = backend.is_eager(x)
-    if eager and x.ndim == 2 and min(x.shape) >= MIN_PARTIAL and _is_harmless(x, backend):
-        if tol is None:
-            tol = 10 * float(xp.finfo(x.dtype).eps) * max(x.shape) ** 0.5
+    if eager and x.ndim == 2 and min(x.shape) >= MIN_PARTIAL and is_harmless(x, backend):
+        tol = 10 * float(xp.finfo(x.dtype).eps) * max(x.shape) ** 0.5
         assert isinstance(rng, np.random.Generator)
-        found = _partial_svd(x, _number(tau, backend), basis, rng, tol, backend)
+        found = partial_svd(x, _number(tau, backend), basis, rng, tol, backend)
     else:
         found = None
     U, S, Vh = masked_svd(x, backend) if found is None else found
@@ -204,21 +295,25 @@ def _shrinkage(S: Array, tau: float | Array, backend: Backend) -> Array:
     return backend.nonneg_threshold(S, _level(tau)) / positive
 
 
-def _is_harmless(x: Array, backend: Backend) -> bool:
+def is_harmless(x: Array, backend: Backend) -> bool:
     """Whether ``x`` is finite and squares of its entries stay in range."""
     largest = backend.max_abs(x)
     return bool(backend.xp.isfinite(largest)) and scaling_exponent(largest, backend) is None
 
 
-def _partial_svd(
+def partial_svd(
     x: Array,
     tau: float,
     basis: Array | None,
     rng: np.random.Generator,
     tol: float,
     backend: Backend,
+    budget: float = 1.0,
 ) -> SVDResult | None:
-    """Singular triplets down to below ``tau``, or None where finding them costs more than a full SVD."""
+    """Singular triplets down to below ``tau``, or None where finding them costs more than a full SVD.
+
+    ``tol`` is the residual allowed over sigma_1, ``budget`` what may be spent, where a full SVD costs 1.
+    """
     xp = backend.xp
     xh, shortest = matrix_h(x, xp), min(x.shape)
     known = 0 if basis is None else basis.shape[0]
@@ -227,7 +322,7 @@ def _partial_svd(
         V = xp.concat([matrix_h(basis, xp), V], axis=1)
     last: SVDResult | None = None
     spent = 0.0
-    while spent < 1:
+    while spent < budget:
         width = V.shape[1]
         if 4 * width > shortest:
             return None

@@ -192,8 +192,57 @@ def _hashable(axis: Any) -> Any:
     return None if axis is None else tuple(map(int, axis)) if isinstance(axis, tuple) else int(axis)
 
 
+# They take operators, and give one.
+MADE_OF_OTHERS = {"conjugate", "envelope", "scale", "separable", "translate"}
+# What those of the other files take beside x and tau; test_prox_more.py has references for their values.
+_GROUPS: dict[str, Any] = {"groups": [[0, 2], [1, 3]], "weights": [1.0, 0.5]}
+TAKES_MORE: dict[str, dict[str, Any]] = {
+    "squared_l2": {},
+    "quadratic": {"A": np.eye(4), "b": np.ones(4)},
+    "logistic": {},
+    "mcp": {"l1": 0.5, "gamma": 3.0},
+    "scad": {"l1": 0.5, "gamma": 3.7},
+    "groups": _GROUPS,
+    "sparse_group": {**_GROUPS, "l1": 0.3},
+    "slope": {"weights": [2.0, 1.0, 0.5, 0.0]},
+    "tv": {},
+}
+TAKES_MORE = {f"{kind}_{name}": o for name, o in TAKES_MORE.items() for kind in ("prox", "norm")}
+TAKES_MORE |= {
+    "project_l0_ball": {"n_nonzero": 2},
+    "project_affine": {"A": np.eye(4)[:2], "b": np.ones(2)},
+    "project_psd": {},
+    "project_nuclear_ball": {"radius": 1.0},
+}
+
+
+def _add_with_options(name: str) -> None:
+    options = dict(TAKES_MORE[name])
+    if name.startswith("prox"):
+        options["tau"] = 0.5
+    square = (4, 4) if name == "project_psd" else (3, 4)
+    fixed = {option: st.just(value) for option, value in options.items()}
+    add(
+        name,
+        public(name, slra.prox),
+        {"x": normal(*square), **options},
+        st.fixed_dictionaries({"x": arrays(square, dtypes=FLOATS), **fixed}),
+        _check_dtype,
+        works_on_dask="slope" not in name,
+    )
+
+
+def _check_dtype(args: dict[str, Any], out: Any) -> None:
+    assert dense(out).dtype.kind == "f"
+
+
 def _add_prox() -> None:
     for name in slra.prox.__all__:
+        if name in MADE_OF_OTHERS or name == "soft_threshold":
+            continue
+        if name in TAKES_MORE:
+            _add_with_options(name)
+            continue
         base: dict[str, Any] = {"x": normal(3, 4)}
         if name in ALONG:
             base["axis"] = -1

@@ -1,6 +1,10 @@
 """Elementwise functions, thresholds, sums and order in the array API standard."""
 
 import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from slra._typing import Array, DType, Namespace
 
@@ -39,6 +43,14 @@ class Elementwise:
     def conj(self, x: Array) -> Array:
         """Complex conjugate, of a real array too."""
         return self.xp.conj(x) if self.is_complex(x) else x
+
+    def modulus(self, x: Array) -> Array:
+        """Modulus of each entry, whose gradient at 0 is 0."""
+        return self.xp.abs(x)
+
+    def stop_gradient(self, x: Array) -> Array:
+        """``x`` as a constant, to libraries that differentiate."""
+        return x
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Shrink the modulus of each entry by ``tau``, to no less than zero."""
@@ -79,6 +91,24 @@ class Elementwise:
         """Go from ``x`` by ``factor`` times ``move``."""
         return x + factor * move
 
+    def as_vectors(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Callable[[Array], Array]]:
+        """``x`` with ``axes`` as one axis, the last, and what puts them back."""
+        xp = self.xp
+        order = tuple(a for a in range(x.ndim) if a not in axes) + axes
+        moved = xp.permute_dims(x, order)
+        back = tuple(sorted(range(x.ndim), key=order.__getitem__))
+        length = math.prod(x.shape[a] for a in axes)
+        flat = xp.reshape(moved, (*moved.shape[: x.ndim - len(axes)], length))
+        return flat, lambda y: xp.permute_dims(xp.reshape(y, moved.shape), back)
+
+    def take_places(self, x: Array, places: np.ndarray[Any, Any]) -> Array:
+        """Entries along the last axis at places that are known on the host."""
+        return self.xp.take(x, self.xp.asarray(places, device=self.creation_device(x)), axis=-1)
+
+    def creation_device(self, like: Array) -> Any:
+        """Device to create an array on that is to meet ``like``."""
+        raise NotImplementedError
+
     def inner(self, x: Array, y: Array, axes: tuple[int, ...] | None = None) -> Array:
         """Real inner product of two arrays of one shape, over all axes or these."""
         xp = self.xp
@@ -99,15 +129,23 @@ class Elementwise:
         """Largest modulus along ``axes`` (1 for zero and infinity) and the norm over it; their product may overflow."""
         xp = self.xp
         modulus = xp.abs(x)
-        peak = xp.max(modulus, axis=axes, keepdims=True)
-        unit = xp.where((peak == 0) | (peak == math.inf), 1.0, peak)
+        peak = self.stop_gradient(xp.max(modulus, axis=axes, keepdims=True))
+        is_zero = peak == 0
+        unit = xp.where(is_zero | (peak == math.inf), 1.0, peak)
         scaled = modulus / unit
-        return unit, xp.sqrt(xp.sum(scaled * scaled, axis=axes, keepdims=True))
+        square = xp.sum(scaled * scaled, axis=axes, keepdims=True)
+        # The root has no derivative at 0, and what autodiff makes of it survives a choice of the result: choose before.
+        norm = xp.sqrt(xp.where(is_zero, xp.ones_like(square), square))
+        return unit, xp.where(is_zero, xp.zeros_like(norm), norm)
 
     def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
         """Shorten each vector along ``axes`` by ``tau``, to no less than zero."""
         unit, norm = self.scaled_group_norm(x, axes)
-        return x * (self.at_least(norm - tau / unit, 0.0) / self.xp.where(norm == 0, 1.0, norm))
+        # A vector of zeros stays as it is; by the gain that is the limit, for the derivative.
+        gain = self.at_least(norm - tau / unit, 0.0) / self.xp.where(norm == 0, 1.0, norm)
+        if isinstance(tau, float):
+            return x * (gain if tau else self.xp.where(norm == 0, 1.0, gain))
+        return x * self.xp.where((norm == 0) & (tau == 0), 1.0, gain)
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Sum of moduli along ``axis``."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from operator import add
 
 from slra._backends.standard.elementwise import Elementwise
@@ -31,6 +32,21 @@ class LinearAlgebra(Elementwise):
         """Thin SVD of a matrix small enough for one core."""
         u, s, vh = self.xp.linalg.svd(b, full_matrices=False)
         return u, s, vh
+
+    def singular_values(self, x: Array) -> Array:
+        """Singular values of a matrix of any size."""
+        tall = self.xp.matrix_transpose(x) if x.shape[-2] < x.shape[-1] else x
+        return self.small_svd(self.triangular_factor(tall))[1]
+
+    def is_differentiated(self, x: Array) -> bool:
+        """Whether a derivative may be asked of what is made of ``x``."""
+        return False
+
+    def shrink_spectrum(
+        self, x: Array, tau: Array, function: Callable[[Array, Array], Array]
+    ) -> Array:
+        """``function(x, tau)``, the soft threshold of the singular values, with the derivative of `ShrunkSpectrum`."""
+        return function(x, tau)
 
     def small_eigh(self, g: Array) -> tuple[Array, Array]:
         """Eigenvalues (ascending) and eigenvectors of a small Hermitian matrix."""

@@ -1,9 +1,11 @@
 """Backend for matrices with the same number of sparse entries in every row, in the array API standard alone.
 
 ``values`` and ``indices`` have shape (..., m, k): entry j of row i is at column ``indices[i, j]``, and the columns of
-a row ascend. k is small, so loops over k are short; no step makes an array of more than m n entries.
+a row ascend. No step makes an array of more than m n entries; where a library lacks ``take_along_axis`` there are loops
+over k.
 """
 
+import math
 from typing import Any
 
 from slra._typing import Array, DType
@@ -27,26 +29,50 @@ class SparseRows:
         """Device to create an array on that is to meet ``like``."""
         raise NotImplementedError
 
+    def at_most(self, x: Array, high: Array | float) -> Array:
+        """Minimum of ``x`` and an array or a number."""
+        raise NotImplementedError
+
     def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
         """Values and ascending columns of the ``k`` entries of largest modulus in each row."""
         xp = self.xp
         order = xp.argsort(xp.abs(x), axis=-1, descending=True, stable=True)
         indices = xp.sort(order[..., :k], axis=-1)
-        values = [
-            xp.sum(xp.where(self._is_column(indices, j, x), x, 0.0), axis=-1) for j in range(k)
-        ]
-        values = xp.stack(values, axis=-1) if k else x[..., :0]
+        if k == 0:
+            values = x[..., :0]
+        elif hasattr(xp, "take_along_axis"):
+            values = xp.take_along_axis(x, indices, axis=-1)
+        else:
+            columns = [self._is_column(indices, j, x) for j in range(k)]
+            values = xp.stack([xp.sum(xp.where(at, x, 0.0), axis=-1) for at in columns], axis=-1)
         return values, xp.astype(indices, index_dtype(xp, x.shape[-1]))
+
+    def keep_largest(self, x: Array, k: int) -> Array:
+        """``x`` with zeros in place of all but the ``k`` entries of largest modulus in each row; finite ``x``."""
+        return self.scatter_rows(*self.largest_in_rows(x, k), x.shape[-1])
 
     def scatter_rows(self, values: Array, indices: Array, n: int) -> Array:
         """Dense matrix (..., m, n) of sparse rows."""
         xp = self.xp
-        dense = xp.zeros(
-            (*values.shape[:-1], n), dtype=values.dtype, device=self.creation_device(values)
-        )
-        for j in range(values.shape[-1]):
-            dense = xp.where(self._is_column(indices, j, dense), values[..., j, None], dense)
-        return dense
+        device = self.creation_device(values)
+        *lead, k = values.shape
+        dense = xp.zeros((*lead, n), dtype=values.dtype, device=device)
+        n_rows = math.prod(lead)
+        if k == 0 or n_rows == 0:
+            return dense
+        if not hasattr(xp, "take_along_axis"):
+            for j in range(k):
+                dense = xp.where(self._is_column(indices, j, dense), values[..., j, None], dense)
+            return dense
+        # Places ascend over all rows together, so that one binary search says which of them each entry is, if any.
+        grid = xp.arange(n_rows * n, device=device)
+        starts = xp.arange(0, n_rows * n, n, device=device)[:, None]
+        places = xp.reshape(indices, (n_rows, k))
+        places = xp.reshape(xp.astype(places, grid.dtype) + starts, (-1,))
+        nearest = self.at_most(xp.searchsorted(places, grid), n_rows * k - 1)
+        found = xp.take(xp.reshape(values, (-1,)), nearest, axis=0)
+        is_place = xp.take(places, nearest, axis=0) == grid
+        return xp.reshape(xp.where(is_place, found, xp.zeros_like(found)), (*lead, n))
 
     def sparse_matmul(self, values: Array, indices: Array, y: Array) -> Array:
         """Product of sparse rows (..., m, k) and a dense matrix (..., n, p)."""
