@@ -2,7 +2,7 @@
 
 Run as ``python -m benchmarks.svd [section ...]``; sections are ``accuracy``, ``curve``, ``batches``, ``tolerance``,
 ``dask``, ``sparse`` and ``sizes``. Writes ``benchmarks/results/svd.json`` (section by section) and ``svd.png``, in
-about four minutes.
+about six minutes.
 """
 
 import json
