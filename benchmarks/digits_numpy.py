@@ -38,7 +38,7 @@ class Model(nn.Module):
             batch_first=True,
             dtype=torch.float64,
             rank=config.rank,
-            basis="sequence",
+            basis_per="sequence",
             l1=config.l1,
             l1_form="prox" if config.form == "prox" else "penalty",
         )

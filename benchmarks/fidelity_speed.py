@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import slra
 from benchmarks.common import interleaved, save
-from benchmarks.fidelity import Data, minilm, relative, synthetic
+from benchmarks.fidelity import Data, by_method, minilm, relative, synthetic
 from benchmarks.minilm import exact_attention
 from slra.cli.bench.problems import naive_attention
 
@@ -67,13 +67,11 @@ def short(data: Data) -> list[dict[str, Any]]:
     rows += [{"method": m, "rank": 64} for m in ("nystrom", "linformer", "favor")]
     rows.append({"method": "topk", "rank": 8, "n_exact": 64})
     exact = exact_attention(*data)
-    calls = {
-        str(i): lambda o=row: slra.low_rank_attention(*data, **o) for i, row in enumerate(rows)
-    }
+    calls = {str(i): lambda o=row: by_method(data, **o) for i, row in enumerate(rows)}
     seconds = interleaved({"exact": lambda: slra.attention(*data), **calls}, repeats=5)
     base = float(np.median(seconds["exact"]))
     for i, row in enumerate(rows):
-        error = relative(slra.low_rank_attention(*data, **row), exact)
+        error = relative(by_method(data, **row), exact)
         row |= {
             "median_error": float(np.median(error)),
             "over_exact": float(np.median(seconds[str(i)])) / base,

@@ -1,7 +1,7 @@
 """Singular value decompositions: accuracy against time, side by side with what else there is.
 
 Run as ``python -m benchmarks.svd [section ...]``; sections are ``accuracy``, ``curve``, ``batches``, ``tolerance``,
-``dask`` and ``sparse``. Writes ``benchmarks/results/svd.json`` (section by section) and ``svd.png``, in about
+``dask``, ``sparse`` and ``sizes``. Writes ``benchmarks/results/svd.json`` (section by section) and ``svd.png``, in about
 four minutes.
 """
 
@@ -195,6 +195,7 @@ def sparse() -> dict[str, Any]:
         "slra krylov 2": lambda: slra.randomized_svd(a, 50, n_iter=2, rng=0).S,
         "slra subspace": lambda: slra.randomized_svd(a, 50, method="subspace", rng=0).S,
         "svds": lambda: np.sort(svds(a, 50, random_state=0)[1])[::-1],
+        "svds propack": lambda: np.sort(svds(a, 50, solver="propack", random_state=0)[1])[::-1],
         "scikit-learn": lambda: randomized_svd(a, 50, random_state=0)[1],
     }
     results = compare(functions, exact, 1)
@@ -204,6 +205,64 @@ def sparse() -> dict[str, Any]:
         functions[name]()
         results[name]["peak_over_(m+n)*l*itemsize"] = tracemalloc.get_traced_memory()[1] / unit
         tracemalloc.stop()
+    return results
+
+
+def sizes() -> dict[str, Any]:
+    """Tall, wide and small ones beside the best that others have for each, on one thread and two."""
+    import scipy.sparse as sp
+    import torch
+    from scipy.sparse.linalg import svds
+    from sklearn.decomposition import PCA
+    from threadpoolctl import threadpool_limits
+
+    rng = np.random.default_rng(0)
+    tall = rng.standard_normal((1_000_000, 100))
+    wide = sp.random(330, 500_000, density=0.003, random_state=0, format="csr")
+    batch = torch.from_numpy(rng.standard_normal((512, 64, 48)).astype("float32"))
+    cases: dict[str, tuple[Any, int, dict[str, Callable[[], Any]]]] = {
+        "1000000x100, rank 10": (
+            np.linalg.eigvalsh(tall.T @ tall)[::-1][:10] ** 0.5,
+            5,
+            {
+                "slra": lambda: slra.randomized_svd(tall, 10, rng=0).S,
+                "PCA, covariance_eigh, centred, no U": lambda: (
+                    PCA(10, svd_solver="covariance_eigh").fit(tall).singular_values_
+                ),
+            },
+        ),
+        "sparse 330x500000, rank 100": (
+            np.linalg.eigvalsh((wide @ wide.T).toarray())[::-1][:100] ** 0.5,
+            5,
+            {
+                "slra": lambda: slra.randomized_svd(wide, 100, rng=0).S,
+                "svds": lambda: np.sort(svds(wide, 100, random_state=0)[1])[::-1],
+                "svds propack": lambda: np.sort(
+                    svds(wide, 100, solver="propack", random_state=0)[1]
+                )[::-1],
+            },
+        ),
+        "torch 512x64x48, rank 16": (
+            singular_values(batch)[:, :16],
+            5,
+            {
+                "slra": lambda: slra.randomized_svd(batch, 16, rng=0).S,
+                "slra subspace 2": lambda: (
+                    slra.randomized_svd(batch, 16, method="subspace", n_iter=2, rng=0).S
+                ),
+                "torch.linalg.svd": lambda: torch.linalg.svd(batch, full_matrices=False)[1],
+                "torch.svd_lowrank": lambda: torch.svd_lowrank(batch, 24, niter=2)[1],
+            },
+        ),
+    }
+    results = {}
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with threadpool_limits(threads):
+            for name, (exact, repeats, functions) in cases.items():
+                results[f"{name}, {threads} threads"] = compare(functions, exact, repeats)
+    torch.set_num_threads(before)
     return results
 
 
@@ -238,6 +297,7 @@ SECTIONS = {
     "tolerance": tolerance,
     "dask": dask,
     "sparse": sparse,
+    "sizes": sizes,
 }
 
 

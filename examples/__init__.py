@@ -5,7 +5,14 @@ from pathlib import Path
 
 __all__ = ["EXAMPLES", "OUTPUT", "PAGES", "PICTURES"]
 
-EXAMPLES = ("compress_model_attention", "robust_pca_video", "tfidf_svd", "train_with_l1")
+EXAMPLES = (
+    "compress_model_attention",
+    "mri_low_rank_sparse",
+    "robust_pca_video",
+    "tfidf_svd",
+    "total_variation",
+    "train_with_l1",
+)
 _DOCS = Path(__file__).parents[1] / "docs"
 PAGES = _DOCS / "examples"
 PICTURES = _DOCS / "_static" / "examples"

@@ -1,5 +1,6 @@
 """``python -m slra``: the command line."""
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -8,7 +9,23 @@ _DEMO_EXTRA = {"typer", "rich", "matplotlib", "safetensors"}
 
 
 def main() -> None:
-    """Run the command line, or say which extra to install if it lacks its libraries.
+    """Run the command line; what cannot be printed ends it with one line on stderr."""
+    try:
+        try:
+            _run()
+        finally:
+            # Here, where it can still be said if a full disk or a closed pipe refuses the last lines.
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Python flushes once more when it ends, and would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"cannot write to standard output: {error.strerror}")
+
+
+def _run() -> None:
+    """Run a command, or say which extra to install if it lacks its libraries.
 
     Once a command runs, `slra.cli.terminal.Commands` minds its interrupts.
     """

@@ -1,16 +1,55 @@
 """Names for the types that cross module borders.
 
-An array of an unknown library has no static type, so ``Array`` is ``Any``: the name is for the reader.
+A public signature says ``ArrayT`` where what comes out is of the library that came in, so that a type checker and an
+editor show "NumPy in, NumPy out", and ``AnyArray`` where an array of that library goes in beside it. Below the public
+functions an array of an unknown library has no static type: ``Array`` is ``Any``, a name for the reader.
 """
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 
+
+class AnyArray(Protocol):
+    """What an array of any library shows to a type checker."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Lengths of the axes."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the entries."""
+        ...
+
+
+ArrayT = TypeVar("ArrayT", bound=AnyArray)
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 DType: TypeAlias = Any
 RNG: TypeAlias = int | np.random.Generator | None
-CausalAlign: TypeAlias = Literal["bottom_right", "top_left"]
+CausalAlign: TypeAlias = Literal["bottom_right", "top_left"] | int
 
-__all__ = ["RNG", "Array", "CausalAlign", "DType", "Namespace"]
+
+class AttentionOptions(TypedDict, total=False):
+    """What all attention functions take, for the signatures that differ in their result only."""
+
+    mask: AnyArray | None
+    is_causal: bool
+    causal_align: CausalAlign | None
+    scale: float | None
+    enable_gqa: bool
+    softcap: float | None
+
+
+__all__ = [
+    "RNG",
+    "AnyArray",
+    "Array",
+    "ArrayT",
+    "AttentionOptions",
+    "CausalAlign",
+    "DType",
+    "Namespace",
+]

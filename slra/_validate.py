@@ -42,8 +42,10 @@ __all__ = [
     "check_rng",
     "check_rtol",
     "check_scalar",
+    "check_square",
     "check_sum_axis",
     "check_tau",
+    "check_tol",
     "is_kind",
     "promote",
     "resolve",
@@ -206,31 +208,47 @@ def check_operator(backend: Backend, shape: Any, like: Array, name: str = "x") -
         )
 
 
-def check_product(backend: Backend, product: Array, shape: tuple[int, ...], name: str) -> None:
-    """Raise unless ``name``, a product with an operator, is an array of the library and shape that it has to be."""
+def check_product(
+    backend: Backend, product: Array, shape: tuple[int, ...], name: str, factors: Sequence[Array]
+) -> None:
+    """Raise unless ``name``, a product with an operator, is an array of the library, shape and dtype it has to be.
+
+    ``factors`` are what the operator says that it is like, and what it was given.
+    """
     if resolve(**{name: product}).xp is not backend.xp:
         raise TypeError(f"{name} must return an array of {_title(backend.xp)}, as x.like is")
     if tuple(product.shape) != shape:
         raise ValueError(
             f"{name} must return an array of shape {shape}, got {tuple(product.shape)}"
         )
-    _check_floating(backend.xp, product, f"what {name} returns", allow_complex=True)
+    dtype = backend.xp.result_type(*factors)
+    if product.dtype != dtype:
+        raise TypeError(
+            f"{name} must return an array of {dtype}, the dtype that x says it has, got {product.dtype}"
+        )
+
+
+def check_square(shape: tuple[int, ...], name: str = "x") -> None:
+    """Raise ValueError unless a matrix is square."""
+    if shape[-1] != shape[-2]:
+        raise ValueError(f"{name} must be square in its last two axes, got shape {tuple(shape)}")
 
 
 def check_hermitian(
-    backend: Backend, shape: tuple[int, ...], dense: Array | None, name: str = "x"
+    backend: Backend, skew: Array, largest: Array, dtype: DType, name: str = "x"
 ) -> None:
-    """Raise ValueError unless a matrix is square and, where entries can be looked at, Hermitian to rounding."""
-    if shape[-1] != shape[-2]:
-        raise ValueError(f"{name} must be square in its last two axes, got shape {tuple(shape)}")
-    if dense is None or not backend.is_eager(dense):
-        return
+    """Raise ValueError unless a matrix is Hermitian to rounding in ``dtype``, in which it came.
+
+    ``skew`` is the largest modulus in the matrix less its conjugate transpose, ``largest`` that in the matrix.
+    """
     xp = backend.xp
-    skew = backend.max_abs(dense - backend.conj(xp.matrix_transpose(dense)))
-    allowed = 100 * xp.finfo(dense.dtype).eps * backend.max_abs(dense)
+    limits = xp.finfo(dtype)
+    # 100 eps of half precision would be most of an entry.
+    allowed = (8 if limits.bits == _HALF_BITS else 100) * float(limits.eps) * largest
     if not bool(xp.all(skew <= allowed)):
         raise ValueError(
-            f"{name} must be Hermitian, got a matrix that differs from its conjugate transpose"
+            f"{name} must be Hermitian, got a matrix that differs from its conjugate transpose by more than "
+            f"rounding in {dtype} explains; if it is meant to be, pass (x + x^H) / 2"
         )
 
 
@@ -400,24 +418,58 @@ def check_l1(l1: Any, limits: Sequence[Any] = (None, None, None)) -> tuple[float
     return l_q, l_k, l_v
 
 
-def check_rtol(backend: Backend, x: Array, rtol: Any, *, by_products: bool = False) -> float:
+def check_rtol(
+    backend: Backend,
+    x: Array,
+    rtol: Any,
+    *,
+    narrow: DType | None = None,
+    by_products: bool = False,
+    lost: float = 1.0,
+) -> float:
     """Return a relative tolerance between what rounding allows in the dtype of ``x`` and 1.
 
-    ``by_products``: the residual is known from products only, which loses half of the digits.
+    ``narrow``: half precision that the factors will be rounded to; what is returned leaves room for that.
+    ``by_products``: the residual is known from products only, which loses half of the digits; their rounding errors
+    are ``lost`` times as large as usual.
     """
     value = check_positive(rtol, "rtol")
     eps = float(backend.xp.finfo(x.dtype).eps)
-    least = 16 * (math.sqrt(eps) if by_products else eps)
+    least = 16 * (math.sqrt(eps * max(1.0, lost)) if by_products else eps)
+    # Both factors are off by half of eps, entry by entry, and so is their product by eps, in norm.
+    rounding = 0.0 if narrow is None else float(backend.xp.finfo(narrow).eps)
+    least = max(least, 2 * rounding)
+    if least >= 1:
+        raise ValueError(
+            "rtol must be None with center=True where the means of the columns are so much larger than what is left "
+            f"that rounding in {x.dtype} hides it, got {rtol!r}; subtract them first"
+        )
     if not least <= value < 1:
         raise ValueError(
-            f"rtol must be at least {least:.1e} for {x.dtype} and less than 1, got {rtol!r}"
+            f"rtol must be at least {least:.1e} for {narrow or x.dtype} and less than 1, got {rtol!r}"
         )
     if not backend.is_eager(x):
         raise ValueError(
             "rtol must be None where values cannot be looked at (traced and lazy arrays): "
             "the rank of the result would depend on them; pass rank"
         )
-    return value
+    return value - rounding
+
+
+def check_tol(backend: Backend, x: Array, tol: Any, narrow: DType | None) -> float:
+    """Return a tolerance of singular triplets between what rounding allows and 1; ``narrow`` as in `check_rtol`."""
+    value = check_positive(tol, "tol")
+    rounding = 0.0 if narrow is None else float(backend.xp.finfo(narrow).eps)
+    least = max(100 * float(backend.xp.finfo(x.dtype).eps), 2 * rounding)
+    if not least <= value < 1:
+        raise ValueError(
+            f"tol must be at least {least:.1e} for {narrow or x.dtype} and less than 1, got {tol!r}"
+        )
+    if not backend.is_eager(x):
+        raise ValueError(
+            "tol must be None where values cannot be looked at (traced and lazy arrays); pass n_iter"
+        )
+    return value - rounding
 
 
 def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:

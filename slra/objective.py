@@ -9,6 +9,7 @@ entries near zero, or with its proximal operator, which makes them exactly zero.
 from typing import Any
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._typing import Array, Namespace
 from slra._validate import check_l1, check_positive, check_scalar, promote, resolve
 from slra.prox.l1 import norm_l1, prox_l1
@@ -18,6 +19,7 @@ __all__ = ["combined_objective", "l1_penalty", "l1_penalty_grad", "l1_penalty_pr
 L1 = float | tuple[float, float, float]
 
 
+@isolated
 def combined_objective(task: Any, q: Array, k: Array, v: Array, l1: L1) -> Array:
     r"""Loss of the task plus the l1 penalty on the low-rank queries, keys and values.
 
@@ -63,6 +65,7 @@ def combined_objective(task: Any, q: Array, k: Array, v: Array, l1: L1) -> Array
         return task + penalty
 
 
+@isolated
 def l1_penalty(q: Array, k: Array, v: Array, l1: L1) -> Array:
     r"""Weighted sum of the l1 norms of the low-rank queries, keys and values.
 
@@ -108,6 +111,7 @@ def l1_penalty(q: Array, k: Array, v: Array, l1: L1) -> Array:
         return parts[0] + parts[1] + parts[2]
 
 
+@isolated
 def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array, Array]:
     r"""Subgradient of `l1_penalty`: the one that is 0 where an entry is 0.
 
@@ -153,6 +157,7 @@ def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array,
     return dq, dk, dv
 
 
+@isolated
 def l1_penalty_prox(
     q: Array, k: Array, v: Array, l1: L1, *, step: float = 1.0
 ) -> tuple[Array, Array, Array]:
@@ -184,7 +189,7 @@ def l1_penalty_prox(
     .. math:: \operatorname{prox}(x)_i = \operatorname{sign}(x_i) \max(|x_i| - s \lambda, 0)
 
     After a step against the gradient of the task's loss it is one iteration of proximal gradient; for a loop with
-    step search and momentum see `slra.proximal_gradient`.
+    steps that are found and momentum see `slra.proximal_gradient`.
 
     Examples
     --------

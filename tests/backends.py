@@ -7,6 +7,7 @@ counts computes, and ``numpy-readonly`` freezes the arguments: no test body know
 import contextlib
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -211,6 +212,28 @@ def to_numpy(x: Any) -> np.ndarray[Any, Any]:
 
         x = array_api_strict.asarray(x, device=array_api_strict.Device("CPU_DEVICE"))
     return np.asarray(x)
+
+
+def brought(xp: Any, x: Any) -> Any:
+    """NumPy arrays, also in tuples and lists, to the namespace, where it has their dtype."""
+    if isinstance(x, (tuple, list)) and type(x) in (tuple, list):
+        return type(x)(brought(xp, one) for one in x)
+    if type(x) is not np.ndarray or compat.is_numpy_namespace(xp):
+        return x
+    if x.dtype.kind not in "biufc" or not hasattr(xp, x.dtype.name):
+        return x
+    return to_xp(xp, x.astype(x.dtype.newbyteorder("=")).copy())
+
+
+def fetched(x: Any) -> Any:
+    """Arrays of any library to NumPy's."""
+    if isinstance(x, tuple):
+        return type(x)(*map(fetched, x)) if hasattr(x, "_fields") else tuple(map(fetched, x))
+    if isinstance(x, (np.ndarray, np.generic)) or not compat.is_array_api_obj(x):
+        return x
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        return to_numpy(x)
 
 
 def other_device(xp: Any, stack: contextlib.ExitStack) -> Any:

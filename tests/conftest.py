@@ -1,10 +1,14 @@
 """Fixtures, and the table of backends that closes a run."""
 
 import contextlib
+import gc
 import importlib.util
+import mmap
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +26,66 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import array_api_compat as compat
 
+from tests import selection
 from tests.backends import BACKENDS, other_device
 from tests.capabilities import Seen, disagreements, watch
 from tests.cuda_host import host
 
-if importlib.util.find_spec("jax") is not None:
+# XLA's older code generator takes half the time of the newer one. A flag that a version does not know ends the process.
+XLA_FLAG = "xla_cpu_use_fusion_emitters"
+
+
+def _xla_knows(flag: str) -> bool:
+    spec = importlib.util.find_spec("jaxlib")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    for library in folder.glob("*.so") if folder else ():
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m:
+            if m.find(flag.encode()) >= 0:
+                return True
+    return False
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thorough", action="store_true", help="run all tests, not only the few minutes' worth"
+    )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return one process a core, up to four; none beside this one where files or tests are named."""
+    if any(".py" in argument for argument in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, 4)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a file's tests in one process, those on JAX apart: what is compiled or made once serves them all."""
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _scope(nodeid)
+
+    return ByFile(config, log) if config.option.dist == "load" else None
+
+
+def _scope(nodeid: str) -> str:
+    file, _, test = nodeid.partition("::")
+    return f"{file} on JAX" if "jax" in test.partition("[")[2] else file
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Set up JAX, where tests are run (not in a process that hands them to others)."""
+    hands_over = getattr(session.config.option, "dist", "no") != "no"
+    if "PYTEST_XDIST_WORKER" not in os.environ and hands_over:
+        return
+    if importlib.util.find_spec("jax") is None:
+        return
+    if _xla_knows(XLA_FLAG):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{XLA_FLAG}=false".strip()
     import jax
 
     # Before the first array: several devices on the CPU, and double precision where it is asked for.
@@ -34,6 +93,25 @@ if importlib.util.find_spec("jax") is not None:
     jax.config.update("jax_enable_x64", True)
     # Most of the time of a test on JAX goes into compiling.
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _jax_compiles_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what JAX compiled on disk. A folder for each process: files are not written in one step."""
+    if importlib.util.find_spec("jax") is not None:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Drop what JAX compiled for a file: it is gigabytes for all of them."""
+    if nextitem is not None and _scope(item.nodeid) != _scope(nextitem.nodeid):
+        if jax := sys.modules.get("jax"):
+            jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(
@@ -77,34 +155,26 @@ def device(xp: Any) -> Iterator[Any]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Note the backend of each test where its report can carry it, and thin those on eager JAX."""
-    on_jax: dict[str, list[pytest.Item]] = defaultdict(list)
+    """Note the backend of each test where its report can carry it, and leave out what was not asked for."""
     for item in items:
-        params = getattr(item, "callspec", None)
-        backend = params.params.get("xp") if params else None
-        if backend is not None:
+        if backend := selection.backend_of(item):
             item.user_properties.append(("backend", backend))
-        if backend == "jax":
-            on_jax[item.nodeid.partition("[")[0]].append(item)
-    if config.option.keyword or any("::" in argument for argument in config.args):
-        return
-    # Eager JAX compiles each operation for each shape, which was half the time of the suite. Of the parameters of a
-    # test it gets the last ones, and the first ones where jax-jit cannot take them; jax-jit and others get them all.
-    dropped = {
-        item
-        for group in on_jax.values()
-        for item in group[1 if group[0].get_closest_marker("eager_only") else 0 : -1]
-    }
-    config.hook.pytest_deselected(items=sorted(dropped, key=items.index))
-    items[:] = [item for item in items if item not in dropped]
+    dropped = selection.deselected(config, items)
+    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+    # What takes longest first, so that no process waits for another at the end.
+    items[:] = sorted(
+        (item for item in items if item not in dropped),
+        key=lambda item: "JAX" not in _scope(item.nodeid),
+    )
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """After a full run: does the table of capabilities say what was seen?"""
+    """After a thorough run: does the table of capabilities say what was seen?"""
     config = session.config
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if (
         _is_partial(config)
+        or not config.option.thorough
         or session.testsfailed
         or reporter is None
         or not reporter.stats.get("passed")

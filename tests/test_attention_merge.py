@@ -5,7 +5,7 @@ import pytest
 
 import slra
 from tests.backends import to_numpy, to_xp
-from tests.test_attention import TOL, naive_attention, qkv
+from tests.naive_attention import TOL, naive_attention, qkv
 
 
 @pytest.mark.parametrize("dtype", list(TOL))

@@ -9,13 +9,13 @@ import pytest
 import slra
 from slra._backends import backend_of, standard
 from tests.backends import to_numpy, to_xp
-from tests.test_attention import naive_attention, qkv
+from tests.naive_attention import naive_attention, qkv
 
 OPTIONS = {
     "plain": {},
-    "causal": {"is_causal": True},
+    "causal": {"is_causal": True, "causal_align": "bottom_right"},
     "top-left": {"is_causal": True, "causal_align": "top_left", "scale": 0.3},
-    "softcap": {"softcap": 1.5, "is_causal": True},
+    "softcap": {"softcap": 1.5, "is_causal": True, "causal_align": "bottom_right"},
 }
 
 
@@ -95,7 +95,7 @@ def test_vjp_equals_finite_differences():
     arrays = qkv((2, 5, 3), (2, 6, 3))
     rng = np.random.default_rng(1)
     grad_out, grad_lse = rng.standard_normal((2, 5, 3)), rng.standard_normal((2, 5))
-    options = {"is_causal": True, "softcap": 2.0}
+    options = {"is_causal": True, "causal_align": "bottom_right", "softcap": 2.0}
 
     def value(arrays):
         out, lse = naive_attention(*arrays, **options)

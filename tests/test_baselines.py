@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import slra
-from slra.attn.baselines.favor import orthogonal_features
+from slra.baselines._favor import orthogonal_features
 from tests.backends import to_numpy, to_xp
-from tests.test_attention import naive_attention
+from tests.naive_attention import naive_attention
 
 TOL = 1e-11
 
@@ -54,22 +54,22 @@ def favor(q, k, v, rank):
 
 
 FORMULAS = {"nystrom": nystrom, "linformer": linformer, "favor": favor}
+METHODS = {name: getattr(slra.baselines, name) for name in slra.baselines.__all__}
 
 
 @pytest.mark.parametrize("method", list(FORMULAS))
 def test_baselines_are_their_formulas(xp, method):
     q, k, v = data()
     rank = 9 if method == "favor" else 5
-    out = slra.low_rank_attention(*(to_xp(xp, x) for x in (q, k, v)), rank, method=method)
+    out = METHODS[method](*(to_xp(xp, x) for x in (q, k, v)), rank)
     np.testing.assert_allclose(to_numpy(out), FORMULAS[method](q, k, v, rank), atol=TOL)
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["plain", "causal"])
 def test_topk_attends_to_the_keys_with_the_largest_low_rank_scores(xp, options):
     q, k, v = data(heads=4)
-    out = slra.low_rank_attention(
-        *(to_xp(xp, x) for x in (q, k, v)), 2, method="topk", n_exact=6, enable_gqa=True, **options
-    )
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    out = slra.baselines.topk(*arrays, 2, 6, enable_gqa=True, **options)
     k_all, v_all = (np.repeat(x, 2, axis=0) for x in (k, v))
     centred = k_all - k_all.mean(1, keepdims=True)
     components = np.linalg.svd(centred, full_matrices=False)[2][:, :2].swapaxes(1, 2)
@@ -86,7 +86,7 @@ def test_all_of_the_keys_are_exact_attention(xp):
     q, k, v = data()
     arrays = [to_xp(xp, x) for x in (q, k, v)]
     mask = np.random.default_rng(0).standard_normal((20, 20))
-    out = slra.low_rank_attention(*arrays, 1, method="topk", n_exact=19, mask=to_xp(xp, mask))
+    out = slra.baselines.topk(*arrays, 1, 19, mask=to_xp(xp, mask))
     expected, _ = naive_attention(q, k, v, mask=mask)
     # One key of 20 is left out, one of little weight: the output moves by no more than that weight.
     assert 0 < np.max(np.abs(to_numpy(out) - expected)) < 1
@@ -95,8 +95,8 @@ def test_all_of_the_keys_are_exact_attention(xp):
 def test_landmarks_for_every_token_come_close():
     q, k, v = data(n=40)
     exact, _ = naive_attention(q, k, v)
-    out = slra.low_rank_attention(q, k, v, 39, method="nystrom")
-    few = slra.low_rank_attention(q, k, v, 2, method="nystrom")
+    out = slra.baselines.nystrom(q, k, v, 39)
+    few = slra.baselines.nystrom(q, k, v, 2)
     assert np.linalg.norm(out - exact) < np.linalg.norm(few - exact)
 
 
@@ -112,22 +112,31 @@ def test_random_features_are_unbiased():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("method", "sizes", "options", "error", "message"),
     [
-        ({"method": "favor", "is_causal": True}, "'favor' does not take is_causal"),
-        ({"method": "nystrom", "softcap": 1.0}, "'nystrom' does not take softcap"),
-        ({"method": "linformer", "return_lse": True}, "'linformer' does not take return_lse"),
-        ({"method": "topk"}, 'n_exact must be 1 or more with method "topk"'),
-        ({"method": "nystrom", "rank": 21}, r"between 1 and 20 \(min of Nq and Nk\), got 21"),
+        ("favor", (2,), {"is_causal": True}, TypeError, "'is_causal'"),
+        ("nystrom", (2,), {"softcap": 1.0}, TypeError, "'softcap'"),
+        ("linformer", (2,), {"return_lse": True}, TypeError, "'return_lse'"),
+        ("topk", (2,), {}, TypeError, "'n_keys'"),
+        ("topk", (2, 21), {}, ValueError, r"n_keys must be between 1 and 20 \(Nk\), got 21"),
+        ("nystrom", (21,), {}, ValueError, r"between 1 and 20 \(min of Nq and Nk\), got 21"),
+        ("linformer", (0,), {}, ValueError, "n_combinations must be between 1 and 20"),
+        ("favor", (2,), {"rng": 0.5}, TypeError, "rng must be an int"),
     ],
-    ids=lambda x: x["method"] if isinstance(x, dict) else "",
 )
-def test_what_a_paper_does_not_define_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        slra.low_rank_attention(*data(), **{"rank": 2, **options})
+def test_what_a_paper_does_not_define_is_refused(method, sizes, options, error, message):
+    with pytest.raises(error, match=message):
+        METHODS[method](*data(), *sizes, **options)
+
+
+def test_draws_follow_the_seed():
+    for method in ("linformer", "favor"):
+        one, other, again = (METHODS[method](*data(), 5, rng=seed) for seed in (1, 2, 1))
+        np.testing.assert_array_equal(one, again)
+        assert np.max(np.abs(one - other)) > 0.01
 
 
 def test_baselines_stay_on_the_device_of_the_input(xp, device):
     q, k, v = (xp.asarray(x, device=device) for x in data())
     for method in ("nystrom", "favor"):
-        assert slra.low_rank_attention(q, k, v, 3, method=method).device == q.device
+        assert METHODS[method](q, k, v, 3).device == q.device

@@ -7,10 +7,9 @@ import pytest
 
 import slra
 from slra._backends import backend_of
-from slra.attn._rows import sample_rows
+from slra.attn.rows import sample_rows
 from tests.backends import to_numpy, to_xp
-from tests.test_attention import naive_attention
-from tests.test_low_rank import decaying, frobenius
+from tests.naive_attention import decaying, frobenius, naive_attention
 
 EAGER = pytest.mark.eager_only("ranks would depend on data")
 
@@ -56,8 +55,9 @@ def test_ranks_are_the_smallest_within_the_tolerance(xp):
 def test_every_method_takes_a_tolerance(xp, method):
     q, k, v = decaying()
     arrays = [to_xp(xp, x) for x in (q, k, v)]
-    out = slra.low_rank_attention(*arrays, rtol=0.2, method=method, is_causal=True)
-    exact, _ = naive_attention(q, k, v, is_causal=True)
+    options = {"is_causal": True, "causal_align": "bottom_right"}
+    out = slra.low_rank_attention(*arrays, rtol=0.2, method=method, **options)
+    exact, _ = naive_attention(q, k, v, **options)
     assert np.all(frobenius(to_numpy(out) - exact) <= 0.2 * frobenius(exact))
 
 
@@ -76,7 +76,7 @@ def test_heads_of_different_rank_run_each_at_its_own(xp):
     v[0, :, :] = v[0, :, :1]
     mask = np.random.default_rng(2).random((6, 40, 50)) < 0.7
     arrays, masks = [to_xp(xp, x) for x in (q, k, v)], to_xp(xp, mask)
-    options = {"enable_gqa": True, "is_causal": True}
+    options = {"enable_gqa": True, "is_causal": True, "causal_align": "bottom_right"}
     basis = slra.fit_attention(*arrays, rtol=0.02, mask=masks, **options)
     assert len(set(basis.ranks)) == 3
     for (r, r_v), wk, wv in zip(basis.ranks, to_numpy(basis.wk), to_numpy(basis.wv), strict=True):
@@ -102,8 +102,8 @@ def test_a_tolerance_meets_no_lazy_array():
 
 EXACT_KEYS = {
     "plain": {},
-    "causal": {"is_causal": True},
-    "boolean mask": {"is_causal": True, "mask": "bool"},
+    "causal": {"is_causal": True, "causal_align": "bottom_right"},
+    "boolean mask": {"is_causal": True, "causal_align": "bottom_right", "mask": "bool"},
     "float mask": {"softcap": 3.0, "mask": "float"},
 }
 

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 import slra
 from slra._backends import backend_of
 from slra._backends.standard.rows import runs
-from slra.attn.cache import cache as module
+from slra.cache import kv_cache as module
 from tests.backends import to_numpy, to_xp
-from tests.test_attention import naive_attention
-from tests.test_low_rank import decaying
+from tests.naive_attention import decaying, naive_attention
 
 
 # JAX compiles every operation anew for every shape: there, only the cases that take another path than elsewhere.
@@ -307,6 +306,66 @@ def test_half_precision_halves_the_bytes(xp, dtype):
     assert out.dtype == np.float32
 
 
+@EAGER
+def test_tokens_are_stored_in_the_dtype_they_come_in(xp, tmp_path):
+    skip_most_on_jax(xp)
+    half = getattr(xp, "bfloat16", getattr(xp, "float16", xp.float32))
+    q, k, v = (xp.astype(to_xp(xp, x), half) for x in tokens())
+    basis = moved(basis_of((4, 3)), xp)
+    start = slra.KVCache(basis, window=4, n_sink=2).nbytes
+    cache = slra.KVCache(basis, window=4, n_sink=2).append(k[..., :30, :], v[..., :30, :])
+    bits = xp.finfo(half).bits
+    # Buffers of as many rows as came, and six tokens as they came.
+    numbers = 28 * (4 + 3) + 6 * (D + DV)
+    assert cache.nbytes - start == HK * (numbers * bits - 6 * (D + DV) * 64) // 8
+    assert cache.nbytes_exact == HK * 30 * (D + DV) * bits // 8
+    cache.save(tmp_path / "cache")
+    for one in (cache, slra.KVCache.load(tmp_path / "cache", like=q)):
+        for held, came in zip(one.decode(), (k, v), strict=True):
+            for rows in (slice(0, 2), slice(26, 30)):
+                right = to_numpy(xp.astype(came[..., :30, :], xp.float64))[:, rows]
+                np.testing.assert_array_equal(to_numpy(held)[:, rows], right)
+        # What comes wider is not rounded either.
+        one = one.append(*(to_xp(xp, x[..., 30:, :]) for x in tokens()[1:]))
+        np.testing.assert_array_equal(to_numpy(one.decode()[0])[:, 36:], tokens()[1][:, 36:])
+
+
+def test_a_dtype_is_a_name_or_an_object():
+    basis = basis_of((4, 3))
+    for dtype in ("float16", np.float16, np.dtype("float16")):
+        assert slra.KVCache(basis, dtype=dtype)._contents.layout.dtype == "float16"
+    torch = pytest.importorskip("torch")
+    moved_basis = moved(basis, compat.array_namespace(torch.empty(0)))
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert slra.KVCache(moved_basis, dtype=dtype)._contents.layout.dtype == "bfloat16"
+    for dtype in (np.int8, torch.float16, np.ones(2), None.__class__, "half"):
+        with pytest.raises(ValueError, match="dtype must be one of"):
+            slra.KVCache(basis, dtype=dtype)
+
+
+def test_it_shows_its_bytes_beside_those_of_an_exact_cache():
+    _, k, v = tokens()
+    cache = slra.KVCache(basis_of((4, 3)), window=4).append(k, v)
+    shown = repr(cache)
+    assert len(shown.splitlines()) <= 3
+    assert max(map(len, shown.splitlines())) <= 100
+    assert cache.nbytes_exact == k.nbytes + v.nbytes
+    for part in ("rank=(4, 3)", "float64", f"nbytes={cache.nbytes}", str(k.nbytes + v.nbytes)):
+        assert part in shown
+
+
+def test_a_step_computes_no_rotation_of_stored_keys(monkeypatch):
+    q, k, v = tokens(9000)
+    cache = slra.KVCache(basis_of((4, 3)), window=4, rotary=FREQUENCIES)
+    cache = appended(cache, k, v, [100, 20, 8880])
+    right, _ = expected(q, k, v, basis_of((4, 3)), n_queries=1, window=4, rotary=FREQUENCIES)
+    cos, angles = np.cos, []
+    monkeypatch.setattr(np, "cos", lambda x: angles.append(x.size) or cos(x))
+    np.testing.assert_allclose(cache.attend(q[:, -1:]), right, atol=1e-10)
+    # The query for each chunk, and the window; not the 9000 keys.
+    assert sum(angles) < 100
+
+
 def test_appending_copies_each_row_a_few_times_at_most():
     basis = basis_of((3, 2))
     _, k, v = tokens(10_000)
@@ -454,7 +513,7 @@ def test_drift_is_noticed_and_followed(xp):
     arrays = [to_xp(xp, x) for x in (q, k, v)]
     sizes = [50, *[5] * 30]
     caches = []
-    for update in ({"update": "fixed"}, {"update": "drift", "drift_bound": 0.1}):
+    for update in ({}, {"drift_bound": 0.1}):
         cache = slra.KVCache(basis, window=window, **update)
         caches.append(appended(cache, *arrays[1:], sizes, arrays[0]))
     fixed, followed = caches
@@ -474,7 +533,7 @@ def test_drift_is_noticed_and_followed(xp):
 def test_segments_meet_in_one_softmax():
     q, k, v = moving(120)
     basis = slra.fit_attention(q[:, :30], k[:, :30], v[:, :30], (4, 4), enable_gqa=True)
-    cache = slra.KVCache(basis, window=10, update="drift", drift_bound=0.05, n_sparse=1)
+    cache = slra.KVCache(basis, window=10, drift_bound=0.05, n_sparse=1)
     cache = appended(cache, k, v, [30, *[3] * 30], q)
     assert cache.n_segments > 1
     low_k, low_v = cache.decode()
@@ -494,7 +553,7 @@ def test_the_error_budget_is_kept(xp, case):
     arrays = [to_xp(xp, x) for x in (q, k, v)]
     cache = slra.KVCache.from_prefix(*arrays, rtol=0.05, **options)
     assert np.all(to_numpy(cache.error) <= 0.05)
-    assert cache._settings.rank < (D, DV) or case == "rotary"
+    assert cache._contents.layout.rank < (D, DV) or case == "rotary"
     given = {name: x for name, x in options.items() if name in ("softcap", "scale")}
     seen_q, seen_k = (rotated(q), rotated(k)) if "rotary" in options else (q, k)
     exact, _ = naive_attention(seen_q, seen_k, v, is_causal=True, enable_gqa=True, **given)
@@ -531,7 +590,7 @@ def test_a_saved_cache_goes_on_where_it_was(xp, case, tmp_path):
     if case == "half":
         options = {"dtype": "bfloat16" if hasattr(xp, "bfloat16") else "float32"}
     if case == "drift":
-        options = {"update": "drift", "drift_bound": 0.01, "window": 8}
+        options = {"drift_bound": 0.01, "window": 8}
     if case == "capacity":
         options = {"capacity": 41, "n_sink": 1}
     arrays = [to_xp(xp, x) for x in tokens(41)]
@@ -539,7 +598,7 @@ def test_a_saved_cache_goes_on_where_it_was(xp, case, tmp_path):
     cache = appended(slra.KVCache(moved(basis_of((4, 3)), xp), **options), k, v, [20, 9, 10], q)
     cache.save(tmp_path / "cache")
     back = slra.KVCache.load(tmp_path / "cache", like=q)
-    assert back._settings == cache._settings
+    assert back._contents.layout == cache._contents.layout
     assert back.nbytes <= cache.nbytes
     assert back.nbytes == cache.nbytes or case != "capacity"
     outs = []
@@ -560,7 +619,7 @@ def _rewritten(path, change):
     """Write again with a right checksum, so that only what was changed is wrong."""
     import safetensors.numpy
 
-    from slra.attn.cache import files
+    from slra.cache import _files as files
 
     content = path.read_bytes()
     named, metadata = safetensors.numpy.load(content), files._metadata(content)
@@ -580,7 +639,9 @@ TAMPERED = {
     "another format": lambda path: _rewritten(
         path, lambda named, meta: meta.update(format="other")
     ),
-    "a missing array": lambda path: _rewritten(path, lambda named, meta: named.pop("segments.0.k")),
+    "a missing array": lambda path: _rewritten(
+        path, lambda named, meta: named.pop("segments.0.rows.k")
+    ),
     "another array": lambda path: _rewritten(path, lambda named, meta: named.update(x=np.zeros(1))),
     "a wrong shape": lambda path: _rewritten(
         path, lambda named, meta: named.update({"exact.k": named["exact.k"][:, :, :-1]})
@@ -592,18 +653,18 @@ TAMPERED = {
         path, lambda named, meta: named.update({"exact.k": named["exact.k"].astype("float32")})
     ),
     "settings that are a list": lambda path: _rewritten(
-        path, lambda named, meta: meta.update(settings="[1]")
+        path, lambda named, meta: meta.update(layout="[1]")
     ),
     "a wrong length": lambda path: _rewritten(
         path, lambda named, meta: named.update(lengths=named["lengths"] + 1000)
     ),
     "a missing setting": lambda path: _rewritten(
-        path, lambda named, meta: meta.update(settings=meta["settings"].replace("n_heads", "heads"))
+        path, lambda named, meta: meta.update(layout=meta["layout"].replace("n_heads", "heads"))
     ),
     "a setting of a wrong type": lambda path: _rewritten(
         path,
         lambda named, meta: meta.update(
-            settings=meta["settings"].replace('"window": 7', '"window": "7"')
+            layout=meta["layout"].replace('"window": 7', '"window": "7"')
         ),
     ),
 }
@@ -635,15 +696,9 @@ WRONG = {
     "capacity must be greater than n_sink, 3": {"capacity": 3, "n_sink": 3},
     "dtype must be one of": {"dtype": "int8"},
     "rotary must be 1 to 4 frequencies": {"rotary": [1.0] * 5},
-    "update must be one of": {"update": "always"},
-    "drift_bound must be given": {"update": "drift"},
-    "update must be 'fixed' with a capacity": {
-        "update": "drift",
-        "drift_bound": 0.1,
-        "window": 4,
-        "capacity": 9,
-    },
-    "window must be at least 4": {"update": "drift", "drift_bound": 0.1, "window": 3},
+    "drift_bound must be a real number": {"drift_bound": "drift"},
+    "drift_bound must be None with a capacity": {"drift_bound": 0.1, "window": 4, "capacity": 9},
+    "window must be at least 4": {"drift_bound": 0.1, "window": 3},
     "batch must be a tuple": {"batch": 3},
     "softcap must be finite": {"softcap": 0.0},
     "method must be one of": {"method": "best"},
@@ -674,8 +729,8 @@ def test_wrong_arguments_are_one_clear_error():
         with pytest.raises((TypeError, ValueError), match=message):
             call()
     assert int(cache.lengths) == 0
-    drifting = slra.KVCache(basis_of((4, 3)), window=4, update="drift", drift_bound=0.1)
-    with pytest.raises(ValueError, match="q must be given with update='drift'"):
+    drifting = slra.KVCache(basis_of((4, 3)), window=4, drift_bound=0.1)
+    with pytest.raises(ValueError, match="q must be given with drift_bound"):
         drifting.append(k, v)
     with pytest.raises(TypeError, match="basis must be an AttentionBasis"):
         slra.KVCache(None)

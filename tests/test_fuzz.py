@@ -11,7 +11,6 @@ import re
 import signal
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import slra
-from tests.backends import BACKENDS, to_numpy, to_xp
+from tests.backends import BACKENDS, brought, fetched
 from tests.fuzz.strategies import HUGE_REQUESTS, foreign, odd_arrays, plain_values
 from tests.fuzz.targets import FILES, TARGETS, Target
 
 PACKAGE = str(Path(slra.__file__).parent)
 LONG = int(os.environ.get("SLRA_FUZZ", "0"))
 SECONDS = 20
-CALLABLES = ("matmat", "rmatmat", "operator", "adjoint", "objective", "callback")
+CALLABLES = (
+    "matmat",
+    "rmatmat",
+    "operator",
+    "adjoint",
+    "objective",
+    "callback",
+    "flatten",
+    "unflatten",
+)
 
 
 def profile(max_examples: int) -> settings:
@@ -80,17 +88,6 @@ def check_error(error: Exception, target: Target, args: dict[str, Any]) -> None:
         raise AssertionError(f"{type(error).__name__} from {where}: {error}") from error
 
 
-def brought(xp: Any, x: Any) -> Any:
-    """NumPy arrays, also in tuples and lists, to the namespace, where it has their dtype."""
-    if isinstance(x, (tuple, list)) and type(x) in (tuple, list):
-        return type(x)(brought(xp, one) for one in x)
-    if type(x) is not np.ndarray or compat.is_numpy_namespace(xp):
-        return x
-    if x.dtype.kind not in "biufc" or not hasattr(xp, x.dtype.name):
-        return x
-    return to_xp(xp, x.astype(x.dtype.newbyteorder("=")).copy())
-
-
 def check_library(given: dict[str, Any], out: Any) -> None:
     """Fail unless arrays that come out are of the library of those that went in."""
     came = {compat.array_namespace(x) for x in given.values() if is_array(x)}
@@ -100,17 +97,6 @@ def check_library(given: dict[str, Any], out: Any) -> None:
 
 def is_array(x: Any) -> bool:
     return compat.is_array_api_obj(x) and not isinstance(x, np.generic) and x.ndim > 0
-
-
-def fetched(x: Any) -> Any:
-    """Arrays of any library to NumPy's."""
-    if isinstance(x, tuple):
-        return type(x)(*map(fetched, x)) if hasattr(x, "_fields") else tuple(map(fetched, x))
-    if isinstance(x, (np.ndarray, np.generic)) or not compat.is_array_api_obj(x):
-        return x
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        return to_numpy(x)
 
 
 def run(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import slra
-from tests.test_transformers import VOCABULARY, WIDTH, decoder, tokens
+from tests.models import VOCABULARY, WIDTH, decoder, tokens
 
 PAGE = Path(__file__).parents[1] / "docs" / "integrations.md"
 
@@ -172,7 +172,7 @@ def compiled_favor():
     import torch
 
     def run(x):
-        return slra.low_rank_attention(x, x, x, 2, method="favor")
+        return slra.baselines.favor(x, x, x, 2)
 
     torch.compiler.reset()
     torch.compile(run, fullgraph=True, backend="eager")(torch.ones(5, 4))

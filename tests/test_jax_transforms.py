@@ -1,6 +1,7 @@
 """JAX: gradients, vmap, shard_map, and that what is sharded over the batch stays so."""
 
 import functools
+import warnings
 
 import numpy as np
 import pytest
@@ -111,3 +112,16 @@ def test_inside_shard_map(name, mesh):
     for got, right in zip(out, expected, strict=True):
         assert got.sharding.is_equivalent_to(where, got.ndim)
         np.testing.assert_allclose(got, right, rtol=0, atol=1e-11)
+
+
+def test_decompositions_in_single_precision_warn_of_nothing():
+    a = np.random.default_rng(0).standard_normal((60, 40)).astype("float32")
+    with jax.enable_x64(False), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = jax.numpy.asarray(a)
+        slra.randomized_svd(x, 3, center=True, rng=0)
+        slra.randomized_svd(x, 3, tol=1e-3, rng=0)
+        slra.randomized_eigh(x.T @ x, 3, rng=0)
+        slra.estimate_error(x, slra.truncated_svd(x, 3), rng=0)
+        for function in (slra.randomized_svd, slra.truncated_svd):
+            assert function(x, rtol=0.3).S.dtype == x.dtype

@@ -5,23 +5,10 @@ import pytest
 
 import slra
 from tests.backends import to_numpy, to_xp
-from tests.test_attention import naive_attention
+from tests.naive_attention import decaying, frobenius, naive_attention
 
 EPS = {"float32": np.finfo("float32").eps, "float64": np.finfo("float64").eps}
 SCALE = 8**-0.5
-
-
-def decaying(seed=0, heads=2, heads_k=2, n_q=40, n_k=50, d=8, d_v=6, batch=(), dtype="float64"):
-    """Q, K, V with decaying spectra, a common offset of the keys and of the values, and peaked attention."""
-    rng = np.random.default_rng(seed)
-
-    def draw(n_heads, n, width):
-        x = rng.standard_normal((*batch, n_heads, n, width)) * 0.75 ** np.arange(width)
-        return x @ np.linalg.qr(rng.standard_normal((n_heads, width, width)))[0]
-
-    q, k, v = 2 * draw(heads, n_q, d), 2 * draw(heads_k, n_k, d), draw(heads_k, n_k, d_v)
-    k, v = k + rng.standard_normal(d), v + rng.standard_normal(d_v)
-    return [x.astype(dtype) for x in (q, k, v)]
 
 
 def truncated(x, rank):
@@ -34,13 +21,9 @@ def tail(x, rank):
     return np.sqrt(np.sum(np.linalg.svd(x, compute_uv=False)[..., rank:] ** 2, axis=-1))
 
 
-def frobenius(x):
-    return np.linalg.norm(x, axis=(-2, -1))
-
-
 OPTIONS = {
     "plain": {},
-    "causal": {"is_causal": True},
+    "causal": {"is_causal": True, "causal_align": "bottom_right"},
     "softcap": {"softcap": 2.0, "scale": 0.5},
 }
 
@@ -273,7 +256,7 @@ def test_half_precision_is_computed_in_single(xp):
 
 def test_low_rank_attention_stays_on_the_device_of_the_input(xp, device):
     q, k, v = (xp.asarray(x, device=device) for x in decaying())
-    basis = slra.fit_attention(q, k, v, 3, is_causal=True)
+    basis = slra.fit_attention(q, k, v, 3, is_causal=True, causal_align="bottom_right")
     assert basis.attend(q, k, v).device == basis.error.device == q.device
 
 

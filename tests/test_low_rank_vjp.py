@@ -7,13 +7,19 @@ import pytest
 
 import slra
 from tests.backends import to_numpy, to_xp
-from tests.test_low_rank import decaying
+from tests.naive_attention import decaying
 
 # The largest entry of a gradient is about 10 here.
 ATOL = 1e-9
 
 CASES = {
-    "scores": {"rank": (3, 2), "method": "scores", "is_causal": True, "mask": "float64"},
+    "scores": {
+        "rank": (3, 2),
+        "method": "scores",
+        "is_causal": True,
+        "causal_align": "bottom_right",
+        "mask": "float64",
+    },
     "output": {"rank": (3, 2), "softcap": 2.0, "scale": 0.5},
     "svd": {"rank": (3, 2), "method": "svd", "enable_gqa": True, "mask": "bool"},
     "exact keys": {
@@ -122,7 +128,7 @@ def test_a_basis_is_not_fitted_again(monkeypatch):
     arrays, grads, options = problem("scores")
     basis = slra.fit_attention(*arrays, **options)
     del options["rank"], options["method"]
-    monkeypatch.setattr("slra.attn._approximation.fit_inputs", None)
+    monkeypatch.setattr("slra.attn.low_rank.fit_problem", None)
     got = gradients(np, arrays, grads, {**options, "basis": basis})
     monkeypatch.undo()
     assert_close(got, expected_gradients("scores"))

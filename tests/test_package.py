@@ -45,11 +45,91 @@ def test_import_needs_nothing_but_its_dependencies():
 
 
 def test_integrations_import_no_framework_until_one_is_asked_for():
-    code = "import sys, slra.integrations; print(*sys.modules)"
+    code = "import sys, slra; dir(slra.integrations); slra.baselines; print(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert not {name.partition(".")[0] for name in result.stdout.split()} & FRAMEWORKS
+
+
+def test_integrations_are_imported_by_name():
+    pytest.importorskip("torch")
+    code = (
+        "import sys, slra; assert 'torch' not in sys.modules; "
+        "print(slra.integrations.torch.LowRankAttention.__name__, hasattr(slra.integrations, 'no'))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["LowRankAttention", "False"]
+
+
+def imports(path):
+    """Name of a file as a module, and those of slra that it imports whenever it is imported."""
+    package = ".".join(("slra", *path.relative_to(PACKAGE).with_suffix("").parts))
+    package = package.removesuffix(".__init__")
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "slra":
+            files = {name.name for name in node.names}
+            found |= {
+                f"{node.module}.{name}" if f"{node.module}.{name}" in MODULES else node.module
+                for name in files
+            }
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.partition(".")[0] == "slra"}
+    return package, found - {package}
+
+
+MODULES = {
+    ".".join(("slra", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def circles(graph):
+    """Modules that import one another, by taking away those that import nothing that is left."""
+    graph = {name: set(others) & set(graph) for name, others in graph.items()}
+    while free := {name for name, others in graph.items() if not others}:
+        graph = {name: others - free for name, others in graph.items() if name not in free}
+    return set(graph)
+
+
+def test_no_module_imports_itself_through_others():
+    graph = dict(imports(path) for path in PACKAGE.rglob("*.py"))
+    assert len(graph) > 90
+    assert sum(map(len, graph.values())) > 300
+    # The front page imports what others may name by it.
+    graph.pop("slra")
+    assert circles(graph) == set()
+    assert circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set()}) == {"a", "b", "c"}
+
+
+def test_a_leading_underscore_is_for_its_own_folder():
+    for path in PACKAGE.rglob("*.py"):
+        package, found = imports(path)
+        for module in found:
+            folder, _, name = module.rpartition(".")
+            is_private = name.startswith("_") and folder.startswith(("slra.attn", "slra.cache"))
+            assert not is_private or package.startswith(folder), f"{package} imports {module}"
+
+
+def test_heads_are_laid_out_at_the_door_only():
+    """Below the public functions, which hand it to `make_problem`, nothing takes or passes enable_gqa."""
+    folders = ("attn", "cache", "baselines", "_backends")
+    paths = [path for folder in folders for path in (PACKAGE / folder).rglob("*.py")]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                named = {x.arg for x in (*node.args.args, *node.args.kwonlyargs)}
+                may = not node.name.startswith("_") or node.name == "_check_batch"
+                assert "enable_gqa" not in named or may, f"{path}: {node.name}"
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                named = {x.arg for x in node.keywords}
+                public = {"make_problem", "_check_batch", "attention", "fit_attention"}
+                assert "enable_gqa" not in named or node.func.id in public, (
+                    f"{path}: {node.func.id}"
+                )
 
 
 def test_numpy_calls_import_no_framework():
@@ -103,7 +183,7 @@ def test_the_layering_check_sees_an_offence(tmp_path):
 def public_functions():
     return {
         f"{module.__name__}.{name}": getattr(module, name)
-        for module in (slra, slra.prox, slra.objective)
+        for module in (slra, slra.prox, slra.objective, slra.baselines)
         for name in module.__all__
         if isinstance(getattr(module, name), FunctionType)
     }
@@ -132,6 +212,8 @@ def test_every_module_declares_its_names():
             module = importlib.import_module(info.name)
         except ImportError:
             continue
+        if info.name == "slra.integrations":
+            continue  # its names are modules, which need their frameworks
         assert all(hasattr(module, name) for name in getattr(module, "__all__", ())), info.name
 
 
@@ -152,8 +234,8 @@ def integrated_names():
 def test_every_public_name_has_a_page():
     pages = (PACKAGE.parent / "docs" / "api.md").read_text()
     listed = set(re.findall(r"^   (\w+)$", pages, flags=re.MULTILINE))
-    modules = {"objective", "prox"}
-    functions = {*slra.prox.__all__, *slra.objective.__all__}
+    modules = {"baselines", "integrations", "objective", "prox"}
+    functions = {*slra.prox.__all__, *slra.objective.__all__, *slra.baselines.__all__}
     public = ({*slra.__all__} - modules) | functions | integrated_names()
     assert listed == public
 
@@ -201,3 +283,27 @@ def test_readme_example_runs_and_is_the_same_for_cupy():
     assert "\n".join(bare) == with_cupy.strip().replace("cupy as cp", "numpy as np").replace(
         "cp.", "np."
     )
+
+
+def test_the_page_on_the_architecture_names_what_there_is():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    files = {path.relative_to(PACKAGE.parent).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(rows) >= 7
+    for row in rows:
+        named = re.findall(r"`([^`]+)`", row)
+        paths = [file for name in named for file in files if name.endswith(".py") and name in file]
+        assert paths, row
+        text = "".join(files[path].read_text() for path in paths)
+        for name in named:
+            if not name.endswith(".py"):
+                assert all(part in text for part in name.split(".")), f"{name} is not in {paths}"
+
+
+def test_type_checkers_see_what_comes_out():
+    """A user's script, in which each result has the type that it asserts, under mypy's strictest settings."""
+    api = pytest.importorskip("mypy.api")
+    out, err, status = api.run(
+        ["--strict", "--follow-imports=silent", str(Path(__file__).with_name("typed_user.py"))]
+    )
+    assert status == 0, out + err

@@ -25,6 +25,7 @@ from slra.cli.report.arrays import read_layers
 from slra.cli.report.measure import count_steps, effective_rank, measure, needed_ranks
 from tests.browser import measured
 from tests.command import environment
+from tests.naive_attention import softmax_attention
 
 N, D = 12, 4
 
@@ -42,13 +43,6 @@ def inputs(heads=2, key_heads=2, dtype=np.float64):
 def write_npz(path, q, k, v, prefix=""):
     np.savez(path, **{f"{prefix}q": q, f"{prefix}k": k, f"{prefix}v": v})
     return path
-
-
-def softmax_attention(scores, v, causal):
-    if causal:
-        scores = np.where(np.tri(*scores.shape, dtype=bool), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ v
 
 
 def cut(x, rank):
@@ -146,6 +140,13 @@ def test_effective_rank_and_needed_rank():
     assert needed_ranks(errors, [1, 2, 4], 0.05) == [4, None]
 
 
+def test_causal_queries_are_the_last_of_the_text(tmp_path):
+    q, k, v = inputs()
+    whole = run(write_npz(tmp_path / "a.npz", q[:, 5:], k, v), "--causal", "--json", tmp_path / "a")
+    assert whole.exit_code == 0, whole.output
+    assert json.loads((tmp_path / "a").read_text())["layers"][0]["attends"] == "causal"
+
+
 def test_a_zero_head_is_no_error(tmp_path):
     q, k, v = inputs()
     v[1] = 0
@@ -210,9 +211,16 @@ def refused(tmp_path, *paths):
         ),
         (lambda q, k, v: (q, k, v * 1j), "v of layer a must be real floating"),
         (lambda q, k, v: (q[..., :3], k, v), "must have shapes q (..., Hq, Nq, D)"),
-        (lambda q, k, v: (q, k, v[:, :5]), "must have shapes q (..., Hq, Nq, D)"),
-        (lambda q, k, v: (np.concat([q, q[:1]]), k, v), "Hq a multiple of Hkv"),
-        (lambda q, k, v: (q[:, :0], k, v), "no axis empty"),
+        (lambda q, k, v: (q[..., :3], k, v), "D, the last axis of q and k, must agree"),
+        (lambda q, k, v: (q, k, v[:, :5]), "Nk, the second last axis of k and v, must agree"),
+        (lambda q, k, v: (q, k, v[:1]), "Hkv, the third last axis of k and v, must agree"),
+        (lambda q, k, v: (q, k[None], v), "equally many axes"),
+        (lambda q, k, v: (q[None], k[None], np.stack([v, v])), "the leading axes of k and v"),
+        (
+            lambda q, k, v: (np.concat([q, q[:1]]), k, v),
+            "the 3 heads of q are no multiple of the 2",
+        ),
+        (lambda q, k, v: (q[:, :0], k, v), "axis 1 of q is empty"),
         (lambda q, k, v: (q, k, np.array([{}])), "Object arrays cannot be loaded"),
     ],
 )
@@ -248,12 +256,113 @@ def test_files_that_are_refused(tmp_path):
     assert "--html must be a file other than" in done.stderr
 
 
+def test_targets_that_are_refused(tmp_path):
+    """Two outputs of one name, however it is written, and folders that are not there: a typing error makes none."""
+    path = write_npz(tmp_path / "a.npz", *inputs())
+    same = tmp_path / ".." / tmp_path.name / "out"
+    done = run(path, "--html", tmp_path / "out", "--json", same)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "--json must be a file other than those that are read or written" in done.stderr
+    done = run(path, "--html", tmp_path / "absent" / "page.html")
+    assert done.exit_code == 1
+    assert "the folder of --html must exist" in done.stderr
+    assert [x.name for x in tmp_path.iterdir()] == ["a.npz"]
+
+
+def many_layers(tmp_path, n_layers):
+    arrays = dict(zip("qkv", inputs(), strict=True))
+    path = tmp_path / "many.npz"
+    np.savez(path, **{f"layer{i}/{name}": x for i in range(n_layers) for name, x in arrays.items()})
+    return path
+
+
+def test_verdict_first_and_few_lines(tmp_path):
+    path = many_layers(tmp_path, 12)
+    done = run(path, "--json", tmp_path / "some.json")
+    lines = done.stdout.splitlines()
+    assert done.exit_code == 0, done.output
+    assert len(lines) <= 30
+    assert lines[1].startswith("Keep exact attention in all 5 layers")
+    assert "5 of 12 layers; --all-layers takes all" in done.stderr
+    layers = json.loads((tmp_path / "some.json").read_text())["layers"]
+    assert [x["name"] for x in layers] == [f"layer{i}" for i in (0, 3, 6, 8, 11)]
+    every = run(path, "--all-layers", "--json", tmp_path / "all.json")
+    assert every.exit_code == 0, every.output
+    assert len(json.loads((tmp_path / "all.json").read_text())["layers"]) == 12
+    single = run(write_npz(tmp_path / "a.npz", *low_rank_inputs()))
+    assert single.stdout.splitlines()[1].startswith("Compress with")
+    assert len(single.stdout.splitlines()) <= 30
+
+
+def test_progress_where_stderr_is_no_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr("slra.cli.terminal.LINE_EVERY", 0.0)
+    done = run(many_layers(tmp_path, 2))
+    said = re.findall(r"Attention, exact and low rank: (\d+) of (\d+), \d+ s", done.stderr)
+    assert [int(i) for i, _ in said] == list(range(1, int(said[0][1]) + 1))
+
+
+def test_ctrl_c_keeps_the_layers_that_are_done(tmp_path, monkeypatch):
+    from slra.cli.report import measure as module
+
+    def interrupted(layer, advance):
+        if layer.name == "layer2":
+            raise KeyboardInterrupt
+        return measure(layer, advance)
+
+    monkeypatch.setattr(module, "measure", interrupted)
+    done = run(many_layers(tmp_path, 4), "--json", tmp_path / "out.json")
+    assert done.exit_code == 130
+    assert "Interrupted: 2 of 4 layers were measured." in done.stderr
+    assert "2 of its layers" in done.stdout
+    layers = json.loads((tmp_path / "out.json").read_text())["layers"]
+    assert [x["name"] for x in layers] == ["layer0", "layer1"]
+
+
+def test_tokens_before_heads_are_pointed_out(tmp_path):
+    x = np.random.default_rng(0).standard_normal((3, 20, 2, 4))
+    np.save(tmp_path / "a.npy", x)
+    assert (
+        "a: read as 20 heads of 2 tokens. Heads come before tokens"
+        in run(tmp_path / "a.npy").stderr
+    )
+    np.save(tmp_path / "b.npy", x.swapaxes(1, 2))
+    assert "Heads come" not in run(tmp_path / "b.npy").stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_an_output_that_takes_no_more(tmp_path):
+    write_npz(tmp_path / "a.npz", *inputs())
+    for command in (["report", "a.npz"], ["report", "--help"], ["--version"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "slra", *command],
+                cwd=tmp_path,
+                env=environment(),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+            )
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith("cannot write to standard output")
+        assert "Traceback" not in done.stderr
+
+
+def test_help_and_version(monkeypatch):
+    import slra
+
+    monkeypatch.setenv("COLUMNS", "200")
+    help_text = run("--help").stdout
+    assert "<bool>" not in help_text.replace("--help", "").split("--causal")[1].splitlines()[0]
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"slra {slra.__version__}\n"
+
+
 def test_page_is_whole_and_loads_nothing(tmp_path):
     q, k, v = inputs(heads=4)
     np.savez(
         tmp_path / "a&b.npz",
         **{f"{n}/{x}": a for n in ("one", "<two>") for x, a in zip("qkv", (q, k, v), strict=True)},
     )
+    (tmp_path / "new").mkdir()
     target = tmp_path / "new" / "page.html"
     done = run(tmp_path / "a&b.npz", "--html", target)
     assert done.exit_code == 0, done.output
@@ -400,7 +509,7 @@ def test_arrays_of_other_names_are_not_looked_at(tmp_path):
 
 def test_names_are_no_markup(tmp_path):
     path = write_npz(tmp_path / "[b]a.npz", *inputs(), prefix="[red]x/")
-    done = run(path)
+    done = run(path, "--details")
     assert done.exit_code == 0, done.output
     assert "[red]x: heads" in done.stdout
     assert "[b]a.npz" in done.stdout.replace("\n", "")

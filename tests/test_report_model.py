@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from slra.cli.app import app
 from slra.cli.report.model import read_model
 from tests.command import hide, run_python
-from tests.test_report import softmax_attention
+from tests.naive_attention import softmax_attention
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -161,29 +161,37 @@ def test_the_packaged_encoder(tmp_path):
     source = tmp_path / "long.txt"
     source.write_text(LONG, encoding="utf-8")
     assert read_model(get_model_path(), LONG, 1, lambda n_layers: None).n_tokens == 1
-    options = ("--text", source, "--max-tokens", 9, "--json", tmp_path / "out.json")
+    options = (
+        "--text",
+        source,
+        "--max-tokens",
+        70,
+        "--all-layers",
+        "--json",
+        tmp_path / "out.json",
+    )
     done = run(get_model_path(), *options)
     assert done.exit_code == 0, done.output
-    assert f"the first 9 of {found.n_tokens_of_text} tokens (--max-tokens)" in done.stdout.replace(
+    assert f"the first 70 of {found.n_tokens_of_text} tokens (--max-tokens)" in done.stdout.replace(
         "\n", ""
     )
     report = json.loads((tmp_path / "out.json").read_text())
-    assert (report["n_tokens"], report["n_tokens_of_text"]) == (9, found.n_tokens_of_text)
+    assert (report["n_tokens"], report["n_tokens_of_text"]) == (70, found.n_tokens_of_text)
     assert [x["attends"] for x in report["layers"]] == ["every token sees all"] * 6
-    assert {tuple(x["shapes"]["q"]) for x in report["layers"]} == {(12, 9, 32)}
+    assert {tuple(x["shapes"]["q"]) for x in report["layers"]} == {(12, 70, 32)}
 
 
 @pytest.mark.parametrize(("kind", "attends"), [("Llama", "causal"), ("Mistral", "its own mask")])
 def test_a_report_on_a_decoder(tmp_path, kind, attends):
     """From standard input, cut to the positions of the model, with a page."""
     window = {"sliding_window": WINDOW} if kind == "Mistral" else {}
-    build(kind, tmp_path / "model", **GROUPED, **window, max_position_embeddings=20)
+    build(kind, tmp_path / "model", **GROUPED, **window, max_position_embeddings=36)
     html, numbers = tmp_path / "page.html", tmp_path / "out.json"
     done = run(
         tmp_path / "model", "--text", "-", "--html", html, "--json", numbers, input=TEXT.encode()
     )
     assert done.exit_code == 0, done.output
-    said = f"the first 20 of {len(TEXT)} tokens (all that the model takes)"
+    said = f"the first 36 of {len(TEXT)} tokens (all that the model takes)"
     assert said in done.stdout
     assert said in html.read_text(encoding="utf-8")
     report = json.loads(numbers.read_text())
@@ -229,6 +237,15 @@ def test_options_that_do_not_go_together(tmp_path, llama, text):
     done = run(llama, "--text", text, "--html", text)
     assert "--html must be a file other than" in done.stderr
     assert text.read_text() == TEXT
+
+
+def test_a_few_tokens_are_no_basis_for_advice(tmp_path, llama, text):
+    """Nor are fewer than twice the width of a head, of which any have low rank."""
+    said = refused(tmp_path, llama, "--text", text, "--max-tokens", 5)
+    assert "at least 32 tokens" in said
+    assert "5 are no basis for advice" in said
+    build("Llama", tmp_path / "wide", **(GROUPED | {"head_dim": 40}))
+    assert "at least 80 tokens" in refused(tmp_path, tmp_path / "wide", "--text", text)
 
 
 def change_config(folder, **changed):

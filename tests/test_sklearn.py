@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from slra.integrations.sklearn import LowRank
-from tests.test_svd_never_wrong import make
+from tests.matrices import make
 
 
 def checks():
@@ -107,3 +107,64 @@ def test_the_example_runs():
 def test_constant_features_explain_nothing():
     model = LowRank(1, center=True, random_state=0).fit(np.ones((4, 3)))
     assert model.explained_variance_ratio_.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("kind", ["dense", "csr"])
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.9, 0.95, 0.999])
+def test_a_share_of_the_variance_is_that_of_pca(share, kind):
+    X = data(kind)
+    theirs = PCA(share, svd_solver="full").fit(X if kind == "dense" else X.toarray())
+    ours = LowRank(share, center=True, random_state=0).fit(X)
+    # A value that just suffices may fall short by what the iteration left out.
+    assert len(ours.components_) in (theirs.n_components_, theirs.n_components_ + 1)
+    ratio = theirs.explained_variance_ratio_
+    np.testing.assert_allclose(ours.explained_variance_ratio_[: len(ratio)], ratio, atol=5e-3)
+    assert np.sum(ours.explained_variance_ratio_) >= share
+
+
+def test_variances_are_those_of_pca():
+    X = data("dense")
+    theirs = PCA(5, svd_solver="full").fit(X)
+    ours = LowRank(5, n_iter=12, center=True, random_state=0).fit(X)
+    np.testing.assert_allclose(ours.explained_variance_, theirs.explained_variance_, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["dense", "csr"])
+def test_means_that_are_large_beside_deviations(kind):
+    rng = np.random.default_rng(0)
+    X = (rng.standard_normal((20_000, 4)) * [1, 0.5, 0.2, 0.1] + 1000).astype("float32")
+    wide = X.astype("float64")
+    theirs = PCA(2, svd_solver="full").fit(wide)
+    given = X if kind == "dense" else scipy.sparse.csr_array(X)
+    ours = LowRank(2, center=True, random_state=0).fit(given)
+    np.testing.assert_allclose(ours.mean_, theirs.mean_, rtol=1e-12)
+    np.testing.assert_allclose(ours.explained_variance_, theirs.explained_variance_, rtol=1e-5)
+    ratio = theirs.explained_variance_ratio_
+    np.testing.assert_allclose(ours.explained_variance_ratio_, ratio, rtol=1e-5)
+    signs = np.sign(np.sum(ours.components_ * theirs.components_, axis=1))
+    scores = ours.transform(given[:100])
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, theirs.transform(wide[:100]) * signs, atol=1e-3)
+    np.testing.assert_allclose(ours.inverse_transform(scores), wide[:100], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_components": 60}, r"^n_components must be between 1 and 50 \(min of the shape of X\)"),
+        ({"n_components": 0}, "^n_components must be between 1 and 50"),
+        ({"n_components": 1.5, "center": True}, "^n_components must be an int, or a share"),
+        ({"n_components": 0.5}, "^n_components as a share of the variance, 0.5, needs center=True"),
+    ],
+)
+def test_messages_name_the_parameter_of_the_estimator(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LowRank(**settings).fit(data("dense"))
+
+
+def test_what_is_transformed_back_is_checked():
+    model = LowRank(3, random_state=0).fit(data("dense"))
+    with pytest.raises(ValueError, match="^X must have 3 columns, one for each component, got"):
+        model.inverse_transform(np.ones((4, 2)))
+    with pytest.raises(ValueError, match="NaN"):
+        model.inverse_transform(np.full((4, 3), np.nan))

@@ -5,7 +5,7 @@ import pytest
 
 import slra
 from tests.backends import to_numpy, to_xp
-from tests.test_svd_never_wrong import eps_of, orthonormal
+from tests.matrices import eps_of, orthonormal
 
 
 def hermitian(lam, dtype, batch=()):
@@ -152,8 +152,9 @@ def products(lam, **options):
 
     operator = slra.MatrixOperator(matmat, matmat, a.shape, a)
     slra.randomized_eigh(operator, 4, rng=0, **options)
-    # The first is of one vector, to find the scale.
-    return taken[1:]
+    # The first two are of one vector: to find the scale, and whether it is Hermitian.
+    assert taken[:2] == [1, 1]
+    return taken[2:]
 
 
 def test_how_many_products_are_taken():
@@ -264,3 +265,71 @@ def test_estimate_error_refuses_what_does_not_fit():
         slra.estimate_error(a, a)
     with pytest.raises(ValueError, match="n_probes must be between 1"):
         slra.estimate_error(a, (np.ones((6, 2)), np.ones((2, 5))), n_probes=0)
+
+
+def graph(n=300, k=5):
+    """Neighbours of points on a plane: who is near is not mutual."""
+    sp = pytest.importorskip("scipy.sparse")
+    points = np.random.default_rng(0).standard_normal((n, 2))
+    distance = np.linalg.norm(points[:, None] - points, axis=-1)
+    nearest = np.argsort(distance, axis=1)[:, 1 : k + 1]
+    rows = np.repeat(np.arange(n), k)
+    return sp.csr_matrix((np.ones(n * k), (rows, nearest.ravel())), (n, n))
+
+
+def test_sparse_matrices_must_be_hermitian():
+    g = graph()
+    message = r"^x must be Hermitian, .* pass \(x \+ x\^H\) / 2$"
+    for x in (g, g.tocsc(), g.tocoo(), 1j * g, 1j * (g + g.T)):
+        with pytest.raises(ValueError, match=message):
+            slra.randomized_eigh(x, 3, rng=0)
+    operator = slra.MatrixOperator(g.__matmul__, g.T.__matmul__, g.shape, g.data)
+    with pytest.raises(ValueError, match="^x must be Hermitian, got an operator that is not"):
+        slra.randomized_eigh(operator, 3, rng=0)
+    for x in ((g + g.T) / 2, 1j * (g - g.T)):
+        w, V = slra.randomized_eigh(x.tocsr(), 3, n_iter=20, rng=0)
+        assert np.linalg.norm(x @ V - V * w) <= 1e-2 * np.abs(w[0])
+    slra.randomized_eigh(graph() * 0, 3, rng=0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_hermitian_to_rounding_in_the_dtype_of_the_input(dtype):
+    points = np.random.default_rng(0).standard_normal((200, 3))
+    affinity = np.exp(-((points[:, None] - points) ** 2).sum(axis=-1))
+    eps = np.finfo(dtype).eps
+    off = 1 + eps * np.random.default_rng(1).uniform(-1, 1, affinity.shape)
+    x = (affinity * off).astype(dtype)
+    w = slra.randomized_eigh(x, 3, rng=0).w
+    assert w.dtype == ("float32" if dtype == "float16" else dtype)
+    exact = np.linalg.eigvalsh((x + x.T).astype("float64") / 2)[:-4:-1]
+    np.testing.assert_allclose(w, exact, rtol=1e-4 if dtype != "float64" else 1e-6)
+    wrong = x.copy()
+    wrong[0, 1] += np.asarray(200 * eps if dtype != "float16" else 0.05, dtype)
+    with pytest.raises(
+        ValueError, match=rf"^x must be Hermitian, .* in {dtype} .*\(x \+ x\^H\) / 2$"
+    ):
+        slra.randomized_eigh(wrong, 3, rng=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_both_ends_of_a_spectrum(xp, dtype):
+    lam = np.concatenate([-5 * 0.6 ** np.arange(60), 0.5 * 0.6 ** np.arange(60)])
+    a = hermitian(lam, dtype)
+    ends = {"LM": [-5, -3, -1.8], "LA": [0.5, 0.3, 0.18], "SA": [-5, -3, -1.8]}
+    for which, exact in ends.items():
+        options = {"which": which, "n_oversamples": 5, "n_iter": 4, "rng": 0}
+        w, V = map(to_numpy, slra.randomized_eigh(to_xp(xp, a), 3, **options))
+        np.testing.assert_allclose(w, exact, atol=2e-3 * abs(exact[0]))
+        np.testing.assert_allclose(a @ V, V * w, atol=0.05 * abs(exact[0]))
+
+
+def test_the_ends_that_are_found_are_named():
+    x = np.diag(np.arange(1.0, 201))
+    with pytest.raises(ValueError, match="^which must be 'LM', 'LA' or 'SA', got 'SM': products"):
+        slra.randomized_eigh(x, 2, which="SM")
+    with pytest.raises(ValueError, match="^which must be one of 'LM', 'LA', 'SA', got 'BE'"):
+        slra.randomized_eigh(x, 2, which="BE")
+    with pytest.raises(ValueError, match="^which must be 'LM' or 'LA' for method='nystrom'"):
+        slra.randomized_eigh(x, 2, which="SA", method="nystrom")
+    w = slra.randomized_eigh(x[:10, :10], 2, which="SA", rng=0).w
+    np.testing.assert_allclose(w, [1, 2])

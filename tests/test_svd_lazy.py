@@ -6,7 +6,7 @@ import pytest
 import slra
 from benchmarks.cosine_matrix import count, lazily
 from tests.backends import to_numpy
-from tests.test_svd_never_wrong import check, make, reference_error
+from tests.matrices import check, make, reference_error
 
 OMEGA = np.random.default_rng(0).standard_normal((90, 11))
 

@@ -4,108 +4,12 @@ import numpy as np
 import pytest
 
 import slra
-from tests.backends import to_numpy, to_xp
+from tests.backends import to_xp
+from tests.matrices import SCALED, SPECTRA, check, eps_of, make, reference_error
 
 DTYPES = ["float32", "float64", "complex64", "complex128"]
 SHAPES = {"tall": (400, 220), "wide": (220, 400), "square": (300, 300), "batch": (2, 260, 200)}
 RANKS = [1, 5, 60]
-
-
-def eps_of(dtype):
-    return float(np.finfo(dtype).eps)
-
-
-def kahan(n):
-    """Kahan's matrix, whose small singular value QR with pivoting misses."""
-    s, c = np.sin(1.2), np.cos(1.2)
-    upper = np.eye(n) - c * np.triu(np.ones((n, n)), 1)
-    return s ** np.arange(n)[:, None] * upper
-
-
-SPECTRA = {
-    "polynomial": lambda n: 1 / np.arange(1.0, n + 1),
-    "slow": lambda n: np.arange(1.0, n + 1) ** -0.5,
-    "exponential": lambda n: 0.9 ** np.arange(n),
-    "steep": lambda n: 0.5 ** np.arange(n),
-    "step": lambda n: np.where(np.arange(n) < 20, 1.0, 1e-4),
-    "spiked": lambda n: np.where(np.arange(n) < 3, 100.0, 1.0) * np.linspace(1, 0.9, n),
-    "flat": lambda n: np.ones(n),
-    "bad Cholesky-QR": lambda n: np.where(np.arange(n) < 5, 1.0, 1e-8 * 0.8 ** np.arange(n)),
-    "rank 7": lambda n: np.where(np.arange(n) < 7, 1.0 / np.arange(1, n + 1), 0.0),
-    "zero": lambda n: np.zeros(n),
-}
-SCALED = {"1e-30": 1e-30, "1e30": 1e30}
-
-
-def orthonormal(rng, shape, k, dtype):
-    g = rng.standard_normal((*shape, k))
-    if np.issubdtype(dtype, np.complexfloating):
-        g = g + 1j * rng.standard_normal(g.shape)
-    return np.linalg.qr(g)[0]
-
-
-def make(name, shape, dtype, seed=0):
-    """Return a test matrix, rounded to its dtype."""
-    rng = np.random.default_rng(seed)
-    *batch, m, n = shape
-    if name == "gaussian":
-        a = rng.standard_normal(shape)
-        if np.issubdtype(dtype, np.complexfloating):
-            a = a + 1j * rng.standard_normal(shape)
-    elif name == "kahan":
-        k = min(m, n)
-        a = np.zeros(shape)
-        a[..., :k, :k] = kahan(k)
-    else:
-        scale = SCALED.get(name, 1.0)
-        sigma = scale * SPECTRA["exponential" if name in SCALED else name](min(m, n))
-        u = orthonormal(rng, (*batch, m), len(sigma), dtype)
-        v = orthonormal(rng, (*batch, n), len(sigma), dtype)
-        a = (u * sigma) @ np.conj(v).swapaxes(-1, -2)
-    return a.astype(dtype)
-
-
-def check(a, rank, result, near=1.01, trailing=None):
-    """Compare with LAPACK's answer, in double precision, for the very matrix that was passed.
-
-    ``trailing``: the spectrum's error of a reference method, allowed ten times over.
-    """
-    eps = eps_of(a.dtype)
-    wide = a.astype(np.result_type(a.dtype, np.float64))
-    exact = np.linalg.svd(wide, compute_uv=False)
-    U, S, Vh = (to_numpy(x) for x in result)
-    assert U.dtype == Vh.dtype == a.dtype
-    assert S.dtype == a.real.dtype
-    norm = np.linalg.norm(exact, axis=-1)
-    error = np.linalg.norm(
-        wide - (U.astype(wide.dtype) * S.astype(float)[..., None, :]) @ Vh, axis=(-2, -1)
-    )
-    best = np.linalg.norm(exact[..., rank:], axis=-1)
-    assert np.all(error <= near * best + 100 * eps * norm)
-    for Q in (U, np.conj(Vh).swapaxes(-1, -2)):
-        gram = np.conj(Q).swapaxes(-1, -2) @ Q
-        assert np.max(np.abs(gram - np.eye(rank))) <= 50 * eps * np.sqrt(rank)
-    assert np.all(np.diff(S, axis=-1) <= 0)
-    allowed = 20 * eps * exact[..., :1]
-    if trailing is not None:
-        allowed = allowed + 10 * trailing
-    assert np.all(np.abs(S - exact[..., :rank]) <= allowed)
-
-
-def reference_error(a, rank, n_iter, n_oversamples=8, seed=0):
-    """Error of the singular values of subspace iteration by QR in double precision."""
-    wide = a.astype(np.result_type(a.dtype, np.float64))
-    scale = np.max(np.abs(wide)) or 1.0
-    wide = wide / scale
-    width = min(rank + n_oversamples, *a.shape[-2:])
-    Q = np.random.default_rng(seed).standard_normal((*a.shape[:-2], a.shape[-1], width))
-    Q = np.linalg.qr(wide @ Q)[0]
-    for _ in range(n_iter):
-        Q = np.linalg.qr(np.conj(wide).swapaxes(-1, -2) @ Q)[0]
-        Q = np.linalg.qr(wide @ Q)[0]
-    found = np.linalg.svd(np.conj(Q).swapaxes(-1, -2) @ wide, compute_uv=False)[..., :rank]
-    exact = np.linalg.svd(wide, compute_uv=False)[..., :rank]
-    return scale * np.max(np.abs(found - exact), axis=-1, keepdims=True)
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -157,6 +61,51 @@ def test_what_lies_along_few_axes(name, dtype):
         exact = np.linalg.eigvalsh(gram.astype("complex128"))[::-1][:6]
         np.testing.assert_allclose(w, exact, atol=1e-2 * exact[5] + 20 * eps_of(dtype) * exact[0])
         np.testing.assert_allclose(np.conj(V).T @ V, np.eye(6), atol=100 * eps_of(dtype))
+
+
+def structured(name, dtype):
+    """Matrices as they come from graphs, labels, sensors and logs, rather than from a spectrum."""
+    rng, i, j = np.random.default_rng(0), np.arange(300)[:, None], np.arange(200)
+    noise = rng.standard_normal((300, 200))
+    if name == "graded rows":
+        a = noise * 10.0 ** (-8 * i / 300)
+    elif name == "near-ties":
+        a = np.cos(2 * np.pi * i * j / 64) / (1 + j)
+    elif name == "graph":
+        a = ((i * 7 + 3 * j) % 31 == 0) * 1.0
+    elif name == "one-hot":
+        a = (rng.integers(200, size=(300, 1)) == j) * 1.0
+    elif name == "mean":
+        a = noise * 0.9**j + 1000
+    else:
+        a = np.where(j == 0, rng.normal(1e6, 1, (300, 1)), (rng.random((300, 200)) < 0.05) * noise)
+    return (a * (1 + 1j) if np.dtype(dtype).kind == "c" else a).astype(dtype)
+
+
+STRUCTURED = ["graded rows", "near-ties", "graph", "one-hot", "mean", "time"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_structured_matrices(name, dtype):
+    sparse = pytest.importorskip("scipy.sparse")
+    a = structured(name, dtype)
+    wide = a.astype(np.result_type(dtype, "float64"))
+    for center in (False, True):
+        c = wide - center * wide.mean(axis=0)
+        exact, norm = np.linalg.svd(c, compute_uv=False), np.linalg.norm(c)
+        # Entries are known to eps, and so are deviations from a mean that is no larger.
+        eps = eps_of(dtype)
+        for x in (a, sparse.csr_array(a)):
+            for options in ({}, {"method": "subspace"}, {"method": "gram"}):
+                U, S, Vh = slra.randomized_svd(x, 6, center=center, rng=0, **options)
+                error = np.linalg.norm(c - (U.astype(wide.dtype) * S) @ Vh)
+                near = 1.02 if options.get("method") != "subspace" else 1.05
+                assert error <= near * np.linalg.norm(exact[6:]) + 100 * eps * norm
+                for Q in (U, np.conj(Vh).T):
+                    assert np.max(np.abs(np.conj(Q).T @ Q - np.eye(6))) <= 50 * eps * 6**0.5
+            U, S, Vh = slra.randomized_svd(x, rtol=0.3, center=center, rng=0)
+            assert np.linalg.norm(c - (U.astype(wide.dtype) * S) @ Vh) <= 0.3 * norm
 
 
 def test_few_axes_on_every_backend(xp):

@@ -1,13 +1,16 @@
 """Sparse matrices, operators, centring: against the dense array that they stand for."""
 
+import re
+
+import array_api_compat as compat
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from scipy.sparse.linalg import aslinearoperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 import slra
 from tests.backends import to_numpy, to_xp
-from tests.test_svd_never_wrong import check, make, reference_error
+from tests.matrices import check, make, reference_error
 
 
 def sparse(dtype="float64", kind="csr_matrix", seed=0):
@@ -140,9 +143,9 @@ def products(a, *args, **options):
 
     x = slra.MatrixOperator(matmat, rmatmat, a.shape, a, np.linalg.norm(a))
     slra.randomized_svd(x, *args, rng=0, **options)
-    # The first is of one vector, to find the scale.
-    assert taken[0] == 1
-    return taken[1:]
+    # The first two are of one vector each: to find the scale, and whether the adjoint is one.
+    assert taken[:2] == [1, -1]
+    return taken[2:]
 
 
 @pytest.mark.parametrize("name", ["steep", "slow"])
@@ -332,3 +335,282 @@ def test_inputs_are_left_alone():
     slra.randomized_svd(s, 4, center=True, rng=0)
     np.testing.assert_array_equal(s.data, before[0])
     np.testing.assert_array_equal(s.indices, before[1])
+
+
+def reusing(product, n_rows, columns, dtype="float64"):
+    """Return a product that hands out parts of one buffer, or what it was given, or writes over that."""
+    buffer = np.empty((n_rows, columns), dtype=dtype)
+
+    def call(v):
+        out = np.matmul(product, v, out=buffer[:, : v.shape[1]])
+        v[...] = np.nan
+        return out
+
+    return call
+
+
+@pytest.mark.parametrize("kind", ["MatrixOperator", "LinearOperator"])
+def test_products_that_reuse_a_buffer(kind):
+    a = make("exponential", (120, 90), "float64")
+    h = a @ a.T
+    for x in (a, h):
+        (m, n), xh = x.shape, np.ascontiguousarray(x.T)
+        matmat, rmatmat = reusing(x, m, 120), reusing(xh, n, 120)
+        if kind == "MatrixOperator":
+            A = slra.MatrixOperator(matmat, rmatmat, x.shape, x, np.linalg.norm(x))
+        else:
+            vector = {"matvec": x.__matmul__, "rmatvec": xh.__matmul__}
+            A = LinearOperator(x.shape, **vector, matmat=matmat, rmatmat=rmatmat, dtype=x.dtype)
+        for options in ({}, {"method": "subspace"}, {"center": True}, {"method": "gram"}):
+            dense = slra.randomized_svd(x, 3, n_iter=3, rng=0, **options)
+            found = slra.randomized_svd(A, 3, n_iter=3, rng=0, **options)
+            np.testing.assert_allclose(found.S, dense.S, rtol=1e-9)
+        if kind == "MatrixOperator":
+            U, S, Vh = slra.randomized_svd(A, rtol=0.1, rng=0)
+            assert np.linalg.norm(x - (U * S) @ Vh) <= 0.1 * np.linalg.norm(x)
+        approx = (np.zeros((m, 1)), np.zeros((1, n)))
+        errors = slra.estimate_error(A, approx, rng=1), slra.estimate_error(x, approx, rng=1)
+        np.testing.assert_allclose(*errors)
+    for method in ("krylov", "nystrom"):
+        found = slra.randomized_eigh(A, 3, method=method, n_iter=4, rng=0).w
+        np.testing.assert_allclose(found, np.linalg.eigvalsh(h)[:-4:-1], rtol=1e-3)
+
+
+def test_an_operator_that_returns_what_it_is_given():
+    one = slra.MatrixOperator(lambda v: v, lambda u: u, (60, 60), np.empty(0), 60**0.5)
+    U, S, Vh = slra.randomized_svd(one, 3, rng=0)
+    np.testing.assert_allclose(S, 1)
+    np.testing.assert_allclose(U.T @ U, np.eye(3), atol=1e-13)
+    np.testing.assert_allclose(Vh @ Vh.T, np.eye(3), atol=1e-13)
+
+
+def bad_operators():
+    a = make("exponential", (120, 90), "float64")
+    good = slra.MatrixOperator(a.__matmul__, a.T.__matmul__, a.shape, a, np.linalg.norm(a))
+    single = a.astype("float32")
+    own = {"shape": a.shape, "dtype": a.dtype, "matvec": a.__matmul__}
+    z = a + 1j * a[::-1]
+    return {
+        "no adjoint": (LinearOperator(**own), TypeError, "product with its conjugate transpose"),
+        "adjoint not called": (good._replace(rmatmat=None), TypeError, r"^x\.rmatmat must be call"),
+        "NaN": (good._replace(matmat=lambda v: np.nan * (a @ v)), ValueError, "x must be finite"),
+        "NaN in the adjoint": (
+            good._replace(rmatmat=lambda u: np.inf * (a.T @ u)),
+            ValueError,
+            r"x must be finite, got NaN or infinity in what x\.rmatmat returns",
+        ),
+        "NaN later on": (
+            good._replace(matmat=lambda v: a @ v * (1 if v.shape[1] == 1 else np.nan)),
+            ValueError,
+            "x must be finite",
+        ),
+        "dtype": (
+            good._replace(matmat=lambda v: (a @ v).astype("float32")),
+            TypeError,
+            r"^x\.matmat must return an array of float64, .* got float32",
+        ),
+        "dtype of a LinearOperator": (
+            LinearOperator(a.shape, a.__matmul__, a.T.__matmul__, dtype="float32"),
+            TypeError,
+            r"^x\.matmat must return an array of float32, .* got float64",
+        ),
+        "dtype of the adjoint": (
+            good._replace(like=single, matmat=lambda v: single @ v),
+            TypeError,
+            r"^x\.rmatmat must return an array of float32, .* got float64",
+        ),
+        "twice the adjoint": (
+            good._replace(rmatmat=lambda u: 2 * (a.T @ u)),
+            ValueError,
+            r"^x\.rmatmat must multiply by the conjugate transpose",
+        ),
+        "no conjugate": (
+            slra.MatrixOperator(z.__matmul__, z.T.__matmul__, z.shape, z),
+            ValueError,
+            r"^x\.rmatmat must multiply by the conjugate transpose",
+        ),
+        "another matrix": (
+            good._replace(rmatmat=a[::-1].T.__matmul__),
+            ValueError,
+            r"^x\.rmatmat must multiply by the conjugate transpose",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", bad_operators())
+def test_bad_operators_are_told_so_at_the_door(name):
+    x, error, message = bad_operators()[name]
+    for options in ({}, {"method": "subspace"}, {"center": True}):
+        with pytest.raises(error, match=message):
+            slra.randomized_svd(x, 3, rng=0, **options)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.9, 1.1, 1e3])
+def test_a_wrong_norm_shows(factor):
+    for shape in ((120, 90), (40, 400)):
+        a = make("exponential", shape, "float64")
+        norm = factor * np.linalg.norm(a)
+        x = slra.MatrixOperator(a.__matmul__, a.T.__matmul__, a.shape, a, norm)
+        with pytest.raises(ValueError, match=r"^x\.frobenius_norm must be the Frobenius norm of x"):
+            slra.randomized_svd(x, rtol=0.1, rng=0)
+
+
+def test_operators_that_work_in_lower_precision_than_they_say_are_taken():
+    a = make("exponential", (300, 200), "float64")
+    single = a.astype("float32")
+    x = slra.MatrixOperator(
+        lambda v: (single @ v.astype("float32")).astype("float64"),
+        lambda u: (single.T @ u.astype("float32")).astype("float64"),
+        *(a.shape, a),
+    )
+    S = slra.randomized_svd(x, 3, rng=0).S
+    np.testing.assert_allclose(S, slra.randomized_svd(a, 3, rng=0).S, rtol=1e-5)
+
+
+def test_dask_chunks_that_are_sparse_are_refused():
+    da = pytest.importorskip("dask.array")
+    x = da.ones((40, 30), chunks=(20, 30)).map_blocks(sp.csr_matrix)
+    for function in (slra.randomized_svd, slra.truncated_svd):
+        with pytest.raises(TypeError, match=r"^x must have NumPy arrays as chunks, got .*csr"):
+            function(x, 2)
+
+
+def shifted(m=20_000, dtype="float32", mean=1000.0):
+    """Columns whose means are large beside their deviations."""
+    x = np.random.default_rng(0).standard_normal((m, 3)) * [1, 0.5, 0.25] + mean
+    return x.astype(dtype)
+
+
+def exact_of_centred(a):
+    wide = a.astype(np.result_type(a.dtype, "float64"))
+    return np.linalg.svd(wide - wide.mean(axis=0), compute_uv=False)
+
+
+@pytest.mark.parametrize("method", ["gram", "krylov", "subspace"])
+def test_means_are_accumulated_in_double_precision(xp, method):
+    # A single column of ones would do: 20,000 numbers near 1000 in float32, added one by one, lose three digits.
+    a = shifted()
+    if method != "gram":
+        a = np.concatenate([a, make("exponential", (20_000, 37), "float32")], axis=1)
+    S = slra.randomized_svd(to_xp(xp, a), 3, center=True, method=method, n_iter=2, rng=0).S
+    np.testing.assert_allclose(to_numpy(S), exact_of_centred(a)[:3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64"])
+def test_means_of_sparse_data(dtype):
+    a = np.concatenate([shifted(2000), sparse(kind="csr_array").toarray()[:40].repeat(50, 0)], 1)
+    a = (a * (1 + 0.5j) if dtype == "complex64" else a).astype(dtype)
+    exact = exact_of_centred(a)
+    for x in (sp.csr_matrix(a), sp.csc_array(a)):
+        U, S, Vh = slra.randomized_svd(x, 6, center=True, n_iter=6, rng=0)
+        np.testing.assert_allclose(S, exact[:6], rtol=1e-5)
+        assert (U.dtype, S.dtype, Vh.dtype) == (a.dtype, a.real.dtype, a.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("mean", [1e6, 1e9])
+def test_a_tolerance_beside_a_column_of_times(mean, dtype):
+    def run(x, seed):
+        try:
+            return slra.randomized_svd(x, rtol=0.1, center=True, rng=seed)
+        except ValueError as error:
+            return str(error)
+
+    verified = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        noise = sp.random(400, 60, density=0.05, random_state=seed).toarray()
+        a = np.concatenate([rng.normal(mean, 1, (400, 1)), noise], axis=1).astype(dtype)
+        wide = a.astype("float64")
+        c = wide - wide.mean(axis=0)
+        operator = slra.MatrixOperator(
+            a.__matmul__, a.T.__matmul__, a.shape, a, np.linalg.norm(wide)
+        )
+        for x in (sp.csr_matrix(a), operator, a):
+            cannot = x is operator and not isinstance(run(x, seed), tuple)
+            if cannot:
+                # What cannot be verified is refused.
+                assert re.match("rtol must be (None|at least)", run(x, seed))
+                continue
+            U, S, Vh = run(x, seed)
+            verified += 1
+            assert np.linalg.norm(c - (U * S) @ Vh) <= 0.1 * np.linalg.norm(c)
+    assert verified >= 20
+
+
+@pytest.mark.eager_only("an operator cannot be traced")
+@pytest.mark.parametrize("has_matrix", [False, True])
+def test_linear_operators_of_any_library(xp, has_matrix):
+    """What SciPy 1.18's have beside those of before: a namespace, and perhaps the array that they wrap."""
+    a = make("exponential", (120, 90), "float64")
+    x = to_xp(xp, a)
+
+    class Operator(LinearOperator):
+        def __init__(self):
+            self.shape, self._xp, self.dtype = (120, 90), xp, x.dtype
+            if has_matrix:
+                self.A = x
+
+        def matmat(self, v):
+            return x @ v
+
+        _matmat = matmat
+
+        def rmatmat(self, u):
+            return xp.matrix_transpose(x) @ u
+
+    result = slra.randomized_svd(Operator(), 5, rng=0)
+    assert compat.array_namespace(result.U) is compat.array_namespace(x)
+    check(a, 5, result, 1.01, reference_error(a, 5, 3))
+
+
+REPEATED = {
+    "all the same": np.ones(400),
+    "one more than a block has columns": np.repeat(1 / np.arange(1.0, 26), 17)[:400],
+    "copies": np.repeat(1 / np.arange(1.0, 11), 40),
+    "copies that decay slowly": np.repeat(np.arange(1.0, 17) ** -0.3, 25),
+    "a few times the same, then nothing": np.repeat([1.0, 0.0], [20, 380]),
+    "near copies": np.repeat(1 / np.arange(1.0, 11), 40) * (1 + 1e-6 * np.arange(400)),
+    "spread by a tenth": np.repeat(1 / np.arange(1.0, 11), 40) * (1 + 2.5e-3 * np.arange(400)),
+    "two clusters and a tail": np.concatenate([np.repeat([1.0, 0.5], 40), 0.1 / np.arange(1, 321)]),
+}
+
+
+@pytest.mark.parametrize("shape", [(700, 400), (400, 700)])
+@pytest.mark.parametrize("name", REPEATED)
+def test_more_copies_of_a_singular_value_than_a_block_has_columns(name, shape):
+    """Of a value that is repeated a Krylov space holds as many copies as its blocks have columns."""
+    exact = np.sort(REPEATED[name])[::-1]
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.standard_normal((n, n)))[0][:, :400] for n in shape)
+    a = (left * exact) @ right.T
+    operator = slra.MatrixOperator(lambda v: a @ v, lambda u: a.T @ u, shape, like=a)
+    diagonal = sp.csr_array(np.diag(exact)[rng.permutation(400)])
+    for x, dense in ((operator, a), (diagonal, diagonal.toarray())):
+        for rank in (24, 60):
+            U, S, Vh = slra.randomized_svd(x, rank, rng=0)
+            best = np.linalg.norm(exact[rank:])
+            assert np.linalg.norm(dense - (U * S) @ Vh) <= 1.01 * best + 1e-13
+            np.testing.assert_allclose(S, exact[:rank], atol=0.01 * exact[0])
+            np.testing.assert_allclose(U.T @ U, np.eye(rank), atol=1e-13)
+            np.testing.assert_allclose(Vh @ Vh.T, np.eye(rank), atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex128"])
+@pytest.mark.parametrize("decay", [0.999, 0.9])
+def test_sparse_with_a_short_side(dtype, decay):
+    """Exact by a sparse Gram matrix, except where this loses the small ones."""
+    rng = np.random.default_rng(0)
+    a = sp.random(60, 4000, density=0.03, random_state=0, format="csr")
+    a = sp.diags_array(decay ** np.arange(60.0)) @ a
+    a = (a * (1 + 1j) if dtype == "complex128" else a).astype(dtype)
+    exact = np.linalg.svd(a.toarray().astype(np.result_type(dtype, "float64")), compute_uv=False)
+    for x in (a.tocsr(), a.T.tocsc()):
+        for rank in (2, 15, 55):
+            U, S, Vh = slra.randomized_svd(x, rank, rng=rng)
+            eps = np.finfo(dtype).eps
+            np.testing.assert_allclose(S, exact[:rank], rtol=1e-7, atol=20 * eps * exact[0])
+            for Q in (U, np.conj(Vh).T):
+                np.testing.assert_allclose(np.conj(Q).T @ Q, np.eye(rank), atol=100 * eps)
+            error = np.linalg.norm(x.toarray() - (U * S) @ Vh)
+            assert error <= 1.001 * np.linalg.norm(exact[rank:]) + 100 * eps * exact[0]

@@ -104,10 +104,16 @@ def test_triangular_factor(xp, chunks, dtype):
 
 
 def test_centered(xp):
-    a, x = arrays(xp, (300, 40), "float64")
-    for backend in (backend_of(xp), Backend(xp)):
-        found = to_numpy(backend.centered(x))
-        np.testing.assert_allclose(found, a - a.mean(axis=0), atol=1e-14)
+    for dtype, size in (("float64", 1e-14), ("float32", 1e-6)):
+        a, _ = arrays(xp, (300, 40), dtype)
+        a = a + np.asarray(1000, dtype=dtype)
+        x, wide = to_xp(xp, a), a.astype("float64")
+        for backend in (backend_of(xp), Backend(xp)):
+            mean = backend.column_means(x)
+            np.testing.assert_allclose(to_numpy(mean)[0], wide.mean(axis=0), rtol=1e-14)
+            found = to_numpy(backend.centered(x, mean))
+            assert found.dtype == a.dtype
+            np.testing.assert_allclose(found, wide - wide.mean(axis=0), atol=30 * size)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

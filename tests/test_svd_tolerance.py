@@ -5,7 +5,7 @@ import pytest
 
 import slra
 from tests.backends import to_numpy, to_xp
-from tests.test_svd_never_wrong import make
+from tests.matrices import make
 
 
 def smallest_ranks(a, rtol):
@@ -222,3 +222,22 @@ def test_rtol_is_refused_where_values_cannot_be_looked_at():
     jax = pytest.importorskip("jax")
     with pytest.raises(ValueError, match="rtol must be None where values cannot be looked at"):
         jax.jit(lambda x: slra.randomized_svd(x, rtol=0.1, rng=0))(jax.numpy.ones((30, 20)))
+
+
+@pytest.mark.eager_only("rtol needs values")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_tolerance_that_half_precision_cannot_keep(xp, dtype):
+    if not hasattr(xp, dtype):
+        pytest.skip("not a dtype of this library")
+    left, right = np.random.default_rng(0).standard_normal((2, 300, 8))
+    x = xp.astype(to_xp(xp, left @ right[:200].T), getattr(xp, dtype))
+    eps = float(xp.finfo(x.dtype).eps)
+    least = rf"^rtol must be at least {2 * eps:.1e} for .*{dtype} and less than 1, got 0.0001$"
+    for function in (slra.randomized_svd, slra.truncated_svd):
+        with pytest.raises(ValueError, match=least.replace("+", r"\+")):
+            function(x, rtol=1e-4)
+        for rtol in (2.1 * eps, 20 * eps):
+            U, S, Vh = (to_numpy(xp.astype(y, xp.float64)) for y in function(x, rtol=rtol))
+            a = to_numpy(xp.astype(x, xp.float64))
+            assert np.linalg.norm(a - (U * S) @ Vh) <= rtol * np.linalg.norm(a)
+            assert len(S) == 8

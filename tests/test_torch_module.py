@@ -219,12 +219,12 @@ def test_a_batch_is_attended_to_with_the_basis_of_earlier_ones():
 
 
 def test_a_basis_of_the_sequence_is_that_of_low_rank_attention():
-    module, x = layer(rank=2, basis="sequence"), data()
+    module, x = layer(rank=2, basis_per="sequence"), data()
     out, _ = module(x, x, x)
     apart = torch.cat([module(y, y, y)[0] for y in x[:, None]])
     assert_close(out, apart)
     assert "q_down" not in module.state_dict()
-    with pytest.raises(ValueError, match='is_causal must be False with basis="sequence"'):
+    with pytest.raises(ValueError, match='is_causal must be False with basis_per="sequence"'):
         module(x, x, x, is_causal=True)
 
 
@@ -254,7 +254,7 @@ WRONG = {
     "dropout": ({"dropout": 0.1}, "dropout must be 0, got 0.1: dropping attention weights needs"),
     "extra keys": ({"add_zero_attn": True}, "add_zero_attn must be False"),
     "rank": ({"rank": 5}, r"rank must be between 1 and 4 \(embed_dim / num_heads\), got 5"),
-    "basis": ({"rank": 2, "basis": "head"}, "basis must be one of 'layer', 'sequence'"),
+    "basis": ({"rank": 2, "basis_per": "head"}, "basis_per must be one of 'layer', 'sequence'"),
     "method": ({"method": "topk"}, "method must be one of 'svd', 'scores', 'output'"),
     "l1": ({"l1": -1.0}, "l1 must be finite and 0 or more"),
     "form": ({"l1_form": "both"}, "l1_form must be one of 'penalty', 'prox'"),
@@ -443,13 +443,13 @@ def test_masks_of_wrong_shape_or_dtype_are_named(name, mask, error):
 @pytest.mark.parametrize("basis", ["layer", "sequence"])
 def test_ranks_and_tolerances_are_checked_when_the_layer_is_made(basis, options, error):
     with pytest.raises(error, match=f"{next(iter(options))} must"):
-        layer(basis=basis, **options)
+        layer(basis_per=basis, **options)
 
 
 @pytest.mark.parametrize("basis", ["sequence", "layer"])
 @pytest.mark.parametrize("method", ["svd", "scores", "output"])
 def test_padding_is_not_fitted_to(method, basis):
-    module, x = layer(rank=2, method=method, basis=basis), data()
+    module, x = layer(rank=2, method=method, basis_per=basis), data()
     padding = torch.zeros(BATCH, N_Q, dtype=torch.bool)
     padding[0, -3:] = padding[1, :2] = True
     outs = []

@@ -128,7 +128,7 @@ def test_no_output_depends_on_a_later_token(method):
 
 
 def test_causal_favor_is_that_of_running_sums():
-    from slra.attn.baselines.favor import orthogonal_features
+    from slra.baselines._favor import orthogonal_features
 
     q, k, v = torch.randn((3, 2, 1, 9, 4), generator=torch.manual_seed(0), dtype=torch.float64)
     omega = torch.as_tensor(orthogonal_features(7, 4))

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import slra
+from tests.models import VOCABULARY, WIDTH, decoder, tokens
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
-VOCABULARY, WIDTH = 60, 8
 TEXTS = [
     "Objects are Python's abstraction for data. All data in a program is represented by objects or by relations "
     "between them. Every object has an identity, a type and a value.",
@@ -46,42 +46,10 @@ def minilm(hf):
     return tokenizer, model.eval()
 
 
-def decoder(kind):
-    """Two layers, four query heads on two key heads, random weights: "llama", or "mistral" with a window of 6."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 4 * WIDTH,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCABULARY,
-        "head_dim": WIDTH,
-        # Weights large enough for attention to be far from uniform.
-        "initializer_range": 0.3,
-    }
-    if kind == "mistral":
-        config = transformers.MistralConfig(sliding_window=6, **sizes)
-        return transformers.MistralForCausalLM._from_config(
-            config, attn_implementation="eager"
-        ).eval()
-    config = transformers.LlamaConfig(**sizes)
-    return transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
-
-
 def torch_module():
     import torch
 
     return torch
-
-
-def tokens(seed, batch, length):
-    import torch
-
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, VOCABULARY, (batch, length)))
 
 
 def padded(side, n_real=(14, 9)):

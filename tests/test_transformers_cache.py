@@ -100,7 +100,7 @@ def test_it_can_be_used_again_after_a_reset(model):
 
 def test_options_that_need_queries_are_refused():
     with pytest.raises(TypeError, match="options must be those of a cache with a fixed basis"):
-        LowRankCache(bases(3), update="drift")
+        LowRankCache(bases(3), drift_bound=0.1)
 
 
 def test_examples_run():

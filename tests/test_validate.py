@@ -474,7 +474,7 @@ def test_what_is_no_basis():
         ({"rotary": "fast"}, TypeError, "rotary must be real numbers, got str"),
         ({"rotary": [[1.0, 2.0], [3.0]]}, TypeError, "rotary must be real numbers, got list"),
         ({"window": 10**400}, ValueError, "window must be at most 2147483647"),
-        ({"dtype": np.dtype("float32")}, ValueError, "dtype must be one of 'float16'"),
+        ({"dtype": np.dtype("int8")}, ValueError, "dtype must be one of 'float16'"),
     ],
     ids=str,
 )
@@ -517,3 +517,50 @@ def test_factors_of_a_compressed_matrix(other):
 def test_task_of_the_objective(task, error, message):
     with pytest.raises(error, match=message):
         slra.objective.combined_objective(task, *np.ones((3, 2)), 1.0)
+
+
+CAUSAL = {
+    "attention": lambda q, k, v, o: slra.attention(q, k, v, **o),
+    "attention_vjp": lambda q, k, v, o: slra.attention_vjp(q, k, v, q, q[..., 0], q, **o),
+    "fit_attention": lambda q, k, v, o: slra.fit_attention(q, k, v, 2, **o),
+    "low_rank_attention": lambda q, k, v, o: slra.low_rank_attention(q, k, v, 2, **o),
+    "low_rank_attention_vjp": lambda q, k, v, o: slra.low_rank_attention_vjp(
+        q, k, v, q, q[..., 0], q, 2, **o
+    ),
+    "attend": lambda q, k, v, o: slra.fit_attention(q, k, v, 2).attend(q, k, v, **o),
+    "topk": lambda q, k, v, o: slra.baselines.topk(q, k, v, 2, 2, **o),
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_alignment_has_to_be_said_where_lengths_differ(name):
+    q, k = np.random.default_rng(0).standard_normal((2, 5, 3)), np.ones((2, 7, 3))
+    with pytest.raises(ValueError, match='"bottom_right".*"top_left".*5 queries and 7 keys'):
+        CAUSAL[name](q, k, k, {"is_causal": True})
+    CAUSAL[name](q, q, q, {"is_causal": True})
+    CAUSAL[name](q, k, k, {"is_causal": False})
+    for align in ("bottom_right", "top_left", 2, np.int64(-1)):
+        CAUSAL[name](q, k, k, {"is_causal": True, "causal_align": align})
+    for align, error in (
+        (True, ValueError),
+        (0.5, ValueError),
+        ("left", ValueError),
+        (2**40, ValueError),
+    ):
+        with pytest.raises(error, match="causal_align must be"):
+            CAUSAL[name](q, k, k, {"is_causal": False, "causal_align": align})
+
+
+def test_alignments_are_positions_of_the_first_query():
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((2, 5, 3)), rng.standard_normal((2, 7, 3))
+    for name, position in (("bottom_right", 2), ("top_left", 0)):
+        named, placed = (
+            slra.attention(q, k, k, is_causal=True, causal_align=align)
+            for align in (name, position)
+        )
+        np.testing.assert_array_equal(named, placed)
+    # Every query before the first key, and every one after the last.
+    none, every = (slra.attention(q, k, k, is_causal=True, causal_align=at) for at in (-5, 7))
+    np.testing.assert_array_equal(none, np.zeros_like(q))
+    np.testing.assert_allclose(every, slra.attention(q, k, k), atol=1e-15)

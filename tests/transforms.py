@@ -1,5 +1,6 @@
 """Calls of public functions that transforms (compile, differentiate, map, shard) are tried on, for any library."""
 
+import array_api_compat as compat
 import numpy as np
 
 import slra
@@ -8,7 +9,9 @@ prox = slra.prox
 
 
 def low_rank(result):
-    return (result.U * result.S[..., None, :]) @ result.Vh
+    # Of half precision the singular values are in single.
+    S = compat.array_namespace(result.S).astype(result.S, result.U.dtype)
+    return (result.U * S[..., None, :]) @ result.Vh
 
 
 def least_squares_step(x):

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 import slra
 from benchmarks.training.settings import Method, Setting
-from slra.attn.baselines.favor import orthogonal_features
+from slra.baselines._favor import orthogonal_features
 from slra.integrations.torch import LowRankAttention
 
 

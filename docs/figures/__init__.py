@@ -9,6 +9,7 @@ __all__ = ["FIGURES", "FOLDER", "draw"]
 
 FOLDER = Path(__file__).parents[1] / "_static" / "figures"
 FIGURES = (
+    "architecture",
     "svd",
     "prox",
     "fista",

@@ -20,9 +20,9 @@ def tall_qr(y: Array, backend: Backend) -> tuple[Array, Array]:
     """Reduced QR of a tall ``y`` whose squares stay in range.
 
     Each pass scales the columns to unit norm and divides by the Cholesky factor of their Gram matrix. A pass whose
-    input was nearly orthonormal ends it: its output is orthonormal to rounding, whatever came before. An element of
-    the batch that gets there in no pass (dependent or zero columns) is done again by Householder's QR, which always
-    gives orthonormal columns. So is everything lazy.
+    columns were then nearly orthonormal ends it: its output is orthonormal to rounding, whatever came before. An
+    element of the batch that gets there in no pass (dependent or zero columns) is done again by Householder's QR, which
+    always gives orthonormal columns. So is everything lazy.
 
     References
     ----------
@@ -34,11 +34,11 @@ def tall_qr(y: Array, backend: Backend) -> tuple[Array, Array]:
     xp = backend.xp
     Q, R = y, None
     for _ in range(_MAX_PASSES):
-        gram = backend.gram(Q)
-        was_near = _is_near_identity(gram, backend)
+        unit, norms = _of_unit_columns(backend.gram(Q), y, backend)
+        was_near = _is_near_identity(unit, backend)
         # The last pass goes without a shift, which would show in its result.
-        far = xp.astype(xp.logical_not(was_near), gram.dtype)[..., None, None]
-        L, norms = _factor(gram, far * _shift(gram, backend), y, backend)
+        far = xp.astype(xp.logical_not(was_near), unit.dtype)[..., None, None]
+        L = backend.cholesky(unit + far * _shift(unit, backend) * _eye(unit, backend))
         Q = _divide(Q, L, norms, backend)
         step = matrix_h(L, xp) * norms[..., None, :]
         R = step if R is None else step @ R
@@ -52,7 +52,9 @@ def precondition(y: Array, gram: Array, backend: Backend) -> Array:
     if not backend.is_eager(y):
         return backend.qr(y)[0]
     xp = backend.xp
-    Q = _divide(y, *_factor(gram, _shift(gram, backend), y, backend), backend)
+    unit, norms = _of_unit_columns(gram, y, backend)
+    L = backend.cholesky(unit + _shift(unit, backend) * _eye(unit, backend))
+    Q = _divide(y, L, norms, backend)
     ok = xp.all(xp.isfinite(Q), axis=(-2, -1))
     return redo(ok, (Q,), lambda part: backend.qr(part)[:1], (y,), backend)[0]
 
@@ -69,8 +71,8 @@ def with_phases(Q: Array, R: Array, backend: Backend) -> Array:
     return Q * phase[..., None, :]
 
 
-def _factor(gram: Array, shift: Array | float, y: Array, backend: Backend) -> tuple[Array, Array]:
-    """Cholesky factor of the Gram matrix of unit columns, plus a shift, and the norms of the columns of ``y``."""
+def _of_unit_columns(gram: Array, y: Array, backend: Backend) -> tuple[Array, Array]:
+    """Gram matrix of the columns of ``y`` scaled to unit norm, and these norms (one for a column that is zero)."""
     xp = backend.xp
     squares = backend.real_part(xp.linalg.diagonal(gram))
     # Shorter columns count as zero: what would bring them to unit length is out of the range of y, or their square
@@ -79,8 +81,7 @@ def _factor(gram: Array, shift: Array | float, y: Array, backend: Backend) -> tu
     least = max((tiny / _NEGLIGIBLE) ** 2, tiny_square / _NEGLIGIBLE**2)
     norms = xp.sqrt(xp.where(squares > least, squares, xp.ones_like(squares)))
     norms = xp.astype(norms, gram.dtype)
-    unit = gram / (norms[..., :, None] * norms[..., None, :])
-    return backend.cholesky(unit + shift * _eye(gram, backend)), norms
+    return gram / (norms[..., :, None] * norms[..., None, :]), norms
 
 
 def _shift(gram: Array, backend: Backend) -> float:
@@ -97,7 +98,7 @@ def _divide(y: Array, L: Array, norms: Array, backend: Backend) -> Array:
 
 
 def _is_near_identity(gram: Array, backend: Backend) -> Array:
-    """Whether the columns of a Gram matrix are within 1/2 of orthonormal; false where it is NaN."""
+    """Whether unit columns with this Gram matrix are within 1/2 of orthonormal; false where it is NaN."""
     off = backend.xp.max(backend.xp.abs(gram - _eye(gram, backend)), axis=(-2, -1))
     return off * gram.shape[-1] <= 0.5
 

@@ -86,6 +86,15 @@ class CupyBackend(Backend):
         """Scale and add in one pass."""
         return kernel("extrapolate", x)(x, move, factor)
 
+    def inner_numbers(self, pairs: list[tuple[Array, Array]]) -> list[float]:
+        """Multiply all arrays with all, in one product of matrices, and wait for the device once."""
+        xp = self.xp
+        arrays = list({id(x): x for pair in pairs for x in pair}.values())
+        place = {id(x): i for i, x in enumerate(arrays)}
+        flat = xp.stack([xp.reshape(x, (-1,)) for x in arrays])
+        gram = self.to_numpy(flat @ xp.matrix_transpose(self.conj(flat))).real
+        return [float(gram[place[id(x)], place[id(y)]]) for x, y in pairs]
+
     def scaled_group_norm(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
         """Read ``x`` twice, once for the largest modulus."""
         xp = self.xp

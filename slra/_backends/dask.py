@@ -124,7 +124,12 @@ class DaskBackend(Backend):
         return False
 
     def refusal(self, x: Array) -> str | None:
-        """Refuse shapes that are not known before the graph is computed."""
+        """Refuse chunks that are not NumPy's, and shapes that are not known before the graph is computed."""
+        if not isinstance(x._meta, np.ndarray) or isinstance(x._meta, np.ma.MaskedArray):
+            return (
+                f"must have NumPy arrays as chunks, got chunks of {type(x._meta).__module__}.{type(x._meta).__name__}; "
+                "convert them first, sparse ones by x.map_blocks(lambda chunk: chunk.toarray())"
+            )
         if any(np.isnan(n) for n in x.shape):
             return (
                 f"must be a dense array, got an array of unknown shape {x.shape}; "
@@ -141,9 +146,14 @@ class DaskBackend(Backend):
         q, r = _by_matrix(np.linalg.qr, "(m,n)->(m,k),(k,n)", y, dtypes=[y.dtype] * 2, k=k)
         return q, r
 
-    def centered(self, x: Array) -> Array:
+    def copied(self, x: Array) -> Array:
+        """Return ``x``: a graph cannot be written to."""
+        return x
+
+    def column_means(self, x: Array) -> Array:
         """Take the means in a pass of their own."""
-        return x - da.mean(clone(x, seed="mean"), axis=-2, keepdims=True, split_every=SPLIT_EVERY)
+        wide, x = self.accumulation_dtype(x), clone(x, seed="mean")
+        return da.mean(x, axis=-2, keepdims=True, dtype=wide, split_every=SPLIT_EVERY)
 
     def product(self, x: Array, v: Array) -> Array:
         """Multiply chunk by chunk, and add in a tree."""

@@ -40,6 +40,10 @@ class JaxBackend(Backend):
         """Say whether ``x`` is traced: a NumPy draw is not."""
         return isinstance(x, jax.core.Tracer)
 
+    def copied(self, x: Array) -> Array:
+        """Return ``x``: nothing writes to an array of JAX."""
+        return x
+
     def device(self, x: Array) -> Any:
         """Only a committed array insists on where it is."""
         if isinstance(x, jax.core.Tracer) or not x.committed:

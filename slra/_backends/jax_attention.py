@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from slra._backends.standard.attention import ScoreOptions, scores_batch_shape
+from slra._backends.standard.attention import (
+    ScoreOptions,
+    SoftmaxState,
+    capped,
+    hide,
+    scores_batch_shape,
+)
 from slra._typing import Array
 
 __all__ = ["scanned_attention"]
@@ -68,81 +74,42 @@ def _rows(
     height: int,
     options: ScoreOptions,
 ) -> tuple[Array, Array]:
-    """Attention of one tile of queries, by online softmax as `standard.attention.SoftmaxState`."""
+    """Attention of one tile of queries, by online softmax over the tiles of keys."""
     diagonal = options.diagonal(q.shape[-2], k.shape[-2])
     n_tiles, width = _even(k.shape[-2], KEY_TILE)
     shape = (*scores_batch_shape(q, k, v, mask), height)
     q = lax.dynamic_slice_in_dim(q, top, height, axis=q.ndim - 2) * options.scale
 
-    def add(state: tuple[Array, Array, Array], start: Any) -> tuple[Array, Array, Array]:
+    def add(state: SoftmaxState, start: Any) -> SoftmaxState:
         left = jnp.minimum(start, k.shape[-2] - width)
         keys, values = (lax.dynamic_slice_in_dim(x, left, width, axis=x.ndim - 2) for x in (k, v))
-        scores = q @ jnp.matrix_transpose(keys)
-        scores = _hidden(scores, mask, top, left, start, diagonal, options)
-        return _softmax_step(state, scores, values)
+        scores = capped(jnp, q @ jnp.matrix_transpose(keys), options.softcap)
+        part = None if mask is None else _tile(mask, top, left, height, width)
+        # The last tile begins before the one to its left ends: what that has seen is not counted twice.
+        columns = left + jnp.arange(width)
+        seen = columns >= start
+        if options.is_causal:
+            seen = seen & (columns <= (top + jnp.arange(height))[:, None] + diagonal)
+        return state.add(jnp, hide(jnp, scores, part, seen), values, lax.stop_gradient)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(state: tuple[Array, Array, Array], start: Array) -> tuple[Any, None]:
+    def step(state: SoftmaxState, start: Array) -> tuple[SoftmaxState, None]:
         if not options.is_causal:
             return add(state, start), None
         is_seen = start <= top + height - 1 + diagonal
         return lax.cond(is_seen, add, lambda state, _: state, state, start), None
 
-    state = (
-        jnp.full(shape, -jnp.inf, q.dtype),
-        jnp.zeros(shape, q.dtype),
-        jnp.zeros((*shape, v.shape[-1]), q.dtype),
-    )
+    state = SoftmaxState.empty(jnp, shape, v.shape[-1], dtype=q.dtype)
     if n_tiles == 1:
-        peak, total, out = add(state, 0)
+        state = add(state, 0)
     else:
-        (peak, total, out), _ = lax.scan(step, state, jnp.arange(n_tiles) * width)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    return out / total[..., None], jnp.where(empty, peak, peak + jnp.log(total))
+        state, _ = lax.scan(step, state, jnp.arange(n_tiles) * width)
+    return state.result(jnp)
 
 
-def _hidden(
-    scores: Array,
-    mask: Array | None,
-    top: Any,
-    left: Any,
-    start: Any,
-    diagonal: int,
-    options: ScoreOptions,
-) -> Array:
-    """Apply softcap, mask and causal bound; hide keys before ``start``, which the tile before has seen."""
-    height, width = scores.shape[-2:]
-    if options.softcap is not None:
-        scores = options.softcap * jnp.tanh(scores / options.softcap)
-    if mask is not None:
-        part = mask
-        for axis, first, n in ((mask.ndim - 2, top, height), (mask.ndim - 1, left, width)):
-            if mask.shape[axis] > 1:
-                part = lax.dynamic_slice_in_dim(part, first, n, axis=axis)
-        is_bool = part.dtype == bool
-        scores = (
-            jnp.where(part, scores, -jnp.inf) if is_bool else scores + part.astype(scores.dtype)
-        )
-    columns = left + jnp.arange(width)
-    seen = columns >= start
-    if options.is_causal:
-        seen = seen & (columns <= (top + jnp.arange(height))[:, None] + diagonal)
-    return jnp.where(seen, scores, -jnp.inf)
-
-
-def _softmax_step(
-    state: tuple[Array, Array, Array], scores: Array, values: Array
-) -> tuple[Array, Array, Array]:
-    """Take in one tile of scores, and the values that belong to it."""
-    peak, total, out = state
-    # The result does not depend on the peak, so no gradient needs to pass through it.
-    new_peak = jnp.maximum(peak, lax.stop_gradient(scores).max(axis=-1))
-    shift = jnp.where(new_peak == -jnp.inf, 0, new_peak)
-    weights = jnp.exp(scores - shift[..., None])
-    decay = jnp.exp(peak - shift)
-    return (
-        new_peak,
-        total * decay + weights.sum(axis=-1),
-        out * decay[..., None] + weights @ values,
-    )
+def _tile(mask: Array, top: Any, left: Any, height: int, width: int) -> Array:
+    """Cut a tile out of a mask, whose axes of length one stay as they are."""
+    for axis, first, n in ((mask.ndim - 2, top, height), (mask.ndim - 1, left, width)):
+        if mask.shape[axis] > 1:
+            mask = lax.dynamic_slice_in_dim(mask, first, n, axis=axis)
+    return mask

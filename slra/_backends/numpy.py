@@ -36,14 +36,30 @@ class NumpyBackend(Backend):
         """Limit BLAS as attention does, all the time: elsewhere it would be limited only while others attend."""
         return workers()
 
+    def is_complex(self, x: Array) -> bool:
+        """Look at the kind: a call of ``isdtype`` takes as long as a product of small matrices."""
+        return bool(x.dtype.kind == "c")
+
     def gram(self, x: Array, y: Array | None = None) -> Array:
         """Widen a slab at a time, which stays in the cache."""
         return self.gram_by_slabs(x, y)
 
+    def centered(self, x: Array, mean: Array) -> Array:
+        """Subtract the rest of the mean in place."""
+        near = mean.astype(x.dtype)
+        out = x - near
+        if mean.dtype != x.dtype:
+            out -= (mean - near).astype(x.dtype)
+        return out
+
     def max_abs(self, x: Array) -> Array:
-        """Take extremes, not moduli: nothing as large as ``x`` is allocated."""
-        parts = [x.real, x.imag] if self.is_complex(x) else [x]
-        extremes = [f(part, axis=(-2, -1)) for part in parts for f in (np.max, np.min)]
+        """Take extremes, not moduli, of slabs that stay in the cache: nothing as large as ``x`` is allocated."""
+        n_bytes = x.nbytes if x.ndim == 2 else 0
+        step = max(1, BLOCK_BYTES * x.shape[-2] // n_bytes) if n_bytes else max(1, x.shape[-2])
+        slabs = [x[..., i : i + step, :] for i in range(0, x.shape[-2], step)]
+        if self.is_complex(x):
+            slabs = [part for slab in slabs for part in (slab.real, slab.imag)]
+        extremes = [f(slab, axis=(-2, -1)) for slab in slabs for f in (np.max, np.min)]
         return np.max(np.abs(extremes), axis=0)
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
@@ -62,6 +78,12 @@ class NumpyBackend(Backend):
             np.clip(source, -tau, tau, out=target)
             np.subtract(source, target, out=target)
         return out
+
+    def inner(self, x: Array, y: Array, axes: tuple[int, ...] | None = None) -> Array:
+        """Leave the sum over all axes to BLAS, which makes no array of products."""
+        if axes is not None:
+            return super().inner(x, y, axes)
+        return np.vdot(x, y).real
 
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions

@@ -4,7 +4,6 @@ Needs: torch. Results carry gradients wherever the operations they are made of d
 """
 
 import contextlib
-import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -71,6 +70,17 @@ class TorchBackend(Backend):
     def ignore_overflow(self) -> contextlib.AbstractContextManager[Any]:
         """There is nothing to silence, and torch.compile does not follow NumPy's way to."""
         return contextlib.nullcontext()
+
+    def copied(self, x: Array) -> Array:
+        """Clone, which gradients pass through."""
+        return x.clone()
+
+    def column_means(self, x: Array) -> Array:
+        """Add up by slabs on a CPU, where torch would widen all of ``x`` first."""
+        if x.device.type != "cpu":
+            return super().column_means(x)
+        ones = torch.ones((*x.shape[:-1], 1), dtype=x.dtype, device=x.device)
+        return self.conj(torch.transpose(self.gram(x, ones), -1, -2)) / x.shape[-2]
 
     def cholesky(self, g: Array) -> Array:
         """Factor without raising, and mark what failed."""
@@ -146,13 +156,12 @@ class TorchBackend(Backend):
     def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Checkpoint, where a gradient is being recorded; not under torch.func, which has no hooks for it."""
 
-        def call(backend: Any, q: Array, *rest: Any) -> Any:
-            tensors = [x for x in (q, *rest) if isinstance(x, torch.Tensor)]
+        def call(*arguments: Any) -> Any:
+            tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
             is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
             if not is_recorded or any(map(_is_wrapped, tensors)):
-                return function(backend, q, *rest)
-            run = functools.partial(function, backend)
-            return torch.utils.checkpoint.checkpoint(run, q, *rest, use_reentrant=False)
+                return function(*arguments)
+            return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=False)
 
         return call
 

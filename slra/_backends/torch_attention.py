@@ -7,7 +7,12 @@ quietly takes a path that is several times slower and quadratic in memory.
 import torch
 from torch.nn import functional
 
-from slra._backends.standard.attention import ScoreOptions, Tile, scores_batch_shape
+from slra._backends.standard.attention import (
+    ScoreOptions,
+    Tile,
+    combine_masks,
+    scores_batch_shape,
+)
 from slra._typing import Array
 
 __all__ = ["expressible", "sdpa_attention"]
@@ -58,12 +63,7 @@ def _rows(
     if options.is_causal and tile.crosses(diagonal):
         rows = torch.arange(top, bottom, device=q.device)[:, None]
         seen = torch.arange(tile.right, device=q.device) <= rows + diagonal
-        if part is None:
-            part = seen
-        elif part.dtype == torch.bool:
-            part = part & seen
-        else:
-            part = torch.where(seen, part, -torch.inf)
+        part = combine_masks(torch, part, seen)
     keys = slice(0, tile.right)
     return _fused(
         q[..., top:bottom, :], k[..., keys, :], v[..., keys, :], part, scale=options.scale
@@ -77,6 +77,10 @@ def _fused(
     batch = scores_batch_shape(q, k, v, mask)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
+    if len(batch) > 2 and batch[-1] == 1:
+        # Not an axis of heads: with those in front of it the batch may not flatten without a copy.
+        q, k, v, mask = (x if x is None or x.ndim < 3 else x.squeeze(-3) for x in (q, k, v, mask))
+        return _fused(q, k, v, mask, scale=scale, is_causal=is_causal).unsqueeze(-3)
     given = [x if x is None else _padded(x, len(batch)) for x in (q, k, v, mask)]
     if len(batch) > 2 and any(x is not None and _partly_broadcast(x, batch) for x in given):
         # Flattening would copy what is only repeated: go through the first axis instead.

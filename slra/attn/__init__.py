@@ -3,18 +3,14 @@
 The folder is not called ``attention`` because ``slra.attention`` is a function.
 """
 
-from slra.attn.basis import AttentionBasis
-from slra.attn.cache import KVCache
-from slra.attn.exact import attention
+from slra.attn.basis import AttentionBasis, FoldedProjections
+from slra.attn.exact import attention, attention_vjp, merge_attention
 from slra.attn.fit import fit_attention
-from slra.attn.low_rank import low_rank_attention
-from slra.attn.low_rank_vjp import low_rank_attention_vjp
-from slra.attn.merge import merge_attention
-from slra.attn.vjp import attention_vjp
+from slra.attn.low_rank import low_rank_attention, low_rank_attention_vjp
 
 __all__ = [
     "AttentionBasis",
-    "KVCache",
+    "FoldedProjections",
     "attention",
     "attention_vjp",
     "fit_attention",

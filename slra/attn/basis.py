@@ -1,33 +1,60 @@
 """A fitted basis: the small linear maps that turn attention in D dimensions into attention in r."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
-import numpy as np
-
-from slra._backends import Backend
-from slra._typing import Array, CausalAlign, Namespace
+from slra._backends.ambient import isolated
+from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
 from slra._validate import check_flag, check_rank, promote, resolve, shown
-from slra.attn._inputs import Inputs, check_inputs
-from slra.attn.exact import attend, attend_output
-from slra.attn.fold import FoldedProjections, fold_maps
-from slra.attn.storage import NAMES, load_arrays, save_arrays, shapes_of
+from slra.attn._basis_io import MAPS, NAMES, read_bases, shapes_of, write_bases
+from slra.attn.maps import Maps, mapped_output
+from slra.attn.problem import AttentionProblem, make_problem
 
 __all__ = [
     "AttentionBasis",
-    "Maps",
-    "attend_maps",
-    "basis_from",
+    "FoldedProjections",
     "check_basis",
     "check_parts",
-    "per_query_head",
+    "load_bases",
+    "save_bases",
 ]
 
-# Heads whose ranks round up to the same multiple of this run together: a kernel's register holds as many numbers.
-RANK_STEP = 8
+
+class FoldedProjections(NamedTuple):
+    """Projection weights and biases that already contain a basis; weights multiply from the right, ``x @ w``.
+
+    Attributes
+    ----------
+    w_q : array, shape (Hq, E, r)
+    w_k : array, shape (Hkv, E, r)
+    w_v : array, shape (Hkv, E, r_v)
+    w_o : array, shape (Hq, r_v, E)
+    b_q : array, shape (Hq, 1, r), or None
+    b_k : array, shape (Hkv, 1, r)
+    b_v : array, shape (Hkv, 1, r_v)
+    b_o : array, shape (E,)
+
+    Examples
+    --------
+    See `AttentionBasis.fold` for attention on what they project.
+
+    >>> import numpy as np
+    >>> import slra
+    >>> x, weights = np.random.default_rng(0).standard_normal((2, 50, 16)), np.ones((3, 2, 16, 8))
+    >>> basis = slra.fit_attention(x @ weights[0, :1], x @ weights[1, :1], x @ weights[2, :1], 1)
+    """
+
+    w_q: Array
+    w_k: Array
+    w_v: Array
+    w_o: Array
+    b_q: Array | None
+    b_k: Array
+    b_v: Array
+    b_o: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,20 +112,59 @@ class AttentionBasis:
     ranks: tuple[tuple[int, int], ...]
     error: Array
 
+    def __repr__(self) -> str:
+        """Shapes, ranks, dtype, bytes and, where it is concrete, the error, on three lines."""
+        shapes = ", ".join(f"{name} {_shape(getattr(self, name))}" for name in MAPS)
+        return f"AttentionBasis({_size(self)},\n  {shapes},\n  {_ranks(self.ranks)})"
+
+    @overload
     def attend(
         self,
-        q: Array,
-        k: Array,
-        v: Array,
+        q: ArrayT,
+        k: ArrayT,
+        v: ArrayT,
         *,
-        mask: Array | None = None,
+        return_lse: Literal[False] = False,
+        **options: Unpack[AttentionOptions],
+    ) -> ArrayT: ...
+
+    @overload
+    def attend(
+        self,
+        q: ArrayT,
+        k: ArrayT,
+        v: ArrayT,
+        *,
+        return_lse: Literal[True],
+        **options: Unpack[AttentionOptions],
+    ) -> tuple[ArrayT, ArrayT]: ...
+
+    @overload
+    def attend(
+        self,
+        q: ArrayT,
+        k: ArrayT,
+        v: ArrayT,
+        *,
+        return_lse: bool,
+        **options: Unpack[AttentionOptions],
+    ) -> ArrayT | tuple[ArrayT, ArrayT]: ...
+
+    @isolated
+    def attend(
+        self,
+        q: ArrayT,
+        k: ArrayT,
+        v: ArrayT,
+        *,
+        mask: AnyArray | None = None,
         is_causal: bool = False,
-        causal_align: CausalAlign = "bottom_right",
+        causal_align: CausalAlign | None = None,
         scale: float | None = None,
         enable_gqa: bool = False,
         softcap: float | None = None,
         return_lse: bool = False,
-    ) -> Array | tuple[Array, Array]:
+    ) -> ArrayT | tuple[ArrayT, ArrayT]:
         """Attention on the projected queries, keys and values.
 
         Parameters
@@ -120,7 +186,7 @@ class AttentionBasis:
         TypeError, ValueError
             As in `attention`, and ValueError where heads or widths are not those of the basis.
         """
-        inputs = check_inputs(
+        problem = make_problem(
             q,
             k,
             v,
@@ -131,16 +197,16 @@ class AttentionBasis:
             enable_gqa=enable_gqa,
             softcap=softcap,
         )
-        check_basis(self, inputs, enable_gqa=enable_gqa)
+        problem = check_basis(self, problem)
         check_flag(return_lse, "return_lse")
-        same_bits = inputs.backend.same_bits()
-        with inputs.backend.ignore_overflow(), same_bits, same_bits:
-            maps = Maps.of(self, inputs.q)
-            out, lse = attend_maps(maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
-            (out,) = inputs.promoted.cast_back(inputs.backend, out)
-        return (out, lse) if return_lse else out
+        same_bits = problem.backend.same_bits()
+        with problem.backend.ignore_overflow(), same_bits, same_bits:
+            small, lse = mapped_output(problem, Maps.of(self, problem), with_lse=return_lse)
+            out: ArrayT = problem.answer(small)
+        return (out, problem.answer_lse(lse)) if return_lse else out
 
-    def project(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    @isolated
+    def project(self, q: ArrayT, k: ArrayT, v: ArrayT) -> tuple[ArrayT, ArrayT, ArrayT]:
         """Map queries, keys and values to the dimensions of the basis.
 
         Parameters
@@ -160,26 +226,15 @@ class AttentionBasis:
         TypeError, ValueError
             As in `attend`.
         """
-        enable_gqa = _n_heads(self.wq) != _n_heads(self.wk)
-        inputs = check_inputs(
-            q,
-            k,
-            v,
-            mask=None,
-            is_causal=False,
-            causal_align="bottom_right",
-            scale=None,
-            enable_gqa=enable_gqa,
-            softcap=None,
-        )
-        check_basis(self, inputs, enable_gqa=enable_gqa)
-        with inputs.backend.ignore_overflow():
-            maps = Maps.of(self, inputs.q)
-            q, k, v = inputs.promoted.cast_back(
-                inputs.backend, *maps.project(inputs.q, inputs.k, inputs.v)
-            )
-            return q, k, v
+        has_shared_heads = _n_heads(self.wq) != _n_heads(self.wk)
+        problem = make_problem(q, k, v, enable_gqa=has_shared_heads)
+        problem = check_basis(self, problem)
+        with problem.backend.ignore_overflow():
+            small = Maps.of(self, problem).project(problem)
+            q, k, v = problem.answer_inputs(small)
+        return q, k, v
 
+    @isolated
     def fold(
         self,
         w_q: Array,
@@ -239,8 +294,8 @@ class AttentionBasis:
         >>> bool(np.allclose(y, unfolded))
         True
         """
-        return fold_maps(
-            {name: getattr(self, name) for name in ("wq", "wk", "wv", "uv", "c", "mu")},
+        return _fold(
+            {name: getattr(self, name) for name in MAPS},
             {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o},
             {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o},
         )
@@ -253,7 +308,7 @@ class AttentionBasis:
         path : str or path-like
             Written as it is, no suffix is added. Lazy arrays are computed.
         """
-        save_arrays(path, self)
+        write_bases(path, {"": self}, layered=False)
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, like: Array | None = None) -> "AttentionBasis":
@@ -276,10 +331,23 @@ class AttentionBasis:
         ValueError
             If the file is damaged, or not what `save` writes.
         """
-        return basis_from(load_arrays(path), like)
+        return _basis_from(read_bases(path, "AttentionBasis.save", layered=False)[""], like)
 
 
-def basis_from(arrays: Mapping[str, Any], like: Array | None) -> AttentionBasis:
+def save_bases(path: str | PathLike[str], bases: Mapping[str, AttentionBasis]) -> None:
+    """Write several bases, by the names of their layers, to one file."""
+    write_bases(path, bases, layered=True)
+
+
+def load_bases(
+    path: str | PathLike[str], writer: str, from_numpy: Callable[[Any], Array]
+) -> dict[str, AttentionBasis]:
+    """Read what `save_bases` wrote, and bring it to a library; ValueError, which names the writer, on other files."""
+    layers = read_bases(path, writer, layered=True)
+    return {name: _basis_from(x, from_numpy(x["wq"])) for name, x in layers.items()}
+
+
+def _basis_from(arrays: Mapping[str, Any], like: Array | None) -> AttentionBasis:
     """Make a basis of the arrays that were stored, in the library, dtype and device of ``like``."""
     named = dict(arrays)
     ranks = tuple((int(qk), int(v)) for qk, v in named.pop("ranks"))
@@ -289,39 +357,6 @@ def basis_from(arrays: Mapping[str, Any], like: Array | None) -> AttentionBasis:
     named = {name: backend.from_numpy(x, like) for name, x in named.items()}
     basis: AttentionBasis = backend.make_dataclass(AttentionBasis, named, {"ranks": ranks})
     return basis
-
-
-class Maps(NamedTuple):
-    """The maps of a basis, in the dtype to compute in, for all heads or for some."""
-
-    wq: Array
-    wk: Array
-    wv: Array
-    uv: Array
-    c: Array
-    mu: Array
-    ranks: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, basis: "AttentionBasis | Maps", like: Array) -> "Maps":
-        """Take the maps of a basis, in the dtype of ``like``."""
-        xp = resolve(basis=basis.wq).xp
-        named = {name: getattr(basis, name) for name in cls._fields[:-1]}
-        cast = {
-            name: x if x.dtype == like.dtype else xp.astype(x, like.dtype)
-            for name, x in named.items()
-        }
-        return cls(**cast, ranks=basis.ranks)
-
-    def project(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """Shifts are taken off after the map: r numbers a row instead of D."""
-        k = k @ self.wk - self.c @ self.wk
-        return q @ self.wq, k, v @ self.wv - self.mu @ self.wv
-
-    def cut(self, rank_qk: int, rank_v: int) -> "Maps":
-        """Keep the leading columns."""
-        wq, wk = self.wq[..., :rank_qk], self.wk[..., :rank_qk]
-        return self._replace(wq=wq, wk=wk, wv=self.wv[..., :rank_v], uv=self.uv[..., :rank_v, :])
 
 
 def _n_heads(x: Array) -> int:
@@ -351,123 +386,111 @@ def check_parts(basis: Any) -> None:
             check_rank(rank, limit, "ranks of a basis")
 
 
-def check_basis(basis: AttentionBasis, inputs: Inputs, *, enable_gqa: bool) -> None:
-    """Raise unless the inputs have the library, device, heads and widths of the basis."""
+def check_basis(basis: AttentionBasis, problem: AttentionProblem) -> AttentionProblem:
+    """Raise unless a problem has the library, device, heads and widths of the basis; return it as it is answered."""
     check_parts(basis)
-    q, k, v = inputs.q, inputs.k, inputs.v
+    q, k, v = problem[:3]
     resolve(q=q, basis=basis.wq)
     widths, expected = (q.shape[-1], v.shape[-1]), (basis.wq.shape[-2], basis.uv.shape[-1])
     if widths != expected:
         raise ValueError(
             f"q and v must have the widths (D, Dv) of the basis, {expected}, got {widths}"
         )
-    heads, expected = (_n_heads(q), _n_heads(k)), (_n_heads(basis.wq), _n_heads(basis.wk))
-    fits = heads == expected if enable_gqa else expected[0] == expected[1] == max(heads)
+    heads = q.shape[-4] * q.shape[-3], k.shape[-4]
+    expected = _n_heads(basis.wq), _n_heads(basis.wk)
+    # Heads that are not shared broadcast.
+    fits = expected[0] == expected[1] == max(heads) or (problem.n_shared > 1 and heads == expected)
     if not fits:
         raise ValueError(
             f"q and k must have the numbers of heads of the basis, {expected}, got {heads}"
-            + ("" if enable_gqa or expected[0] == expected[1] else "; pass enable_gqa=True")
+            + ("; pass enable_gqa=True" if heads == expected else "")
         )
+    return problem.with_head_axis() if basis.wq.ndim > 2 else problem
 
 
-def per_query_head(x: Array, like: Array, xp: Namespace) -> Array:
-    """Repeat what belongs to a key head for the query heads of ``like`` that share it."""
-    repeats = _n_heads(like) // _n_heads(x)
-    return x if repeats <= 1 else xp.repeat(x, repeats, axis=-3)
+# Parts of the repr. Transformations put other things than arrays into a pytree, which must print all the same.
 
 
-def attend_maps(
-    maps: Maps, inputs: Inputs, *, enable_gqa: bool, with_lse: bool
-) -> tuple[Array, Array | None]:
-    """Attention under maps that fit the inputs, and its log-sum-exp; heads of like rank together."""
-    buckets = list(_buckets(maps))
-    if len(buckets) == 1:
-        ((_, *ranks),) = buckets
-        return _attend(maps.cut(*ranks), inputs, enable_gqa=enable_gqa, with_lse=with_lse)
-    xp, backend = inputs.backend.xp, inputs.backend
-    n_shared = _n_heads(maps.wq) // _n_heads(maps.wk)
-    outs, lses, order = [], [], []
-    for heads, *ranks in buckets:
-        query_heads = [head * n_shared + i for head in heads for i in range(n_shared)]
-        some, part = _take_heads(maps, inputs, heads, query_heads, backend)
-        out, lse = _attend(some.cut(*ranks), part, enable_gqa=enable_gqa, with_lse=with_lse)
-        outs.append(out)
-        lses.append(lse)
-        order += query_heads
-    back = backend.from_numpy(np.argsort(order), inputs.q, xp.int64)
-    out = xp.take(xp.concat(outs, axis=-3), back, axis=-3)
-    return out, xp.take(xp.concat(lses, axis=-2), back, axis=-2) if with_lse else None
+def _shape(x: Any) -> str:
+    shape = getattr(x, "shape", None)
+    return type(x).__name__ if shape is None else str(tuple(shape)).replace(" ", "")
 
 
-def _buckets(maps: Maps) -> Iterator[tuple[list[int], int, int]]:
-    """Key heads that run together, and the ranks they run at: padded to a multiple of RANK_STEP where mixed."""
-    if len(set(maps.ranks)) == 1:
-        yield list(range(len(maps.ranks))), *maps.ranks[0]
-        return
-    together: dict[tuple[int, int], list[int]] = {}
-    for head, ranks in enumerate(maps.ranks):
-        rank_qk, rank_v = (math.ceil(rank / RANK_STEP) * RANK_STEP for rank in ranks)
-        key = min(rank_qk, maps.wk.shape[-1]), min(rank_v, maps.wv.shape[-1])
-        together.setdefault(key, []).append(head)
-    for key in sorted(together):
-        yield together[key], *key
+def _size(basis: AttentionBasis) -> str:
+    arrays = {name: getattr(basis, name) for name in NAMES}
+    try:
+        backend = resolve(**arrays)
+    except (TypeError, ValueError):
+        return "no arrays"
+    bits = backend.xp.finfo(basis.wq.dtype).bits
+    n_bytes = sum(math.prod(x.shape) for x in arrays.values()) * bits // 8
+    dtype = str(basis.wq.dtype).rpartition(".")[2]
+    if not backend.is_eager(basis.error):
+        return f"{dtype}, {n_bytes:,} bytes"
+    low, high = (float(f(basis.error)) for f in (backend.xp.min, backend.xp.max))
+    error = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+    return f"{dtype}, {n_bytes:,} bytes, error {error}"
 
 
-def _take_heads(
-    maps: Maps, inputs: Inputs, heads: list[int], query_heads: list[int], backend: Backend
-) -> tuple[Maps, Inputs]:
-    """Cut some key heads, and the query heads that share them, out of a basis and its inputs."""
+def _ranks(ranks: Any) -> str:
+    pairs = set(ranks)
+    n_heads = f"{len(ranks)} key head" + ("s" if len(ranks) != 1 else "")
+    if len(pairs) == 1:
+        return f"ranks {ranks[0]} in {n_heads}"
+    low, high = (tuple(f(column) for column in zip(*ranks, strict=True)) for f in (min, max))
+    return f"ranks {low} to {high} in {n_heads}"
+
+
+def _fold(
+    maps: dict[str, Array],
+    weights: dict[str, Array],
+    biases: dict[str, Array | None],
+) -> FoldedProjections:
+    """Fold the arrays of a basis into weights (heads, E, D) and biases (heads, 1, D), both by name."""
+    given = {**weights, **{name: x for name, x in biases.items() if x is not None}}
+    backend = resolve(basis=maps["wq"], **given)
+    _check_weights(maps, given)
+    promoted = promote(backend, allow_complex=False, **given, **maps)
+    cast = dict(zip([*given, *maps], promoted.arrays, strict=True))
+    wq, wk, wv, uv, c, mu = (cast[name] for name in ("wq", "wk", "wv", "uv", "c", "mu"))
+    w_q, w_k, w_v, w_o = (cast[name] for name in ("w_q", "w_k", "w_v", "w_o"))
+    n_shared = wq.shape[0] // wk.shape[0]
     xp = backend.xp
-    of_keys, of_queries = (
-        backend.from_numpy(np.asarray(one), inputs.q, xp.int64) for one in (heads, query_heads)
-    )
-
-    def take(x: Any, indices: Array) -> Any:
-        shared = x is None or x.ndim < 3 or x.shape[-3] == 1
-        return x if shared else xp.take(x, indices, axis=-3)
-
-    ranks = tuple(maps.ranks[head] for head in heads)
-    small = Maps(
-        take(maps.wq, of_queries),
-        take(maps.wk, of_keys),
-        take(maps.wv, of_keys),
-        take(maps.uv, of_keys),
-        take(maps.c, of_keys),
-        take(maps.mu, of_keys),
-        ranks,
-    )
-    return small, inputs._replace(
-        q=take(inputs.q, of_queries),
-        k=take(inputs.k, of_keys),
-        v=take(inputs.v, of_keys),
-        mask=take(inputs.mask, of_queries),
-    )
+    uv, mu_q = (x if n_shared == 1 else xp.repeat(x, n_shared, axis=0) for x in (uv, mu))
+    b_q = cast.get("b_q")
+    b_k = (cast["b_k"] - c) if "b_k" in cast else -c
+    b_v = (cast["b_v"] - mu) if "b_v" in cast else -mu
+    b_o = xp.sum(mu_q @ w_o, axis=0)[0, ...]
+    folded = (w_q @ wq, w_k @ wk, w_v @ wv, uv @ w_o, b_k @ wk, b_v @ wv)
+    w_q, w_k, w_v, w_o, b_k, b_v = promoted.cast_back(backend, *folded)
+    if b_q is not None:
+        (b_q,) = promoted.cast_back(backend, b_q @ wq)
+    (b_o,) = promoted.cast_back(backend, b_o + cast["b_o"] if "b_o" in cast else b_o)
+    return FoldedProjections(w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o)
 
 
-def _attend(
-    maps: Maps, inputs: Inputs, *, enable_gqa: bool, with_lse: bool
-) -> tuple[Array, Array | None]:
-    """Exact attention in the dimensions of the basis, and back."""
-    xp, options = inputs.backend.xp, inputs.options
-    q, k, v = maps.project(inputs.q, inputs.k, inputs.v)
-    uv, mu, c = (per_query_head(x, inputs.q, xp) for x in (maps.uv, maps.mu, maps.c))
-    if options.softcap is not None:
-        shift = inputs.q @ xp.matrix_transpose(c)
-        # tanh sees the shift of the scores, so it is carried as one more dimension.
-        q = xp.concat([q, xp.broadcast_to(shift, (*q.shape[:-1], 1))], axis=-1)
-        k = xp.concat([k, xp.ones_like(k[..., :1])], axis=-1)
-    may_be_empty = inputs.mask is not None or (
-        options.is_causal and options.diagonal(inputs.q.shape[-2], inputs.k.shape[-2]) < 0
-    )
-    if may_be_empty:
-        # A row that attends to nothing must not get mu: one more value counts what is attended to.
-        v = xp.concat([v, xp.ones_like(v[..., :1])], axis=-1)
-        uv = xp.concat([uv, mu], axis=-2)
-    small = inputs._replace(q=q, k=k, v=v)
-    if with_lse:
-        out, lse = attend(small, enable_gqa=enable_gqa)
-        if options.softcap is None:
-            lse = lse + options.scale * (inputs.q @ xp.matrix_transpose(c))[..., 0]
-    else:
-        out, lse = attend_output(small, enable_gqa=enable_gqa), None
-    return out @ uv if may_be_empty else out @ uv + mu, lse
+def _check_weights(maps: dict[str, Array], given: dict[str, Array]) -> None:
+    """Raise ValueError unless all shapes are those the basis is for."""
+    wq, wk, uv = maps["wq"], maps["wk"], maps["uv"]
+    if wq.ndim != 3:
+        raise ValueError(
+            f"a basis to fold must have one set of maps, (Hq, D, r), got {tuple(wq.shape)}; "
+            f"fit with pool_batch=True"
+        )
+    if given["w_q"].ndim != 3:
+        raise ValueError(f"w_q must have shape (Hq, E, D), got {tuple(given['w_q'].shape)}")
+    n_heads_q, width, _ = wq.shape
+    n_heads_k, width_v, n_model = wk.shape[0], uv.shape[-1], given["w_q"].shape[-2]
+    right = {
+        "w_q": (n_heads_q, n_model, width),
+        "w_k": (n_heads_k, n_model, width),
+        "w_v": (n_heads_k, n_model, width_v),
+        "w_o": (n_heads_q, width_v, n_model),
+        "b_q": (n_heads_q, 1, width),
+        "b_k": (n_heads_k, 1, width),
+        "b_v": (n_heads_k, 1, width_v),
+        "b_o": (n_model,),
+    }
+    for name, x in given.items():
+        if tuple(x.shape) != right[name]:
+            raise ValueError(f"{name} must have shape {right[name]}, got {tuple(x.shape)}")

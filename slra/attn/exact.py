@@ -1,25 +1,67 @@
-"""Exact attention, in memory linear in the length of the sequence."""
+"""Exact attention in memory linear in the length of the sequence, its gradient, and the merge of its parts."""
 
-from slra._typing import Array, CausalAlign
-from slra._validate import check_flag
-from slra.attn._inputs import Inputs, check_inputs, group_heads, join_heads
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
-__all__ = ["attend", "attend_output", "attention"]
+from slra._backends.ambient import isolated
+from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign, Namespace
+from slra._validate import check_flag, promote, resolve
+from slra.attn.problem import AttentionProblem, Three, make_problem
+
+__all__ = [
+    "OutputGradient",
+    "attention",
+    "attention_vjp",
+    "exact_gradients",
+    "exact_output",
+    "exact_output_and_lse",
+    "merge_attention",
+    "output_gradient",
+]
 
 
+@overload
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
     *,
-    mask: Array | None = None,
+    return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> ArrayT: ...
+
+
+@overload
+def attention(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[ArrayT, ArrayT]: ...
+
+
+@overload
+def attention(
+    q: ArrayT, k: ArrayT, v: ArrayT, *, return_lse: bool, **options: Unpack[AttentionOptions]
+) -> ArrayT | tuple[ArrayT, ArrayT]: ...
+
+
+@isolated
+def attention(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    *,
+    mask: AnyArray | None = None,
     is_causal: bool = False,
-    causal_align: CausalAlign = "bottom_right",
+    causal_align: CausalAlign | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> Array | tuple[Array, Array]:
+) -> ArrayT | tuple[ArrayT, ArrayT]:
     r"""Scaled dot-product attention, exact, without ever holding the matrix of scores.
 
     Parameters
@@ -34,8 +76,9 @@ def attention(
         Broadcastable to (..., Hq, Nq, Nk). Boolean: True attends. Floating: added to the scaled scores.
     is_causal : bool
         Whether a query attends only to keys that are not after it.
-    causal_align : {"bottom_right", "top_left"}
-        Where lengths differ: whether the last query meets the last key, or the first the first.
+    causal_align : {"bottom_right", "top_left"} or int, optional
+        Which key a query sees last: whether the last query meets the last key, or the first the first, or at which
+        key the first query stands. Must be given where ``is_causal`` and Nq is not Nk; elsewhere both are one.
     scale : float, optional
         Factor on the products of queries and keys, ``1/sqrt(D)`` by default.
     enable_gqa : bool
@@ -57,7 +100,7 @@ def attention(
     TypeError
         If an array is not real floating, or they come from different libraries.
     ValueError
-        If shapes do not fit, an axis is empty, or arrays are on different devices.
+        If shapes do not fit, an axis is empty, arrays are on different devices, or ``causal_align`` is missing.
 
     Notes
     -----
@@ -79,7 +122,7 @@ def attention(
     >>> slra.attention(q, k, v, is_causal=True)[0, :, 0].tolist()
     [0.0, 1.0, 2.0]
     """
-    inputs = check_inputs(
+    problem = make_problem(
         q,
         k,
         v,
@@ -90,29 +133,259 @@ def attention(
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
+    out: ArrayT
     if not check_flag(return_lse, "return_lse"):
-        (out,) = inputs.promoted.cast_back(
-            inputs.backend, attend_output(inputs, enable_gqa=enable_gqa)
-        )
+        out = problem.answer(exact_output(problem))
         return out
-    out, lse = attend(inputs, enable_gqa=enable_gqa)
-    (out,) = inputs.promoted.cast_back(inputs.backend, out)
+    found, lse = exact_output_and_lse(problem)
+    out = problem.answer(found)
+    return out, problem.answer_lse(lse)
+
+
+def exact_output_and_lse(problem: AttentionProblem) -> tuple[Array, Array]:
+    """Attention and its log-sum-exp, laid out as the problem is, in the dtype computed in."""
+    q, k, v, mask, options, backend, *_ = problem
+    return backend.attention(q, k, v, mask, options)
+
+
+def exact_output(problem: AttentionProblem) -> Array:
+    """Attention where nobody asks for the log-sum-exp: some libraries are faster then."""
+    q, k, v, mask, options, backend, *_ = problem
+    return backend.attention_output(q, k, v, mask, options)
+
+
+@isolated
+def attention_vjp(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    out: ArrayT,
+    lse: ArrayT,
+    grad_out: ArrayT,
+    *,
+    grad_lse: ArrayT | None = None,
+    mask: AnyArray | None = None,
+    is_causal: bool = False,
+    causal_align: CausalAlign | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    softcap: float | None = None,
+) -> tuple[ArrayT, ArrayT, ArrayT]:
+    r"""Vector-Jacobian product of `attention`: gradients for q, k and v, without the matrix of weights.
+
+    Parameters
+    ----------
+    q : array, shape (..., Hq, Nq, D)
+        Queries, as given to `attention`, real floating.
+    k : array, shape (..., Hkv, Nk, D)
+        Keys.
+    v : array, shape (..., Hkv, Nk, Dv)
+        Values.
+    out : array, shape (..., Hq, Nq, Dv)
+        What `attention` returned.
+    lse : array, shape (..., Hq, Nq)
+        The log-sum-exp that it returned with ``return_lse``.
+    grad_out : array, shape (..., Hq, Nq, Dv)
+        Gradient of a scalar with respect to ``out``.
+    grad_lse : array, shape (..., Hq, Nq), optional
+        Gradient of the scalar with respect to ``lse``; zero by default.
+    mask, is_causal, causal_align, scale, enable_gqa, softcap
+        As they were given to `attention`. The mask is treated as a constant.
+
+    Returns
+    -------
+    dq, dk, dv : array
+        In the shapes of q, k and v (summed over axes that were broadcast) and their common dtype.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real floating, or they come from different libraries.
+    ValueError
+        If shapes do not fit, an axis is empty, or arrays are on different devices.
+
+    Notes
+    -----
+    With :math:`P = \exp(s Q K^T + M - \ell)` recomputed tile by tile and
+    :math:`\delta = \operatorname{rowsum}(\bar O \circ O) - \bar\ell`,
+
+    .. math::
+        \bar S = P \circ (\bar O V^T - \delta), \qquad
+        \bar Q = s \bar S K, \quad \bar K = s \bar S^T Q, \quad \bar V = P^T \bar O
+
+    Keys may be a shard: with ``out`` and ``lse`` merged over all shards the result is the gradient for this one.
+
+    References
+    ----------
+    T. Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 4.
+
+    Examples
+    --------
+    The values get the gradient that the weights, here 1/3 each, give them.
+
+    >>> import numpy as np
+    >>> import slra
+    >>> q, k, v = np.zeros((1, 3, 2)), np.ones((1, 3, 2)), np.ones((1, 3, 1))
+    >>> out, lse = slra.attention(q, k, v, return_lse=True)
+    >>> dq, dk, dv = slra.attention_vjp(q, k, v, out, lse, np.ones((1, 3, 1)))
+    >>> dv[0, :, 0].round(12).tolist()
+    [1.0, 1.0, 1.0]
+    """
+    problem = make_problem(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        causal_align=causal_align,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+    )
+    with problem.backend.ignore_overflow():
+        given = output_gradient(problem, problem.lse_shape(), out, lse, grad_out, grad_lse)
+        dq: ArrayT
+        dk: ArrayT
+        dv: ArrayT
+        dq, dk, dv = problem.answer_inputs(exact_gradients(problem, given))
+    return dq, dk, dv
+
+
+class OutputGradient(NamedTuple):
+    """What the gradient needs to know of the output, laid out as the problem is, in the dtype computed in."""
+
+    lse: Array
+    delta: Array  # rowsum(grad_out * out) - grad_lse
+    grad_out: Array
+
+
+def output_gradient(
+    problem: AttentionProblem,
+    lse_shape: tuple[int, ...],
+    out: Array,
+    lse: Array,
+    grad_out: Array,
+    grad_lse: Array | None,
+) -> OutputGradient:
+    """Check what belongs to the output of a problem, whose log-sum-exp is of this shape, and lay it out."""
+    resolve(q=problem.q, out=out, lse=lse, grad_out=grad_out, optional={"grad_lse": grad_lse})
+    given = {"out": out, "lse": lse, "grad_out": grad_out}
+    if grad_lse is not None:
+        given["grad_lse"] = grad_lse
+    for name, x in given.items():
+        right = lse_shape if name.endswith("lse") else (*lse_shape, problem.v.shape[-1])
+        if tuple(x.shape) != right:
+            raise ValueError(f"{name} must have shape {right}, got {tuple(x.shape)}")
+    xp, dtype = problem.xp, problem.q.dtype
+    arrays = promote(problem.backend, allow_complex=False, **given).arrays
+    out, lse, grad_out, *rest = (x if x.dtype == dtype else xp.astype(x, dtype) for x in arrays)
+    delta = xp.sum(grad_out * out, axis=-1)
+    delta = delta - rest[0] if rest else delta
+    lse, delta = problem.lay_out_rows(lse), problem.lay_out_rows(delta)
+    return OutputGradient(lse, delta, problem.lay_out(grad_out))
+
+
+def exact_gradients(problem: AttentionProblem, given: OutputGradient) -> Three:
+    """Gradients of exact attention, laid out as the problem is."""
+    q, k, v, mask, options, backend, *_ = problem
+    return backend.attention_vjp(q, k, v, mask, options, *given)
+
+
+@isolated
+def merge_attention(outs: Sequence[ArrayT], lses: Sequence[ArrayT]) -> tuple[ArrayT, ArrayT]:
+    r"""Attention over all keys, from attention over parts of them.
+
+    Parameters
+    ----------
+    outs : sequence of arrays, each of shape (..., Hq, Nq, Dv)
+        Outputs of attention of the same queries on disjoint sets of keys, real floating.
+    lses : sequence of arrays, each of shape (..., Hq, Nq)
+        Their log-sum-exps, real floating, in the same order.
+
+    Returns
+    -------
+    out : array, shape (..., Hq, Nq, Dv)
+        In the common dtype of ``outs``. A query that attends to nothing in any part gets 0.
+    lse : array, shape (..., Hq, Nq)
+        Log-sum-exp over all keys, in the common dtype of ``lses`` but no narrower than float32.
+
+    Raises
+    ------
+    TypeError
+        If ``outs`` or ``lses`` is not a list or tuple of real floating arrays of one library.
+    ValueError
+        If there are none, they are not equally many, shapes differ, or arrays are on different devices.
+
+    Notes
+    -----
+    .. math::
+        \ell = \log \sum_i e^{\ell_i}, \qquad O = \sum_i e^{\ell_i - \ell} O_i
+
+    References
+    ----------
+    Z. Ye et al., Cascade Inference, FlashInfer, 2024 (the merge of attention states); the rule itself is the online
+    softmax of M. Milakov and N. Gimelshein, arXiv:1805.02867.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 50, 8))
+    >>> parts = [
+    ...     slra.attention(q, k[:, part], v[:, part], return_lse=True)
+    ...     for part in (slice(0, 20), slice(20, 50))
+    ... ]
+    >>> out, lse = slra.merge_attention(*zip(*parts))
+    >>> bool(np.allclose(out, slra.attention(q, k, v)))
+    True
+    """
+    named_outs, named_lses = _named(outs, "outs"), _named(lses, "lses")
+    if len(outs) != len(lses):
+        raise ValueError(
+            f"outs and lses must have the same length, got {len(outs)} and {len(lses)}"
+        )
+    backend = resolve(**named_outs, **named_lses)
+    _check_shapes(named_outs, named_lses)
+    promoted = promote(backend, allow_complex=False, **named_outs)
+    with backend.ignore_overflow():
+        log_sums = backend.xp.stack(promote(backend, allow_complex=False, **named_lses).arrays)
+        merged, lse = _merged(promoted.arrays, log_sums, backend.xp)
+        out: ArrayT
+        (out,) = promoted.cast_back(backend, merged)
     return out, lse
 
 
-def attend(inputs: Inputs, *, enable_gqa: bool) -> tuple[Array, Array]:
-    """Attention of validated inputs, and its log-sum-exp, in the dtype computed in."""
-    if enable_gqa:
-        inputs = group_heads(inputs)
-    out, lse = inputs.backend.attention(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.options)
-    if not enable_gqa:
-        return out, lse
-    return join_heads(out, inputs, 2), join_heads(lse, inputs, 1)
+def _merged(outs: Sequence[Array], lses: Array, xp: Namespace) -> tuple[Any, Any]:
+    """Merge outputs whose log-sum-exps are stacked."""
+    peak = xp.max(lses, axis=0)
+    # Where no part attends to anything the peak is -inf, and -inf - -inf would be NaN.
+    shift = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
+    weights = xp.exp(lses - shift)
+    total = xp.sum(weights, axis=0)
+    empty = total == 0
+    total = xp.where(empty, xp.ones_like(total), total)
+    weights = xp.astype(weights / total, outs[0].dtype)
+    out = sum(weights[i, ..., None] * shard for i, shard in enumerate(outs))
+    return out, xp.where(empty, peak, shift + xp.log(total))
 
 
-def attend_output(inputs: Inputs, *, enable_gqa: bool) -> Array:
-    """Attention of validated inputs where nobody asks for the log-sum-exp: some libraries are faster then."""
-    if enable_gqa:
-        inputs = group_heads(inputs)
-    out = inputs.backend.attention_output(inputs.q, inputs.k, inputs.v, inputs.mask, inputs.options)
-    return join_heads(out, inputs, 2) if enable_gqa else out
+def _named(arrays: Any, name: str) -> dict[str, Array]:
+    """Name each array by its place."""
+    if not isinstance(arrays, (list, tuple)):
+        raise TypeError(f"{name} must be a list or tuple of arrays, got {type(arrays).__name__}")
+    if not arrays:
+        raise ValueError(f"{name} must not be empty")
+    return {f"{name}[{i}]": x for i, x in enumerate(arrays)}
+
+
+def _check_shapes(outs: dict[str, Array], lses: dict[str, Array]) -> None:
+    """Raise ValueError unless all outputs have one shape, and the log-sum-exps that without its last axis."""
+    shape = tuple(next(iter(outs.values())).shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"outs[0] must have at least 2 dimensions, (..., Nq, Dv), got shape {shape}"
+        )
+    for arrays, right in ((outs, shape), (lses, shape[:-1])):
+        for name, x in arrays.items():
+            if tuple(x.shape) != right:
+                raise ValueError(f"{name} must have shape {right}, got {tuple(x.shape)}")

@@ -5,32 +5,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slra._typing import RNG, Array, CausalAlign
-from slra._validate import (
-    check_choice,
-    check_finite,
-    check_flag,
-    check_positive,
-    check_rank,
-    check_rng,
-)
-from slra.attn._adaptive import choose_ranks, mask_ranks
-from slra.attn._inputs import Inputs, check_inputs
-from slra.attn._maps import METHODS, Factors, RowSample, cut
-from slra.attn._predict import GroupedMaps, output_error
-from slra.attn._rows import Grouped, group, sample_rows
-from slra.attn.basis import AttentionBasis, Maps
+from slra._backends.ambient import isolated
+from slra._typing import RNG, AnyArray, Array, ArrayT, CausalAlign
+from slra._validate import check_choice, check_flag, check_positive, check_rank, check_rng
+from slra.attn._estimators import METHODS, Factors, RowSample
+from slra.attn._ranks import Ranks, choose_ranks, mask_ranks, output_error
+from slra.attn.basis import AttentionBasis
+from slra.attn.maps import Maps
+from slra.attn.problem import AttentionProblem, make_problem, ungroup_heads
+from slra.attn.rows import sample_rows
 
-__all__ = [
-    "N_ROWS",
-    "Fitted",
-    "check_ranks",
-    "constant_inputs",
-    "fit_attention",
-    "fit_inputs",
-    "lay_out",
-    "of_query_heads",
-]
+__all__ = ["METHODS", "N_ROWS", "Fitted", "Ranks", "fit_attention", "fit_problem"]
 
 # Rows of the attention matrix that a fit looks at, at least, over the query heads that share a key head.
 N_ROWS = 128
@@ -38,19 +23,20 @@ N_ROWS = 128
 N_TEST_ROWS = 512
 
 
+@isolated
 def fit_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
     rank: int | tuple[int, int] | None = None,
     *,
     rtol: float | None = None,
     method: str = "output",
     pool_batch: bool = False,
     rng: RNG = None,
-    mask: Array | None = None,
+    mask: AnyArray | None = None,
     is_causal: bool = False,
-    causal_align: CausalAlign = "bottom_right",
+    causal_align: CausalAlign | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     softcap: float | None = None,
@@ -94,7 +80,7 @@ def fit_attention(
         If an array is not real floating, or ``rank`` is not an int or a pair of them.
     ValueError
         If shapes do not fit, a rank is out of range, ``rtol`` meets a lazy array, or an
-        input is not finite where values can be looked at.
+        input is not finite and concrete.
 
     Notes
     -----
@@ -125,7 +111,7 @@ def fit_attention(
     """
     check_choice(method, tuple(METHODS), "method")
     check_flag(pool_batch, "pool_batch")
-    inputs = check_inputs(
+    problem = make_problem(
         q,
         k,
         v,
@@ -136,86 +122,77 @@ def fit_attention(
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
-    for name in ("q", "k", "v"):
-        check_finite(inputs.backend, getattr(inputs, name), name)
-    with inputs.backend.ignore_overflow():
-        fitted = fit_inputs(
-            inputs,
+    problem.check_finite()
+    with problem.backend.ignore_overflow():
+        fitted = fit_problem(
+            problem,
             rank,
             rtol=rtol,
             method=method,
-            enable_gqa=enable_gqa,
             pool_batch=pool_batch,
             rng=None if rng is None else check_rng(rng),
         )
-        maps = lay_out(fitted)
-        arrays = {**maps._asdict(), "error": predict_error(fitted)}
-    ranks = arrays.pop("ranks")
-    basis: AttentionBasis = inputs.backend.make_dataclass(AttentionBasis, arrays, {"ranks": ranks})
+        arrays = {**fitted.maps.by_head(problem), "error": _predicted_error(fitted)}
+    basis: AttentionBasis = problem.backend.make_dataclass(
+        AttentionBasis, arrays, {"ranks": fitted.ranks}
+    )
     return basis
 
 
 class Fitted(NamedTuple):
-    """Maps by key head, the ranks of each, and what is needed to judge them."""
+    """Maps for the ranks of each key head, and what they were made of and are judged by."""
 
-    data: Grouped
+    problem: AttentionProblem
     factors: Factors
-    maps: GroupedMaps
-    ranks: tuple[tuple[int, int], ...]
+    maps: Maps
     test_rows: list[int]
     pool_batch: bool
-    has_heads: bool
+
+    @property
+    def ranks(self) -> Ranks:
+        """Rank of queries and keys, and of values, for each key head."""
+        return self.maps.ranks
 
 
-def fit_inputs(
-    inputs: Inputs,
+def fit_problem(
+    problem: AttentionProblem,
     rank: Any,
     *,
     rtol: float | None,
     method: str,
-    enable_gqa: bool,
     pool_batch: bool = False,
     rng: np.random.Generator | None = None,
     keep: Array | None = None,
 ) -> Fitted:
-    """Fit validated inputs, to the keys that are to be kept; raise where rank or rtol is wrong."""
-    backend = inputs.backend
-    limits = check_ranks(inputs, rank, rtol)
+    """Fit a problem, to the keys that are to be kept, (..., H, Nk); raise where rank or rtol is wrong."""
+    limits = _check_ranks(problem, rank, rtol)
     rtol = None if rtol is None else check_positive(rtol, "rtol")
-    data = group(constant_inputs(inputs), enable_gqa=enable_gqa)
+    problem = problem.constant().broadcast()
+    n_queries = problem.q.shape[-2]
+    # Fewer rows than the rank would leave directions without data; twice as many still determine the last of them.
     n_rows = max(N_ROWS if rtol is None else N_TEST_ROWS, 2 * max(limits))
-    rows, test_rows = (
-        sample_rows(data.q.shape[-2], -(-n_rows // data.q.shape[-3]), rng, offset=offset)
-        for offset in (0.0, 0.5)
-    )
-    factors = METHODS[method](data, RowSample(rows, pool_batch, keep))
+    n_rows = -(-n_rows // problem.n_shared)
+    rows = sample_rows(n_queries, n_rows, rng)
+    test_rows = sample_rows(n_queries, n_rows, rng, offset=0.5)
+    factors = METHODS[method](problem, RowSample(rows, pool_batch, keep))
     if rtol is None:
-        ranks = [limits] * factors.wk.shape[-3]
+        ranks: Ranks = (limits,) * factors.wk.shape[-4]
     else:
         # A norm over some of the rows is not that over all of them: leave room where not all are seen.
-        is_sample = len(test_rows) < data.q.shape[-2]
+        is_sample = len(test_rows) < n_queries
         target = rtol / (1 + 2 / math.sqrt(len(test_rows))) if is_sample else rtol
-        ranks = choose_ranks(data, factors, test_rows, target, limits, pool_batch=pool_batch)
-        factors = mask_ranks(factors, ranks, data)
-    widest = max(qk for qk, _ in ranks), max(v for _, v in ranks)
-    maps = GroupedMaps(*cut(factors, *widest, backend), factors.c, factors.mu)
-    return Fitted(data, factors, maps, tuple(ranks), test_rows, pool_batch, inputs.has_heads)
+        ranks = choose_ranks(problem, factors, test_rows, target, limits, pool_batch=pool_batch)
+        factors = mask_ranks(factors, ranks, problem)
+    return Fitted(problem, factors, factors.maps(ranks, problem.xp), test_rows, pool_batch)
 
 
-def constant_inputs(inputs: Inputs) -> Inputs:
-    """Cut gradients off."""
-    named = {name: getattr(inputs, name) for name in ("q", "k", "v", "mask")}
-    constant = {name: inputs.backend.stop_gradient(x) for name, x in named.items() if x is not None}
-    return inputs._replace(**constant)
-
-
-def check_ranks(inputs: Inputs, rank: Any, rtol: Any = None) -> tuple[int, int]:
+def _check_ranks(problem: AttentionProblem, rank: Any, rtol: Any = None) -> tuple[int, int]:
     """Return the rank of queries and keys, and that of values: the largest, where rtol is to choose."""
-    limit_qk = min(inputs.q.shape[-2], inputs.k.shape[-2], inputs.q.shape[-1])
-    limit_v = min(inputs.v.shape[-2:])
+    limit_qk = min(problem.q.shape[-2], problem.k.shape[-2], problem.q.shape[-1])
+    limit_v = min(problem.v.shape[-2:])
     if rtol is not None:
         check_positive(rtol, "rtol")
-        if not inputs.backend.is_eager(inputs.q):
+        if not problem.backend.is_eager(problem.q):
             raise ValueError("rank must be given instead of rtol for lazy arrays: ranks are static")
         if rank is None:
             return limit_qk, limit_v
@@ -230,27 +207,8 @@ def check_ranks(inputs: Inputs, rank: Any, rtol: Any = None) -> tuple[int, int]:
     )
 
 
-def lay_out(fitted: Fitted) -> Maps:
-    """Lay the maps out by query head and key head; without a head axis if the inputs have none."""
-    maps = fitted.maps
-    uv = fitted.data.backend.xp.matrix_transpose(maps.wv)
-    wq = of_query_heads(maps.wq, fitted)
-    laid_out = Maps(wq, maps.wk, maps.wv, uv, maps.c, maps.mu, fitted.ranks)
-    if fitted.has_heads:
-        return laid_out
-    return Maps(*(x[0, ...] for x in laid_out[:-1]), ranks=fitted.ranks)  # type: ignore[misc]
-
-
-def of_query_heads(x: Array, fitted: Fitted) -> Array:
-    """Lay (..., H, G or 1, M, N) out by query head."""
-    xp, n_shared = fitted.data.backend.xp, fitted.data.q.shape[-3]
-    x = xp.broadcast_to(x, (*x.shape[:-3], n_shared, *x.shape[-2:]))
-    return xp.reshape(x, (*x.shape[:-4], x.shape[-4] * n_shared, *x.shape[-2:]))
-
-
-def predict_error(fitted: Fitted) -> Array:
+def _predicted_error(fitted: Fitted) -> Array:
     """Relative error of the output on rows other than those of the fit, (..., Hq)."""
-    data = fitted.data
-    error = output_error(data, fitted.maps, fitted.test_rows, pool_batch=fitted.pool_batch)
-    error = data.backend.xp.reshape(error, (*error.shape[:-2], -1))
-    return error if fitted.has_heads else error[..., 0]
+    problem = fitted.problem
+    error = output_error(problem, fitted.maps, fitted.test_rows, pool_batch=fitted.pool_batch)
+    return ungroup_heads(error, any(problem.with_heads), problem.xp, n_trailing=0)

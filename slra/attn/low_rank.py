@@ -1,25 +1,81 @@
-"""Attention on low-rank approximations of the queries, keys and values."""
+"""Attention on low-rank approximations of the queries, keys and values, and its gradient."""
 
-from typing import Any
+import operator
+from typing import Any, Literal, NamedTuple, TypeAlias, Unpack, overload
 
-from slra._typing import Array, CausalAlign
-from slra._validate import check_flag, check_rank
-from slra.attn._approximation import Thresholded, approximate, check_options
-from slra.attn._inputs import Inputs, check_inputs, join_heads
-from slra.attn._maps import METHODS
-from slra.attn._rows import group
-from slra.attn.baselines import BASELINES
-from slra.attn.basis import AttentionBasis, attend_maps
-from slra.attn.exact import attend
-from slra.attn.exact_keys import attend_with_exact_keys
+from slra._backends.ambient import isolated
+from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
+from slra._validate import check_choice, check_count, check_flag, check_l1
+from slra.attn._estimators import METHODS
+from slra.attn._exact_keys import (
+    ExactKeys,
+    exact_key_gradients,
+    find_exact_keys,
+    output_with_exact_keys,
+    without_exact_keys,
+)
+from slra.attn.basis import AttentionBasis, check_basis
+from slra.attn.exact import exact_gradients, exact_output_and_lse, output_gradient
+from slra.attn.fit import N_ROWS, fit_problem
+from slra.attn.maps import Maps, mapped_gradients, mapped_output, mapped_problem
+from slra.attn.problem import AttentionProblem, Three, make_problem
+from slra.attn.projections import Projections, project_all
+from slra.attn.rows import sample_rows
 
-__all__ = ["low_rank_attention"]
+__all__ = ["low_rank_attention", "low_rank_attention_vjp"]
 
 
+class LowRankOptions(AttentionOptions, total=False):
+    """What `low_rank_attention` takes besides, for the signatures that differ in their result only."""
+
+    rtol: float | None
+    method: str
+    l1: float | tuple[float, float, float]
+    n_exact: int
+    basis: AttentionBasis | None
+
+
+@overload
 def low_rank_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    rank: int | tuple[int, int] | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[LowRankOptions],
+) -> ArrayT: ...
+
+
+@overload
+def low_rank_attention(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    rank: int | tuple[int, int] | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[LowRankOptions],
+) -> tuple[ArrayT, ArrayT]: ...
+
+
+@overload
+def low_rank_attention(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    rank: int | tuple[int, int] | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[LowRankOptions],
+) -> ArrayT | tuple[ArrayT, ArrayT]: ...
+
+
+@isolated
+def low_rank_attention(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
     rank: int | tuple[int, int] | None = None,
     *,
     rtol: float | None = None,
@@ -27,14 +83,14 @@ def low_rank_attention(
     l1: float | tuple[float, float, float] = 0.0,
     n_exact: int = 0,
     basis: AttentionBasis | None = None,
-    mask: Array | None = None,
+    mask: AnyArray | None = None,
     is_causal: bool = False,
-    causal_align: CausalAlign = "bottom_right",
+    causal_align: CausalAlign | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     softcap: float | None = None,
     return_lse: bool = False,
-) -> Array | tuple[Array, Array]:
+) -> ArrayT | tuple[ArrayT, ArrayT]:
     r"""Attention on low-rank approximations of the queries, keys and values.
 
     Parameters
@@ -49,10 +105,9 @@ def low_rank_attention(
         Dimensions to keep; a pair gives that of queries and keys, and that of values. With ``rtol``, at most as many.
     rtol : float, optional
         Relative error of the output to stay within, by the smallest ranks that do, see `fit_attention`.
-    method : {"output", "scores", "svd", "nystrom", "linformer", "favor", "topk"}
-        How the basis is fitted, see `fit_attention`: "svd" replaces Q, K and V each by its truncated SVD. The others
-        are for comparison; what ``rank`` counts is, in this order, landmarks, random combinations of the keys,
-        random features (from fixed seeds), and the dimensions in which the ``n_exact`` keys of each query are chosen.
+    method : {"output", "scores", "svd"}
+        How the basis is fitted, see `fit_attention`: "svd" replaces Q, K and V each by its truncated SVD. Methods of
+        others are in `slra.baselines`.
     l1 : float or (float, float, float)
         Only with "svd": thresholds of the l1 proximal step on Q^, K^ and V^, in the units of their entries. 0 leaves
         it out. A thresholded matrix is sparse but no longer of low rank: attention then runs in all D dimensions.
@@ -76,8 +131,8 @@ def low_rank_attention(
     TypeError
         If an array is not real floating, or ``rank`` is not an int or a pair of them.
     ValueError
-        If shapes do not fit, a rank is out of range, ``l1`` is negative, or an input is not finite where values can
-        be looked at.
+        If shapes do not fit, a rank is out of range, ``l1`` is negative, or an input that is concrete is not
+        finite.
 
     Notes
     -----
@@ -103,7 +158,7 @@ def low_rank_attention(
     >>> bool(np.allclose(slra.low_rank_attention(q, k, v, 8), exact))
     True
     """
-    inputs = check_inputs(
+    problem = make_problem(
         q,
         k,
         v,
@@ -115,66 +170,247 @@ def low_rank_attention(
         softcap=softcap,
     )
     check_flag(return_lse, "return_lse")
-    methods = (*METHODS, *BASELINES)
-    thresholds, n_exact = check_options(inputs, method, methods, rtol, l1, n_exact)
-    same_bits = inputs.backend.same_bits()
-    with inputs.backend.ignore_overflow(), same_bits, same_bits:
-        if method in BASELINES:
-            others = {"rtol": rtol is not None, "l1": any(thresholds), "basis": basis is not None}
-            _check_baseline(inputs, method, {**others, "return_lse": return_lse}, n_exact)
-            out = _baseline(inputs, method, rank, n_exact, enable_gqa=enable_gqa)
-            return inputs.promoted.cast_back(inputs.backend, out)[0]
-        found = approximate(
-            inputs,
-            rank,
-            rtol=rtol,
-            method=method,
-            thresholds=thresholds,
-            n_exact=n_exact,
-            basis=basis,
-            enable_gqa=enable_gqa,
-        )
-        if isinstance(found, Thresholded):
-            out, lse = attend(found.inputs(inputs), enable_gqa=enable_gqa)
-        elif found.keys is None:
-            out, lse = attend_maps(found.maps, inputs, enable_gqa=enable_gqa, with_lse=return_lse)
+    thresholds, n_exact = _check_options(problem, method, rtol, l1, n_exact)
+    same_bits = problem.backend.same_bits()
+    with problem.backend.ignore_overflow(), same_bits, same_bits:
+        problem, chosen = _approximate(problem, rank, rtol, method, thresholds, n_exact, basis)
+        small: Array
+        lse: Array | None
+        if isinstance(chosen, ThresholdedProjections):
+            small, lse = exact_output_and_lse(chosen.replace(problem))
+        elif chosen.keys is None:
+            small, lse = mapped_output(problem, chosen.maps, with_lse=return_lse)
         else:
-            out, lse = attend_with_exact_keys(found.maps, inputs, found.keys, enable_gqa=enable_gqa)
-        (out,) = inputs.promoted.cast_back(inputs.backend, out)
-    return (out, lse) if return_lse else out
+            small, lse = output_with_exact_keys(problem, chosen.maps, chosen.keys)
+        out: ArrayT = problem.answer(small)
+    return (out, problem.answer_lse(lse)) if return_lse else out
 
 
-def _check_baseline(inputs: Inputs, method: str, others: dict[str, bool], n_exact: int) -> None:
-    """Raise ValueError where a baseline is asked for what its paper does not define."""
-    options = inputs.options
-    if method != "topk":
-        others = {
-            **others,
-            "mask": inputs.mask is not None,
-            "is_causal": options.is_causal,
-            "softcap": options.softcap is not None,
-            "n_exact": n_exact > 0,
-        }
-    elif n_exact == 0:
-        raise ValueError(
-            'n_exact must be 1 or more with method "topk": the keys that a query attends to'
+@isolated
+def low_rank_attention_vjp(
+    q: ArrayT,
+    k: ArrayT,
+    v: ArrayT,
+    out: ArrayT,
+    lse: ArrayT,
+    grad_out: ArrayT,
+    rank: int | tuple[int, int] | None = None,
+    *,
+    grad_lse: ArrayT | None = None,
+    rtol: float | None = None,
+    method: str = "output",
+    l1: float | tuple[float, float, float] = 0.0,
+    n_exact: int = 0,
+    basis: AttentionBasis | None = None,
+    mask: AnyArray | None = None,
+    is_causal: bool = False,
+    causal_align: CausalAlign | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    softcap: float | None = None,
+) -> tuple[ArrayT, ArrayT, ArrayT]:
+    r"""Vector-Jacobian product of `low_rank_attention`, its basis being constant.
+
+    Parameters
+    ----------
+    q : array, shape (..., Hq, Nq, D)
+        Queries, as given to `low_rank_attention`, real floating.
+    k : array, shape (..., Hkv, Nk, D)
+        Keys.
+    v : array, shape (..., Hkv, Nk, Dv)
+        Values.
+    out : array, shape (..., Hq, Nq, Dv)
+        What `low_rank_attention` returned.
+    lse : array, shape (..., Hq, Nq)
+        The log-sum-exp that it returned with ``return_lse``.
+    grad_out : array, shape (..., Hq, Nq, Dv)
+        Gradient of a scalar with respect to ``out``.
+    rank, rtol, method, l1, n_exact, basis
+        As they were given to `low_rank_attention`. Without ``basis`` the fit is made a second time: to fit once, call
+        `fit_attention` and give ``basis`` to both.
+    grad_lse : array, shape (..., Hq, Nq), optional
+        Gradient of the scalar with respect to ``lse``; zero by default.
+    mask, is_causal, causal_align, scale, enable_gqa, softcap
+        As they were given to `low_rank_attention`. The mask is treated as a constant.
+
+    Returns
+    -------
+    dq, dk, dv : array
+        In the shapes of q, k and v (summed over axes that were broadcast) and their common dtype.
+
+    Raises
+    ------
+    TypeError
+        If an array is not real floating, or they come from different libraries.
+    ValueError
+        If shapes do not fit, or options do not go together as in `low_rank_attention`.
+
+    Notes
+    -----
+    Under a basis it is the gradient of attention, `attention_vjp`, in r + 1 dimensions: the shift of the keys is
+    carried as one more, and the values have one more that counts what is attended to,
+
+    .. math::
+        Q' = Q\,[W_q, c^T], \quad K' = [(K - c) W_k, 1], \quad V' = [(V - \mu) W_v, 1], \quad U' = [U_v; \mu], \quad
+        \bar O' = \bar O U'^T
+
+    and :math:`\bar Q = \bar Q' [W_q, c^T]^T`, :math:`\bar K = \bar K'_{1..r} W_k^T`,
+    :math:`\bar V = \bar V'_{1..r} W_v^T`. Heads of different ranks run at the largest.
+
+    With ``l1`` the gradients for Q^, K^ and V^ pass where an entry is not zero, and then through the projections:
+    :math:`\bar Q = (\bar{\hat Q} \circ [\hat Q \ne 0])\, V_Q V_Q^T`.
+
+    References
+    ----------
+    T. Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 4.
+
+    Examples
+    --------
+    At full rank it is the gradient of exact attention.
+
+    >>> import numpy as np
+    >>> import slra
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 50, 8))
+    >>> basis = slra.fit_attention(q, k, v, 8)
+    >>> out, lse = slra.low_rank_attention(q, k, v, basis=basis, return_lse=True)
+    >>> low_rank = slra.low_rank_attention_vjp(q, k, v, out, lse, out, basis=basis)
+    >>> exact = slra.attention_vjp(q, k, v, out, lse, out)
+    >>> [bool(np.allclose(*pair)) for pair in zip(low_rank, exact)]
+    [True, True, True]
+    """
+    problem = make_problem(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=is_causal,
+        causal_align=causal_align,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+    )
+    thresholds, n_exact = _check_options(problem, method, rtol, l1, n_exact)
+    given = (out, lse, grad_out, grad_lse)
+    same_bits = problem.backend.same_bits()
+    with problem.backend.ignore_overflow(), same_bits, same_bits:
+        answered, chosen = _approximate(problem, rank, rtol, method, thresholds, n_exact, basis)
+        if isinstance(chosen, ThresholdedProjections):
+            grads = _through_threshold(answered, chosen, given)
+        else:
+            grads = _through_maps(answered, chosen, given)
+        dq: ArrayT
+        dk: ArrayT
+        dv: ArrayT
+        dq, dk, dv = problem.answer_inputs(problem.sum_to_inputs(grads))
+    return dq, dk, dv
+
+
+class MapsAndKeys(NamedTuple):
+    """Maps to few dimensions, and the keys, if any, that stay exact."""
+
+    maps: Maps
+    keys: ExactKeys | None
+
+
+class ThresholdedProjections(NamedTuple):
+    """Projections in all dimensions, whose entries shrink by these thresholds."""
+
+    projections: Projections
+    thresholds: tuple[float, float, float]
+
+    def replace(self, problem: AttentionProblem) -> AttentionProblem:
+        """Put Q^, K^ and V^, after the threshold, in the place of q, k and v."""
+        hats = self.projections.approximate(*problem[:3])
+        q, k, v = (
+            problem.backend.soft_threshold(x, tau) if tau else x
+            for x, tau in zip(hats, self.thresholds, strict=True)
         )
-    if given := [name for name, is_given in others.items() if is_given]:
-        raise ValueError(f"method {method!r} does not take {', '.join(given)}")
+        return problem._replace(q=q, k=k, v=v)
 
 
-def _baseline(inputs: Inputs, method: str, rank: Any, n_exact: int, *, enable_gqa: bool) -> Array:
-    """Run a method of others; the rank of those that shorten the sequence is limited by its length."""
-    q, k = inputs.q, inputs.k
-    limits = {
-        "nystrom": (min(q.shape[-2], k.shape[-2]), "min of Nq and Nk"),
-        "linformer": (k.shape[-2], "Nk"),
-        "favor": (2**31, "a number of features"),
-        "topk": (min(k.shape[-2:]), "min of Nk and D"),
-    }
-    limit, limit_is = limits[method]
-    data = group(inputs, enable_gqa=enable_gqa)
-    out = BASELINES[method](data, check_rank(rank, limit, limit_is=limit_is), n_exact)
-    if not inputs.has_heads:
-        return out[0, 0, ...]
-    return join_heads(out, inputs, 2)
+def _check_options(
+    problem: AttentionProblem, method: str, rtol: Any, l1: Any, n_exact: Any
+) -> tuple[tuple[float, float, float], int]:
+    """Check what does not depend on the kind of approximation; return thresholds and the number of exact keys."""
+    check_choice(method, tuple(METHODS), "method")
+    problem.check_finite()
+    thresholds = check_l1(l1, [problem.xp.finfo(problem.q.dtype)] * 3)
+    n_exact, n_keys = check_count(n_exact, "n_exact"), int(problem.k.shape[-2])
+    if n_exact >= n_keys:
+        raise ValueError(f"n_exact must be less than {n_keys}, the number of keys, got {n_exact}")
+    if n_exact and (rtol is not None or any(thresholds)):
+        raise ValueError(f"n_exact must be 0 with rtol or l1, got {n_exact}")
+    return thresholds, n_exact
+
+
+def _approximate(
+    problem: AttentionProblem,
+    rank: Any,
+    rtol: float | None,
+    method: str,
+    thresholds: tuple[float, float, float],
+    n_exact: int,
+    basis: AttentionBasis | None,
+) -> tuple[AttentionProblem, MapsAndKeys | ThresholdedProjections]:
+    """Fit, or take the basis that is given; with it the problem as it is answered. Raise where options clash."""
+    if basis is not None:
+        if rank is not None or rtol is not None or any(thresholds):
+            raise ValueError("rank, rtol and l1 must be left out where a basis is given")
+        problem = check_basis(basis, problem)
+    if any(thresholds):
+        if method != "svd" or rtol is not None:
+            raise ValueError(
+                'l1 must be 0 unless method is "svd" and rank is given, '
+                f"got {thresholds!r} and {method!r}"
+            )
+        fitted = fit_problem(problem, rank, rtol=None, method=method)
+        return problem, ThresholdedProjections(project_all(fitted), thresholds)
+    keys = _most_attended_keys(problem, n_exact) if n_exact else None
+    if basis is not None:
+        return problem, MapsAndKeys(Maps.of(basis, problem), keys)
+    keep = None if keys is None else keys.keep
+    fitted = fit_problem(problem, rank, rtol=rtol, method=method, keep=keep)
+    return problem, MapsAndKeys(fitted.maps, keys)
+
+
+def _most_attended_keys(problem: AttentionProblem, n_exact: int) -> ExactKeys:
+    problem = problem.constant().broadcast()
+    rows = sample_rows(problem.q.shape[-2], -(-N_ROWS // problem.n_shared), None)
+    return find_exact_keys(problem, rows, n_exact)
+
+
+Given: TypeAlias = tuple[Array, Array, Array, Array | None]
+
+
+def _through_threshold(
+    problem: AttentionProblem, chosen: ThresholdedProjections, given: Given
+) -> Three:
+    """Gradient through exact attention, soft thresholds and projections."""
+    xp, hats = problem.xp, chosen.replace(problem)
+    grads = exact_gradients(hats, output_gradient(problem, hats.lse_shape(), *given))
+    passed = (
+        xp.where(x != 0, gradient, xp.zeros_like(gradient)) if tau else gradient
+        for gradient, x, tau in zip(grads, hats[:3], chosen.thresholds, strict=True)
+    )
+    return chosen.projections.pull_back(*passed)
+
+
+def _through_maps(problem: AttentionProblem, chosen: MapsAndKeys, given: Given) -> Three:
+    """Gradient through attention in few dimensions, and the keys beside it that stay exact.
+
+    Both see the same log-sum-exp and output, as the shards of the keys do.
+    """
+    maps, keys = chosen
+    small = mapped_problem(problem, maps)
+    if keys is not None:
+        small = small._replace(mask=without_exact_keys(problem, keys))
+    of_output = output_gradient(problem, small.lse_shape(), *given)
+    grads = mapped_gradients(small, maps, of_output)
+    if keys is None:
+        return grads
+    grads, exact = (
+        problem.sum_to_inputs(part)
+        for part in (grads, exact_key_gradients(problem, keys, of_output))
+    )
+    dq, dk, dv = map(operator.add, grads, exact)
+    return dq, dk, dv

@@ -6,15 +6,13 @@ A basis holds what attention in r dimensions needs; the l1 norm and the soft thr
 from typing import Any, NamedTuple
 
 from slra._typing import Array, CausalAlign
-from slra._validate import check_choice, check_finite, resolve
-from slra.attn._inputs import check_inputs
-from slra.attn._maps import METHODS
-from slra.attn.basis import Maps, per_query_head
-from slra.attn.fit import Fitted, fit_inputs, of_query_heads
+from slra._validate import check_choice, resolve
+from slra.attn._estimators import METHODS
+from slra.attn.fit import Fitted, Ranks, fit_problem
+from slra.attn.maps import Maps, mapped_output
+from slra.attn.problem import AttentionProblem, Three, group_heads, make_problem, ungroup_heads
 
-__all__ = ["Projections", "fit_projections", "lay_out_projections"]
-
-Ranks = tuple[tuple[int, int], ...]
+__all__ = ["Projections", "fit_projections", "project_all", "projected_output"]
 
 
 class Projections(NamedTuple):
@@ -30,6 +28,10 @@ class Projections(NamedTuple):
     v_down, v_up : array, shapes (..., Hkv, Dv, r_v) and (..., Hkv, r_v, Dv)
     c, mu : array, shapes (..., Hkv, 1, D) and (..., Hkv, 1, Dv)
         Shifts. That of the keys changes no softmax weight; that of the values is added to the output.
+
+    Examples
+    --------
+    See `slra.integrations.jax.fit`.
     """
 
     q_down: Array
@@ -41,7 +43,7 @@ class Projections(NamedTuple):
     c: Array
     mu: Array
 
-    def approximate(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    def approximate(self, q: Array, k: Array, v: Array) -> Three:
         """Return Q^, K^ and V^, in the shapes of q, k and v."""
         return (
             (q @ self.q_down) @ self.q_up,
@@ -49,22 +51,28 @@ class Projections(NamedTuple):
             (v @ self.v_down - self.mu @ self.v_down) @ self.v_up,
         )
 
-    def pull_back(self, dq: Array, dk: Array, dv: Array) -> tuple[Array, Array, Array]:
+    def pull_back(self, dq: Array, dk: Array, dv: Array) -> Three:
         """Take gradients for Q^, K^ and V^ to those for q, k and v, the projections being constant."""
         transposed = resolve(dq=dq).xp.matrix_transpose
-        pairs = (self.q_down, self.q_up), (self.k_down, self.k_up), (self.v_down, self.v_up)
-        dq, dk, dv = (
-            (gradient @ transposed(up)) @ transposed(down)
-            for gradient, (down, up) in zip((dq, dk, dv), pairs, strict=True)
-        )
+        dq = (dq @ transposed(self.q_up)) @ transposed(self.q_down)
+        dk = (dk @ transposed(self.k_up)) @ transposed(self.k_down)
+        dv = (dv @ transposed(self.v_up)) @ transposed(self.v_down)
         return dq, dk, dv
 
-    def maps(self, ranks: Ranks) -> Maps:
-        """Return the maps under which attention in r dimensions is attention on Q^, K^ and V^ + mu."""
-        xp = resolve(q_down=self.q_down).xp
-        k_up = per_query_head(self.k_up, self.q_up, xp)
-        wq = self.q_down @ (self.q_up @ xp.matrix_transpose(k_up))
-        return Maps(wq, self.k_down, self.v_down, self.v_up, self.c, self.mu, ranks)
+
+def project_all(fitted: Fitted) -> Projections:
+    """Projections of a fit, laid out as its problem is.
+
+    "svd" projects on right singular vectors. The other methods have Wq^T Wk = 1, so that Wq Wk^T is a projection,
+    oblique, which may as well be applied to Q and its transpose to K: the scores are the same.
+    """
+    maps, factors = fitted.maps, fitted.factors
+    transposed = fitted.problem.xp.matrix_transpose
+    left = factors.left[..., : maps.wk.shape[-1]]
+    q_up, k_up = transposed(maps.wk), transposed(left)
+    if factors.is_formula:
+        q_up, k_up = k_up, q_up
+    return Projections(left, q_up, maps.wk, k_up, maps.wv, maps.uv, maps.c, maps.mu)
 
 
 def fit_projections(
@@ -78,50 +86,23 @@ def fit_projections(
     pool_batch: bool = False,
     mask: Array | None = None,
     is_causal: bool = False,
-    causal_align: CausalAlign = "bottom_right",
+    causal_align: CausalAlign | None = None,
 ) -> tuple[Projections, Ranks]:
     """Fit projections, as `fit_attention` fits a basis; with them the ranks of each head."""
     check_choice(method, tuple(METHODS), "method")
-    inputs = check_inputs(
-        q,
-        k,
-        v,
-        mask=mask,
-        is_causal=is_causal,
-        causal_align=causal_align,
-        scale=None,
-        enable_gqa=False,
-        softcap=None,
-    )
-    for name in ("q", "k", "v"):
-        check_finite(inputs.backend, getattr(inputs, name), name)
-    fitted = fit_inputs(
-        inputs, rank, rtol=rtol, method=method, enable_gqa=False, pool_batch=pool_batch
-    )
-    return lay_out_projections(fitted), fitted.ranks
+    problem = make_problem(q, k, v, mask=mask, is_causal=is_causal, causal_align=causal_align)
+    problem.check_finite()
+    fitted = fit_problem(problem, rank, rtol=rtol, method=method, pool_batch=pool_batch)
+    has_heads = any(problem.with_heads)
+    laid_out = project_all(fitted)
+    by_head = Projections(*(ungroup_heads(x, has_heads, problem.xp) for x in laid_out))
+    return by_head, fitted.ranks
 
 
-def lay_out_projections(fitted: Fitted) -> Projections:
-    """Lay the projections out by query head and key head; without a head axis if the inputs have none.
-
-    "svd" projects on right singular vectors. The other methods have Wq^T Wk = 1, so that Wq Wk^T is a projection,
-    oblique, which may as well be applied to Q and its transpose to K: the scores are the same.
-    """
-    maps, factors = fitted.maps, fitted.factors
-    transposed = fitted.data.backend.xp.matrix_transpose
-    left = factors.left[..., : maps.wk.shape[-1]]
-    if factors.is_formula:
-        q_up, k_up = transposed(left), transposed(maps.wk)
-    else:
-        q_up, k_up = transposed(maps.wk)[..., None, :, :], transposed(left[..., 0, :, :])
-    laid_out = Projections(
-        of_query_heads(left, fitted),
-        of_query_heads(q_up, fitted),
-        maps.wk,
-        k_up,
-        maps.wv,
-        transposed(maps.wv),
-        maps.c,
-        maps.mu,
-    )
-    return laid_out if fitted.has_heads else Projections(*(x[0, ...] for x in laid_out))
+def projected_output(problem: AttentionProblem, projections: Projections, ranks: Ranks) -> Array:
+    """Attention on Q^, K^ and V^ + mu, which runs in r dimensions; projections by head."""
+    xp = problem.xp
+    laid_out = Projections(*(group_heads(x, 1, xp) for x in projections))
+    q_down, q_up, k_down, k_up, v_down, v_up, c, mu = laid_out
+    maps = Maps(q_down @ (q_up @ xp.matrix_transpose(k_up)), k_down, v_down, v_up, c, mu, ranks)
+    return mapped_output(problem, maps.in_dtype_of(problem), with_lse=False)[0]

@@ -7,14 +7,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+import slra
 from slra.cli.backends import BackendUnavailableError, open_backend
 from slra.cli.bench.command import bench
 from slra.cli.demo import compare, count_calls
 from slra.cli.demo_output import table, verdict
-from slra.cli.files import check_target, require_writable
-from slra.cli.report.advice import advise
-from slra.cli.report.measure import count_steps, measure_all
-from slra.cli.report.output import overview, tables, to_json
+from slra.cli.files import check_targets, require_writable
+from slra.cli.report.arrays import notes
+from slra.cli.report.measure import N_LAYERS, LayerReport, count_steps, measure_all, sample_of
+from slra.cli.report.output import show, to_json
 from slra.cli.report.source import MAX_TOKENS, read_source
 from slra.cli.terminal import Commands, fail, progress, write
 from slra.data import load_sample
@@ -29,8 +30,21 @@ app.command()(bench)
 BackendName = StrEnum("BackendName", ["numpy", "torch", "jax", "cupy"])
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"slra {slra.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, metavar="", help="Say which it is."
+        ),
+    ] = False,
+) -> None:
     """Sparse and low-rank approximation, and attention on it."""
 
 
@@ -54,9 +68,8 @@ def demo(
         fail(str(error))
 
     sample = load_sample()
-    with progress() as bar:
-        task = bar.add_task("Attention, exact and low rank", total=count_calls())
-        comparison = compare(opened, sample, lambda: bar.advance(task))
+    with progress("Attention, exact and low rank", count_calls()) as advance:
+        comparison = compare(opened, sample, advance)
     Console().print(table(comparison), verdict(comparison), sep="\n")
 
     picture = output / "demo.png"
@@ -76,7 +89,7 @@ def report(
             metavar="FILE...|MODEL",
             help="Q, K and V: one .npz or .safetensors file with arrays q, k, v (or layer0/q and so on), "
             "one .npy file of shape (3, ..., H, N, D), or three .npy files. Or the directory of a Hugging Face "
-            "model on this machine, with --text.",
+            "model on this machine, or a .gguf file of one, with --text.",
         ),
     ],
     text: Annotated[
@@ -91,11 +104,23 @@ def report(
         ),
     ] = None,
     causal: Annotated[
-        bool, typer.Option("--causal", help="Attend to no later token; a model knows by itself.")
+        bool,
+        typer.Option(
+            "--causal", metavar="", help="Attend to no later token; a model knows by itself."
+        ),
     ] = False,
     scale: Annotated[
         float | None, typer.Option(help="Of the scores; 1/sqrt(D) if not given.")
     ] = None,
+    all_layers: Annotated[
+        bool,
+        typer.Option(
+            "--all-layers", metavar="", help=f"Every layer, not {N_LAYERS} of them evenly spaced."
+        ),
+    ] = False,
+    details: Annotated[
+        bool, typer.Option("--details", metavar="", help="Print every method, rank and head.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page to this file.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
 ) -> None:
@@ -104,36 +129,43 @@ def report(
         from slra.cli.report.page import page
 
     try:
-        for option, path in (("--html", html), ("--json", json)):
-            if path is not None:
-                check_target(option, path, [*paths, *([] if text is None else [text])])
-        with progress(transient=True) as bar:
-            what = "Reading" if text is None else "Running the model"
-            reading = bar.add_task(what, total=None)
+        check_targets({"--html": html, "--json": json}, [*paths, *([] if text is None else [text])])
+        with progress("Reading" if text is None else "Running the model") as advance:
             source = read_source(
                 paths,
                 text=text,
                 max_tokens=max_tokens,
                 causal=causal,
                 scale=scale,
-                advance=lambda total: bar.update(reading, total=total, advance=1),
+                advance=advance,
             )
     except (OSError, ValueError) as error:
         fail(str(error))
+    for note in notes(source.layers):
+        typer.echo(note, err=True)
 
+    layers = source.layers if all_layers else sample_of(source.layers)
+    reports: list[LayerReport] = []
     try:
-        with progress() as bar:
-            task = bar.add_task("Attention, exact and low rank", total=count_steps(source.layers))
-            reports = measure_all(source.layers, lambda: bar.advance(task))
+        with progress("Attention, exact and low rank", count_steps(layers)) as advance:
+            for measured in measure_all(layers, advance):
+                reports += [measured]  # one by one: Ctrl-C keeps those that are done
     except ValueError as error:
         fail(str(error))
-    console = Console()
-    console.print(source.title, markup=False, highlight=False, soft_wrap=True)
-    for one in reports:
-        console.print(*tables(one), *advise(one), sep="\n")
-    if len(reports) > 1:
-        console.print(overview(reports))
+    except KeyboardInterrupt:
+        if not reports:
+            raise
+    which = "" if len(reports) == len(source.layers) else f", {len(reports)} of its layers"
+    title = f"{source.title}{which}"
+    show(Console(), title, reports, details=details)
     if html is not None:
-        write(html, page(reports, source.title))
+        write(html, page(reports, title))
     if json is not None:
         write(json, to_json(reports, source.parts))
+    if len(reports) < len(layers):
+        typer.echo(f"Interrupted: {len(reports)} of {len(layers)} layers were measured.", err=True)
+        raise typer.Exit(130)
+    if len(layers) < len(source.layers):
+        typer.echo(
+            f"{len(layers)} of {len(source.layers)} layers; --all-layers takes all.", err=True
+        )

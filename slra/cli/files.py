@@ -2,11 +2,11 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_target", "replacing", "require_writable"]
+__all__ = ["check_targets", "replacing", "require_writable"]
 
 
 @contextmanager
@@ -33,8 +33,17 @@ def require_writable(directory: Path, option: str) -> None:
         ) from error
 
 
-def check_target(option: str, path: Path, read: list[Path]) -> None:
-    """Find out before the work whether a file can be written, and that it is none that is read."""
-    if path.is_dir() or path.resolve() in [file.resolve() for file in read]:
-        raise ValueError(f"{option} must be a file other than those that are read, got {path}")
-    require_writable(path.parent, f"the folder of {option}")
+def check_targets(targets: Mapping[str, Path | None], read: list[Path]) -> None:
+    """Find out before the work whether files can be written, and that none is another one or read from."""
+    taken = [file.resolve() for file in read]
+    for option, path in targets.items():
+        if path is None:
+            continue
+        if path.is_dir() or path.resolve() in taken:
+            raise ValueError(
+                f"{option} must be a file other than those that are read or written beside it, got {path}"
+            )
+        taken.append(path.resolve())
+        if not path.parent.is_dir():
+            raise OSError(f"the folder of {option} must exist, {path.parent} does not")
+        require_writable(path.parent, f"the folder of {option}")

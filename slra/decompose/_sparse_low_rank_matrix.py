@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._npz import read_npz
 from slra._typing import Array
 from slra._validate import promote, resolve
@@ -68,6 +69,7 @@ class LowRankPlusSparse(_Parts):
         backend = resolve(left=self.left)
         return sum(size_in_bytes(backend, x) for x in self)
 
+    @isolated
     def to_dense(self) -> Array:
         """Return the matrix as an array, shape (..., m, n)."""
         backend = resolve(left=self.left)
@@ -75,6 +77,7 @@ class LowRankPlusSparse(_Parts):
         with backend.ignore_overflow():
             return self.left @ self.right + sparse
 
+    @isolated
     def __matmul__(self, other: Array) -> Array:
         """Multiply by a vector (n,) or matrices (..., n, p)."""
         backend = resolve(left=self.left, other=other)
@@ -90,6 +93,7 @@ class LowRankPlusSparse(_Parts):
             sparse = backend.sparse_matmul(self.values, self.indices, other)
             return self.left @ (self.right @ other) + sparse
 
+    @isolated
     def __rmatmul__(self, other: Array) -> Array:
         """Multiply a vector (m,) or matrices (..., p, m) by this."""
         backend = resolve(left=self.left, other=other)

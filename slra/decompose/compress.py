@@ -4,6 +4,7 @@ import math
 from typing import Literal
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._backends.standard.sparse import index_dtype
 from slra._typing import Array
 from slra._validate import (
@@ -22,6 +23,7 @@ from slra.svd.truncated import thin_svd
 __all__ = ["compress"]
 
 
+@isolated
 def compress(
     x: Array, rank: int, density: float | Literal["auto"], *, n_iter: int = 20
 ) -> LowRankPlusSparse:

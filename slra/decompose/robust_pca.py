@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._typing import RNG, Array
 from slra._validate import (
     check_count,
@@ -75,6 +76,7 @@ class _State(NamedTuple):
         return max(self.primal, self.dual / DUAL_SLACK)
 
 
+@isolated
 def robust_pca(
     x: Array,
     l1: float | None = None,

@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra._validate import (
@@ -87,6 +88,7 @@ class _Tangent(NamedTuple):
     error: float
 
 
+@isolated
 def sparse_low_rank(
     x: Array,
     rank: int,

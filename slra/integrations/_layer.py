@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from slra._typing import Array
 from slra._validate import check_choice, check_l1, resolve
-from slra.attn._inputs import check_inputs
-from slra.attn.basis import Maps, attend_maps
 from slra.attn.exact import attention
-from slra.attn.projections import Projections, Ranks
+from slra.attn.fit import Ranks
+from slra.attn.problem import make_problem
+from slra.attn.projections import Projections, projected_output
 from slra.objective import l1_penalty_prox
 
 __all__ = ["L1", "Approximation", "attend", "check_form"]
@@ -63,20 +63,8 @@ def attend(
         return _exact(q, k, v, mask, is_causal), Approximation(None, *hats)
     if projections is None or ranks is None:
         return _exact(q, k, v, mask, is_causal), given
-    inputs = check_inputs(
-        q,
-        k,
-        v,
-        mask=mask,
-        is_causal=is_causal,
-        causal_align="top_left",
-        scale=None,
-        enable_gqa=False,
-        softcap=None,
-    )
-    maps = Maps.of(projections.maps(ranks), inputs.q)
-    out, _ = attend_maps(maps, inputs, enable_gqa=False, with_lse=False)
-    return inputs.promoted.cast_back(inputs.backend, out)[0], given
+    problem = make_problem(q, k, v, mask=mask, is_causal=is_causal, causal_align="top_left")
+    return problem.answer(projected_output(problem, projections, ranks)), given
 
 
 def _exact(q: Array, k: Array, v: Array, mask: Array | None, is_causal: bool) -> Array:

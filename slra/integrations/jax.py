@@ -15,7 +15,7 @@ from slra.attn.projections import Projections, fit_projections
 from slra.integrations._layer import L1, Approximation, attend, check_form
 from slra.objective import l1_penalty
 
-__all__ = ["Attended", "apply", "fit", "init"]
+__all__ = ["Attended", "Projections", "apply", "fit", "init"]
 
 Params = dict[str, Array]
 

@@ -3,21 +3,25 @@
 Needs: scikit-learn. Takes NumPy arrays and SciPy's sparse matrices, as scikit-learn does.
 """
 
+import math
+import numbers
 from typing import Any, Literal
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.extmath import safe_sparse_dot, svd_flip
 from sklearn.utils.sparsefuncs import mean_variance_axis
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 import slra
+from slra._validate import check_rank
 
 __all__ = ["LowRank"]
 
 _DTYPES = [np.float64, np.float32]
 _SEEDS = 2**31 - 1
+_SLAB_ROWS = 1 << 12
 
 
 class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -25,9 +29,10 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     Parameters
     ----------
-    n_components : int, optional
+    n_components : int or float, optional
         Number of components; with ``rtol``, at most as many. None is 2 (or all there are, if fewer), as in
-        ``TruncatedSVD``, and no limit with ``rtol``.
+        ``TruncatedSVD``, and no limit with ``rtol``. Between 0 and 1, with ``center`` and as in ``PCA``: as few as
+        explain more than this share of the variance.
     rtol : float, optional
         As few components as keep :math:`\|X - X_r\|_F \le` ``rtol`` :math:`\|X\|_F`.
     n_oversamples, n_iter, method
@@ -43,11 +48,12 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Right singular vectors; the entry of largest modulus in each is positive, as in ``TruncatedSVD``.
     singular_values_ : numpy.ndarray, shape (n_components,)
     explained_variance_ : numpy.ndarray, shape (n_components,)
-        Variance of each column of the transformed training data.
+        Variance of each column of the transformed training data; with ``center`` over n_samples - 1, as in ``PCA``,
+        otherwise over n_samples, as in ``TruncatedSVD``.
     explained_variance_ratio_ : numpy.ndarray, shape (n_components,)
         The same over the variance of all features.
     mean_ : numpy.ndarray, shape (n_features,)
-        Means of the features; only with ``center``.
+        Means of the features, accumulated in float64; only with ``center``.
     n_features_in_ : int
     feature_names_in_ : numpy.ndarray of str
         Only where the training data had names.
@@ -71,7 +77,7 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     def __init__(
         self,
-        n_components: int | None = None,
+        n_components: int | float | None = None,
         *,
         rtol: float | None = None,
         n_oversamples: int = 8,
@@ -117,13 +123,11 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         numpy.ndarray, shape (n_samples, n_components)
         """
         X = self._checked(X, reset=True)
-        rank = self.n_components
-        if rank is None and self.rtol is None:
-            rank = min(2, *X.shape)
+        rank, rtol, share = self._wanted(X.shape)
         U, S, Vh = slra.randomized_svd(
             X,
             rank,
-            rtol=self.rtol,
+            rtol=rtol,
             n_oversamples=self.n_oversamples,
             n_iter=self.n_iter,
             method=self.method,
@@ -131,17 +135,46 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             rng=int(check_random_state(self.random_state).randint(_SEEDS)),
         )
         U, Vh = svd_flip(U, Vh, u_based_decision=False)
+        mean, variance = _moments(X)
+        total = float(np.sum(variance))
+        if share is not None:
+            # The tolerance is met by about the smallest rank; PCA takes the smallest.
+            explained = np.cumsum(np.square(S, dtype=np.float64)) / (X.shape[0] * total or 1)
+            n_kept = 1 + int(np.searchsorted(explained[:-1], share, side="right"))
+            U, S, Vh = U[:, :n_kept], S[:n_kept], Vh[:n_kept]
         scores: np.ndarray[Any, Any] = U * S
         self.components_, self.singular_values_ = Vh, S
-        mean, variance = _moments(X)
         if self.center:
             self.mean_ = mean
-        self.explained_variance_ = np.var(scores, axis=0)
-        total = np.sum(variance)
-        self.explained_variance_ratio_ = self.explained_variance_ / (total if total > 0 else 1)
+            # Not of the scores: their means are zero but for rounding.
+            spread, n_free = np.square(S), max(1, X.shape[0] - 1)
+            self.explained_variance_, total = spread / n_free, total * X.shape[0] / n_free
+        else:
+            self.explained_variance_ = np.var(scores, axis=0)
+        ratio = self.explained_variance_ / (total if total > 0 else 1)
+        self.explained_variance_ratio_ = ratio.astype(S.dtype, copy=False)
         return scores
 
-    def transform(self, X: Any) -> np.ndarray[Any, Any]:
+    def _wanted(self, shape: tuple[int, int]) -> tuple[int | None, float | None, float | None]:
+        """Rank, tolerance and share of the variance, of which at least one is given."""
+        wanted: Any = self.n_components
+        limit = min(shape)
+        if isinstance(wanted, numbers.Real) and not isinstance(wanted, (numbers.Integral, bool)):
+            share = float(wanted)
+            if not 0 < share < 1:
+                raise ValueError(
+                    f"n_components must be an int, or a share of the variance between 0 and 1, got {wanted!r}"
+                )
+            if not self.center or self.rtol is not None:
+                raise ValueError(
+                    f"n_components as a share of the variance, {wanted!r}, needs center=True and rtol=None"
+                )
+            return None, math.sqrt(1 - share), share
+        if wanted is None:
+            return (min(2, limit) if self.rtol is None else None), self.rtol, None
+        return check_rank(wanted, limit, "n_components", "min of the shape of X"), self.rtol, None
+
+    def transform(self, X: Any) -> Any:
         """Return data in the components.
 
         Parameters
@@ -153,10 +186,14 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         numpy.ndarray, shape (n_samples, n_components)
         """
         check_is_fitted(self)
-        scores: np.ndarray[Any, Any] = safe_sparse_dot(
-            self._checked(X, reset=False), self.components_.T
-        )
-        return scores - self.mean_ @ self.components_.T if self.center else scores
+        X = self._checked(X, reset=False)
+        if not self.center:
+            return safe_sparse_dot(X, self.components_.T)
+        # In float64: what is left of a large mean would be rounding errors.
+        axes = self.components_.T.astype(np.float64)
+        is_dense = isinstance(X, np.ndarray)
+        scores = (X - self.mean_) @ axes if is_dense else X @ axes - self.mean_ @ axes
+        return scores.astype(X.dtype, copy=False)
 
     def inverse_transform(self, X: Any) -> np.ndarray[Any, Any]:
         """Return data in the features, dense.
@@ -170,8 +207,13 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         numpy.ndarray, shape (n_samples, n_features)
         """
         check_is_fitted(self)
-        data: np.ndarray[Any, Any] = np.asarray(X) @ self.components_
-        return data + self.mean_ if self.center else data
+        X = check_array(X, dtype=_DTYPES)
+        if X.shape[1] != len(self.components_):
+            raise ValueError(
+                f"X must have {len(self.components_)} columns, one for each component, got shape {X.shape}"
+            )
+        data: np.ndarray[Any, Any] = X @ self.components_
+        return (data + self.mean_).astype(data.dtype, copy=False) if self.center else data
 
     def _checked(self, X: Any, *, reset: bool) -> Any:
         return validate_data(self, X, reset=reset, dtype=_DTYPES, accept_sparse=("csr", "csc"))
@@ -188,8 +230,12 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
 
 def _moments(X: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Mean and variance of each column."""
-    if isinstance(X, np.ndarray):
-        return np.mean(X, axis=0), np.var(X, axis=0)
-    mean, variance = mean_variance_axis(X, axis=0)
-    return mean, variance
+    """Mean and variance of each column, in float64; of a sparse matrix its copy in float64 is what takes memory."""
+    if not isinstance(X, np.ndarray):
+        mean, variance = mean_variance_axis(X.astype(np.float64), axis=0)
+        return mean, variance
+    mean = np.mean(X, axis=0, dtype=np.float64)
+    squares = np.zeros_like(mean)
+    for top in range(0, len(X), _SLAB_ROWS):
+        squares += np.sum(np.square(X[top : top + _SLAB_ROWS] - mean), axis=0)
+    return mean, squares / len(X)

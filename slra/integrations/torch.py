@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slra._validate import check_choice, check_count, check_l1, check_positive, check_rank
-from slra.attn._maps import METHODS
-from slra.attn.projections import Projections, Ranks, fit_projections
+from slra.attn.fit import METHODS, Ranks
+from slra.attn.projections import Projections, fit_projections
 from slra.integrations._layer import L1, Approximation, attend, check_form
 from slra.objective import l1_penalty
 
@@ -66,10 +66,10 @@ class LowRankAttention(nn.MultiheadAttention):
         data of the fit. Eager only.
     method : {"svd", "scores", "output"}
         How subspaces are fitted, see `slra.fit_attention`: "svd" to the right singular vectors of Q, K and V.
-    basis : {"layer", "sequence"}
-        "layer": one for the layer, fitted to training batches and kept in buffers, as running statistics are.
-        "sequence": each sequence gets its own at each call. It has seen the whole sequence, so ``is_causal`` is
-        refused; what a causal ``attn_mask`` hides reaches the output through it all the same.
+    basis_per : {"layer", "sequence"}
+        What has a basis of its own. "layer": one for the layer, fitted to training batches and kept in buffers, as
+        running statistics are. "sequence": each sequence gets its own at each call. It has seen the whole sequence, so
+        ``is_causal`` is refused; what a causal ``attn_mask`` hides reaches the output through it all the same.
     refit_every : int
         "layer" only: in training mode fit anew after so many calls; 0 leaves it to `fit_basis`. The first call in
         training mode fits before it attends, later ones after: a batch is attended to with the basis of earlier ones.
@@ -139,7 +139,7 @@ class LowRankAttention(nn.MultiheadAttention):
         rank: int | tuple[int, int] | None = None,
         rtol: float | None = None,
         method: str = "svd",
-        basis: Literal["layer", "sequence"] = "layer",
+        basis_per: Literal["layer", "sequence"] = "layer",
         refit_every: int = 1,
         l1: L1 = 0.0,
         l1_form: Literal["penalty", "prox"] = "penalty",
@@ -152,7 +152,7 @@ class LowRankAttention(nn.MultiheadAttention):
         if add_bias_kv or add_zero_attn:
             raise ValueError("add_bias_kv and add_zero_attn must be False: no key is added here")
         check_choice(method, tuple(METHODS), "method")
-        check_choice(basis, ("layer", "sequence"), "basis")
+        check_choice(basis_per, ("layer", "sequence"), "basis_per")
         check_form(l1_form)
         check_l1(l1)
         if rtol is not None:
@@ -169,7 +169,7 @@ class LowRankAttention(nn.MultiheadAttention):
         )
         # nn.TransformerEncoderLayer asks for this before it runs a fused kernel instead of calling us.
         self._qkv_same_embed_dim = False
-        self.rank, self.rtol, self.method, self.basis = rank, rtol, method, basis
+        self.rank, self.rtol, self.method, self.basis_per = rank, rtol, method, basis_per
         self.refit_every = check_count(refit_every, "refit_every")
         self.l1, self.l1_form = l1, l1_form
         self._calls = 0
@@ -185,7 +185,7 @@ class LowRankAttention(nn.MultiheadAttention):
 
     @property
     def _keeps_basis(self) -> bool:
-        return self._is_low_rank and self.basis == "layer"
+        return self._is_low_rank and self.basis_per == "layer"
 
     @property
     def _widest(self) -> tuple[int, int]:
@@ -260,7 +260,7 @@ class LowRankAttention(nn.MultiheadAttention):
         q, k, v = self._heads(query, key, value)
         mask = _mask(key_padding_mask, None if is_causal else attn_mask, q, k)
         data = q, k, v
-        if self.basis == "sequence" or (self.training and self.refit_every):
+        if self.basis_per == "sequence" or (self.training and self.refit_every):
             data = self._without_padding(q, k, v, key_padding_mask, is_self=is_self)
         given = Approximation(self._projections(*data, mask, is_causal), q, k, v)
         out, self._last = attend(
@@ -346,7 +346,7 @@ class LowRankAttention(nn.MultiheadAttention):
             If the layer keeps no basis, or `slra.fit_attention` would refuse the rank or the data.
         """
         if not self._keeps_basis:
-            raise ValueError('fit_basis needs basis="layer", and a rank or rtol')
+            raise ValueError('fit_basis needs basis_per="layer", and a rank or rtol')
         with torch.no_grad():
             q, k, v = self._heads(*(self._batch_first(x) for x in (query, key, value)))
         mask = _mask(key_padding_mask, None if is_causal else attn_mask, q, k)
@@ -383,7 +383,7 @@ class LowRankAttention(nn.MultiheadAttention):
         if self.method == "svd":
             return q, *zeroed
         # One basis for the batch has one centre.
-        axes = (0, 2) if self.basis == "layer" else (2,)
+        axes = (0, 2) if self.basis_per == "layer" else (2,)
         n_real = (~hidden).expand(k.shape[0], -1, -1, -1).sum(axes, keepdim=True).clamp(min=1)
         k, v = (torch.where(hidden, x.sum(axes, keepdim=True) / n_real, x) for x in zeroed)
         return q, k, v
@@ -394,11 +394,11 @@ class LowRankAttention(nn.MultiheadAttention):
         """Subspaces for this call; None for full rank."""
         if not self._is_low_rank:
             return None
-        if self.basis == "sequence":
+        if self.basis_per == "sequence":
             if is_causal:
                 raise ValueError(
-                    'is_causal must be False with basis="sequence", which is fitted to the whole sequence: later '
-                    'tokens would change earlier outputs; use basis="layer"'
+                    'is_causal must be False with basis_per="sequence", which is fitted to the whole sequence: later '
+                    'tokens would change earlier outputs; use basis_per="layer"'
                 )
             projections, self._ranks = self._fitted(q, k, v, mask, is_causal)
             return projections
@@ -433,7 +433,7 @@ class LowRankAttention(nn.MultiheadAttention):
             self.rank,
             rtol=self.rtol,
             method=self.method,
-            pool_batch=self.basis == "layer",
+            pool_batch=self.basis_per == "layer",
             mask=mask,
             is_causal=is_causal,
             causal_align="top_left",
@@ -482,7 +482,7 @@ class LowRankAttention(nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         """Say how the layer was made."""
-        names = ("embed_dim", "num_heads", "rank", "rtol", "method", "basis", "refit_every")
+        names = ("embed_dim", "num_heads", "rank", "rtol", "method", "basis_per", "refit_every")
         shown = [f"{name}={getattr(self, name)!r}" for name in (*names, "l1", "l1_form")]
         return ", ".join(shown)
 

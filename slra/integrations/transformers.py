@@ -14,8 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 import slra
 from slra._validate import check_choice, check_positive, check_rank
-from slra.attn.basis import AttentionBasis, basis_from
-from slra.attn.storage import load_layers, save_layers
+from slra.attn.basis import AttentionBasis, load_bases, save_bases
 from slra.integrations._transformers_layer import (
     BASIS,
     LayerBasis,
@@ -237,7 +236,7 @@ def save(path: str | PathLike[str], bases: Mapping[str, AttentionBasis]) -> None
     --------
     See `load`.
     """
-    save_layers(path, bases)
+    save_bases(path, bases)
 
 
 def load(path: str | PathLike[str]) -> dict[str, AttentionBasis]:
@@ -272,7 +271,4 @@ def load(path: str | PathLike[str]) -> dict[str, AttentionBasis]:
     ...     save(f"{folder}/bases.npz", bases)
     ...     attach(model, load(f"{folder}/bases.npz"))
     """
-    layers = load_layers(path, "slra.integrations.transformers.save")
-    return {
-        name: basis_from(arrays, torch.from_numpy(arrays["wq"])) for name, arrays in layers.items()
-    }
+    return load_bases(path, "slra.integrations.transformers.save", torch.from_numpy)

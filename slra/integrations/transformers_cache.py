@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from slra.attn.basis import AttentionBasis
-from slra.attn.cache import KVCache
+from slra.cache import KVCache
 
 __all__ = ["LowRankCache"]
 

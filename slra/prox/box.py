@@ -1,11 +1,13 @@
 """Projection on a box."""
 
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_bound, promote, resolve
 
 __all__ = ["project_box"]
 
 
+@isolated
 def project_box(x: Array, lo: float | Array, hi: float | Array) -> Array:
     r"""Nearest point with every entry between ``lo`` and ``hi``.
 

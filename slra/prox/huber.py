@@ -1,11 +1,13 @@
 """The Huber function: a square near zero, a modulus further out."""
 
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_positive, check_sum_axis, check_tau, promote, resolve
 
 __all__ = ["norm_huber", "prox_huber"]
 
 
+@isolated
 def prox_huber(x: Array, tau: float | Array, *, delta: float) -> Array:
     r"""Proximal operator of ``tau`` times the sum of Huber's function of the moduli.
 
@@ -62,6 +64,7 @@ def prox_huber(x: Array, tau: float | Array, *, delta: float) -> Array:
         return promoted.cast_back(backend, shrunk + tau * backend.soft_threshold(shrunk, delta))[0]
 
 
+@isolated
 def norm_huber(x: Array, *, delta: float, axis: int | tuple[int, ...] | None = None) -> Array:
     r"""Sum of Huber's function of the moduli, the function behind `prox_huber`; not a norm.
 

@@ -1,11 +1,13 @@
 """Hard thresholding, for the number of nonzero entries."""
 
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_sum_axis, check_tau, promote, resolve
 
 __all__ = ["norm_l0", "prox_l0"]
 
 
+@isolated
 def prox_l0(x: Array, tau: float | Array) -> Array:
     r"""Hard-threshold ``x``: a proximal operator of ``tau * (number of nonzero entries)``.
 
@@ -56,6 +58,7 @@ def prox_l0(x: Array, tau: float | Array) -> Array:
     return promoted.cast_back(backend, backend.xp.where(backend.xp.abs(x) <= cut, 0.0, x))[0]
 
 
+@isolated
 def norm_l0(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
     r"""Count nonzero entries, the function behind `prox_l0`.
 

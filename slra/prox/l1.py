@@ -1,5 +1,6 @@
 """The l1 norm and two relatives: with a sign constraint, and with a square beside it."""
 
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_positive, check_sum_axis, check_tau, promote, resolve
 
@@ -15,6 +16,7 @@ __all__ = [
 Axis = int | tuple[int, ...] | None
 
 
+@isolated
 def prox_l1(x: Array, tau: float | Array) -> Array:
     r"""Soft-threshold ``x``: the proximal operator of ``tau * ||x||_1``.
 
@@ -61,6 +63,7 @@ def prox_l1(x: Array, tau: float | Array) -> Array:
     return promoted.cast_back(backend, backend.soft_threshold(promoted.arrays[0], tau))[0]
 
 
+@isolated
 def norm_l1(x: Array, *, axis: Axis = None) -> Array:
     r"""Sum of moduli, the function behind `prox_l1`.
 
@@ -99,6 +102,7 @@ def norm_l1(x: Array, *, axis: Axis = None) -> Array:
         return backend.sum_abs(x, axis)
 
 
+@isolated
 def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
     r"""Shrink and cut off at zero: the proximal operator of ``tau * sum(x)`` over ``x >= 0``.
 
@@ -143,6 +147,7 @@ def prox_nonneg_l1(x: Array, tau: float | Array) -> Array:
         return promoted.cast_back(backend, backend.nonneg_threshold(promoted.arrays[0], tau))[0]
 
 
+@isolated
 def norm_nonneg_l1(x: Array, *, axis: Axis = None) -> Array:
     r"""Sum of entries where none is negative, infinity elsewhere: the function behind `prox_nonneg_l1`.
 
@@ -181,6 +186,7 @@ def norm_nonneg_l1(x: Array, *, axis: Axis = None) -> Array:
         return xp.sum(xp.where(x < 0, xp.full_like(x, float("inf")), x), axis=axis)
 
 
+@isolated
 def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
     r"""Shrink and scale: the proximal operator of ``tau * (||x||_1 + l2/2 * ||x||_2^2)``.
 
@@ -231,6 +237,7 @@ def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
         ]
 
 
+@isolated
 def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:
     r"""Sum of moduli and halved squares, the function behind `prox_elastic_net`.
 

@@ -1,11 +1,13 @@
 """The Euclidean norm of a vector, the sum of such norms over groups, and the Euclidean ball."""
 
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_axis, check_matrix, check_tau, promote, resolve
 
 __all__ = ["norm_l2", "norm_l21", "project_l2_ball", "prox_l2", "prox_l21"]
 
 
+@isolated
 def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...]) -> Array:
     r"""Shorten vectors by ``tau``: the proximal operator of ``tau * ||x||_2``, the norm and not its square.
 
@@ -55,6 +57,7 @@ def prox_l2(x: Array, tau: float | Array, *, axis: int | tuple[int, ...]) -> Arr
         ]
 
 
+@isolated
 def norm_l2(x: Array, *, axis: int | tuple[int, ...]) -> Array:
     r"""Euclidean norm of vectors, the function behind `prox_l2`.
 
@@ -95,6 +98,7 @@ def norm_l2(x: Array, *, axis: int | tuple[int, ...]) -> Array:
         return backend.xp.squeeze(backend.group_norm(x, axes), axis=axes)
 
 
+@isolated
 def prox_l21(x: Array, tau: float | Array, *, axis: int) -> Array:
     r"""Shorten the rows or columns of matrices: the proximal operator of ``tau * ||x||_{2,1}`` (group lasso).
 
@@ -146,6 +150,7 @@ def prox_l21(x: Array, tau: float | Array, *, axis: int) -> Array:
         ]
 
 
+@isolated
 def norm_l21(x: Array, *, axis: int) -> Array:
     r"""Sum of the Euclidean norms of the rows or columns of matrices, the function behind `prox_l21`.
 
@@ -186,6 +191,7 @@ def norm_l21(x: Array, *, axis: int) -> Array:
         return backend.xp.sum(backend.group_norm(x, axes), axis=(-2, -1))
 
 
+@isolated
 def project_l2_ball(x: Array, radius: float | Array, *, axis: int | tuple[int, ...] = -1) -> Array:
     r"""Nearest point of the Euclidean ball around zero.
 

@@ -1,12 +1,14 @@
 """The largest modulus, and the three operators that sorting a vector makes exact."""
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_axis, check_tau, promote, resolve
 
 __all__ = ["norm_linf", "project_l1_ball", "project_simplex", "prox_linf"]
 
 
+@isolated
 def prox_linf(x: Array, tau: float | Array, *, axis: int = -1) -> Array:
     r"""Cut the peaks of a vector: the proximal operator of ``tau * max|x|``.
 
@@ -59,6 +61,7 @@ def prox_linf(x: Array, tau: float | Array, *, axis: int = -1) -> Array:
         return promoted.cast_back(backend, x - _onto_l1_ball(x, tau, along, backend))[0]
 
 
+@isolated
 def norm_linf(x: Array, *, axis: int = -1) -> Array:
     r"""Largest modulus of each vector, the function behind `prox_linf`.
 
@@ -98,6 +101,7 @@ def norm_linf(x: Array, *, axis: int = -1) -> Array:
     return backend.xp.max(backend.xp.abs(x), axis=along)
 
 
+@isolated
 def project_l1_ball(x: Array, radius: float | Array, *, axis: int = -1) -> Array:
     r"""Nearest point of the l1 ball around zero.
 
@@ -150,6 +154,7 @@ def project_l1_ball(x: Array, radius: float | Array, *, axis: int = -1) -> Array
         return promoted.cast_back(backend, _onto_l1_ball(x, radius, along, backend))[0]
 
 
+@isolated
 def project_simplex(x: Array, radius: float | Array, *, axis: int = -1) -> Array:
     r"""Nearest point of the simplex: entries of 0 or more whose sum is ``radius``.
 

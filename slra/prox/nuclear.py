@@ -3,6 +3,7 @@
 import numpy as np
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._backends.cholesky_qr import orthonormal, tall_qr
 from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
@@ -27,6 +28,7 @@ MIN_PARTIAL = 100
 N_FRESH = 8
 
 
+@isolated
 def prox_nuclear(
     x: Array,
     tau: float | Array,
@@ -119,6 +121,7 @@ def prox_nuclear(
     return promoted.cast_back(backend, low_rank)[0]
 
 
+@isolated
 def norm_nuclear(x: Array) -> Array:
     r"""Sum of singular values, the function behind `prox_nuclear`.
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra._validate import check_matrix, check_rank, promote, resolve
@@ -14,6 +15,7 @@ from slra.svd.truncated import thin_svd
 __all__ = ["filtered", "masked_svd", "project_rank"]
 
 
+@isolated
 def project_rank(x: Array, rank: int) -> Array:
     r"""Nearest matrix of rank ``rank`` or less, in the Frobenius norm (and the spectral norm).
 

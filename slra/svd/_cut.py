@@ -28,7 +28,7 @@ def cut_values(S: Array, rtol: float, cap: int, backend: Backend) -> tuple[Array
 def ranks_for(tails: Array, allowed: Array, cap: int, backend: Backend) -> Array:
     """Smallest rank, at most ``cap``, whose squared residual is allowed; ``tails`` are those after rank 1, 2, ..."""
     xp = backend.xp
-    missed = xp.astype(tails > allowed[..., None], xp.int64)
+    missed = xp.astype(tails > allowed[..., None], xp.int32)
     ranks = 1 + xp.sum(missed, axis=-1)
     return xp.where(ranks > cap, xp.full_like(ranks, cap), ranks)
 

@@ -36,6 +36,8 @@ class LinearMap:
         Gives the Frobenius norm, in the real wide dtype; None where it is not known.
     dense
         ``A`` itself, where it is an array.
+    lost
+        Gives the factor by which rounding errors of the products, or of the norm, grew as means were taken from them.
     """
 
     backend: Backend
@@ -45,6 +47,7 @@ class LinearMap:
     rmatmat: Callable[[Array], Array]
     norm: Callable[[], Array] | None = None
     dense: Array | None = None
+    lost: Callable[[], Array] | None = None
 
     @property
     def H(self) -> "LinearMap":

@@ -3,6 +3,7 @@
 from typing import Any, Literal, NamedTuple
 
 from slra._backends import Backend
+from slra._backends.ambient import isolated
 from slra._backends.cholesky_qr import orthonormal
 from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
@@ -13,9 +14,10 @@ from slra._validate import (
     check_hermitian,
     check_positive_semidefinite,
     check_rank,
+    check_square,
 )
-from slra.svd._inputs import draw, read
-from slra.svd._linear_map import LinearMap
+from slra.svd._inputs import Problem, draw, read
+from slra.svd._linear_map import LinearMap, dense_map
 from slra.svd._result import fix_signs
 from slra.svd.gram import combine, spectrum, tall_svd
 from slra.svd.krylov import LAZY_ITER, MAX_ITER, MIN_ITER, RITZ_TOLERANCE, KrylovSpace
@@ -49,17 +51,19 @@ class EighResult(NamedTuple):
     V: Array
 
 
+@isolated
 def randomized_eigh(
     x: Any,
     rank: int,
     *,
+    which: Literal["LM", "LA", "SA"] = "LM",
     n_oversamples: int = 8,
     n_iter: int | Literal["auto"] = "auto",
     method: Literal["krylov", "nystrom"] = "krylov",
     rng: RNG = None,
     test_matrix: Array | None = None,
 ) -> EighResult:
-    """Eigenpairs of largest modulus of a Hermitian matrix or a batch of them.
+    """Eigenpairs at the ends of the spectrum of a Hermitian matrix or a batch of them.
 
     Parameters
     ----------
@@ -68,6 +72,9 @@ def randomized_eigh(
         `randomized_svd`. Symmetry is checked where entries can be looked at.
     rank : int
         Number of pairs, between 1 and ``n``.
+    which : {"LM", "LA", "SA"}
+        Those of largest modulus, the algebraically largest, or the algebraically smallest; in this order in the
+        result. Values that are small beside others of ``x`` are found to less of their digits.
     n_oversamples : int
         Columns sampled beyond ``rank``.
     n_iter : int or "auto"
@@ -108,9 +115,9 @@ def randomized_eigh(
     [-3.0, 2.0]
     """
     check_choice(method, ("krylov", "nystrom"), "method")
-    problem = read(x, test_matrix)
+    _check_which(which, method)
+    problem = _read_hermitian(x, test_matrix)
     A, backend = problem.A, problem.A.backend
-    check_hermitian(backend, A.shape, A.dense)
     rank = check_rank(rank, A.shape[-1], limit_is="the last axis of x")
     width = min(rank + check_count(n_oversamples, "n_oversamples"), A.shape[-1])
     depth = check_depth(n_iter)
@@ -118,43 +125,80 @@ def randomized_eigh(
     if test_matrix is not None:
         width = check_test_matrix(A, test_matrix, rank)
     if width * 2 * (MIN_ITER if depth is None else max(1, depth)) >= A.shape[-1]:
-        w, V = _leading(*backend.small_eigh(A.materialize()), rank, backend)
+        w, V = _leading(*backend.small_eigh(A.materialize()), rank, which, backend)
     else:
         omega = problem.test_matrix
         sample = A.matmat(draw(A, width, source) if omega is None else omega)
-        solve = _nystrom if method == "nystrom" else _krylov
-        w, V = solve(A, sample, rank, depth)
+        if method == "nystrom":
+            w, V = _nystrom(A, sample, rank, depth)
+        else:
+            w, V = _krylov(A, sample, rank, depth, which)
     w = problem.unscaled(backend.xp.astype(w, backend.real_dtype(V.dtype), copy=False))
     V = fix_signs(V, w, matrix_h(V, backend.xp), backend).U
-    return EighResult(*problem.promoted.cast_back(backend, w, V))
+    return EighResult(w, *problem.promoted.cast_back(backend, V))
 
 
-def _leading(w: Array, V: Array, rank: int, backend: Backend) -> tuple[Array, Array]:
-    """Pick the pairs of largest modulus."""
+def _check_which(which: str, method: str) -> None:
+    if which == "SM":
+        raise ValueError(
+            "which must be 'LM', 'LA' or 'SA', got 'SM': products with x hardly tell the eigenvalues nearest zero; "
+            "pass an operator that solves with x, whose largest eigenvalues are their inverses"
+        )
+    check_choice(which, ("LM", "LA", "SA"), "which")
+    if which == "SA" and method == "nystrom":
+        raise ValueError("which must be 'LM' or 'LA' for method='nystrom', got 'SA'")
+
+
+def _read_hermitian(x: Any, test_matrix: Array | None) -> Problem:
+    """Read ``x``, which must be square and, as far as can be seen, Hermitian to the rounding of its dtype."""
+    problem = read(x, test_matrix, adjoint="own")
+    A, backend, narrow = problem.A, problem.A.backend, problem.promoted.narrow
+    check_square(A.shape)
+    if problem.entries is not None:
+        check_hermitian(backend, *problem.entries.skewness(), A.like.dtype)
+    if A.dense is None:
+        return problem
+    adjoint = matrix_h(A.dense, backend.xp)
+    if A.is_eager:
+        sizes = backend.max_abs(A.dense - adjoint), backend.max_abs(A.dense)
+        check_hermitian(backend, *sizes, narrow or A.like.dtype)
+    if narrow is None:
+        return problem
+    # Half precision may be off by what single precision would show.
+    return problem._replace(A=dense_map((A.dense + adjoint) / 2, backend))
+
+
+def _leading(w: Array, V: Array, rank: int, which: str, backend: Backend) -> tuple[Array, Array]:
+    """Pick the pairs of largest modulus, or at one end."""
     xp = backend.xp
-    order = xp.argsort(-xp.abs(w), axis=-1, stable=True)[..., :rank]
+    key = {"LM": -xp.abs(w), "LA": -w, "SA": w}[which]
+    order = xp.argsort(key, axis=-1, stable=True)[..., :rank]
     # A product with columns of the identity gathers along the last axis, batch or not, in any library.
     index = xp.arange(w.shape[-1], device=backend.creation_device(w))
     pick = xp.astype(index[:, None] == order[..., None, :], w.dtype)
     return (w[..., None, :] @ pick)[..., 0, :], V @ xp.astype(pick, V.dtype, copy=False)
 
 
-def _krylov(A: LinearMap, sample: Array, rank: int, n_iter: int | None) -> tuple[Array, Array]:
+def _krylov(
+    A: LinearMap, sample: Array, rank: int, n_iter: int | None, which: str
+) -> tuple[Array, Array]:
     """Rayleigh-Ritz on the span of ``A W, A^2 W, ...``, two blocks an iteration."""
     space = KrylovSpace(A)
     space.append(sample)
     fixed = n_iter if n_iter is not None or A.is_eager else LAZY_ITER
-    deepest = 2 * max(1, MAX_ITER if fixed is None else fixed)
+    # Wanted values may lie close together, seen from the other end of the spectrum.
+    patience = MAX_ITER if which == "LM" else 4 * MAX_ITER
+    deepest = 2 * max(1, patience if fixed is None else fixed)
     before = None
     for depth in range(2, min(deepest, A.shape[-1] // space.dimension) + 1):
         space.append(space.W[-1])
         if fixed is not None or depth < 2 * MIN_ITER - 1:
             continue
-        sizes = A.backend.xp.abs(_leading(*_ritz_pairs(space), rank, A.backend)[0])
-        if before is not None and _settled(before, sizes, A.backend):
+        values = _leading(*_ritz_pairs(space), rank, which, A.backend)[0]
+        if before is not None and _settled(before, values, A.backend):
             break
-        before = sizes
-    w, E = _leading(*_ritz_pairs(space), rank, A.backend)
+        before = values
+    w, E = _leading(*_ritz_pairs(space), rank, which, A.backend)
     return w, combine(space.V, A.backend.xp.astype(E, sample.dtype, copy=False), A.backend)
 
 
@@ -168,7 +212,9 @@ def _ritz_pairs(space: KrylovSpace) -> tuple[Array, Array]:
 
 
 def _settled(before: Array, after: Array, backend: Backend) -> bool:
-    return bool(backend.xp.all(after - before <= RITZ_TOLERANCE * after))
+    xp = backend.xp
+    moved = xp.abs(xp.abs(after) - xp.abs(before))
+    return bool(xp.all(moved <= RITZ_TOLERANCE * xp.abs(after)))
 
 
 def _nystrom(A: LinearMap, sample: Array, rank: int, n_iter: int | None) -> tuple[Array, Array]:

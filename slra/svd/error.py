@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from slra._backends.ambient import isolated
 from slra._typing import RNG, Array
-from slra._validate import check_draws, check_factors, check_rank
+from slra._validate import check_draws, check_factors, check_flag, check_rank
 from slra.svd._inputs import Problem, draw, read
 from slra.svd._linear_map import brought_in_range, power_of_two, scaled_back
+from slra.svd._result import CenteredSVDResult
 
 __all__ = ["ErrorEstimate", "estimate_error"]
 
@@ -38,8 +40,14 @@ class ErrorEstimate(NamedTuple):
     spectral: Array
 
 
+@isolated
 def estimate_error(
-    x: Any, approx: Sequence[Array], *, n_probes: int = 10, rng: RNG = None
+    x: Any,
+    approx: Sequence[Array],
+    *,
+    center: bool = False,
+    n_probes: int = 10,
+    rng: RNG = None,
 ) -> ErrorEstimate:
     """Estimate the norms of ``x - approx`` from products with Gaussian vectors.
 
@@ -49,6 +57,9 @@ def estimate_error(
         As in `randomized_svd`.
     approx : SVDResult, or a pair of arrays
         ``(U, S, Vh)``, or ``(left, right)`` of shapes (..., m, k) and (..., k, n), in the dtype of ``x``.
+    center : bool
+        Subtract the mean of each column of ``x`` first. It is in any case where ``approx`` comes with ``mean``, from a
+        decomposition with ``center=True``.
     n_probes : int
         Number of Gaussian vectors, each multiplied by ``x`` and by the approximation.
     rng : int, numpy.random.Generator or None
@@ -90,7 +101,8 @@ def estimate_error(
     >>> bool(0.5 * exact < found.frobenius < 1.6 * exact), bool(found.spectral > 1 / 11)
     (True, True)
     """
-    problem = read(x)
+    center = check_flag(center, "center") or isinstance(approx, CenteredSVDResult)
+    problem = read(x, center=center, adjoint="other" if center else "unused")
     A, backend = problem.A, problem.A.backend
     xp = backend.xp
     n_probes = check_rank(n_probes, 1 << 30, "n_probes")

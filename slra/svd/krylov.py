@@ -1,5 +1,6 @@
 """Block Krylov iteration: every block is kept, and the best answer in all of them is taken."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from slra._backends.cholesky_qr import orthonormal, precondition, tall_qr
@@ -10,12 +11,29 @@ from slra.svd._linear_map import LinearMap
 from slra.svd.gram import combine, spectrum, tall_svd
 from slra.svd.truncated import by_triangle
 
-__all__ = ["LAZY_ITER", "MAX_ITER", "MIN_ITER", "KrylovSpace", "krylov_svd"]
+__all__ = [
+    "BLOCK",
+    "LAZY_ITER",
+    "MAX_ITER",
+    "MIN_ITER",
+    "KrylovSpace",
+    "krylov_svd",
+    "narrow_krylov_svd",
+    "started",
+]
 
 # Eager: stop once no wanted Ritz value moves by more than this, relatively. Convergence is faster than linear, so
 # what is left is far less: at most a tenth of it on every spectrum in the tests but a flat one.
 RITZ_TOLERANCE = 0.05
 MIN_ITER, MAX_ITER, LAZY_ITER = 3, 6, 3
+
+# Columns of a narrow block: wide enough for fast products, narrow enough for a deep space. A step adds less, so it must
+# move the values by less to count as the last.
+BLOCK, _NARROW_TOLERANCE = 16, 0.01
+# A look at the Ritz values each time the space has grown by this.
+_GROWTH = 1.1
+# So many Ritz values in a row as near as this, relatively, may have more of their kind than a block can tell apart.
+_CLUSTER = 0.1
 
 
 @dataclass
@@ -51,10 +69,19 @@ class KrylovSpace:
             # The image once more, with the product that follows: what was there is then never computed.
             self.W[-1], block = self.A.normal(self.V[-1])
         else:
-            image = self.W[-1]
-            own = self.gram[..., -image.shape[-1] :, -image.shape[-1] :]
-            block = self.A.rmatmat(precondition(image, own, self.A.backend))
+            block = self.following()
         self.append(block)
+
+    def following(self) -> Array:
+        """Span of ``A^H A`` times the last block; eager only."""
+        assert self.gram is not None
+        image = self.W[-1]
+        own = self.gram[..., -image.shape[-1] :, -image.shape[-1] :]
+        return self.A.rmatmat(precondition(image, own, self.A.backend))
+
+    def residual_block(self) -> Array:
+        """Return the block to grow by, orthogonal to the space: what a restart has to keep."""
+        return self._orthogonal_part(self.following())
 
     def _orthogonal_part(self, block: Array) -> Array:
         """Orthonormal basis of ``block`` less its part in the space; as many columns even where nothing is left."""
@@ -165,3 +192,84 @@ def _grow_until_settled(space: KrylovSpace, rank: int) -> None:
         if before is not None and bool(xp.all(values - before <= RITZ_TOLERANCE * values)):
             return
         before = values
+
+
+def started(A: LinearMap, image: Array) -> KrylovSpace:
+    """Return the space of the tall one of ``A`` and ``A^H`` with its first block, from ``A omega``; eager only."""
+    space = KrylovSpace(A if A.shape[-2] >= A.shape[-1] else A.H)
+    _restart(space, A, image)
+    return space
+
+
+def _restart(space: KrylovSpace, A: LinearMap, image: Array) -> None:
+    """Append a block that comes from a new test matrix, given as ``A omega``: that itself if it has the short side."""
+    is_wide = A.shape[-2] < A.shape[-1]
+    space.append(image if is_wide else A.rmatmat(orthonormal(image, A.backend)))
+
+
+def narrow_krylov_svd(
+    A: LinearMap, sample: Callable[[int], Array], rank: int, width: int
+) -> tuple[Array, Array, Array]:
+    """Leading triplets ``U, S, V`` of ``A`` from blocks much narrower than ``rank``; eager only.
+
+    ``sample(n)`` multiplies ``A`` by ``n`` new Gaussian vectors. To the same accuracy a space of narrow blocks needs
+    fewer columns than one of blocks of ``width``, and is as large at most.
+
+    Of a singular value that is repeated, a block finds no more copies than it has columns. Where as many leading Ritz
+    values lie together, the space grows from a new sample until that changes nothing.
+
+    References
+    ----------
+    T. Chen, E. N. Epperly, R. A. Meyer, C. Musco, A. Rao, Does block size matter in randomized block Krylov low-rank
+    approximation?, arXiv:2508.06486 (2025).
+    """
+    space = started(A, sample(BLOCK))
+    largest = min(MAX_ITER * width, space.A.shape[-1])
+    _grow_narrow(space, rank, width, 2 * width, largest)
+    while _may_be_repeated(space, rank) and space.dimension + MIN_ITER * BLOCK <= space.A.shape[-1]:
+        before = space.ritz_values()[..., :rank]
+        _restart(space, A, sample(BLOCK))
+        for _ in range(MIN_ITER - 1):
+            space.grow()
+        if _settled(before, space, rank, width):
+            break
+        _grow_narrow(space, rank, width, space.dimension, max(largest, space.dimension))
+    U, S, V = space.svd(rank)
+    return (V, S, U) if A.shape[-2] < A.shape[-1] else (U, S, V)
+
+
+def _grow_narrow(space: KrylovSpace, rank: int, width: int, least: int, largest: int) -> None:
+    """Grow from ``least`` columns until the leading Ritz values stop moving, or to ``largest`` columns."""
+    while space.dimension < least and space.dimension + BLOCK <= largest:
+        space.grow()
+    before, looked_at = space.ritz_values()[..., :rank], space.dimension
+    while space.dimension + BLOCK <= largest:
+        space.grow()
+        if space.dimension < _GROWTH * looked_at:
+            continue
+        if _settled(before, space, rank, width):
+            return
+        before, looked_at = space.ritz_values()[..., :rank], space.dimension
+
+
+def _settled(before: Array, space: KrylovSpace, rank: int, width: int) -> bool:
+    xp, values = space.A.backend.xp, space.ritz_values()[..., :rank]
+    settled = values - before <= _NARROW_TOLERANCE * values
+    if space.dimension >= MIN_ITER * width:
+        # What moves for rounding alone never settles.
+        settled = settled | _is_rounding(values, space)
+    return bool(xp.all(settled))
+
+
+def _may_be_repeated(space: KrylovSpace, rank: int) -> bool:
+    xp, values = space.A.backend.xp, space.ritz_values()[..., :rank]
+    first, last = values[..., : rank - BLOCK + 1], values[..., BLOCK - 1 :]
+    together = (last >= (1 - _CLUSTER) * first) & xp.logical_not(_is_rounding(first, space))
+    return bool(xp.any(together))
+
+
+def _is_rounding(values: Array, space: KrylovSpace) -> Array:
+    """Whether the squares of Ritz values are rounding errors of the Gram matrix."""
+    assert space.gram is not None
+    eps = float(space.A.backend.xp.finfo(space.gram.dtype).eps)
+    return values <= (space.dimension * eps) ** 0.5 * values[..., :1]

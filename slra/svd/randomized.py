@@ -3,6 +3,10 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
+
+from slra._backends.ambient import isolated
+from slra._backends.sparse import SparseEntries
 from slra._backends.standard import matrix_h
 from slra._typing import RNG, Array
 from slra._validate import (
@@ -12,25 +16,27 @@ from slra._validate import (
     check_flag,
     check_rank,
     check_rtol,
+    check_tol,
 )
 from slra.svd import krylov, subspace
+from slra.svd._costs import gram_is_faster, sparse_gram_is_faster
 from slra.svd._inputs import Problem, draw, read
 from slra.svd._linear_map import LinearMap
-from slra.svd._result import SVDResult, fix_signs
-from slra.svd.gram import exact_svd
+from slra.svd._result import CenteredSVDResult, SVDResult, fix_signs
+from slra.svd.converged import converged_svd
+from slra.svd.gram import exact_svd, map_svd
 from slra.svd.tolerance import tolerance_svd
 
 __all__ = ["check_test_matrix", "randomized_svd"]
 
-# A flop of a small eigenproblem takes as long as this many of a large product.
-_EIGH_COST = 40
 
-
+@isolated
 def randomized_svd(
     x: Any,
     rank: int | None = None,
     *,
     rtol: float | None = None,
+    tol: float | None = None,
     n_oversamples: int = 8,
     n_iter: int | Literal["auto"] = "auto",
     method: Literal["auto", "krylov", "subspace", "gram"] = "auto",
@@ -51,6 +57,9 @@ def randomized_svd(
         Take about the smallest rank with ``||x - U S Vh||_F <= rtol * ||x||_F`` for each matrix. The residual is
         verified before the result is returned. A batch gets the largest of the ranks, with exact zeros in ``S`` beyond
         the rank of each matrix. Not under jit or on Dask.
+    tol : float, optional
+        Iterate until each triplet has converged, ``||x v - s u||`` and ``||x^H u - s v||`` at most ``tol`` times the
+        largest singular value, as ``scipy.sparse.linalg.svds`` does; needs ``rank``. Not under jit or on Dask.
     n_oversamples : int
         Columns sampled beyond ``rank``; not used with ``rtol``.
     n_iter : int or "auto"
@@ -58,7 +67,8 @@ def randomized_svd(
         values can be looked at, and is 3 ("krylov") or 4 ("subspace") where not.
     method : {"auto", "krylov", "subspace", "gram"}
         "krylov" keeps every block of the iteration: the most accurate for its products. "subspace" keeps one: the
-        least memory. "gram" is exact and fast where one side is short. "auto" counts flops.
+        least memory. "gram" is exact and fast where one side is short. "auto" takes
+        the one that a model of their times says is faster, "gram" where they are near.
     center : bool
         Subtract the mean of each column first (principal components of the rows). Of a matrix that is not an array
         the products are corrected instead.
@@ -73,17 +83,19 @@ def randomized_svd(
     SVDResult
         ``U`` (..., m, k), ``S`` (..., k) and ``Vh`` (..., k, n), in the dtype of ``x`` (``S`` real), on its device.
         ``U`` and ``Vh`` are orthonormal to rounding, whatever ``x``. The entry of largest modulus in each column of
-        ``U`` is real and positive.
+        ``U`` is real and positive, the one of lowest index among those that tie within rounding. Of half precision
+        ``S`` is float32. With ``center`` the result has the means of the columns (..., n), too, as ``result.mean``.
 
     Raises
     ------
     TypeError
         If ``x`` is not a floating array; if an option is of a wrong type; if ``x`` and ``test_matrix`` come from
-        different libraries.
+        different libraries; if an operator has no adjoint, or returns another dtype than it says.
     ValueError
         If ``x`` has fewer than two axes, an empty axis, or NaN or infinity where values can be looked at; if a number
         is out of range; if neither ``rank`` nor ``rtol`` is given; if ``rtol`` comes with an option that it decides
-        itself, with values that cannot be looked at, or with an operator whose norm is not known; if ``test_matrix``
+        itself, with values that cannot be looked at, or with an operator whose norm is not known or is contradicted by
+        its products; if the adjoint of an operator is not one, as a random product tells; if ``test_matrix``
         has the wrong shape, or ``x`` is traced and the draw would not be repeatable.
 
     Notes
@@ -127,10 +139,25 @@ def randomized_svd(
         given = problem.test_matrix
         return draw(A, n_columns, source) if given is None else given
 
-    if rtol is None and rank is not None:
-        U, S, V = _fixed_rank(A, omega, rank, min(width, limit), depth, method)
+    width = min(width, limit)
+    if tol is not None:
+        tol = _check_convergence(problem, tol, rank, rtol, method, depth, test_matrix)
+        assert rank is not None
+        U, S, V = converged_svd(A, omega, rank, width, tol)
+    elif rtol is None and rank is not None:
+        found = None
+        if method == "auto" and depth is None and problem.mean is None and problem.exponent is None:
+            found = _by_sparse_gram(A, problem.entries, rank, width)
+        if found is not None:
+            U, S, V = found
+        elif _is_narrow(A, rank, width, depth, method, test_matrix):
+            # A generator, as more than one test matrix may be drawn from it.
+            source = np.random.default_rng(source)
+            U, S, V = krylov.narrow_krylov_svd(A, lambda n: A.matmat(omega(n)), rank, width)
+        else:
+            U, S, V = _fixed_rank(A, omega, rank, width, depth, method)
     else:
-        rtol = _check_tolerance(A, rtol, method, depth, test_matrix)
+        rtol = _check_tolerance(problem, rtol, method, depth, test_matrix)
         U, S, V = tolerance_svd(A, lambda width: A.matmat(omega(width)), rtol, rank or limit)
     return _finished(problem, U, S, V)
 
@@ -144,7 +171,7 @@ def _fixed_rank(
     method: str,
 ) -> tuple[Array, Array, Array]:
     if method == "auto":
-        method = _cheapest(A, width, depth)
+        method = _cheapest(A, rank, width, depth)
     basis = width * (krylov.MIN_ITER if depth is None else depth)
     limit = min(A.shape[-2:])
     if method == "gram" or width == limit or (method == "krylov" and basis >= limit):
@@ -155,36 +182,55 @@ def _fixed_rank(
     return subspace.subspace_svd(A, omega(width), rank, depth)
 
 
-def _cheapest(A: LinearMap, width: int, depth: int | None) -> str:
-    """Choose by counting flops; those of eigenproblems, which run slowly, count `_EIGH_COST` times.
+def _by_sparse_gram(
+    A: LinearMap, entries: SparseEntries | None, rank: int, width: int
+) -> tuple[Array, Array, Array] | None:
+    """Decompose a sparse matrix by its Gram matrix, where that is faster and loses nothing."""
+    if entries is None:
+        return None
+    counts = entries.values.shape[0], entries.n_gram_products()
+    if not sparse_gram_is_faster(A.shape, *counts, rank, width, krylov.MIN_ITER):
+        return None
+    return map_svd(A, entries.gram_on_short_side(), rank)
 
-    With short side n, long side m and a Krylov basis of L = depth * width columns:
 
-    - gram:   2 m n^2 + cost n^3
-    - krylov: 2 m n width (2 depth + 1) + 2 L^2 (m + 2 n) + cost L^3
-    """
-    short, long = sorted(A.shape[-2:])
-    depth = max(1, krylov.MIN_ITER if depth is None else depth)
-    basis = depth * width
+def _is_narrow(
+    A: LinearMap,
+    rank: int,
+    width: int,
+    depth: int | None,
+    method: str,
+    test_matrix: Array | None,
+) -> bool:
+    """Whether to take a Krylov space of narrow blocks: where products do not run faster the wider they are."""
+    is_default = depth is None and test_matrix is None and method in ("auto", "krylov")
+    pays = rank >= krylov.BLOCK and width >= 2 * krylov.BLOCK
+    fits = krylov.MIN_ITER * width < min(A.shape[-2:])
+    return A.dense is None and A.is_eager and is_default and pays and fits
+
+
+def _cheapest(A: LinearMap, rank: int, width: int, depth: int | None) -> str:
+    """Choose by the model of `slra.svd._costs`."""
     if A.dense is None:
         return "krylov"
-    gram = 2 * long * short**2 + _EIGH_COST * short**3
-    products = 2 * long * short * width * (2 * depth + 1)
-    iterated = products + 2 * basis**2 * (long + 2 * short) + _EIGH_COST * basis**3
-    return "gram" if gram <= iterated else "krylov"
+    depth = max(1, krylov.MIN_ITER if depth is None else depth)
+    is_gram = gram_is_faster(A.shape, rank, width, depth, is_eager=A.is_eager)
+    return "gram" if is_gram else "krylov"
 
 
 def _finished(problem: Problem, U: Array, S: Array, V: Array) -> SVDResult:
     """Fix signs, undo the scaling, and answer in the caller's dtype."""
     backend = problem.A.backend
-    factors = fix_signs(U, problem.unscaled(S), matrix_h(V, backend.xp), backend)
-    return SVDResult(*problem.promoted.cast_back(backend, *factors))
+    U, S, Vh = fix_signs(U, problem.unscaled(S), matrix_h(V, backend.xp), backend)
+    U, Vh = problem.promoted.cast_back(backend, U, Vh)
+    return CenteredSVDResult.of(SVDResult(U, S, Vh), problem.mean, backend)
 
 
 def _check_tolerance(
-    A: LinearMap, rtol: Any, method: str, depth: int | None, test_matrix: Array | None
+    problem: Problem, rtol: Any, method: str, depth: int | None, test_matrix: Array | None
 ) -> float:
     """Check what goes together with ``rtol``."""
+    A = problem.A
     if depth is not None:
         raise ValueError(f"n_iter must be 'auto' where rtol is given, got {depth}")
     if method not in ("auto", "krylov"):
@@ -199,7 +245,36 @@ def _check_tolerance(
             "rtol needs the Frobenius norm of x, which products do not tell; "
             "pass a slra.MatrixOperator with frobenius_norm"
         )
-    return check_rtol(A.backend, A.like, rtol, by_products=A.dense is None)
+    return check_rtol(
+        A.backend,
+        A.like,
+        rtol,
+        narrow=problem.promoted.narrow,
+        by_products=A.dense is None,
+        lost=1.0 if A.lost is None else float(A.lost()),
+    )
+
+
+def _check_convergence(
+    problem: Problem,
+    tol: Any,
+    rank: int | None,
+    rtol: Any,
+    method: str,
+    depth: int | None,
+    test_matrix: Array | None,
+) -> float:
+    """Check what goes together with ``tol``."""
+    if rank is None or rtol is not None:
+        raise ValueError(
+            "tol needs rank, and rtol to be None: it is for singular triplets, rtol for their sum"
+        )
+    if depth is not None or test_matrix is not None or method not in ("auto", "krylov"):
+        raise ValueError(
+            "n_iter must be 'auto', method 'auto' or 'krylov' and test_matrix None where tol is given, "
+            f"got n_iter={'auto' if depth is None else depth!r}, method={method!r}"
+        )
+    return check_tol(problem.A.backend, problem.A.like, tol, problem.promoted.narrow)
 
 
 def check_depth(n_iter: Any) -> int | None:

@@ -3,21 +3,19 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
-from slra._backends.cholesky_qr import orthonormal
 from slra._backends.standard import matrix_h
 from slra._typing import Array
 from slra.svd._cut import cut_at_tolerance, cut_values, keep_leading, ranks_for
+from slra.svd._inputs import NORM_IS_WRONG
 from slra.svd._linear_map import LinearMap
 from slra.svd.gram import spectrum, tall_svd
-from slra.svd.krylov import KrylovSpace
+from slra.svd.krylov import BLOCK, KrylovSpace, started
 from slra.svd.truncated import thin_svd
 
 __all__ = ["tolerance_svd"]
 
 Found: TypeAlias = tuple[Array, Array, Array, Array]
 
-# Columns of a block: wide enough for fast products, narrow enough for a deep space.
-BLOCK = 16
 # A space that fills this part of a dense matrix costs more than decomposing the matrix.
 _EXACT_SHARE = 3
 # The rank has settled once a space larger by the first factor lowers it by less than the second.
@@ -78,6 +76,7 @@ def _by_gram(
         return found and (found[2], found[1], found[0], found[3])
     backend, x = A.backend, A.materialize()
     gram = backend.gram(x)
+    _check_norm(A, backend.real_part(backend.xp.linalg.trace(gram)), norm**2, is_all=True)
     if rtol**2 <= 16 * x.shape[-1] * backend.xp.finfo(gram.dtype).eps:
         return None
     known = spectrum(gram, backend)
@@ -99,7 +98,7 @@ def _grow(
     """Grow a space until the ranks it needs have settled; None where the exact way is cheaper."""
     backend, limit = A.backend, min(A.shape[-2:])
     xp = backend.xp
-    space = _started(A, sample(BLOCK))
+    space = started(A, sample(BLOCK))
     widest = limit // _EXACT_SHARE if A.dense is not None else limit
     enough = min(widest, _CAPPED_DEPTH * (cap + _CAPPED_OVERSAMPLES))
     total, allowed = norm**2, (rtol * norm) ** 2
@@ -107,6 +106,7 @@ def _grow(
     while space.dimension + BLOCK <= widest:
         space.grow()
         captured = backend.real_part(xp.linalg.trace(space.gram))
+        _check_norm(A, captured, total)
         if space.dimension < enough and not bool(xp.all(total - captured <= allowed)):
             continue
         if space.dimension < _GROWTH * looked_at:
@@ -121,14 +121,16 @@ def _grow(
     return None
 
 
-def _started(A: LinearMap, block: Array) -> KrylovSpace:
-    """Return the space of the tall one of ``A`` and ``A^H``, with its first block."""
-    if A.shape[-2] < A.shape[-1]:
-        A = A.H
-        block = A.matmat(orthonormal(block, A.backend))
-    space = KrylovSpace(A)
-    space.append(A.rmatmat(orthonormal(block, A.backend)))
-    return space
+def _check_norm(A: LinearMap, captured: Array, total: Array, *, is_all: bool = False) -> None:
+    """See whether the norm that an operator came with is at least that of a part of it."""
+    xp = A.backend.xp
+    lost = 1.0 if A.lost is None else A.lost()
+    slack = _CANCELLATION * float(xp.finfo(A.like.dtype).eps) * lost * captured
+    wrong = captured - slack > total
+    if is_all:
+        wrong = wrong | (captured + slack < total)
+    if A.dense is None and bool(xp.any(wrong)):
+        raise ValueError(NORM_IS_WRONG)
 
 
 def residual_norm(A: LinearMap, U: Array, S: Array, V: Array, norm: Array) -> Array:

@@ -26,7 +26,7 @@ from tests.fuzz.table import (
 ATTENTION = {
     "mask": None,
     "is_causal": False,
-    "causal_align": "bottom_right",
+    "causal_align": None,
     "scale": None,
     "enable_gqa": False,
     "softcap": None,
@@ -61,7 +61,7 @@ def _options(draw: Any, q: Any, k: Any) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if draw(st.booleans()):
         options["is_causal"] = draw(st.sampled_from([True, np.True_, False]))
-        options["causal_align"] = draw(st.sampled_from(["bottom_right", "top_left"]))
+        options["causal_align"] = draw(st.sampled_from(["bottom_right", "top_left", 2, -1]))
     if draw(st.booleans()):
         options["scale"] = draw(st.sampled_from([0, 0.0, -1.0, 1e-30, 0.5, np.float32(2), 100]))
     if draw(st.booleans()):
@@ -307,30 +307,21 @@ def _add_attention() -> None:
         _finite_attention,
         names=names,
     )
-    add(
-        "low_rank_attention by baselines",
-        public("low_rank_attention"),
-        {**qkv, "rank": 2, "n_exact": 1, "method": "topk"},
-        st.one_of(
-            st.fixed_dictionaries(
-                {
-                    "method": st.just("topk"),
-                    "n_exact": st.integers(1, 5),
-                    "rank": st.integers(1, 4),
-                    **fixed_qkv(),
-                }
-            ),
-            st.fixed_dictionaries(
-                {
-                    "method": st.sampled_from(["nystrom", "linformer", "favor"]),
-                    "rank": st.integers(1, 6),
-                    **fixed_qkv(),
-                }
-            ),
-        ),
-        _finite_attention,
-        requests=("rank",),
-    )
+    sizes = {
+        "topk": {"rank": st.integers(1, 4), "n_keys": st.integers(1, 5)},
+        "nystrom": {"n_landmarks": st.integers(1, 6)},
+        "linformer": {"n_combinations": st.integers(1, 6)},
+        "favor": {"n_features": st.integers(1, 6)},
+    }
+    for name, own in sizes.items():
+        add(
+            f"baselines.{name}",
+            public(name, slra.baselines),
+            {**qkv, **dict.fromkeys(own, 2)},
+            st.fixed_dictionaries({**own, **fixed_qkv()}),
+            _finite_attention,
+            requests=("n_features",),
+        )
     add(
         "low_rank_attention_vjp",
         public("low_rank_attention_vjp"),

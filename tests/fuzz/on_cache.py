@@ -28,7 +28,6 @@ def _add_cache() -> None:
         "scale": None,
         "softcap": None,
         "rotary": None,
-        "update": "fixed",
         "drift_bound": None,
         "method": "output",
     }

@@ -383,9 +383,12 @@ def _add_solvers() -> None:
             "step": None,
             "accelerated": True,
             "tol": 1e-6,
+            "atol": 0.0,
             "max_iter": 20,
             "objective": None,
             "callback": None,
+            "flatten": None,
+            "unflatten": None,
         },
         st.fixed_dictionaries(
             {
@@ -416,9 +419,13 @@ def _add_solvers() -> None:
             "relaxation": 1.0,
             "balance": None,
             "tol": 1e-6,
+            "atol": 0.0,
             "max_iter": 20,
+            "start": None,
             "objective": None,
             "callback": None,
+            "flatten": None,
+            "unflatten": None,
         },
         st.fixed_dictionaries(
             {
@@ -436,6 +443,47 @@ def _add_solvers() -> None:
         requests=("max_iter",),
         works_on_dask=False,
     )
+    add(
+        "primal_dual",
+        lambda xp, **args: slra.primal_dual(**args),
+        {
+            "x0": normal(3),
+            "value_and_grad": _quadratic,
+            "prox_f": _shrink,
+            "prox_gconj": _shrink,
+            "K": _itself,
+            "KT": _itself,
+            "steps": None,
+            "tol": 1e-6,
+            "atol": 0.0,
+            "max_iter": 20,
+            "start": None,
+            "objective": None,
+            "callback": None,
+            "flatten": None,
+            "unflatten": None,
+        },
+        st.fixed_dictionaries(
+            {
+                "x0": arrays((3,), dtypes=dtypes, kinds=moderate),
+                "value_and_grad": st.sampled_from([_quadratic, None]),
+                "prox_f": st.sampled_from([_shrink, None]),
+                "prox_gconj": st.just(_shrink),
+                "K": st.just(_itself),
+                "KT": st.just(_itself),
+                "steps": st.sampled_from([None, (0.5, 0.5), (0.1, 1)]),
+                "tol": st.sampled_from([1e-6, 0, None]),
+                "max_iter": st.integers(1, 20),
+            }
+        ),
+        _check_solution,
+        requests=("max_iter",),
+        works_on_dask=False,
+    )
+
+
+def _itself(x: Any) -> Any:
+    return x
 
 
 def _quadratic(x: Any) -> tuple[Any, Any]:

@@ -194,7 +194,8 @@ def _scores(q: Any, k: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         masked = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + wide(mask)
     if options.get("is_causal"):
         n, m = masked.shape[-2:]
-        shift = 0 if options.get("causal_align") == "top_left" else m - n
+        align = options.get("causal_align")
+        shift = {None: 0, "top_left": 0, "bottom_right": m - n}.get(align, align)
         masked = np.where(np.tri(n, m, shift, dtype=bool), masked, -np.inf)
     return scores, masked
 

@@ -12,15 +12,7 @@ import array_api_compat as compat
 import numpy as np
 
 from slra._backends.gaussian import gaussian
-from slra._backends.standard.attention import (
-    ScoreOptions,
-    SoftmaxState,
-    TileBounds,
-    masked_scores,
-    tiled_attention,
-    tiled_attention_vjp,
-    weights_and_gradients,
-)
+from slra._backends.standard.attention import Attention, ScoreOptions
 from slra._backends.standard.linalg import LinearAlgebra, matrix_h
 from slra._backends.standard.rows import Rows
 from slra._backends.standard.sparse import SparseRows
@@ -29,7 +21,7 @@ from slra._typing import Array, DType, Namespace
 __all__ = ["Backend", "ScoreOptions", "matrix_h"]
 
 
-class Backend(LinearAlgebra, SparseRows, Rows):
+class Backend(Attention, LinearAlgebra, SparseRows, Rows):
     """Primitives for one namespace, ``xp``."""
 
     # Whether an array cannot be written to: a function then returns a new one.
@@ -94,6 +86,10 @@ class Backend(LinearAlgebra, SparseRows, Rows):
         """Draw a standard Gaussian matrix of the dtype of ``like``, the same on every backend."""
         return self.from_numpy(gaussian(shape, rng, is_complex=self.is_complex(like)), like)
 
+    def copied(self, x: Array) -> Array:
+        """Return a copy that shares no memory with ``x``; ``x`` itself where arrays cannot be written to."""
+        return self.xp.asarray(x, copy=True, device=self.creation_device(x))
+
     # Control flow
 
     def scan(
@@ -105,58 +101,3 @@ class Backend(LinearAlgebra, SparseRows, Rows):
             state, shown = advance(state)
             given.append(shown)
         return state, tuple(self.xp.stack(each) for each in zip(*given, strict=True))
-
-    # Attention
-
-    def attention(
-        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
-    ) -> tuple[Array, Array]:
-        """Exact attention and its log-sum-exp, in memory linear in the lengths."""
-        return tiled_attention(self, q, k, v, mask, options)
-
-    def attention_output(
-        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
-    ) -> Array:
-        """Exact attention, where nobody asks for the log-sum-exp."""
-        return self.attention(q, k, v, mask, options)[0]
-
-    def attention_vjp(
-        self,
-        q: Array,
-        k: Array,
-        v: Array,
-        mask: Array | None,
-        options: ScoreOptions,
-        lse: Array,
-        delta: Array,
-        grad_out: Array,
-    ) -> tuple[Array, Array, Array]:
-        """Gradients of attention; ``delta`` is rowsum(grad_out * out) - grad_lse."""
-        return tiled_attention_vjp(self, q, k, v, mask, options, lse, delta, grad_out)
-
-    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
-        """Height and width of a tile of scores, which is held for ``n_matrices`` pairs of q and k at once."""
-        # 2 MB in float32 for each, which stays in the second-level cache.
-        return 512, 1024
-
-    def tile_scores(self, products: Array, bounds: TileBounds) -> Array:
-        """Scores of one tile, after softcap and mask, from the products of scaled queries and keys."""
-        return masked_scores(self, products, bounds)
-
-    def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
-        """Take one tile of scores, and the values that belong to it, into the online softmax."""
-        return state.add(self, scores, v)
-
-    def tile_gradients(
-        self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array
-    ) -> tuple[Array, Array]:
-        """Softmax weights of one tile, and the gradient with respect to its products."""
-        return weights_and_gradients(self, products, grad_weights, bounds, lse, delta)
-
-    def stop_gradient(self, x: Array) -> Array:
-        """Return ``x``, through which no gradient passes."""
-        return x
-
-    def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function`` such that a gradient recomputes its insides instead of keeping them."""
-        return function

@@ -1,35 +1,37 @@
 """Exact attention and its gradient, tile by tile, in the array API standard and nothing else.
 
-`Backend` offers these as methods. Shapes throughout: q (..., Nq, D), k (..., Nk, D), v (..., Nk, Dv), mask
-broadcastable to (..., Nq, Nk), out (..., Nq, Dv), lse (..., Nq); leading axes broadcast.
+Shapes throughout: q (..., Nq, D), k (..., Nk, D), v (..., Nk, Dv), mask broadcastable to (..., Nq, Nk), out
+(..., Nq, Dv), lse (..., Nq); leading axes broadcast. A library overrides a step of `Attention`, or all of it.
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from slra._typing import Array, CausalAlign, Namespace
 
-if TYPE_CHECKING:
-    from slra._backends.standard import Backend
-
 __all__ = [
+    "Attention",
     "ScoreOptions",
     "SoftmaxState",
     "Tile",
     "TileBounds",
-    "masked_scores",
+    "capped",
+    "combine_masks",
+    "hide",
     "scores_batch_shape",
     "sum_to",
-    "tiled_attention",
-    "tiled_attention_vjp",
-    "weights_and_gradients",
 ]
 
 
 class ScoreOptions(NamedTuple):
-    """What is done to a score between the product of query and key and the softmax."""
+    """What is done to a score between the product of query and key and the softmax.
+
+    Plain values only, which hash: JAX compiles a function for each. What is an array, or has an entry for each head
+    or sequence, is an argument beside the mask instead.
+    """
 
     scale: float
     is_causal: bool = False
@@ -38,6 +40,8 @@ class ScoreOptions(NamedTuple):
 
     def diagonal(self, n_queries: int, n_keys: int) -> int:
         """Query i may attend to keys up to and including i + this, where attention is causal."""
+        if isinstance(self.causal_align, int):
+            return self.causal_align
         return n_keys - n_queries if self.causal_align == "bottom_right" else 0
 
     def last_key(self, bottom: int, n_queries: int, n_keys: int) -> int:
@@ -81,26 +85,6 @@ class TileBounds(NamedTuple):
         return self.options.is_causal and self.tile.crosses(self.diagonal)
 
 
-def scores_batch_shape(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[int, ...]:
-    """Shape of the leading axes of the result of attention."""
-    shapes = [x.shape[:-2] for x in (q, k, v, mask) if x is not None]
-    return np.broadcast_shapes(*shapes)
-
-
-def tiled_attention(
-    backend: "Backend", q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
-) -> tuple[Array, Array]:
-    """Exact attention and its log-sum-exp."""
-    rows = backend.checkpoint(_attention_rows)
-    n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
-    tiling = Tiling(*backend.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
-    parts = [rows(backend, q, k, v, mask, tiling, queries) for queries in tiling.rows()]
-    outs, lses = zip(*parts, strict=True)
-    if len(parts) == 1:
-        return outs[0], lses[0]
-    return backend.xp.concat(outs, axis=-2), backend.xp.concat(lses, axis=-1)
-
-
 class Tiling(NamedTuple):
     """The matrix of scores in tiles of this height and width."""
 
@@ -134,35 +118,35 @@ def _slices(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _attention_rows(
-    backend: "Backend",
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    tiling: Tiling,
-    queries: slice,
-) -> tuple[Array, Array]:
-    """Attention of one tile of queries, by online softmax over the tiles of keys.
+def scores_batch_shape(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[int, ...]:
+    """Shape of the leading axes of the result of attention."""
+    shapes = [x.shape[:-2] for x in (q, k, v, mask) if x is not None]
+    return np.broadcast_shapes(*shapes)
 
-    Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867;
-    Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 1.
-    """
-    xp = backend.xp
-    q = q[..., queries, :] * tiling.options.scale
-    shape = (*scores_batch_shape(q, k, v, mask), q.shape[-2])
-    like = {"dtype": q.dtype, "device": backend.creation_device(q)}
-    state = SoftmaxState(
-        xp.full(shape, -math.inf, **like),
-        xp.zeros(shape, **like),
-        xp.zeros((*shape, v.shape[-1]), **like),
-    )
-    for tile in tiling.row(queries):
-        keys = slice(tile.left, tile.right)
-        products = q @ xp.matrix_transpose(k[..., keys, :])
-        scores = backend.tile_scores(products, tiling.bounds(mask, tile))
-        state = backend.softmax_step(state, scores, v[..., keys, :])
-    return state.result(backend)
+
+def capped(xp: Namespace, products: Array, softcap: float | None) -> Array:
+    """Scores from the products of scaled queries and keys."""
+    return products if softcap is None else softcap * xp.tanh(products / softcap)
+
+
+def combine_masks(xp: Namespace, mask: Array | None, seen: Array) -> Array:
+    """Mask of what a mask (boolean, additive or None) and a boolean array both show."""
+    if mask is None:
+        return seen
+    if mask.dtype == xp.bool:
+        return mask & seen
+    return xp.where(seen, mask, xp.full_like(mask, -math.inf))
+
+
+def hide(xp: Namespace, scores: Array, mask: Array | None, seen: Array | None = None) -> Array:
+    """Make -inf of scores that a mask or ``seen`` hides, or add the mask where it is floating."""
+    if mask is not None and mask.dtype != xp.bool:
+        scores, mask = scores + xp.astype(mask, scores.dtype), None
+    # After the addition: a sum may be NaN (inf - inf) where the key is hidden anyway.
+    shown = mask if seen is None else combine_masks(xp, mask, seen)
+    if shown is None:
+        return scores
+    return xp.where(shown, scores, xp.full_like(scores, -math.inf))
 
 
 class SoftmaxState(NamedTuple):
@@ -172,11 +156,20 @@ class SoftmaxState(NamedTuple):
     total: Array
     out: Array
 
-    def add(self, backend: "Backend", scores: Array, v: Array) -> "SoftmaxState":
+    @classmethod
+    def empty(
+        cls, xp: Namespace, shape: tuple[int, ...], width: int, **like: Any
+    ) -> "SoftmaxState":
+        """State of rows, (..., Nq), that have met no key; ``like`` has their dtype and device."""
+        peak, total = xp.full(shape, -math.inf, **like), xp.zeros(shape, **like)
+        return cls(peak, total, xp.zeros((*shape, width), **like))
+
+    def add(
+        self, xp: Namespace, scores: Array, v: Array, stop_gradient: Callable[[Array], Array]
+    ) -> "SoftmaxState":
         """Take in one tile of scores, and the values that belong to it."""
-        xp = backend.xp
         # The result does not depend on the peak, so no gradient needs to pass through it.
-        peak = xp.maximum(self.peak, xp.max(backend.stop_gradient(scores), axis=-1))
+        peak = xp.maximum(self.peak, xp.max(stop_gradient(scores), axis=-1))
         # A row that has met no key yet has the peak -inf, and exp(-inf - -inf) would be NaN.
         shift = xp.where(peak == -math.inf, xp.zeros_like(peak), peak)
         weights = xp.exp(scores - shift[..., None])
@@ -184,105 +177,150 @@ class SoftmaxState(NamedTuple):
         total = self.total * decay + xp.sum(weights, axis=-1)
         return SoftmaxState(peak, total, self.out * decay[..., None] + weights @ v)
 
-    def result(self, backend: "Backend") -> tuple[Array, Array]:
+    def result(self, xp: Namespace) -> tuple[Array, Array]:
         """Return the output and the log-sum-exp; 0 and -inf for a row without keys."""
-        xp = backend.xp
         empty = self.total == 0
         total = xp.where(empty, xp.ones_like(self.total), self.total)
         return self.out / total[..., None], xp.where(empty, self.peak, self.peak + xp.log(total))
 
 
-def _capped(backend: "Backend", products: Array, options: ScoreOptions) -> Array:
-    """Scores from the products of scaled queries and keys."""
-    if options.softcap is None:
-        return products
-    return options.softcap * backend.xp.tanh(products / options.softcap)
+class Attention:
+    """Attention for one namespace, ``xp``: loops over tiles, and the steps that they are made of."""
 
+    xp: Namespace
 
-def _masked(backend: "Backend", scores: Array, bounds: TileBounds) -> Array:
-    """Apply the mask and the causal bound to one tile of scores."""
-    xp = backend.xp
-    mask, _, tile, diagonal = bounds
-    if mask is not None:
-        part = tile.of(mask)
-        if xp.isdtype(mask.dtype, "bool"):
-            scores = xp.where(part, scores, xp.full_like(scores, -math.inf))
-        else:
-            scores = scores + xp.astype(part, scores.dtype)
-    if bounds.is_cut:
-        device = backend.creation_device(scores)
-        rows = xp.arange(tile.top, tile.bottom, device=device)[:, None]
-        columns = xp.arange(tile.left, tile.right, device=device)[None, :]
-        scores = xp.where(columns <= rows + diagonal, scores, xp.full_like(scores, -math.inf))
-    return scores
+    def creation_device(self, like: Array) -> Any:
+        """Device to create an array on that is to meet ``like``."""
+        raise NotImplementedError
 
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> tuple[Array, Array]:
+        """Exact attention and its log-sum-exp, in memory linear in the lengths."""
+        rows = self.checkpoint(self._attention_rows)
+        tiling = self._tiling(q, k, v, mask, options)
+        parts = [rows(q, k, v, mask, tiling, queries) for queries in tiling.rows()]
+        outs, lses = zip(*parts, strict=True)
+        if len(parts) == 1:
+            return outs[0], lses[0]
+        return self.xp.concat(outs, axis=-2), self.xp.concat(lses, axis=-1)
 
-def masked_scores(backend: "Backend", products: Array, bounds: TileBounds) -> Array:
-    """Scores of one tile, after softcap and mask, from the products of scaled queries and keys."""
-    return _masked(backend, _capped(backend, products, bounds.options), bounds)
+    def attention_output(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> Array:
+        """Exact attention, where nobody asks for the log-sum-exp."""
+        return self.attention(q, k, v, mask, options)[0]
 
+    def attention_vjp(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        lse: Array,
+        delta: Array,
+        grad_out: Array,
+    ) -> tuple[Array, Array, Array]:
+        """Gradients of attention with respect to q, k and v, from recomputed tiles of weights.
 
-def tiled_attention_vjp(
-    backend: "Backend",
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | None,
-    options: ScoreOptions,
-    lse: Array,
-    delta: Array,
-    grad_out: Array,
-) -> tuple[Array, Array, Array]:
-    """Gradients of attention with respect to q, k and v, from recomputed tiles of weights.
+        ``delta`` is rowsum(grad_out * out) - grad_lse, shape (..., Nq).
+        Source: Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 4.
+        """
+        xp = self.xp
+        tiling = self._tiling(q, k, v, mask, options)
+        dk = [xp.zeros_like(k[..., keys, :]) for keys in tiling.columns()]
+        dv = [xp.zeros_like(v[..., keys, :]) for keys in tiling.columns()]
+        dq = []
+        for rows in tiling.rows():
+            q_rows, grad_rows = q[..., rows, :] * options.scale, grad_out[..., rows, :]
+            dq_rows = xp.zeros_like(q_rows)
+            for i, tile in enumerate(tiling.row(rows)):
+                k_tile = k[..., tile.left : tile.right, :]
+                v_tile = v[..., tile.left : tile.right, :]
+                weights, grad_scores = self.tile_gradients(
+                    q_rows @ xp.matrix_transpose(k_tile),
+                    grad_rows @ xp.matrix_transpose(v_tile),
+                    tiling.bounds(mask, tile),
+                    lse[..., rows, None],
+                    delta[..., rows, None],
+                )
+                dq_rows = dq_rows + sum_to(grad_scores @ k_tile, q_rows.shape, xp)
+                dk[i] = dk[i] + sum_to(xp.matrix_transpose(grad_scores) @ q_rows, k_tile.shape, xp)
+                dv[i] = dv[i] + sum_to(xp.matrix_transpose(weights) @ grad_rows, v_tile.shape, xp)
+            dq.append(dq_rows * options.scale)
+        return xp.concat(dq, axis=-2), xp.concat(dk, axis=-2), xp.concat(dv, axis=-2)
 
-    ``delta`` is rowsum(grad_out * out) - grad_lse, shape (..., Nq).
-    Source: Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 4.
-    """
-    xp = backend.xp
-    n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
-    tiling = Tiling(*backend.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
-    dk = [xp.zeros_like(k[..., keys, :]) for keys in tiling.columns()]
-    dv = [xp.zeros_like(v[..., keys, :]) for keys in tiling.columns()]
-    dq = []
-    for rows in tiling.rows():
-        q_rows, grad_rows = q[..., rows, :] * options.scale, grad_out[..., rows, :]
-        dq_rows = xp.zeros_like(q_rows)
-        for i, tile in enumerate(tiling.row(rows)):
-            k_tile = k[..., tile.left : tile.right, :]
-            v_tile = v[..., tile.left : tile.right, :]
-            weights, grad_scores = backend.tile_gradients(
-                q_rows @ xp.matrix_transpose(k_tile),
-                grad_rows @ xp.matrix_transpose(v_tile),
-                tiling.bounds(mask, tile),
-                lse[..., rows, None],
-                delta[..., rows, None],
-            )
-            dq_rows = dq_rows + sum_to(grad_scores @ k_tile, q_rows.shape, xp)
-            dk[i] = dk[i] + sum_to(xp.matrix_transpose(grad_scores) @ q_rows, k_tile.shape, xp)
-            dv[i] = dv[i] + sum_to(xp.matrix_transpose(weights) @ grad_rows, v_tile.shape, xp)
-        dq.append(dq_rows * options.scale)
-    return xp.concat(dq, axis=-2), xp.concat(dk, axis=-2), xp.concat(dv, axis=-2)
+    def _tiling(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> Tiling:
+        n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
+        return Tiling(*self.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
 
+    def _attention_rows(
+        self, q: Array, k: Array, v: Array, mask: Array | None, tiling: Tiling, queries: slice
+    ) -> tuple[Array, Array]:
+        """Attention of one tile of queries, by online softmax over the tiles of keys.
 
-def weights_and_gradients(
-    backend: "Backend",
-    products: Array,
-    grad_weights: Array,
-    bounds: TileBounds,
-    lse: Array,
-    delta: Array,
-) -> tuple[Array, Array]:
-    """Softmax weights of one tile, and the gradient with respect to its products."""
-    xp = backend.xp
-    softcap = bounds.options.softcap
-    scores = _capped(backend, products, bounds.options)
-    # The log-sum-exp of an empty row is -inf, like all its scores.
-    shift = xp.where(lse == -math.inf, xp.zeros_like(lse), lse)
-    weights = xp.exp(_masked(backend, scores, bounds) - shift)
-    if softcap is None:
-        return weights, weights * (grad_weights - delta)
-    slope = weights * (1 - (scores / softcap) ** 2)
-    return weights, slope * (grad_weights - delta)
+        Source: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv:1805.02867;
+        Dao et al., FlashAttention, arXiv:2205.14135, Algorithm 1.
+        """
+        xp = self.xp
+        q = q[..., queries, :] * tiling.options.scale
+        shape = (*scores_batch_shape(q, k, v, mask), q.shape[-2])
+        like = {"dtype": q.dtype, "device": self.creation_device(q)}
+        state = SoftmaxState.empty(xp, shape, v.shape[-1], **like)
+        for tile in tiling.row(queries):
+            keys = slice(tile.left, tile.right)
+            products = q @ xp.matrix_transpose(k[..., keys, :])
+            scores = self.tile_scores(products, tiling.bounds(mask, tile))
+            state = self.softmax_step(state, scores, v[..., keys, :])
+        return state.result(xp)
+
+    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
+        """Height and width of a tile of scores, which is held for ``n_matrices`` pairs of q and k at once."""
+        # 2 MB in float32 for each, which stays in the second-level cache.
+        return 512, 1024
+
+    def tile_scores(self, products: Array, bounds: TileBounds) -> Array:
+        """Scores of one tile, after softcap and mask, from the products of scaled queries and keys."""
+        return self._hidden(capped(self.xp, products, bounds.options.softcap), bounds)
+
+    def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
+        """Take one tile of scores, and the values that belong to it, into the online softmax."""
+        return state.add(self.xp, scores, v, self.stop_gradient)
+
+    def tile_gradients(
+        self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array
+    ) -> tuple[Array, Array]:
+        """Softmax weights of one tile, and the gradient with respect to its products."""
+        xp, softcap = self.xp, bounds.options.softcap
+        scores = capped(xp, products, softcap)
+        # The log-sum-exp of an empty row is -inf, like all its scores.
+        shift = xp.where(lse == -math.inf, xp.zeros_like(lse), lse)
+        weights = xp.exp(self._hidden(scores, bounds) - shift)
+        if softcap is None:
+            return weights, weights * (grad_weights - delta)
+        slope = weights * (1 - (scores / softcap) ** 2)
+        return weights, slope * (grad_weights - delta)
+
+    def _hidden(self, scores: Array, bounds: TileBounds) -> Array:
+        """Apply the mask and the causal bound to one tile of scores."""
+        xp, tile, seen = self.xp, bounds.tile, None
+        if bounds.is_cut:
+            device = self.creation_device(scores)
+            rows = xp.arange(tile.top, tile.bottom, device=device)[:, None]
+            columns = xp.arange(tile.left, tile.right, device=device)[None, :]
+            seen = columns <= rows + bounds.diagonal
+        return hide(xp, scores, None if bounds.mask is None else tile.of(bounds.mask), seen)
+
+    def stop_gradient(self, x: Array) -> Array:
+        """Return ``x``, through which no gradient passes."""
+        return x
+
+    def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` such that a gradient recomputes its insides instead of keeping them."""
+        return function
 
 
 def sum_to(x: Array, shape: tuple[int, ...], xp: Namespace) -> Array:

@@ -79,6 +79,17 @@ class Elementwise:
         """Go from ``x`` by ``factor`` times ``move``."""
         return x + factor * move
 
+    def inner(self, x: Array, y: Array, axes: tuple[int, ...] | None = None) -> Array:
+        """Real inner product of two arrays of one shape, over all axes or these."""
+        xp = self.xp
+        if self.is_complex(x):
+            return xp.sum(xp.real(x) * xp.real(y) + xp.imag(x) * xp.imag(y), axis=axes)
+        return xp.sum(x * y, axis=axes)
+
+    def inner_numbers(self, pairs: list[tuple[Array, Array]]) -> list[float]:
+        """Inner products over all axes as plain numbers."""
+        return [float(self.inner(x, y)) for x, y in pairs]
+
     def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
         """Euclidean norm along ``axes``, which are kept; scaled, because squares overflow."""
         unit, norm = self.scaled_group_norm(x, axes)

@@ -1,6 +1,8 @@
 """Linear algebra in the array API standard: factorisations of small matrices, products and norms of large ones."""
 
+import functools
 import math
+from operator import add
 
 from slra._backends.standard.elementwise import Elementwise
 from slra._typing import Array, DType, Namespace
@@ -69,24 +71,45 @@ class LinearAlgebra(Elementwise):
         """`gram` without a wide copy of ``x``: a slab of rows, or a few matrices of a batch, at a time."""
         if x.dtype == self.accumulation_dtype(x) or math.prod(x.shape) <= SLAB:
             return LinearAlgebra.gram(self, x, y)
-        step = SLAB // math.prod(x.shape[1:])
-        if x.ndim > 2 and step < 2:
-            rest = (None if y is None else y[i, ...] for i in range(x.shape[0]))
-            return self.xp.stack([self.gram_by_slabs(x[i, ...], b) for i, b in enumerate(rest)])
-        step = max(1, step)
-        slabs = [slice(i, i + step) for i in range(0, x.shape[0], step)]
-        parts = [
+        if x.ndim > 2:
+            step = SLAB // math.prod(x.shape[1:])
+            if step < 2:
+                rest = (None if y is None else y[i, ...] for i in range(x.shape[0]))
+                return self.xp.stack([self.gram_by_slabs(x[i, ...], b) for i, b in enumerate(rest)])
+        else:
+            # A slab at least half as large as the result: else adding to that is most of the work.
+            step = max(SLAB // x.shape[1], (x if y is None else y).shape[1] // 2, 1)
+        slabs = (slice(i, i + step) for i in range(0, x.shape[0], step))
+        parts = (
             LinearAlgebra.gram(self, x[s, ...], None if y is None else y[s, ...]) for s in slabs
-        ]
-        return self.xp.concat(parts, axis=0) if x.ndim > 2 else sum(parts[1:], parts[0])
+        )
+        # One at a time: a tall matrix has more slabs than memory has room for their products.
+        return self.xp.concat(list(parts), axis=0) if x.ndim > 2 else functools.reduce(add, parts)
 
     def adjoint_product(self, x: Array, y: Array) -> Array:
         """``x^H y`` for a large ``x``, which is not copied to be conjugated."""
         return self.conj(self.xp.matrix_transpose(x) @ self.conj(y))
 
-    def centered(self, x: Array) -> Array:
-        """``x`` less the mean of each column."""
-        return x - self.xp.mean(x, axis=-2, keepdims=True)
+    def accumulated(self, x: Array) -> Array:
+        """``x`` in the `accumulation_dtype` dtype."""
+        return self.xp.astype(x, self.accumulation_dtype(x), copy=False)
+
+    def column_means(self, x: Array) -> Array:
+        """Mean of each column, (..., 1, n), in the `accumulation_dtype` dtype."""
+        wide, m = self.accumulation_dtype(x), x.shape[-2]
+        mean = self.xp.sum(x, axis=-2, keepdims=True, dtype=wide) / m
+        if self.xp.finfo(wide).bits == 64:
+            return mean
+        # Without double precision, once more about the mean that was found: what it misses is small.
+        return mean + self.xp.mean(x - mean, axis=-2, keepdims=True)
+
+    def centered(self, x: Array, mean: Array) -> Array:
+        """``x`` less the mean of each column, rounded once although the mean may be wider than ``x``."""
+        if mean.dtype == x.dtype:
+            return x - mean
+        near = self.xp.astype(mean, x.dtype)
+        rest = self.xp.astype(mean - self.xp.astype(near, mean.dtype), x.dtype)
+        return (x - near) - rest
 
     def product(self, x: Array, v: Array) -> Array:
         """``x v`` for a large ``x`` that the caller gave."""

@@ -40,7 +40,7 @@ class Rows:
         values cannot be looked at.
         """
         rows = self.xp.astype(rows, buffer.dtype, copy=False)
-        together = bool(np.all(places == places[:1]))
+        together = len(places) == 1 or bool(np.all(places == places[:1]))
         for b in [slice(None)] if together else range(len(places)):
             for source, target in runs(places[0] if together else places[b]):
                 buffer[b, :, target, :] = rows[b, :, source, :]
@@ -49,6 +49,10 @@ class Rows:
 
 def runs(places: np.ndarray[Any, Any]) -> list[tuple[slice, slice]]:
     """Pairs of slices, of the source and of the target, that take row i to ``places[i]`` unless that is negative."""
+    if len(places) == 1:
+        # A step of a decoder. By the general case below, four buffers took a third of the time of an append.
+        first = int(places[0])
+        return [(slice(0, 1), slice(first, first + 1))] if first >= 0 else []
     (kept,) = np.nonzero(places >= 0)
     targets = places[kept]
     (cuts,) = np.nonzero((np.diff(kept) != 1) | (np.diff(targets) != 1))

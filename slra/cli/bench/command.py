@@ -10,7 +10,7 @@ from rich.console import Console
 
 from slra.cli.bench import comparisons
 from slra.cli.bench.output import record, show
-from slra.cli.files import check_target
+from slra.cli.files import check_targets
 from slra.cli.terminal import fail, progress, write
 from slra.cli.timing import machine
 
@@ -23,12 +23,11 @@ def bench(
     """Time the main functions on this machine, beside what else is installed, in about a minute."""
     try:
         if json is not None:
-            check_target("--json", json, [])
+            check_targets({"--json": json}, [])
     except (OSError, ValueError) as error:
         fail(str(error))
-    with progress() as bar:
-        task = bar.add_task("Comparisons", total=count_rounds())
-        found = run(lambda: bar.advance(task))
+    with progress("Comparisons", count_rounds()) as advance:
+        found = run(advance)
     show(Console(), found)
     if json is not None:
         write(json, json_format.dumps(found, indent=1) + "\n")

@@ -1,12 +1,11 @@
 """What the library advises, by the rules in docs/report.md."""
 
-from slra.cli.report.measure import LayerReport
+from slra.cli.report.measure import WORTH_BYTES, LayerReport
 
-__all__ = ["TOLERANCE", "advise"]
+__all__ = ["TOLERANCE", "advise", "verdict"]
 
 # The tolerance the advice is about, and what is worth doing.
 TOLERANCE = 0.05
-WORTH_BYTES = 0.75
 WORTH_TIME = 0.9
 
 
@@ -27,6 +26,30 @@ def advise(report: LayerReport) -> list[str]:
             f"{ranks[(len(ranks) - 1) // 2]}, the hardest {ranks[-1]}."
         )
     return [*sentences, _on_time(report)]
+
+
+def verdict(reports: list[LayerReport]) -> list[str]:
+    """Sentences on all layers together; of one layer, its advice."""
+    if len(reports) == 1:
+        return advise(reports[0])
+    shares = {
+        report.layer.name: report.kv_bytes[report.best][TOLERANCE] / report.exact_bytes
+        for report in reports
+    }
+    exact = sum(report.exact_bytes for report in reports)
+    stored = sum(report.kv_bytes[report.best][TOLERANCE] for report in reports) / exact
+    worth = [name for name, share in shares.items() if share <= WORTH_BYTES]
+    if not worth:
+        return [
+            f"Keep exact attention in all {len(reports)} layers: within 5% of the output, K and V would still "
+            f"take {stored:.0%} of their bytes."
+        ]
+    which = "all" if len(worth) == len(reports) else f"{len(worth)} of {len(reports)}"
+    best = min(shares, key=shares.__getitem__)
+    return [
+        f"Compress {which} layers: within 5% of the output, K and V of all of them take {stored:.0%} of their bytes, "
+        f"those of {best} {shares[best]:.0%}."
+    ]
 
 
 def _on_time(report: LayerReport) -> str:

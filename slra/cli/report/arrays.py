@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from slra._npz import read_npy, read_npz
 
-__all__ = ["Layer", "Stored", "checked_layer", "read_layers"]
+__all__ = ["Layer", "Stored", "checked_layer", "notes", "read_layers"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -175,9 +175,9 @@ def checked_layer(name: str, stored: dict[str, Stored], source: str) -> Layer:
     arrays = {key: _check_numbers(key, stored[key], name, source) for key in _NAMES}
     dtype = np.result_type(*arrays.values())
     q, k, v = (arrays[key].astype(dtype) for key in _NAMES)
-    if not _fits(q.shape, k.shape, v.shape):
+    if wrong := _misfit(q.shape, k.shape, v.shape):
         raise ValueError(
-            f"{source}: layer {name} must have shapes {_SHAPES}, got {q.shape}, {k.shape} and {v.shape}"
+            f"{source}: layer {name} must have shapes {_SHAPES}, got {q.shape}, {k.shape} and {v.shape}: {wrong}"
         )
     sizes = stored["k"].itemsize, stored["v"].itemsize
     # A matrix is a head.
@@ -185,11 +185,36 @@ def checked_layer(name: str, stored: dict[str, Stored], source: str) -> Layer:
     return Layer(name, q, k, v, stored["k"].dtype, sizes)
 
 
-def _fits(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> bool:
-    if min(map(len, (q, k, v))) < 2 or len({len(q), len(k), len(v)}) > 1 or 0 in (*q, *k, *v):
-        return False
-    heads = len(q) == 2 or q[-3] % k[-3] == 0
-    return heads and q[:-3] == k[:-3] and k[:-1] == v[:-1] and q[-1] == k[-1]
+def _misfit(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> str | None:
+    """Say which axes do not fit, or None."""
+    if min(map(len, (q, k, v))) < 2 or len({len(q), len(k), len(v)}) > 1:
+        return "they must have equally many axes, at least 2"
+    pairs = (
+        ("D, the last axis of q and k", q[-1], k[-1]),
+        ("Nk, the second last axis of k and v", k[-2], v[-2]),
+        ("Hkv, the third last axis of k and v", k[-3:-2], v[-3:-2]),
+        ("the leading axes of q and k", q[:-3], k[:-3]),
+        ("the leading axes of k and v", k[:-3], v[:-3]),
+    )
+    for axis, one, other in pairs:
+        if one != other:
+            return f"{axis}, must agree"
+    for key, shape in (("q", q), ("k", k), ("v", v)):
+        if 0 in shape:
+            return f"axis {shape.index(0)} of {key} is empty"
+    if len(q) > 2 and q[-3] % k[-3]:
+        return f"the {q[-3]} heads of q are no multiple of the {k[-3]} of k"
+    return None
+
+
+def notes(layers: Sequence[Layer]) -> list[str]:
+    """Point out shapes that may have been meant otherwise: tokens before heads."""
+    return [
+        f"{layer.name}: read as {layer.k.shape[-3]} heads of {layer.k.shape[-2]} tokens. "
+        "Heads come before tokens, (..., heads, tokens, D): swap these axes if they are the other way round."
+        for layer in layers
+        if layer.k.shape[-3] > layer.k.shape[-2]
+    ]
 
 
 def _check_numbers(key: str, stored: Stored, layer: str, source: str) -> NDArray[Any]:

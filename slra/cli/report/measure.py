@@ -1,7 +1,7 @@
 """The measurements of ``python -m slra report``: what each head of a layer can do without."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +18,27 @@ from slra.cli.demo import (
 )
 from slra.cli.report.arrays import Layer
 
-__all__ = ["TOLERANCES", "LayerReport", "Timing", "count_steps", "measure", "measure_all"]
+__all__ = [
+    "N_LAYERS",
+    "TOLERANCES",
+    "WORTH_BYTES",
+    "LayerReport",
+    "Timing",
+    "count_steps",
+    "measure",
+    "measure_all",
+    "sample_of",
+]
 
 TOLERANCES = (0.1, 0.05, 0.01)
+# Compressing is advised where no more than this share of the bytes is left; elsewhere nothing is timed.
+WORTH_BYTES = 0.75
 # Ranks looked at beside 1, 2 and 4, at most: each costs three fits and three attentions.
-N_RANKS = 16
+N_RANKS = 8
+# Queries that errors are taken over, at most: all of 2048 took three times as long, for the same verdicts.
+N_QUERIES = 512
+# Layers looked at unless all are asked for: SmolLM2's 30 at 2048 tokens would take minutes.
+N_LAYERS = 5
 
 Needed = list[int | None]
 
@@ -60,7 +76,7 @@ class LayerReport(NamedTuple):
 
 
 def ranks_of(layer: Layer) -> list[int]:
-    """1, 2, 4, multiples of a sixteenth of the largest rank, and the largest."""
+    """1, 2, 4, multiples of an eighth of the largest rank, and the largest."""
     limit = max(_limits(layer))
     step = -(-limit // N_RANKS)
     return sorted({rank for rank in (1, 2, 4) if rank < limit} | {limit, *range(step, limit, step)})
@@ -72,9 +88,16 @@ def count_steps(layers: list[Layer]) -> int:
     return sum(n_spectra + len(METHODS) * len(ranks_of(layer)) + N_ROUNDS for layer in layers)
 
 
-def measure_all(layers: list[Layer], advance: Callable[[], object]) -> list[LayerReport]:
-    """Measure every layer; ValueError where the numbers of one are too large or too small to be attended to."""
-    reports = []
+def sample_of(layers: list[Layer]) -> list[Layer]:
+    """Return `N_LAYERS` of the layers, evenly spaced, the first and the last among them."""
+    if len(layers) <= N_LAYERS:
+        return layers
+    last = len(layers) - 1
+    return [layers[round(i * last / (N_LAYERS - 1))] for i in range(N_LAYERS)]
+
+
+def measure_all(layers: list[Layer], advance: Callable[[], object]) -> Iterator[LayerReport]:
+    """Measure one layer after the other; ValueError where numbers are too large or too small to be attended to."""
     for layer in layers:
         try:
             with np.errstate(all="ignore"):
@@ -86,8 +109,7 @@ def measure_all(layers: list[Layer], advance: Callable[[], object]) -> list[Laye
             raise ValueError(
                 f"layer {layer.name} must hold numbers whose products {layer.k.dtype} can hold, and does not"
             )
-        reports.append(report)
-    return reports
+        yield report
 
 
 def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:
@@ -114,7 +136,9 @@ def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:
     }
     # Where two are equal, the one whose error is smaller: "output" is fitted to just that.
     best = min(reversed(METHODS), key=lambda method: kv_bytes[method][0.05])
-    exact_seconds, timings = _timings(layer, best, needed[best], advance)
+    exact_bytes = _exact_bytes(layer) * math.prod(layer.k.shape[:-2])
+    is_worth = kv_bytes[best][0.05] <= WORTH_BYTES * exact_bytes
+    exact_seconds, timings = _timings(layer, best, needed[best] if is_worth else {}, advance)
     return LayerReport(
         layer,
         _labels(layer.q.shape[:-2]),
@@ -124,7 +148,7 @@ def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:
         ranks,
         errors,
         needed,
-        _exact_bytes(layer) * math.prod(layer.k.shape[:-2]),
+        exact_bytes,
         kv_bytes,
         best,
         exact_seconds,
@@ -135,21 +159,37 @@ def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:
 def _errors(layer: Layer, advance: Callable[[], object]) -> dict[str, NDArray[np.float64]]:
     """Relative error of each head by method, (ranks, query heads)."""
     q, k, v, options = layer.q, layer.k, layer.v, _options(layer)
-    exact = np.asarray(slra.attention(q, k, v, **options), dtype=np.float64)
+    asked, seen = _sampled_queries(layer)
+    exact = np.asarray(slra.attention(asked, k, v, **seen), dtype=np.float64)
     errors = {}
     for method in METHODS:
         found = []
         for rank in ranks_of(layer):
-            pair = _pair(rank, layer)
-            out = np.asarray(slra.low_rank_attention(q, k, v, pair, method=method, **options))
+            basis = slra.fit_attention(q, k, v, _pair(rank, layer), method=method, **options)
+            out = np.asarray(basis.attend(asked, k, v, **seen))
             found.append(relative_errors(out, exact).ravel())
             advance()
         errors[method] = np.stack(found)
     return errors
 
 
+def _sampled_queries(layer: Layer) -> tuple[NDArray[Any], dict[str, Any]]:
+    """Return `N_QUERIES` of the queries, or all, and options under which each sees the keys that it saw."""
+    n, n_keys = layer.q.shape[-2], layer.k.shape[-2]
+    if n <= N_QUERIES:
+        return layer.q, _options(layer)
+    rows = np.sort(np.random.default_rng(0).permutation(n)[:N_QUERIES])
+    mask = layer.options.get("mask")
+    if mask is not None:
+        mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+    elif layer.options.get("is_causal"):
+        mask = np.arange(n_keys) <= rows[:, None] + n_keys - n
+    return layer.q[..., rows, :], {**_options(layer), "is_causal": False, "mask": mask}
+
+
 def _options(layer: Layer) -> dict[str, Any]:
-    return {**layer.options, "enable_gqa": True}
+    # Fewer queries than keys are the last of a text, as in a cache.
+    return {"causal_align": "bottom_right", **layer.options, "enable_gqa": True}
 
 
 def effective_rank(sigma: NDArray[Any]) -> NDArray[np.float64]:

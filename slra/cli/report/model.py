@@ -1,6 +1,7 @@
 """Queries, keys and values as they enter the attention of a Hugging Face model, on a text of the user's.
 
-The model is a folder on this machine with weights in safetensors: nothing is downloaded, unpickled or executed from it.
+The model is a folder on this machine with weights in safetensors, or a GGUF file (which transformers needs gguf and
+accelerate to read): nothing is downloaded, unpickled or executed from it.
 """
 
 import os
@@ -35,7 +36,7 @@ def read_model(
     Parameters
     ----------
     folder : Path
-        With ``config.json``, a tokenizer, and ``model.safetensors`` or its parts with their index.
+        With ``config.json``, a tokenizer, and ``model.safetensors`` or its parts with their index; or a GGUF file.
     text : str
         Cut to ``max_tokens``, or to as many as the model takes if these are fewer.
     max_tokens : int
@@ -48,7 +49,7 @@ def read_model(
         If packages are missing, the folder is no such model, it does not load whole, or its attention is of a kind
         that cannot be recorded.
     """
-    _check_folder(folder)
+    _check_model(folder)
     _import(folder)
     with _quiet():
         tokenizer, model = _load(folder)
@@ -59,13 +60,15 @@ def read_model(
     return ModelInputs(layers, ids.shape[1], n_tokens_of_text)
 
 
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"a model directory must hold config.json, {folder} does not")
+def _check_model(path: Path) -> None:
+    if path.is_file():
+        return
+    if not (path / "config.json").is_file():
+        raise ValueError(f"a model directory must hold config.json, {path} does not")
     weights = ("model.safetensors", "model.safetensors.index.json")
-    if not any((folder / name).is_file() for name in weights):
+    if not any((path / name).is_file() for name in weights):
         raise ValueError(
-            f"a model directory must hold {' or '.join(weights)}, {folder} does not; pickled weights are not read"
+            f"a model directory must hold {' or '.join(weights)}, {path} does not; pickled weights are not read"
         )
 
 
@@ -107,36 +110,39 @@ def _clearly(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {lines[0] if lines else ''} ({type(error).__name__})") from error
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def _load(path: Path) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     from slra.integrations.transformers import register
 
-    local = {"local_files_only": True, "trust_remote_code": False}
-    with _clearly(f"the configuration of {folder} cannot be loaded"):
+    folder = path
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if path.is_file():
+        folder, local["gguf_file"] = path.parent, path.name
+    with _clearly(f"the configuration of {path} cannot be loaded"):
         config = AutoConfig.from_pretrained(folder, **local)
     if config.is_encoder_decoder:
         raise ValueError(
-            f"a model must be an encoder or a decoder, {folder} ({config.model_type}) is both: a text says what "
+            f"a model must be an encoder or a decoder, {path} ({config.model_type}) is both: a text says what "
             "goes into one of them only"
         )
-    with _clearly(f"the tokenizer of {folder} cannot be loaded"):
+    with _clearly(f"the tokenizer of {path} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     register(_NAME)
-    with _clearly(f"{folder} ({config.model_type}) cannot be loaded so that attention is recorded"):
+    with _clearly(f"{path} ({config.model_type}) cannot be loaded so that attention is recorded"):
         model, info = AutoModel.from_pretrained(
             folder,
             config=config,
             dtype="auto",
-            use_safetensors=True,
             attn_implementation=_NAME,
             output_loading_info=True,
+            **({} if path.is_file() else {"use_safetensors": True}),
             **local,
         )
     # What follows the last layer may be new: no attention depends on it.
     if missing := sorted(x for x in info["missing_keys"] if not x.startswith("pooler")):
         raise ValueError(
-            f"the weights in {folder} must be whole, they lack {len(missing)} tensors, {missing[0]} among them"
+            f"the weights in {path} must be whole, they lack {len(missing)} tensors, {missing[0]} among them"
         )
     return tokenizer, model.eval()
 

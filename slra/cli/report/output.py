@@ -4,13 +4,14 @@ import json
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import slra
 from slra.cli.demo import METHODS
 from slra.cli.report.advice import TOLERANCE as ADVISED
-from slra.cli.report.advice import advise
+from slra.cli.report.advice import advise, verdict
 from slra.cli.report.arrays import Layer
 from slra.cli.report.measure import TOLERANCES, LayerReport
 
@@ -24,6 +25,7 @@ __all__ = [
     "methods_rows",
     "overview",
     "overview_rows",
+    "show",
     "tables",
     "to_json",
 ]
@@ -91,6 +93,21 @@ def attends(layer: Layer) -> str:
     if layer.options.get("mask") is not None:
         return "its own mask"
     return "causal" if layer.options.get("is_causal") else "every token sees all"
+
+
+def show(console: Console, title: str, reports: list[LayerReport], *, details: bool) -> None:
+    """Print the verdict, then a table: of all layers or, of a single one, of the methods."""
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    console.print(*verdict(reports), sep="\n", markup=False, highlight=False)
+    if details:
+        for report in reports:
+            console.print(*tables(report))
+            if len(reports) > 1:
+                console.print(*advise(report), sep="\n", markup=False, highlight=False)
+    elif len(reports) == 1:
+        console.print(tables(reports[0])[0])
+    if len(reports) > 1:
+        console.print(overview(reports))
 
 
 def overview(reports: list[LayerReport]) -> Table:

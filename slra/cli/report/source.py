@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from slra.attn._inputs import check_scale
+from slra.attn.problem import check_scale
 from slra.cli.report.arrays import Layer, read_layers
 from slra.cli.report.model import read_model
 
@@ -13,6 +13,8 @@ __all__ = ["MAX_TOKENS", "Source", "read_source"]
 
 # Of a text: the mask that is kept of each layer takes the square of it in bytes.
 MAX_TOKENS = 2048
+# The fewest tokens of a text that anything is advised on.
+MIN_TOKENS = 32
 
 
 class Source(NamedTuple):
@@ -32,7 +34,7 @@ def read_source(
     scale: float | None,
     advance: Callable[[int | None], object],
 ) -> Source:
-    """Read files, or run the model that the only path is the folder of.
+    """Read files, or run the model that the only path is the folder or the GGUF file of.
 
     Raises
     ------
@@ -41,7 +43,7 @@ def read_source(
     ValueError
         If options do not go together, or what is read is wrong; see `read_layers` and `read_model`.
     """
-    if len(paths) == 1 and paths[0].is_dir():
+    if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix == ".gguf"):
         if text is None:
             raise ValueError(f"a model needs a text: give --text FILE with {paths[0]}")
         if causal or scale is not None:
@@ -63,6 +65,12 @@ def _of_model(
     folder: Path, text: Path, max_tokens: int, advance: Callable[[int | None], object]
 ) -> Source:
     found = read_model(folder, _read_text(text), max_tokens, advance)
+    needed = max(MIN_TOKENS, 2 * max(layer.k.shape[-1] for layer in found.layers))
+    if found.n_tokens < needed:
+        raise ValueError(
+            f"--text must have at least {needed} tokens that the model takes, twice the width of a head: "
+            f"{found.n_tokens} are no basis for advice, as so few keys have low rank whatever the model"
+        )
     which = f"{found.n_tokens} tokens"
     if found.n_tokens < found.n_tokens_of_text:
         limit = "--max-tokens" if found.n_tokens == max_tokens else "all that the model takes"

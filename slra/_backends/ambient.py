@@ -1,0 +1,81 @@
+"""Contexts that a caller may be in, and that must not change what a function computes or whether it raises.
+
+Needs: nothing. Libraries are recognised once the caller has imported them, never imported here.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+__all__ = ["isolated", "with_callers_errors"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Kinds of device that torch.autocast knows apart, each with a switch of its own.
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+# What NumPy did about floating-point errors where the outermost call came from; None outside of all.
+_callers_errors: ContextVar[Any] = ContextVar("callers_errors", default=None)
+
+
+def isolated(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a public function outside the caller's contexts: every one of them is decorated with this.
+
+    Within it ``torch.autocast`` and ``jax.debug_nans`` are off, and NumPy neither warns nor raises on underflow and
+    overflow, which are harmless here: what matters is looked at. Threads and the caller see no change.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        torch: Any = sys.modules.get("torch")
+        if torch is not None and torch.compiler.is_compiling():
+            # torch.compile follows neither NumPy's way nor an ExitStack.
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return function(*args, **kwargs)
+        with _outside(torch):
+            return function(*args, **kwargs)
+
+    call.is_isolated = True  # type: ignore[attr-defined]
+    return call
+
+
+@contextlib.contextmanager
+def _outside(torch: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        before = np.geterr() if _callers_errors.get() is None else None
+        if before is not None:
+            token = _callers_errors.set(before)
+            stack.callback(_callers_errors.reset, token)
+        stack.enter_context(np.errstate(all="ignore"))
+        if torch is not None:
+            for device in _AUTOCAST_DEVICES:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+        jax: Any = sys.modules.get("jax")
+        if jax is not None and getattr(jax.config, "jax_debug_nans", False):
+            # NaN marks, among others, a Cholesky factor that does not exist.
+            stack.enter_context(jax.debug_nans(False))
+        yield
+
+
+def with_callers_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function of the caller's treat floating-point errors as outside: those are not ours to hide."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        return function
+    errors = _callers_errors.get()
+    if errors is None:
+        return function
+
+    @wraps(function, assigned=("__doc__",))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(**errors):
+            return function(*args, **kwargs)
+
+    return call

@@ -1,0 +1,275 @@
+"""What every attention function takes, checked once and laid out in one way.
+
+All functions below the public ones take an `AttentionProblem`, in which heads are grouped by the key head that they
+share, q (..., Hkv, G, Nq, D): whether the caller's arrays had a head axis, or shared heads, matters no more until
+the way back.
+"""
+
+import math
+import numbers
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slra._backends import Backend
+from slra._backends.standard import ScoreOptions
+from slra._backends.standard.attention import scores_batch_shape, sum_to
+from slra._typing import Array, CausalAlign, DType, Namespace
+from slra._validate import (
+    check_choice,
+    check_finite,
+    check_flag,
+    check_mask,
+    check_matrix,
+    check_positive,
+    promote,
+    resolve,
+    shown,
+)
+
+__all__ = [
+    "AttentionProblem",
+    "Three",
+    "check_scale",
+    "group_heads",
+    "make_problem",
+    "ungroup_heads",
+]
+
+Three = tuple[Array, Array, Array]
+ALIGNMENTS = ("bottom_right", "top_left")
+
+
+class AttentionProblem(NamedTuple):
+    """Queries, keys and values to attend with, in the dtype to compute in, and how to answer.
+
+    What changes scores and is a plain value goes into ``options``; what is an array, such as the mask, is a field.
+    """
+
+    q: Array  # (..., Hkv, G, Nq, D): the G query heads that share a key head lie together
+    k: Array  # (..., Hkv, 1, Nk, D)
+    v: Array  # (..., Hkv, 1, Nk, Dv)
+    mask: Array | None  # 2 or more axes, broadcastable to (..., Hkv, G, Nq, Nk)
+    options: ScoreOptions
+    backend: Backend
+    dtype: DType  # to answer in: the common one of the caller's arrays
+    with_heads: tuple[bool, bool, bool]  # which of the caller's q, k and v had a head axis
+
+    @property
+    def xp(self) -> Namespace:
+        """Namespace of the arrays."""
+        return self.backend.xp
+
+    @property
+    def n_shared(self) -> int:
+        """Number of query heads that share a key head."""
+        return int(self.q.shape[-3])
+
+    @property
+    def may_leave_query_without_keys(self) -> bool:
+        """Whether the mask or causality may hide all keys from a query."""
+        n_queries, n_keys = self.q.shape[-2], self.k.shape[-2]
+        is_before_keys = self.options.is_causal and self.options.diagonal(n_queries, n_keys) < 0
+        return self.mask is not None or is_before_keys
+
+    def broadcast(self) -> "AttentionProblem":
+        """Give q, k and v all the leading axes of the result but G, which fits sum over."""
+        xp = self.xp
+        lead = np.broadcast_shapes(*(x.shape[:-3] for x in (self.q, self.k, self.v)))
+        q, k, v = (xp.broadcast_to(x, (*lead, *x.shape[-3:])) for x in (self.q, self.k, self.v))
+        return self._replace(q=q, k=k, v=v)
+
+    def constant(self) -> "AttentionProblem":
+        """Cut gradients off."""
+        named = {name: getattr(self, name) for name in ("q", "k", "v", "mask")}
+        stop = self.backend.stop_gradient
+        return self._replace(**{name: stop(x) for name, x in named.items() if x is not None})
+
+    def with_head_axis(self) -> "AttentionProblem":
+        """Answer with a head axis, whether or not the caller's arrays had one."""
+        return self._replace(with_heads=(True, True, True))
+
+    def check_finite(self) -> None:
+        """Raise ValueError where an array that is concrete holds NaN or infinity."""
+        for name in ("q", "k", "v"):
+            check_finite(self.backend, getattr(self, name), name)
+
+    # The way in and out for what belongs to the output
+
+    def lse_shape(self) -> tuple[int, ...]:
+        """Shape of the log-sum-exp as the caller sees it, (..., Hq, Nq)."""
+        n_queries = self.q.shape[-2]
+        if not any(self.with_heads):
+            return (n_queries,)
+        *batch, n_heads, n_shared = scores_batch_shape(self.q, self.k, self.v, self.mask)
+        return (*batch, n_heads * n_shared, n_queries)
+
+    def lay_out(self, out: Array) -> Array:
+        """Lay (..., Hq, Nq, Dv) out by key head."""
+        return group_heads(out, self.n_shared, self.xp)
+
+    def lay_out_rows(self, lse: Array) -> Array:
+        """Lay (..., Hq, Nq) out by key head."""
+        return group_heads(lse, self.n_shared, self.xp, n_trailing=1)
+
+    def answer(self, out: Array) -> Array:
+        """Return the output as the caller's arrays are laid out, (..., Hq, Nq, Dv), in their dtype."""
+        return self._cast(ungroup_heads(out, any(self.with_heads), self.xp))
+
+    def answer_lse(self, lse: Array) -> Array:
+        """Return the log-sum-exp as the caller's arrays are laid out, (..., Hq, Nq)."""
+        return ungroup_heads(lse, any(self.with_heads), self.xp, n_trailing=1)
+
+    def answer_inputs(self, arrays: Three) -> Three:
+        """Return what belongs to q, k and v as the caller's are laid out, in their dtype."""
+        q, k, v = (
+            self._cast(ungroup_heads(x, has_heads, self.xp))
+            for x, has_heads in zip(arrays, self.with_heads, strict=True)
+        )
+        return q, k, v
+
+    def sum_to_inputs(self, grads: Three) -> Three:
+        """Sum gradients over the axes along which q, k and v were broadcast."""
+        arrays = (self.q, self.k, self.v)
+        dq, dk, dv = (sum_to(dx, x.shape, self.xp) for dx, x in zip(grads, arrays, strict=True))
+        return dq, dk, dv
+
+    def _cast(self, x: Array) -> Array:
+        if x.dtype == self.dtype:
+            return x
+        with self.backend.ignore_overflow():
+            return self.xp.astype(x, self.dtype)
+
+
+def group_heads(x: Array, n_shared: int, xp: Namespace, *, n_trailing: int = 2) -> Array:
+    """Lay (..., H * n_shared, M, N) out as (..., H, n_shared, M, N); without a head axis H is 1."""
+    if x.ndim == n_trailing:
+        return x[None, None, ...]
+    axis = x.ndim - n_trailing - 1
+    if n_shared == 1:
+        return xp.expand_dims(x, axis=axis + 1)
+    shape = x.shape
+    return xp.reshape(x, (*shape[:axis], shape[axis] // n_shared, n_shared, *shape[axis + 1 :]))
+
+
+def ungroup_heads(x: Array, has_heads: bool, xp: Namespace, *, n_trailing: int = 2) -> Array:
+    """Undo `group_heads`."""
+    if not has_heads and x.ndim == n_trailing + 2 and x.shape[0] == 1:
+        return x[0, 0, ...]
+    axis, shape = x.ndim - n_trailing - 1, x.shape
+    if shape[axis] == 1:
+        return xp.squeeze(x, axis=axis)
+    return xp.reshape(x, (*shape[: axis - 1], shape[axis - 1] * shape[axis], *shape[axis + 1 :]))
+
+
+def make_problem(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    mask: Array | None = None,
+    is_causal: bool = False,
+    causal_align: CausalAlign | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    softcap: float | None = None,
+) -> AttentionProblem:
+    """Check what all attention functions share, and lay it out; raise on the first argument that is wrong."""
+    backend = resolve(q=q, k=k, v=v, optional={"mask": mask})
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_matrix(x, name)
+    _check_lengths(q, k, v)
+    batch = _check_batch(q, k, v, enable_gqa=enable_gqa)
+    if mask is not None:
+        scores = (*batch, q.shape[-2], k.shape[-2])
+        check_mask(backend, mask, scores, "(..., Hq, Nq, Nk)")
+    promoted = promote(backend, allow_complex=False, q=q, k=k, v=v)
+    work_q, work_k, work_v = promoted.arrays
+    limits = backend.xp.finfo(work_q.dtype)
+    is_causal = check_flag(is_causal, "is_causal")
+    options = ScoreOptions(
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else check_scale(scale, limits),
+        is_causal=is_causal,
+        causal_align=_check_alignment(causal_align, q.shape[-2], k.shape[-2], is_causal),
+        softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
+    )
+    n_shared = q.shape[-3] // k.shape[-3] if enable_gqa else 1
+    if mask is not None and mask.ndim > 2:
+        mask = group_heads(mask, 1 if mask.shape[-3] == 1 else n_shared, backend.xp)
+    return AttentionProblem(
+        group_heads(work_q, n_shared, backend.xp),
+        group_heads(work_k, 1, backend.xp),
+        group_heads(work_v, 1, backend.xp),
+        mask,
+        options,
+        backend,
+        work_q.dtype if promoted.narrow is None else promoted.narrow,
+        (q.ndim > 2, k.ndim > 2, v.ndim > 2),
+    )
+
+
+def check_scale(scale: Any, limits: Any = None) -> float:
+    """Return a finite number, of either sign, as a float."""
+    negative = isinstance(scale, numbers.Real) and scale < 0
+    size = check_positive(-scale if negative else scale, "scale", allow_zero=True, limits=limits)
+    return -size if negative else size
+
+
+def _check_alignment(align: Any, n_queries: int, n_keys: int, is_causal: bool) -> CausalAlign:
+    """Return where the causal diagonal lies; it has to be said where lengths differ."""
+    if align is None:
+        if is_causal and n_queries != n_keys:
+            # Libraries disagree: torch and JAX mean "top_left", FlashAttention "bottom_right".
+            raise ValueError(
+                'causal_align must be "bottom_right" (the last query meets the last key) or "top_left" (the first '
+                "the first), or the position of the first query, where attention is causal and lengths differ, "
+                f"got None for {n_queries} queries and {n_keys} keys"
+            )
+        return "top_left"
+    if isinstance(align, (int, np.integer)) and not isinstance(align, bool):
+        # As far as a position in 32 bits counts.
+        if abs(int(align)) >= 2**31:
+            raise ValueError(f"causal_align must be a position below 2**31, got {shown(align)}")
+        return int(align)
+    check_choice(align, ALIGNMENTS, "causal_align")
+    choice: CausalAlign = align
+    return choice
+
+
+def _check_lengths(q: Array, k: Array, v: Array) -> None:
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"q and k must have the same last axis, got shapes {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if k.shape[-2] != v.shape[-2]:
+        raise ValueError(
+            f"k and v must have the same length (second last axis), "
+            f"got shapes {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+
+
+def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> tuple[int, ...]:
+    """Return the leading axes of the result.
+
+    Leading axes broadcast; with ``enable_gqa`` the heads of q are a multiple of those of k and v.
+    """
+    heads: tuple[int, ...] = ()
+    shapes = [tuple(x.shape[:-2]) for x in (q, k, v)]
+    if check_flag(enable_gqa, "enable_gqa"):
+        if min(map(len, shapes)) < 1:
+            raise ValueError("q, k and v must have a head axis, (..., H, N, D), with enable_gqa")
+        heads_q, heads_k, heads_v = (shape[-1] for shape in shapes)
+        if heads_k != heads_v or heads_q % heads_k:
+            raise ValueError(
+                f"the heads of q must be a multiple of those of k and v with enable_gqa, "
+                f"got {heads_q}, {heads_k} and {heads_v}"
+            )
+        heads = (heads_q,)
+        shapes = [shape[:-1] for shape in shapes]
+    try:
+        return np.broadcast_shapes(*shapes) + heads
+    except ValueError:
+        raise ValueError(
+            f"the leading axes of q, k and v must broadcast, got shapes "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        ) from None

@@ -1,0 +1,11 @@
+"""What others do instead, each from its paper: to be compared with, not recommended.
+
+Each takes what `slra.attention` takes, as far as its paper defines it, and a size of its own.
+"""
+
+from slra.baselines._favor import favor
+from slra.baselines._linformer import linformer
+from slra.baselines._nystrom import nystrom
+from slra.baselines._topk import topk
+
+__all__ = ["favor", "linformer", "nystrom", "topk"]

@@ -1,0 +1,307 @@
+"""What a cache is made with, and the arguments of `KVCache.append` and `KVCache.attend`: checked, and laid out."""
+
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+from slra._backends import Backend
+from slra._backends.standard import ScoreOptions
+from slra._typing import Array, DType
+from slra._validate import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_mask,
+    check_positive,
+    promote,
+    resolve,
+    shown,
+)
+from slra.attn.basis import AttentionBasis, check_parts
+from slra.attn.fit import METHODS
+from slra.attn.problem import check_scale
+from slra.cache._contents import Contents
+from slra.cache._layout import Layout, on_host
+from slra.cache._queries import Queries
+
+__all__ = [
+    "check_lengths",
+    "check_options",
+    "check_queries",
+    "check_room",
+    "check_selection",
+    "check_tokens",
+]
+
+# Of tokens, or of sequences: what a position in 32 bits can count.
+MOST = 2**31 - 1
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def check_options(
+    basis: AttentionBasis,
+    *,
+    batch: Any,
+    dtype: Any,
+    scale: Any,
+    softcap: Any,
+    rotary: Any,
+    drift_bound: Any,
+    method: Any,
+    window: Any,
+    n_sink: Any,
+    n_sparse: Any,
+    capacity: Any,
+) -> Layout:
+    """Check what a cache is made with; raise on the first that is wrong."""
+    check_parts(basis)
+    backend = resolve(basis=basis.wk)
+    if not backend.is_functional and not backend.is_eager(basis.wk):
+        raise TypeError(
+            "basis must hold arrays in memory, which a cache writes to; compute lazy ones first"
+        )
+    if basis.wk.ndim < 3:
+        raise ValueError(
+            f"basis must have a head axis, got wk of shape {tuple(basis.wk.shape)}; fit it to (H, n, d)"
+        )
+    own, limits = tuple(basis.wk.shape[:-3]), backend.xp.finfo(basis.wk.dtype)
+    n_heads, width, rank_qk = basis.wk.shape[-3:]
+    width_v, rank_v = basis.wv.shape[-2:]
+    layout = Layout(
+        xp=backend.xp,
+        batch=_check_batch(batch, own),
+        n_heads=n_heads,
+        n_shared=basis.wq.shape[-3] // n_heads,
+        width=width,
+        width_v=width_v,
+        rank=(rank_qk, rank_v),
+        pool_batch=not own,
+        window=check_count(window, "window", most=MOST),
+        n_sink=check_count(n_sink, "n_sink", most=MOST),
+        n_sparse=_check_n_sparse(n_sparse, min(width, width_v)),
+        capacity=None if capacity is None else check_count(capacity, "capacity", most=MOST),
+        dtype=None if dtype is None else _check_dtype(dtype, backend),
+        score_options=ScoreOptions(
+            scale=width**-0.5 if scale is None else check_scale(scale, limits),
+            softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
+        ),
+        rotary=None if rotary is None else _check_rotary(rotary, width),
+        drift_bound=None if drift_bound is None else check_positive(drift_bound, "drift_bound"),
+        method=method,
+    )
+    check_choice(method, tuple(METHODS), "method")
+    _check_together(layout)
+    return layout
+
+
+def _check_together(layout: Layout) -> None:
+    """Raise where options that are right by themselves do not go together."""
+    if layout.capacity is not None and layout.capacity <= layout.n_sink:
+        raise ValueError(
+            f"capacity must be greater than n_sink, {layout.n_sink}, got {layout.capacity}"
+        )
+    if layout.drift_bound is None:
+        return
+    if layout.window < max(layout.rank):
+        raise ValueError(
+            f"window must be at least {max(layout.rank)}, the rank, with drift_bound, which fits to the window; "
+            f"got {layout.window}"
+        )
+    if layout.capacity is not None:
+        raise ValueError(
+            f"drift_bound must be None with a capacity, as a new basis takes more room, got {layout.drift_bound}"
+        )
+
+
+def _check_batch(batch: Any, own: tuple[int, ...]) -> tuple[int, ...]:
+    if batch is None:
+        return own
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(f"batch must be a tuple of ints, got {type(batch).__name__}")
+    shape = tuple(check_count(n, "batch", most=MOST) for n in batch)
+    if 0 in shape or (own and shape != own):
+        right = f"{own}, that of the basis" if own else "without zeros"
+        raise ValueError(f"batch must be {right}, got {shape}")
+    return shape
+
+
+def _check_n_sparse(n_sparse: Any, limit: int) -> int:
+    count = check_count(n_sparse, "n_sparse")
+    if count > limit:
+        raise ValueError(f"n_sparse must be at most {limit}, min of D and Dv, got {count}")
+    return count
+
+
+def _check_dtype(dtype: Any, backend: Backend) -> str:
+    """Return the name of a dtype: of one of the library, of one of NumPy, or as it is."""
+    name = dtype
+    if isinstance(dtype, (np.dtype, type)):
+        name = np.dtype(dtype).name
+    elif isinstance(dtype, type(backend.xp.float32)):
+        own = [name for name in DTYPES if hasattr(backend.xp, name)]
+        name = next((name for name in own if getattr(backend.xp, name) == dtype), None)
+    if not isinstance(name, str) or name not in DTYPES:
+        known = ", ".join(map(repr, DTYPES))
+        raise ValueError(
+            f"dtype must be one of {known}, by name or as a dtype of the library of the basis, got {shown(dtype)}"
+        )
+    if not hasattr(backend.xp, name):
+        raise ValueError(f"dtype must be one that the library of the basis has, got {dtype!r}")
+    return str(name)
+
+
+def _check_rotary(rotary: Any, width: int) -> tuple[float, ...]:
+    """Return the frequencies as floats."""
+    if compat.is_array_api_obj(rotary) and not isinstance(rotary, np.generic):
+        rotary = resolve(rotary=rotary).to_numpy(rotary)
+    try:
+        given = np.asarray(rotary)
+    except (TypeError, ValueError):  # ragged lists
+        given = np.asarray(None)
+    if given.dtype.kind not in "fiu":
+        raise TypeError(f"rotary must be real numbers, got {type(rotary).__name__}")
+    frequencies = given.astype(np.float64)
+    if frequencies.ndim != 1 or not 1 <= frequencies.size <= width // 2:
+        raise ValueError(
+            f"rotary must be 1 to {width // 2} frequencies, half of D, got shape {frequencies.shape}"
+        )
+    if not np.all(np.isfinite(frequencies)):
+        raise ValueError("rotary must be finite, got NaN or infinity")
+    return tuple(frequencies.tolist())
+
+
+def check_tokens(
+    k: Array, v: Array, q: Array | None, contents: Contents
+) -> tuple[Array, Array, Array | None, DType]:
+    """Return k, v and, where needed, q, (B, H, m, .) in the dtype to compute in, and the dtype that k and v have."""
+    layout = contents.layout
+    if layout.capacity is None and not on_host(contents.lengths):
+        raise ValueError(
+            "capacity must be given to append under a transformation: shapes are static"
+        )
+    if layout.drift_bound is None:
+        q = None
+    elif q is None:
+        raise ValueError("q must be given with drift_bound: the basis is refitted to it")
+    resolve(basis=contents.like, k=k, v=v, optional={"q": q})
+    promote(layout.backend, allow_complex=False, k=k, v=v, q=q)
+    n_new = k.shape[-2] if k.ndim > 1 else 0
+    _check_shape(k, "k", layout, layout.n_heads, n_new, layout.width)
+    _check_shape(v, "v", layout, layout.n_heads, n_new, layout.width_v)
+    dtype = layout.xp.result_type(k, v)
+    if q is not None:
+        _check_shape(q, "q", layout, layout.n_query_heads, n_new, layout.width)
+        q = _prepared(q, contents)
+    return _prepared(k, contents), _prepared(v, contents), q, dtype
+
+
+def _check_shape(x: Array, name: str, layout: Layout, heads: int, n_rows: int, width: int) -> None:
+    expected = (*layout.batch, heads, n_rows, width)
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(x.shape)}")
+
+
+def _prepared(x: Array, contents: Contents) -> Array:
+    layout = contents.layout
+    x = layout.xp.astype(x, contents.like.dtype, copy=False)
+    return layout.batched(layout.backend.stop_gradient(x))
+
+
+def check_queries(
+    q: Array, mask: Array | None, lengths: Array | None, is_causal: Any, contents: Contents
+) -> Queries:
+    """Return queries (B, H * shared, M, D) in the dtype to compute in, and a mask by key heads, placed."""
+    layout = contents.layout
+    resolve(basis=contents.like, q=q, optional={"mask": mask})
+    promote(layout.backend, allow_complex=False, q=q)
+    is_causal = check_flag(is_causal, "is_causal")
+    n_rows = q.shape[-2] if q.ndim > 1 else 0
+    _check_shape(q, "q", layout, layout.n_query_heads, n_rows, layout.width)
+    if n_rows == 0:
+        raise ValueError(f"q must have no empty axis, got shape {tuple(q.shape)}")
+    if mask is not None:
+        mask = _check_mask(mask, (*q.shape[:-1], contents.n_tokens), layout)
+    counts = check_lengths(lengths, n_rows, contents)
+    work = layout.batched(layout.xp.astype(q, contents.like.dtype, copy=False))
+    queries = Queries.at_the_end(layout, work, contents.lengths, counts, is_causal=is_causal)
+    return queries._replace(mask=mask)
+
+
+def _check_mask(mask: Array, scores: tuple[int, ...], layout: Layout) -> Array:
+    xp = layout.xp
+    check_mask(layout.backend, mask, scores, "(..., Hq, m, n)")
+    heads, *core = ((1,) * max(0, 3 - mask.ndim) + tuple(mask.shape))[-3:]
+    lead = () if mask.ndim <= 3 else layout.batch
+    mask = xp.broadcast_to(mask, (*lead, heads, *core))
+    groups = (1, 1) if heads == 1 else (layout.n_heads, layout.n_shared)
+    return xp.reshape(mask, (layout.n_batch if lead else 1, *groups, *core))
+
+
+def check_lengths(lengths: Array | None, n_rows: int, contents: Contents) -> Array | None:
+    """Return how many rows of each sequence count, (B,), beside the lengths of the cache; None for all."""
+    layout = contents.layout
+    if lengths is None:
+        return None
+    if layout.drift_bound is not None:
+        raise ValueError("lengths must be None with drift_bound")
+    if not on_host(contents.lengths):
+        return _check_traced(lengths, n_rows, contents)
+    counts = _host_integers(lengths, "lengths")
+    if counts.shape != layout.batch or np.any(counts < 0) or np.any(counts > n_rows):
+        raise ValueError(
+            f"lengths must have shape {layout.batch} and be between 0 and {n_rows}, got {counts.tolist()}"
+        )
+    return counts.reshape(-1).astype(np.int64)
+
+
+def _check_traced(lengths: Array, n_rows: int, contents: Contents) -> Array:
+    """Clip traced values to what is possible."""
+    layout, xp = contents.layout, contents.layout.xp
+    counts = lengths if compat.is_array_api_obj(lengths) else np.asarray(lengths)
+    if isinstance(counts, np.ndarray):
+        counts = layout.backend.from_numpy(counts, contents.lengths, counts.dtype)
+    if not xp.isdtype(counts.dtype, "integral"):
+        raise TypeError(f"lengths must be integers, got {counts.dtype}")
+    if tuple(counts.shape) != layout.batch:
+        raise ValueError(f"lengths must have shape {layout.batch}, got {tuple(counts.shape)}")
+    return xp.clip(xp.astype(xp.reshape(counts, (-1,)), contents.lengths.dtype), 0, n_rows)
+
+
+def check_selection(indices: Any, layout: Layout) -> np.ndarray[Any, Any]:
+    """Return which elements of the batch are wanted."""
+    chosen = _host_integers(indices, "indices")
+    if len(layout.batch) != 1:
+        raise ValueError(
+            f"a cache must have one batch axis to select from, got batch {layout.batch}"
+        )
+    (n,) = layout.batch
+    if chosen.ndim != 1 or not chosen.size or np.any((chosen < 0) | (chosen >= n)):
+        raise ValueError(f"indices must be one or more from 0 to {n - 1}, got {chosen.tolist()}")
+    return chosen
+
+
+def _host_integers(x: Any, name: str) -> np.ndarray[Any, Any]:
+    is_foreign = compat.is_array_api_obj(x) and not isinstance(x, (np.ndarray, np.generic))
+    if is_foreign:
+        # Of the library of the cache, or of any other whose values can be looked at.
+        x = resolve(**{name: x}).to_numpy(x)
+    try:
+        values = np.asarray(x)
+    except (TypeError, ValueError):  # ragged lists
+        raise TypeError(f"{name} must be integers, got {type(x).__name__}") from None
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {values.dtype}")
+    return values
+
+
+def check_room(n_new: int, counts: Array | None, contents: Contents) -> None:
+    """Raise ValueError where the tokens would not fit, where that can be known."""
+    capacity = contents.layout.capacity
+    if capacity is None or not on_host(contents.lengths):
+        return
+    needed = int(np.max(contents.lengths + (n_new if counts is None else counts)))
+    if needed > capacity:
+        raise ValueError(
+            f"capacity must be at least {needed} to append these tokens, got {capacity}"
+        )

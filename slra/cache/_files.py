@@ -1,0 +1,211 @@
+"""Caches in files: safetensors, with options and a checksum in the metadata; nothing in a file is trusted."""
+
+import dataclasses
+import hashlib
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slra._backends import Backend
+from slra._typing import Array
+from slra.attn.basis import AttentionBasis
+from slra.attn.maps import Maps
+from slra.cache._checks import check_options
+from slra.cache._contents import Contents
+from slra.cache._layout import Layout, map_arrays, named_arrays, on_host, with_arrays
+from slra.cache._segment import FloatRows, maps_of
+
+__all__ = ["load_contents", "save_contents"]
+
+FORMAT = "slra.KVCache 2"
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            'saving and loading a KVCache needs safetensors: pip install "slra[safetensors]"'
+        ) from error
+    return safetensors
+
+
+def save_contents(path: str | PathLike[str], contents: Contents) -> None:
+    """Write what is in use to exactly this path."""
+    library, backend = _safetensors(), contents.layout.backend
+    named, in_bfloat16 = {}, []
+    for name, x in named_arrays(_without_room(contents)._replace(turns=None)).items():
+        if not on_host(x) and x.dtype == getattr(backend.xp, "bfloat16", None):
+            # NumPy has no such dtype; single precision holds all its values.
+            x = backend.xp.astype(x, backend.xp.float32)
+            in_bfloat16.append(name)
+        named[name] = np.asarray(x if on_host(x) else backend.to_numpy(x), order="C")
+    metadata = {
+        "format": FORMAT,
+        "layout": _described(contents.layout),
+        "n_segments": str(len(contents.segments)),
+        "bfloat16": json.dumps(in_bfloat16),
+    }
+    metadata["checksum"] = _checksum(named, metadata)
+    Path(path).write_bytes(library.numpy.save(named, metadata))
+
+
+def _without_room(contents: Contents) -> Contents:
+    """Cut off rows that no token has been written to."""
+    if not on_host(contents.lengths):
+        return contents
+    segments = []
+    for segment in contents.segments:
+        n_used = max(0, int(np.max(contents.lengths - segment.start)))
+        rows = segment.rows.first(min(n_used, segment.rows.n_rows))
+        segments.append(segment._replace(rows=rows))
+    return contents._replace(segments=tuple(segments))
+
+
+def _described(layout: Layout) -> str:
+    fields = {name: x for name, x in vars(layout).items() if name in Layout.__dataclass_fields__}
+    del fields["xp"]
+    return json.dumps(fields | {"score_options": layout.score_options._asdict()}, sort_keys=True)
+
+
+def _checksum(named: Arrays, metadata: dict[str, str]) -> str:
+    """SHA-256 of metadata, names, shapes, dtypes and content."""
+    metadata = {name: x for name, x in metadata.items() if name != "checksum"}
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name, x in sorted(named.items()):
+        digest.update(f"{name} {x.shape} {x.dtype}".encode())
+        digest.update(x.tobytes())
+    return digest.hexdigest()
+
+
+def load_contents(path: str | PathLike[str], like: Array, backend: Backend) -> Contents:
+    """Read them back; ValueError where the file is not what `save_contents` writes."""
+    content = Path(path).read_bytes()
+    library = _safetensors()
+    try:
+        named = library.numpy.load(content)
+        metadata = _metadata(content)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+        if metadata.get("checksum") != _checksum(named, metadata):
+            raise ValueError("its checksum is not that of its content")
+        in_bfloat16 = set(json.loads(metadata["bfloat16"]))
+        template = _template(named, int(metadata["n_segments"]), metadata["layout"])
+        _check_arrays(named, template)
+    except (library.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"path must be a file written by KVCache.save, got {path}: {error}"
+        ) from error
+    layout = dataclasses.replace(template.layout, xp=backend.xp)
+    if (in_bfloat16 or layout.dtype == "bfloat16") and not hasattr(backend.xp, "bfloat16"):
+        raise ValueError(
+            "like must be an array of a library that has bfloat16, as the cache is stored in"
+        )
+    for name, x in named.items():
+        if layout.is_static or not _is_position(name):
+            dtype = "bfloat16" if name in in_bfloat16 else x.dtype.name
+            named[name] = backend.from_numpy(x, like, getattr(backend.xp, dtype))
+    contents = with_arrays(template, named, layout)
+    segments = []
+    for segment in contents.segments:
+        # Keys lie in memory as the library likes them best.
+        held = segment.rows
+        n_rows = held.n_rows if layout.capacity is None else layout.capacity - layout.n_sink
+        rows = FloatRows.empty(layout, n_rows, segment.maps.wk, held.v.dtype).filled(held)
+        segments.append(segment._replace(rows=rows))
+    return contents._replace(segments=tuple(segments)).with_turns()
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Metadata of a safetensors file: in the JSON header, whose length comes first."""
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return {str(name): str(value) for name, value in metadata.items()}
+
+
+def _template(named: Arrays, n_segments: int, described: str) -> Contents:
+    """Make an empty cache of the options and maps in a file, by the checks that those of a new cache go through."""
+    given = json.loads(described)
+    bases = [_basis(named, i, given) for i in range(n_segments)]
+    names = ("batch", "window", "n_sink", "n_sparse", "rotary", "drift_bound", "method")
+    options = {name: given[name] for name in names} | given["score_options"]
+    options = {name: options[name] for name in (*names, "scale", "softcap")}
+    # NumPy, by which this is checked, has no bfloat16.
+    stored = "float32" if given["dtype"] == "bfloat16" else given["dtype"]
+    layouts = {
+        check_options(basis, **options, capacity=given["capacity"], dtype=stored) for basis in bases
+    }
+    layout = layouts.pop()
+    described_now = _described(dataclasses.replace(layout, dtype=given["dtype"]))
+    n_exact = layout.n_batch * layout.n_heads * layout.n_exact * layout.width
+    # Sizes first: settings that are not those of the arrays might ask for any amount of memory.
+    sizes = layout.n_batch - len(named["lengths"]), n_exact - named["exact.k"].size
+    if layouts or described_now != described or any(sizes):
+        raise ValueError(f"its settings are not those of its arrays: {described}")
+    layout = dataclasses.replace(layout, capacity=None)
+    error = None if "error" not in named else bases[0].error
+    if error is not None and named["error"].ndim == 1:
+        error = error[(0,) * (error.ndim - 1)]
+    template = Contents.empty(layout, maps_of(bases[0], layout), error)._replace(turns=None)
+    (segment,) = template.segments
+    segments = tuple(segment._replace(maps=maps_of(basis, layout)) for basis in bases)
+    layout = dataclasses.replace(layout, capacity=given["capacity"], dtype=given["dtype"])
+    template = template._replace(segments=segments)
+    return map_arrays(lambda x: x, template, layout=layout)
+
+
+def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
+    """Make the basis of a segment."""
+    maps = {name: named[f"segments.{i}.maps.{name}"] for name in Maps._fields[:-1]}
+    if any(0 in x.shape or x.dtype not in (np.float32, np.float64) for x in maps.values()):
+        raise ValueError(f"its maps of segment {i} are empty, or not in single or double precision")
+    own = () if given["pool_batch"] else tuple(given["batch"])
+    # By head, as a basis has them.
+    maps = {name: x.reshape(*own, -1, *x.shape[3:]) for name, x in maps.items()}
+    rank = (maps["wk"].shape[-1], maps["wv"].shape[-1])
+    error = np.broadcast_to(maps["wk"].dtype.type(0), maps["wq"].shape[:-2])
+    return AttentionBasis(**maps, ranks=(rank,) * maps["wk"].shape[-3], error=error)
+
+
+def _check_arrays(named: Arrays, template: Contents) -> None:
+    """Raise ValueError where an array is not what it is in an empty cache, but for the number of rows."""
+    layout, expected = template.layout, named_arrays(template)
+    if set(named) != set(expected):
+        raise ValueError(f"it lacks or has too many of its arrays: {set(named) ^ set(expected)}")
+    for name, right in expected.items():
+        x, shape, (held, _, field) = named[name], list(right.shape), name.rpartition(".")
+        at, is_row, _ = name.partition(".rows.")
+        if is_row:
+            shape[2] = named[f"{at}.rows.v"].shape[2]
+        elif name == "recent.q":
+            shape[2] = min(layout.window, x.shape[2])
+        # Keys and values beside each other have one dtype, no wider than the maps.
+        same = named[f"{held}.v"] if field == "k" else x
+        is_kind = x.dtype.kind == right.dtype.kind and x.dtype == same.dtype
+        if list(x.shape) != shape or not is_kind or x.dtype.itemsize > right.dtype.itemsize:
+            raise ValueError(
+                f"its {name} is {x.dtype} of shape {x.shape}, not {right.dtype} of {shape}"
+            )
+        if name.endswith("indices"):
+            width = layout.width if "sparse_k" in name else layout.width_v
+            if np.any((x < 0) | (x >= width)):
+                raise ValueError(f"its {name} are not between 0 and {width - 1}")
+    lengths, n_segments = named["lengths"], len(template.segments)
+    starts = [named[f"segments.{i}.start"] for i in range(n_segments)]
+    rooms = [named[f"segments.{i}.rows.v"].shape[2] for i in range(n_segments)]
+    if np.any(lengths < 0) or np.any(starts[0] != layout.n_sink):
+        raise ValueError("its lengths are negative, or its first segment is not after the sinks")
+    for start, end, room in zip(starts, [*starts[1:], lengths], rooms, strict=True):
+        if np.any(end - start > room):
+            raise ValueError("its segments hold fewer tokens than its lengths say")
+    if layout.capacity is not None and max(rooms) > layout.capacity - layout.n_sink:
+        raise ValueError("its segments hold more tokens than its capacity")
+
+
+def _is_position(name: str) -> bool:
+    """Whether an array counts tokens, which is done by NumPy unless shapes are static."""
+    return name.rpartition(".")[2] in ("lengths", "start", "since_check")

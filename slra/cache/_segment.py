@@ -1,0 +1,289 @@
+"""Tokens in r dimensions: how they are stored, read, and attended to."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from slra._typing import Array, DType
+from slra._validate import promote
+from slra.attn.basis import AttentionBasis
+from slra.attn.maps import Maps
+from slra.cache._layout import Layout, map_arrays, on_host
+from slra.cache._queries import Queries
+from slra.cache._rotary import rotate, turns_at
+
+__all__ = ["CHUNK_ROWS", "FloatRows", "Segment", "SparseEntries", "maps_of"]
+
+# Rows that are brought to the dtype and the dimensions they are computed in at once.
+CHUNK_ROWS = 4096
+# Buffers grow by this factor: at most so much is allocated in vain, and a row is copied five times at most, on average.
+GROWTH = 1.25
+LEAST_ROWS = 16
+
+
+class SparseEntries(NamedTuple):
+    """The largest entries of what the low rank leaves of each row, (B, H, n, s)."""
+
+    values: Array
+    indices: Array
+
+
+class FloatRows(NamedTuple):
+    """Storage of a segment: coordinates k' and v' of each token as floats, and corrections of what they stand for.
+
+    A segment knows no more of its storage than the methods: another way to store coordinates replaces this class.
+    """
+
+    layout: Layout
+    k: Array  # (B, H, n, r), and where the layout says so a column of ones, to be read as it is
+    v: Array  # (B, H, n, r_v)
+    sparse_k: SparseEntries | None
+    sparse_v: SparseEntries | None
+
+    @classmethod
+    def empty(cls, layout: Layout, n_rows: int, like: Array, dtype: DType) -> "FloatRows":
+        """Room for so many tokens."""
+        backend, (rank_qk, rank_v) = layout.backend, layout.rank
+        lead = (layout.n_batch, layout.n_heads, n_rows)
+        k = backend.key_buffer((*lead, rank_qk + layout.carries_shift), dtype, like)
+        v = layout.zeros((*lead, rank_v), like, dtype)
+        if not layout.n_sparse:
+            return cls(layout, k, v, None, None)
+        shape, sparse = (*lead, layout.n_sparse), []
+        for width in (layout.width, layout.width_v):
+            # The backend chooses the dtype of indices.
+            _, indices = backend.largest_in_rows(layout.zeros((1, width), like), 1)
+            values = layout.zeros(shape, like, dtype)
+            sparse.append(SparseEntries(values, layout.zeros(shape, like, indices.dtype)))
+        return cls(layout, k, v, *sparse)
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens that there is room for."""
+        return int(self.k.shape[-2])
+
+    @property
+    def dtype(self) -> DType:
+        """What floats are stored in."""
+        return self.k.dtype
+
+    def rounded(self, x: Array) -> Array:
+        """Coordinates as they will be read again."""
+        return self.layout.xp.astype(x, self.dtype)
+
+    def put(
+        self, k: Array, v: Array, rest: tuple[Array, Array] | None, places: Array
+    ) -> "FloatRows":
+        """Write coordinates (B, H, m, .) at places (B, m), and the largest entries of what they leave of each row."""
+        xp, backend = self.layout.xp, self.layout.backend
+        if self.layout.carries_shift:
+            k = xp.concat([k, xp.ones_like(k[..., :1])], axis=-1)
+        sparse: list[SparseEntries | None] = [None, None]
+        if rest is not None:
+            largest = [backend.largest_in_rows(x, self.layout.n_sparse) for x in rest]
+            sparse = [SparseEntries(self.rounded(values), at) for values, at in largest]
+        held = self if not on_host(places) else self.with_room(int(places.max()) + 1)
+        return held._written(FloatRows(self.layout, k, v, *sparse), places)
+
+    def coordinates(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        """Read k', with its column of ones, and v'."""
+        k, v = (
+            self.layout.xp.astype(x[:, :, rows, :], dtype, copy=False) for x in (self.k, self.v)
+        )
+        return k, v
+
+    def corrections(self, rows: slice, dtype: DType) -> tuple[Array, Array] | None:
+        """Read what is to be added to the keys (B, H, rows, D) and to the values that coordinates stand for."""
+        if self.sparse_k is None or self.sparse_v is None:
+            return None
+        widths, dense = (self.layout.width, self.layout.width_v), []
+        for (values, indices), width in zip((self.sparse_k, self.sparse_v), widths, strict=True):
+            values = self.layout.xp.astype(values[:, :, rows, :], dtype, copy=False)
+            at = indices[:, :, rows, :]
+            dense.append(self.layout.backend.scatter_rows(values, at, width))
+        return dense[0], dense[1]
+
+    def is_read_as_is(self, dtype: DType) -> bool:
+        """Whether reading makes no new array, however many rows."""
+        return bool(self.sparse_k is None and self.dtype == dtype)
+
+    def astype(self, dtype: DType) -> "FloatRows":
+        """Store floats in another dtype."""
+        xp = self.layout.xp
+        return map_arrays(
+            lambda x: x if xp.isdtype(x.dtype, "integral") else xp.astype(x, dtype, copy=False),
+            self,
+        )
+
+    def with_room(self, n_rows: int) -> "FloatRows":
+        """Make room for so many tokens, and for some more."""
+        held = self.n_rows
+        if n_rows <= held:
+            return self
+        n_rows = max(n_rows, math.ceil(held * GROWTH), LEAST_ROWS)
+        return self._like(n_rows).filled(self)
+
+    def first(self, n_rows: int) -> "FloatRows":
+        """See the first rows only."""
+        return map_arrays(lambda x: x[:, :, :n_rows, :], self)
+
+    def trimmed(self, n_rows: int) -> "FloatRows":
+        """Keep the first rows only, and give the room back."""
+        return self._like(n_rows).filled(self.first(n_rows))
+
+    def filled(self, rows: "FloatRows") -> "FloatRows":
+        """Write rows, no more than there is room for, to the beginning."""
+        places = np.broadcast_to(np.arange(rows.n_rows), (self.layout.n_batch, rows.n_rows))
+        return self._written(rows, places)
+
+    def _written(self, rows: "FloatRows", places: Array) -> "FloatRows":
+        put_rows = self.layout.backend.put_rows
+        return map_arrays(lambda x, new: put_rows(x, new, places), self, rows)
+
+    def _like(self, n_rows: int) -> "FloatRows":
+        return map_arrays(lambda x: self.layout.backend.rows_like(x, n_rows), self)
+
+
+def maps_of(basis: AttentionBasis, layout: Layout) -> Maps:
+    """Lay the maps of a basis out with one batch axis, of length one where all elements share them."""
+    xp, lead = layout.xp, 1 if layout.pool_batch else layout.n_batch
+    named = {name: getattr(basis, name) for name in Maps._fields[:-1]}
+    wq, *others = promote(layout.backend, allow_complex=False, **named).arrays
+    wq = xp.reshape(wq, (lead, layout.n_heads, layout.n_shared, *wq.shape[-2:]))
+    others = [xp.reshape(x, (lead, layout.n_heads, 1, *x.shape[-2:])) for x in others]
+    # Ranks are in the layout: here they would be traced.
+    wk, wv, uv, c, mu = others
+    return Maps(wq, wk, wv, uv, c, mu, ranks=())
+
+
+class Segment(NamedTuple):
+    """Tokens that were stored under one basis: row j of element b is token ``start[b] + j``."""
+
+    layout: Layout
+    maps: Maps
+    start: Array
+    rows: FloatRows
+
+    @classmethod
+    def empty(
+        cls, layout: Layout, maps: Maps, start: Array, n_rows: int, dtype: DType
+    ) -> "Segment":
+        """Room for ``n_rows`` tokens from ``start`` on."""
+        return cls(layout, maps, start, FloatRows.empty(layout, n_rows, maps.wk, dtype))
+
+    def put(self, k: Array, v: Array, places: Array) -> "Segment":
+        """Write tokens (B, H, m, .) at places (B, m), counted from the start; negative ones are left out."""
+        maps, rest = self._key_head_maps(), None
+        small_k = self.rows.rounded(k @ maps.wk - maps.c @ maps.wk)
+        small_v = self.rows.rounded(v @ maps.wv - maps.mu @ maps.wv)
+        if self.layout.n_sparse:
+            astype = self.layout.xp.astype
+            hat_k = self._decoded_keys(astype(small_k, k.dtype))
+            rest = (k - hat_k, v - (astype(small_v, v.dtype) @ maps.uv + maps.mu))
+        return self._replace(rows=self.rows.put(small_k, small_v, rest, places))
+
+    def read(self, rows: slice) -> tuple[Array, Array]:
+        """Keys and values (B, H, rows, .) that the segment stands for, as they were appended."""
+        dtype, maps = self.maps.wk.dtype, self._key_head_maps()
+        k, v = self.rows.coordinates(rows, dtype)
+        k, v = self._decoded_keys(k), v @ maps.uv + maps.mu
+        if corrections := self.rows.corrections(rows, dtype):
+            k, v = k + corrections[0], v + corrections[1]
+        return k, v
+
+    def _decoded_keys(self, small: Array) -> Array:
+        """Keys that coordinates stand for: what the query heads see of them, on average."""
+        xp = self.layout.xp
+        back = xp.matrix_transpose(xp.mean(self.maps.wq, axis=2))
+        return small[..., : self.layout.rank[0]] @ back + self.maps.c[:, :, 0, ...]
+
+    def _key_head_maps(self) -> Maps:
+        """Leave out the axis of the query heads that share a key head, but for their own map."""
+        return self.maps.each(lambda x: x[:, :, 0, ...])._replace(wq=self.maps.wq)
+
+    def attend(
+        self, queries: Queries, end: Array, turns: tuple[Array, Array] | None
+    ) -> list[tuple[Array, Array]]:
+        """Attention to the tokens before ``end``, and its log-sum-exp, chunk by chunk where rows must be made first."""
+        n_rows = self.rows.n_rows
+        if on_host(self.start):
+            n_rows = min(n_rows, int(np.max(end - self.start)))
+        is_whole = turns is None and self.rows.is_read_as_is(queries.q.dtype)
+        step = max(1, n_rows if is_whole else CHUNK_ROWS)
+        chunks = [slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step)]
+        return [self._attend(queries, end, rows, turns) for rows in chunks]
+
+    def _attend(
+        self, queries: Queries, end: Array, rows: slice, turns: tuple[Array, Array] | None
+    ) -> tuple[Array, Array]:
+        layout, maps, rank_v = self.layout, self._key_head_maps(), self.layout.rank[1]
+        mask, shift, dtype = None, None, queries.q.dtype
+        if not queries.see_all(self.start, end, rows):
+            positions = self.start[:, None] + layout.arange(rows.start, rows.stop, self.start)
+            mask = queries.mask_for(positions, self.start[:, None], end[:, None])
+        k, v = self.rows.coordinates(rows, dtype)
+        corrections = self.rows.corrections(rows, dtype)
+        if turns is None:
+            q, k, shift = self._features(queries, k, maps.c, corrections)
+        else:
+            q, k = self._rotated(queries, k, corrections, rows, turns)
+        if corrections is not None:
+            v = layout.xp.concat([v, corrections[1]], axis=-1)
+        out, lse = layout.attend(q, k, v, mask)
+        whole = out[..., :rank_v] @ maps.uv + maps.mu
+        if corrections is not None:
+            whole = whole + out[..., rank_v:]
+        if shift is not None:
+            lse = lse + layout.score_options.scale * shift[..., 0]
+        return layout.unstack_heads(whole), layout.unstack_heads(lse)
+
+    def _features(
+        self, queries: Queries, k: Array, c: Array, corrections: tuple[Array, Array] | None
+    ) -> tuple[Array, Array, Array | None]:
+        """Make queries and keys whose products are the scores under the maps, but for a shift of each query.
+
+        With sparse entries there are more features: q'k' + q s = (q', q) (k', s).
+        """
+        xp, stack = self.layout.xp, self.layout.stack_heads
+        wq, whole = self.maps.wq, stack(queries.q)
+        wq = xp.reshape(wq, (wq.shape[0], self.layout.n_query_heads, *wq.shape[-2:]))
+        q, shift = stack(queries.q @ wq), whole @ xp.matrix_transpose(c)
+        if self.layout.carries_shift:
+            q = xp.concat([q, shift], axis=-1)
+        if corrections is not None:
+            q, k = xp.concat([q, whole], axis=-1), xp.concat([k, corrections[0]], axis=-1)
+        return q, k, None if self.layout.carries_shift else shift
+
+    def _rotated(
+        self,
+        queries: Queries,
+        k: Array,
+        corrections: tuple[Array, Array] | None,
+        rows: slice,
+        turns: tuple[Array, Array],
+    ) -> tuple[Array, Array]:
+        """Make queries and keys in all dimensions, rotated.
+
+        Products depend on the distance of two positions only, so both are counted from the first of the rows: one table
+        serves all chunks and all elements of the batch, and angles stay small.
+        """
+        k = self._decoded_keys(k)
+        k = k if corrections is None else k + corrections[0]
+        cos, sin = (x[..., : rows.stop - rows.start, :] for x in turns)
+        since = queries.positions - self.start[:, None] - rows.start
+        q = rotate(queries.q, turns_at(since, queries.q, self.layout), self.layout)
+        return self.layout.stack_heads(q), rotate(k, (cos, sin), self.layout)
+
+    def drift(self, q: Array, k: Array, v: Array) -> float:
+        """Relative error that the maps make in the output of queries over keys and values; the largest of all heads."""
+        maps, layout, q = self._key_head_maps(), self.layout, self.layout.stack_heads(q)
+        exact, _ = layout.attend(q, k, v, None)
+        low_k = self._decoded_keys((k - maps.c) @ maps.wk)
+        out, _ = layout.attend(q, low_k, (v - maps.mu) @ maps.wv, None)
+        outs = (layout.unstack_heads(x) for x in (out @ maps.uv + maps.mu, exact))
+        return float(layout.xp.max(layout.relative_error(*outs)))
+
+    def trimmed(self, n_rows: int) -> "Segment":
+        """Give back what it will not need: it is complete."""
+        return self._replace(rows=self.rows.trimmed(n_rows))

@@ -1,0 +1,463 @@
+"""The public cache: keys and values appended token by token, attended to in r dimensions."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from slra._backends import Backend
+from slra._backends.ambient import isolated
+from slra._typing import RNG, Array, DType
+from slra._validate import check_flag, resolve
+from slra.attn.basis import AttentionBasis
+from slra.cache._checks import (
+    check_lengths,
+    check_options,
+    check_queries,
+    check_room,
+    check_selection,
+    check_tokens,
+)
+from slra.cache._contents import Contents
+from slra.cache._files import load_contents, save_contents
+from slra.cache._layout import named_arrays, on_host, register
+from slra.cache._prefix import fit_prefix
+from slra.cache._segment import maps_of
+from slra.decompose._sparse_low_rank_matrix import size_in_bytes
+
+__all__ = ["KVCache"]
+
+
+class KVCache:
+    r"""Keys and values of a decoder in the dimensions of an `AttentionBasis`, and attention on them.
+
+    Stored are :math:`k' = (k - c) W_k` and :math:`v' = (v - \mu) W_v`, r numbers a token instead of D. Exactly kept
+    are the first tokens and the last ones. `attend` answers for all of them in one softmax.
+
+    Parameters
+    ----------
+    basis : AttentionBasis
+        Fitted with heads, on calibration data (``pool_batch=True``) or on the beginning of the sequence, as
+        `from_prefix` does. Its library, device and dtype are those of the cache.
+    batch : tuple of int, optional
+        Leading axes before the heads. By default those of the basis, none where it was pooled.
+    window : int
+        How many of the last tokens are exact, in a ring.
+    n_sink : int
+        How many of the first tokens are exact for good.
+    n_sparse : int
+        How many entries of each key and each value are stored beside the low rank: the largest of what it leaves.
+    capacity : int, optional
+        Tokens to make room for; not with ``drift_bound``. Then memory does not grow, and more tokens are an error. On
+        JAX it makes the cache a pytree of static shapes, to be used under ``jax.jit``, where tokens beyond it make
+        every output NaN.
+    dtype : {"float16", "bfloat16", "float32", "float64"} or dtype, optional
+        What k', v' and sparse entries are stored in. By default the dtype of the keys and values that come, but no
+        wider than that of the basis, which is computed in; where shapes are static (JAX, ``capacity``) the latter.
+    scale, softcap : float, optional
+        As in `attention`. The default scale is ``1/sqrt(D)`` of the original D.
+    rotary : sequence of float, optional
+        Frequencies of a rotary position embedding, in radians a token: feature i is paired with feature i + F for
+        F frequencies, features from 2F on are left alone. Then `append` and `attend` take keys and queries that are
+        not rotated yet, and the cache rotates what it decodes.
+    drift_bound : float, optional
+        The relative error of the output, over the tokens of the window alone and for their own queries, beyond which
+        the basis is fitted anew, to the window. It is measured each time the window has been replaced, on the worst
+        head, and with ``rotary`` before the rotation. The new basis serves the tokens of the window and those to
+        come. By default the basis stays.
+    method : {"output", "scores", "svd"}
+        How a refit is done, see `fit_attention`.
+
+    Attributes
+    ----------
+    lengths : array of int, shape (...,)
+        Tokens of each sequence.
+    nbytes : int
+        Bytes of all arrays held: maps, buffers with the room they have left, exact tokens, indices.
+    nbytes_exact : int
+        Bytes that the keys and values of the tokens held would take as they came.
+    n_segments : int
+        Bases in use.
+    error : array, shape (..., Hq), or None
+        What `AttentionBasis` predicted, or `from_prefix` measured.
+
+    Raises
+    ------
+    TypeError
+        If ``basis`` is not an AttentionBasis of arrays in memory with heads, or an option is of a wrong type.
+    ValueError
+        If an option is out of range, or options do not go together.
+
+    Notes
+    -----
+    One decoding step over n tokens reads n (r + r_v) numbers a key head where exact attention reads n (D + Dv). Where
+    reading is the limit, as it is for one query, that is the gain in time too. ``dtype`` and ``n_sparse`` save bytes
+    but not time: half precision is widened, and sparse entries are computed with as D more features. So does
+    ``rotary``: all keys are decoded to D features at every step. Keys that were rotated before they were appended
+    cost r, but a basis of the same rank fits them less well.
+
+    Query heads that share a key head but not a basis (method "svd") see the sparse entries, and the decoded keys of
+    ``rotary`` and `decode`, through the mean of their maps.
+
+    Gradients do not flow into a cache.
+
+    References
+    ----------
+    The exact first tokens: G. Xiao et al., Efficient streaming language models with attention sinks, arXiv:2309.17453.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 50, 8))
+    >>> cache = slra.KVCache(slra.fit_attention(q, k, v, 4), window=16)
+    >>> cache = cache.append(k[:, :49], v[:, :49])
+    >>> cache = cache.append(k[:, 49:], v[:, 49:])
+    >>> cache.attend(q[:, 49:]).shape
+    (2, 1, 8)
+    >>> int(cache.lengths)
+    50
+    """
+
+    _contents: Contents
+
+    def __init__(
+        self,
+        basis: AttentionBasis,
+        *,
+        batch: tuple[int, ...] | None = None,
+        window: int = 0,
+        n_sink: int = 0,
+        n_sparse: int = 0,
+        capacity: int | None = None,
+        dtype: str | DType | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        rotary: Sequence[float] | Array | None = None,
+        drift_bound: float | None = None,
+        method: str = "output",
+    ) -> None:
+        layout = check_options(
+            basis,
+            batch=batch,
+            window=window,
+            n_sink=n_sink,
+            n_sparse=n_sparse,
+            capacity=capacity,
+            dtype=dtype,
+            scale=scale,
+            softcap=softcap,
+            rotary=rotary,
+            drift_bound=drift_bound,
+            method=method,
+        )
+        self._contents = Contents.empty(layout, maps_of(basis, layout), basis.error)
+        _register(layout.backend)
+
+    @classmethod
+    @isolated
+    def from_prefix(
+        cls,
+        q: Array,
+        k: Array,
+        v: Array,
+        rank: int | tuple[int, int] | None = None,
+        *,
+        rtol: float | None = None,
+        method: str = "output",
+        pool_batch: bool = True,
+        rng: RNG = None,
+        **options: Any,
+    ) -> "KVCache":
+        """Fit a basis to the beginning of a sequence, and make a cache that holds it.
+
+        Parameters
+        ----------
+        q : array, shape (..., Hq, n, D)
+            Queries of the prefix, each of which sees the tokens up to its own.
+        k : array, shape (..., Hkv, n, D)
+        v : array, shape (..., Hkv, n, Dv)
+        rank : int or (int, int), optional
+            As in `fit_attention`.
+        rtol : float, optional
+            Relative error of the output to stay within, for every query head. It is checked on up to 64 steps of
+            the prefix, the last one among them, against exact keys and values, with all that the cache does to
+            them; where it is exceeded, ranks are raised. Not under `jax.jit`.
+        method, pool_batch, rng
+            As in `fit_attention`; by default one basis serves all leading axes.
+        **options
+            As for `KVCache`, but for ``batch``, which is that of ``k``.
+
+        Returns
+        -------
+        KVCache
+            With the measured error as ``error``, if ``rtol`` was given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `fit_attention` and for `KVCache`; ValueError where ``rtol`` is exceeded at full rank too, which
+            half precision or a cap on the rank may do.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import slra
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 50, 8))
+        >>> cache = slra.KVCache.from_prefix(q, k, v, rtol=0.1)
+        >>> bool(np.all(cache.error <= 0.1))
+        True
+        """
+        if "batch" in options:
+            raise TypeError("batch must be left out of from_prefix: it is that of k")
+        fit: dict[str, Any] = {"rtol": rtol, "method": method, "pool_batch": pool_batch, "rng": rng}
+        fit |= {name: options[name] for name in ("scale", "softcap") if name in options}
+        fit |= {"is_causal": True, "enable_gqa": True}
+
+        def make(basis: AttentionBasis) -> Contents:
+            cache = cls(basis, batch=tuple(k.shape[:-3]), method=method, **options)
+            return cache.append(k, v, q=q)._contents
+
+        return _made(fit_prefix((q, k, v), rank, fit, make))
+
+    @isolated
+    def append(
+        self, k: Array, v: Array, *, q: Array | None = None, lengths: Array | None = None
+    ) -> "KVCache":
+        """Take in the next tokens of every sequence.
+
+        Parameters
+        ----------
+        k : array, shape (..., Hkv, m, D)
+            Keys, real floating, of ``m`` tokens for each sequence.
+        v : array, shape (..., Hkv, m, Dv)
+            Values.
+        q : array, shape (..., Hq, m, D), optional
+            Queries of the same tokens. Needed with ``drift_bound``, ignored otherwise.
+        lengths : array of int, shape (...,), optional
+            How many of the ``m`` tokens each sequence has, the first ones; all by default.
+
+        Returns
+        -------
+        KVCache
+            The cache with these tokens. Where arrays can be written to this is the same object, changed in place; on
+            JAX it is another one, and the old one is as it was. ``cache = cache.append(k, v)`` is right for both.
+
+        Raises
+        ------
+        TypeError
+            If an array is not real floating, or comes from another library than the basis.
+        ValueError
+            If shapes do not fit, the capacity is exceeded, or ``q`` is missing.
+        """
+        held = self._contents
+        k, v, q, dtype = check_tokens(k, v, q, held)
+        n_new = k.shape[-2]
+        counts = check_lengths(lengths, n_new, held)
+        check_room(n_new, counts, held)
+        with held.layout.backend.ignore_overflow():
+            held = held.append(k, v, counts, q, dtype) if n_new else held
+        if held.layout.backend.is_functional:
+            return _made(held)
+        self._contents = held
+        return self
+
+    @isolated
+    def attend(
+        self,
+        q: Array,
+        *,
+        mask: Array | None = None,
+        is_causal: bool = True,
+        lengths: Array | None = None,
+        return_lse: bool = False,
+    ) -> Array | tuple[Array, Array]:
+        """Attention of one or a few queries to the tokens held.
+
+        Parameters
+        ----------
+        q : array, shape (..., Hq, m, D)
+            Queries of the last ``m`` tokens of each sequence.
+        mask : array, optional
+            Broadcastable to (..., Hq, m, n), n being the largest of ``lengths`` or the static capacity; column j is
+            token j. Boolean: True attends. Floating: added to the scaled scores.
+        is_causal : bool
+            Whether a query sees no token after its own; otherwise it sees all. No difference for one query.
+        lengths : array of int, shape (...,), optional
+            How many of the ``m`` queries each sequence has, the first ones: as given to `append`. The others get 0.
+        return_lse : bool
+            Whether to return the log-sum-exp of the scores too.
+
+        Returns
+        -------
+        out : array, shape (..., Hq, m, Dv)
+            In the dtype of ``q``. A query that attends to nothing gets 0.
+        lse : array, shape (..., Hq, m)
+            Only with ``return_lse``: natural logarithm, in the dtype computed in.
+
+        Raises
+        ------
+        TypeError
+            If ``q`` is not real floating, or comes from another library than the basis.
+        ValueError
+            If shapes do not fit.
+
+        Notes
+        -----
+        With ``m`` queries that are many, the whole prompt say, exact attention on its keys and values is as fast and
+        exact. Here memory is in proportion to ``m n`` where a mask is needed.
+        """
+        held = self._contents
+        check_flag(return_lse, "return_lse")
+        queries = check_queries(q, mask, lengths, is_causal, held)
+        xp = held.layout.xp
+        with held.layout.backend.ignore_overflow():
+            out, lse = held.attend(queries)
+            out = xp.reshape(out, (*q.shape[:-1], held.layout.width_v))
+            out = xp.astype(out, q.dtype, copy=False)
+        return (out, xp.reshape(lse, q.shape[:-1])) if return_lse else out
+
+    @isolated
+    def decode(self) -> tuple[Array, Array]:
+        """Keys and values that the cache stands for, in all dimensions.
+
+        Returns
+        -------
+        k : array, shape (..., Hkv, n, D)
+            As they were appended, before any rotation; zero beyond the length of a sequence. ``n`` is the largest
+            of ``lengths``, or the static capacity.
+        v : array, shape (..., Hkv, n, Dv)
+        """
+        layout = self._contents.layout
+        with layout.backend.ignore_overflow():
+            k, v = self._contents.decode()
+        return layout.unbatched(k), layout.unbatched(v)
+
+    @isolated
+    def select(self, indices: Array | Sequence[int]) -> "KVCache":
+        """Make a cache of some of the sequences, in any order and as often as wanted, as beam search does.
+
+        Parameters
+        ----------
+        indices : array or sequence of int, shape (n,)
+            Which sequences, along the one batch axis; known values, not traced ones.
+
+        Returns
+        -------
+        KVCache
+            Of batch ``(n,)``. This one is as it was.
+
+        Raises
+        ------
+        TypeError
+            If ``indices`` are not integers.
+        ValueError
+            If the cache does not have one batch axis, or an index is out of range.
+        """
+        return _made(self._contents.select(check_selection(indices, self._contents.layout)))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the cache to a file, with a checksum (needs the package safetensors).
+
+        Parameters
+        ----------
+        path : str or path-like
+            Written as it is, no suffix is added. Room that is left is not written.
+        """
+        save_contents(path, self._contents)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, like: Array | None = None) -> "KVCache":
+        """Read a cache written by `save`, to attend or append to; nothing in the file is executed.
+
+        Parameters
+        ----------
+        path : str or path-like
+        like : array, optional
+            Whose library and device the arrays get; NumPy by default.
+
+        Returns
+        -------
+        KVCache
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is cut short, changed, or not what `save` writes; or if it holds a dtype that the library of
+            ``like`` does not have (bfloat16 on NumPy).
+        """
+        like = np.empty(0) if like is None else like
+        backend = resolve(like=like)
+        contents = load_contents(path, like, backend)
+        _register(backend)
+        return _made(contents)
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens of each sequence, shape (...,)."""
+        layout, lengths = self._contents.layout, self._contents.lengths
+        if on_host(lengths):
+            return lengths.reshape(layout.batch).copy()
+        return layout.xp.reshape(lengths, layout.batch)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays held."""
+        backend = self._contents.layout.backend
+        return sum(
+            int(x.nbytes) if isinstance(x, np.ndarray) else size_in_bytes(backend, x)
+            for x in named_arrays(self._contents).values()
+        )
+
+    @property
+    def nbytes_exact(self) -> int:
+        """Bytes of the keys and values of as many tokens as they came, those of short sequences padded."""
+        layout = self._contents.layout
+        n_numbers = layout.n_batch * layout.n_heads * (layout.width + layout.width_v)
+        bits = layout.xp.finfo(self._contents.exact.k.dtype).bits
+        return self._contents.n_tokens * n_numbers * int(bits) // 8
+
+    @property
+    def n_segments(self) -> int:
+        """Bases in use."""
+        return len(self._contents.segments)
+
+    @property
+    def error(self) -> Array | None:
+        """Relative error of the output on the data of the fit, shape (..., Hq)."""
+        return self._contents.error
+
+    def __repr__(self) -> str:
+        layout, held = self._contents.layout, self._contents
+        heads = f"{layout.n_query_heads} on {layout.n_heads}"
+        return (
+            f"KVCache(batch={layout.batch}, n_tokens={held.n_tokens}, heads={heads}, "
+            f"D={layout.width}, Dv={layout.width_v},\n"
+            f"        rank={layout.rank}, window={layout.window}, n_sink={layout.n_sink}, "
+            f"n_sparse={layout.n_sparse}, n_segments={self.n_segments},\n"
+            f"        dtype={held.segments[-1].rows.dtype}, nbytes={self.nbytes}, nbytes_exact={self.nbytes_exact})"
+        )
+
+
+def _made(contents: Contents) -> KVCache:
+    """Make a cache of what it holds."""
+    cache = object.__new__(KVCache)
+    cache._contents = contents
+    return cache
+
+
+def _register(backend: Backend) -> None:
+    """Let transformations see through caches."""
+    register(backend)
+    backend.make_pytree(KVCache, _take_apart, _put_together)
+
+
+def _take_apart(cache: KVCache) -> tuple[tuple[Contents], None]:
+    return (cache._contents,), None
+
+
+def _put_together(_: None, children: tuple[Contents]) -> KVCache:
+    return _made(children[0])

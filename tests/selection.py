@@ -1,0 +1,109 @@
+"""What plain ``pytest`` leaves out of ``pytest --thorough``, so that it takes minutes.
+
+A file that is named runs as thoroughly as that; a test that is named (``::``, ``-k``, ``-m``), with all there is of it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from zlib import crc32
+
+import pytest
+
+# Files and tests that take long and say little about the machine they run on.
+THOROUGH = {
+    "test_peers.py": "other libraries' tests",
+    "test_benchmarks.py": "the benchmarks' own pages",
+    "test_cache.py::test_under_jit_sequences_differ_in_length_and_an_overflow_shows": "compiles for long",
+    "test_cupy.py::test_a_mutant_has_wrong_values": "a compiler's run for each mutant of a kernel",
+    "test_cupy.py::test_nvrtc_compiles": "NVIDIA's compiler",
+    "test_cupy.py::test_nvrtc_compiles_what_other_arguments_make_of_a_kernel": "NVIDIA's compiler",
+    "test_cupy.py::test_the_compiler_refuses_mutants_that_are_not_c": "NVIDIA's compiler",
+    "test_dask_cluster.py": "starts clusters",
+    "test_demo.py::test_demo_backend": "whole programs",
+    "test_digits_example.py": "trains",
+    "test_examples.py": "whole programs",
+    "test_figures.py": "pictures of the documentation",
+    "test_fuzz.py": "hundreds of wrong arguments to each function",
+    "test_low_rank_vjp.py::test_equals_jax": "compiles for long; PyTorch's gradients are compared with",
+    "test_report_model.py": "models",
+    "test_svd_tolerance.py::test_a_hundred_seeds": "a hundred of each",
+    "test_torch_transforms.py": "torch.compile takes seconds for each function",
+    "test_training_study.py": "trains",
+    "test_transformers.py": "models",
+    "test_transformers_cache.py": "models",
+}
+# Of the sets of parameters of a test, so many on a backend. Elsewhere enough of them that each value of each parameter
+# comes up.
+SETS = {
+    "numpy-readonly": 1,
+    "torch-float32": 4,
+    "torch-float64": 0,
+    "jax": 1,
+    "jax-jit": 1,
+    "dask": 1,
+    "cupy-on-host": 2,
+}
+# Eager JAX compiles each operation for each shape: a second a test. One test in so many runs there.
+ONE_IN = {"jax": 4}
+
+
+def backend_of(item: pytest.Item) -> str | None:
+    """Name of the backend on which a test runs, if it takes the fixture ``xp``."""
+    params = getattr(item, "callspec", None)
+    return params.params.get("xp") if params else None
+
+
+def deselected(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Item]:
+    """Items that a command does not run."""
+    files = any(".py" in argument for argument in config.args)
+    tests = any("::" in argument for argument in config.args)
+    if tests or config.option.keyword or config.option.markexpr:
+        return set()
+    found = _left_out_of_all(items)
+    return found if files or config.option.thorough else found | _left_out(items)
+
+
+def _left_out(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Items that plain ``pytest`` does not run."""
+    found, groups = set(), defaultdict(list)
+    for item in items:
+        name = item.nodeid.partition("[")[0].rpartition("/")[2]
+        if name in THOROUGH or item.path.name in THOROUGH:
+            found.add(item)
+        else:
+            groups[name, backend_of(item)].append(item)
+    for (name, backend), group in groups.items():
+        is_skipped = crc32(name.encode()) % ONE_IN.get(backend, 1)
+        kept = [] if is_skipped else _mixed(group)[: SETS.get(backend)]
+        found.update(set(group).difference(kept))
+    return found
+
+
+def _mixed(group: list[pytest.Item]) -> list[pytest.Item]:
+    """Sets of parameters, in an order that has nothing to do with theirs, in which each value of each comes up."""
+    seen: set[tuple[str, int]] = set()
+    kept = []
+    for item in sorted(group, key=lambda item: crc32(item.nodeid.encode())):
+        indices = item.callspec.indices if hasattr(item, "callspec") else {}
+        values = {pair for pair in indices.items() if pair[0] != "xp"}
+        if not kept or not values <= seen:
+            kept.append(item)
+            seen |= values
+    return kept
+
+
+def _left_out_of_all(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Items that no run has but one that names the tests: most on eager JAX, which jax-jit covers.
+
+    Eager JAX was half the time of all tests. It gets the last set of parameters of each test, and the first where
+    jax-jit cannot take it.
+    """
+    groups = defaultdict(list)
+    for item in items:
+        if backend_of(item) == "jax":
+            groups[item.nodeid.partition("[")[0]].append(item)
+    return {
+        item
+        for group in groups.values()
+        for item in group[1 if group[0].get_closest_marker("eager_only") else 0 : -1]
+    }
