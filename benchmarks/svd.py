@@ -1,8 +1,8 @@
 """Singular value decompositions: accuracy against time, side by side with what else there is.
 
 Run as ``python -m benchmarks.svd [section ...]``; sections are ``accuracy``, ``curve``, ``batches``, ``tolerance``,
-``dask``, ``sparse`` and ``sizes``. Writes ``benchmarks/results/svd.json`` (section by section) and ``svd.png``, in about
-four minutes.
+``dask``, ``sparse`` and ``sizes``. Writes ``benchmarks/results/svd.json`` (section by section) and ``svd.png``, in
+about four minutes.
 """
 
 import json

@@ -290,7 +290,8 @@ def check_finite(backend: Backend, x: Array, name: str) -> None:
     # Extremes are NaN or infinite where any entry is, and take a fraction of the time that looking at each does.
     extremes = backend.max_abs(x) if x.ndim >= 2 and 0 not in x.shape else x
     if not bool(backend.xp.all(backend.xp.isfinite(extremes))):
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
+        hint = "; slra.complete fills gaps that are marked by NaN" if name == "x" else ""
+        raise ValueError(f"{name} must be finite, got NaN or infinity{hint}")
 
 
 def check_gradient(backend: Backend, x: Array, grad: Array) -> Array:

@@ -98,6 +98,55 @@ def test_it_can_be_used_again_after_a_reset(model):
         assert torch.equal(generated(model, None, past_key_values=cache), first)
 
 
+def test_tokens_of_one_call_see_each_other_exactly(model):
+    """A second block that nothing before it matters to: the keys it gets for itself are its own."""
+    cache = LowRankCache(bases(2))
+    rng = np.random.default_rng(0)
+    k, v = (torch.from_numpy(rng.standard_normal((2, 2, 9, WIDTH))) for _ in range(2))
+    cache.update(k[..., :4, :], v[..., :4, :], 0)
+    for held, came in zip(cache.update(k[..., 4:, :], v[..., 4:, :], 0), (k, v), strict=True):
+        assert torch.equal(held[..., 4:, :], came[..., 4:, :])
+        assert not torch.allclose(held[..., :4, :], came[..., :4, :])
+
+
+def test_bases_are_taken_by_name(model):
+    first, second = bases(WIDTH)[0], bases(3)[0]
+    cache = LowRankCache({"layers.10.attn": second, "layers.2.attn": first})
+    ranks = [None if not hasattr(x, "basis") else x.basis.wk.shape[-1] for x in cache.layers]
+    assert ranks == [None, None, WIDTH, *[None] * 7, 3]
+    for names in (("a", "b"), ("layers.1.q", "layers.1.k")):
+        with pytest.raises(ValueError, match="bases must be named by layers"):
+            LowRankCache(dict.fromkeys(names, first))
+
+
+def test_some_layers_may_stay_exact(model):
+    for given in ({"model.layers.1.self_attn": bases(3)[1]}, [None, bases(3)[1]]):
+        cache = LowRankCache(given, window=3)
+        generated(model, cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [23, 23]
+        exact = 2 * 2 * 2 * 23 * WIDTH * 8
+        assert cache.nbytes == exact + cache.layers[1].cache.nbytes
+    cache = LowRankCache({"model.layers.0.self_attn": bases(WIDTH)[0]})
+    assert torch.equal(generated(model, cache), generated(model, None))
+
+
+def test_too_few_bases_are_one_clear_error(model):
+    with pytest.raises(ValueError, match="bases must have one for each layer"):
+        generated(model, LowRankCache(bases(3)[:1]))
+
+
+def test_half_precision_is_stored_as_such():
+    cache = LowRankCache(bases(3), window=3, dtype=torch.float16)
+    k, v = torch.randn(2, 2, 2, 9, WIDTH, dtype=torch.bfloat16)
+    cache.update(k, v, 0)
+    held = cache.layers[0].cache
+    assert held.nbytes_exact == k.nbytes + v.nbytes
+    assert "dtype=torch.float16" in repr(held)
+    default = LowRankCache(bases(3), window=3)
+    default.update(k, v, 0)
+    assert "dtype=torch.bfloat16" in repr(default.layers[0].cache)
+
+
 def test_options_that_need_queries_are_refused():
     with pytest.raises(TypeError, match="options must be those of a cache with a fixed basis"):
         LowRankCache(bases(3), drift_bound=0.1)

@@ -4,11 +4,12 @@ Needs: transformers, torch. Between steps each layer holds a `slra.KVCache`; for
 to all dimensions, because that is what a model's attention takes. It saves memory, not time.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from slra.attn.basis import AttentionBasis
 from slra.cache import KVCache
@@ -21,9 +22,11 @@ class LowRankCache(Cache):
 
     Parameters
     ----------
-    bases : sequence of AttentionBasis, or mapping whose values are
-        One for each attention layer, in the order of the layers, of torch tensors on the layer's device. Fitted with
-        ``pool_batch=True`` to queries, keys and values as attention gets them, after any rotary embedding.
+    bases : sequence of AttentionBasis, or mapping from layers to them
+        One for each attention layer, in the order of the layers, or by their names, as `calibrate` returns them: the
+        last number in a name says which layer it is. Layers without a basis (left out of a mapping, None in a sequence)
+        keep exact keys and values. Of torch tensors on the layer's device, fitted with ``pool_batch=True`` to queries,
+        keys and values as attention gets them, after any rotary embedding.
     **options
         As for `slra.KVCache`: ``window``, ``n_sink``, ``n_sparse``, ``dtype``.
 
@@ -35,15 +38,17 @@ class LowRankCache(Cache):
     Raises
     ------
     TypeError, ValueError
-        As for `slra.KVCache`, at the first token. TypeError for options other than those above.
+        As for `slra.KVCache`, at the first token. TypeError for options other than those above, ValueError where names
+        in a mapping do not say which layer they are, or a sequence has fewer bases than the model has layers.
 
     Notes
     -----
     Pass it to ``model.generate`` as ``cache``, which was called ``past_key_values`` before, and to a model as
     ``past_key_values``.
 
-    The tokens of the first call, the prompt, attend to each other exactly; what follows attends to what is left of
-    them. Beam search works; cropping (assisted generation) does not, and layers with a sliding window are not known.
+    The tokens of one call (a prompt, a chunk of it, a turn of a chat) attend to each other exactly; those of later
+    calls attend to what is left of them. Beam search works; cropping (assisted generation) does not, and layers with a
+    sliding window are not known.
 
     Examples
     --------
@@ -66,13 +71,57 @@ class LowRankCache(Cache):
     ) -> None:
         if unknown := set(options) - {"window", "n_sink", "n_sparse", "dtype"}:
             raise TypeError(f"options must be those of a cache with a fixed basis, got {unknown}")
-        values = bases.values() if isinstance(bases, Mapping) else bases
-        super().__init__(layers=[_Layer(basis, options) for basis in values])
+        self._may_miss_layers = isinstance(bases, Mapping)
+        ordered = _by_layer(bases) if isinstance(bases, Mapping) else bases
+        super().__init__(
+            layers=[
+                DynamicLayer() if basis is None else _Layer(basis, options) for basis in ordered
+            ]
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
-        return sum(layer.cache.nbytes for layer in self.layers if layer.cache is not None)
+        held = (layer for layer in self.layers if layer.is_initialized)
+        return sum(
+            layer.cache.nbytes
+            if isinstance(layer, _Layer) and layer.cache is not None
+            else layer.keys.nbytes + layer.values.nbytes
+            for layer in held
+        )
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in new tokens of a layer; return the keys and values of all of its tokens."""
+        if layer_idx >= len(self.layers):
+            if not self._may_miss_layers:
+                raise ValueError(
+                    f"bases must have one for each layer, or None, got {len(self.layers)} for a model with more"
+                )
+            self.layers += [DynamicLayer() for _ in range(layer_idx + 1 - len(self.layers))]
+        answer: tuple[torch.Tensor, torch.Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return answer
+
+
+def _by_layer(bases: Mapping[str, AttentionBasis]) -> list[AttentionBasis | None]:
+    """Put bases in the order of the layers that their names say, None between them."""
+    places = {}
+    for name, basis in bases.items():
+        numbers = re.findall(r"\d+", str(name))
+        if not numbers or int(numbers[-1]) in places:
+            raise ValueError(
+                f"bases must be named by layers with a number of their own, got {list(bases)}"
+            )
+        places[int(numbers[-1])] = basis
+    return [places.get(i) for i in range(max(places, default=-1) + 1)]
 
 
 class _Layer(CacheLayerMixin):
@@ -95,6 +144,7 @@ class _Layer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take in new tokens; return the keys and values of all."""
         is_prompt = self.cache is None
+        n_new = key_states.shape[-2]
         if self.cache is None:
             self.lazy_initialization(key_states, value_states)
         assert self.cache is not None
@@ -102,7 +152,10 @@ class _Layer(CacheLayerMixin):
         if is_prompt:
             return key_states, value_states
         k, v = self.cache.decode()
-        return k.to(key_states.dtype), v.to(value_states.dtype)
+        k, v = k.to(key_states.dtype), v.to(value_states.dtype)
+        # Those of this call see each other as they are: what is stored of them is for later calls.
+        k[..., -n_new:, :], v[..., -n_new:, :] = key_states, value_states
+        return k, v
 
     def get_seq_length(self) -> int:
         return 0 if self.cache is None else int(self.cache.lengths.max())
