@@ -1,5 +1,6 @@
 """Adaptive ranks, exact keys, folding and storage of bases."""
 
+import dataclasses
 import zipfile
 
 import numpy as np
@@ -294,3 +295,35 @@ def test_selection_is_what_sorting_gives(xp):
     indices = to_xp(xp, np.asarray([[[2, 0]], [[1, 1]]]))
     rows = np.stack([x[0][[2, 0]], x[1][[1, 1]]])
     np.testing.assert_array_equal(to_numpy(backend.gather_rows(given, indices[:, 0, :])), rows)
+
+
+def test_repr_fits_on_three_lines(xp):
+    rng = np.random.default_rng(0)
+    q, k, v = (to_xp(xp, rng.standard_normal((n, 30, 128), dtype="float32")) for n in (32, 8, 8))
+    basis = slra.fit_attention(q, k, v, (3, 2), enable_gqa=True)
+    lines = repr(basis).split("\n")
+    assert len(lines) <= 3
+    assert max(map(len, lines)) <= 110
+    n_bytes = 4 * (128 * (32 * 3 + 8 * 3 + 8 * 2 + 8 * 2 + 8 + 8) + 32)
+    for part in (
+        "float32",
+        f"{n_bytes:,} bytes",
+        "wq (32,128,3)",
+        "uv (8,2,128)",
+        "ranks (3, 2) in 8",
+    ):
+        assert part in repr(basis)
+
+
+def test_repr_of_unlike_ranks_and_of_what_transformations_put_into_a_basis():
+    x = np.random.default_rng(0).standard_normal((3, 2, 40, 8))
+    basis = slra.fit_attention(*x, (4, 3))
+    mixed = dataclasses.replace(basis, ranks=((2, 3), (4, 1)))
+    assert "ranks (2, 1) to (4, 3) in 2 key heads" in repr(mixed)
+    jax = pytest.importorskip("jax")
+    shown = []
+    basis = slra.fit_attention(*jax.numpy.asarray(x), (4, 3))
+    jax.jit(lambda basis: shown.append(repr(basis)))(basis)
+    shown.append(repr(jax.tree_util.tree_map(lambda _: None, basis)))
+    shown.append(repr(jax.vmap(lambda _: basis)(jax.numpy.ones(2))))
+    assert [len(text.split("\n")) for text in shown] == [3, 3, 3]

@@ -278,7 +278,12 @@ def test_attention_in_several_tiles(cupy_table, monkeypatch):
     monkeypatch.setattr(type(cupy_table), "tile_shape", lambda *_: (3, 4))
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, n, 5)) for n in (11, 13, 13))
-    options = {"is_causal": True, "softcap": 3.0, "return_lse": True}
+    options = {
+        "is_causal": True,
+        "causal_align": "bottom_right",
+        "softcap": 3.0,
+        "return_lse": True,
+    }
     ours = slra.attention(q, k, v, **options)
     scores = 3 * np.tanh(q @ k.swapaxes(-1, -2) / np.sqrt(5) / 3)
     scores[:, np.arange(13) > np.arange(11)[:, None] + 2] = -np.inf
@@ -293,7 +298,7 @@ def test_attention_in_several_tiles(cupy_table, monkeypatch):
 def test_gradient_in_several_tiles(cupy_table, monkeypatch):
     rng = np.random.default_rng(0)
     q, k, v, grad = (rng.standard_normal((2, n, 5)) for n in (11, 13, 13, 11))
-    options = {"is_causal": True, "softcap": 3.0}
+    options = {"is_causal": True, "causal_align": "bottom_right", "softcap": 3.0}
     out, lse = slra.attention(q, k, v, return_lse=True, **options)
     whole = slra.attention_vjp(q, k, v, out, lse, grad, **options)
     monkeypatch.setattr(type(cupy_table), "tile_shape", lambda *_: (3, 4))

@@ -21,7 +21,7 @@ N_MOMENT_ROWS = 1024
 
 
 class RowSample(NamedTuple):
-    """What a fit may look at: rows of the attention matrix, and the keys that are not left to exact scores."""
+    """What a fit uses: rows of the attention matrix, and the keys that are not left to exact scores."""
 
     rows: list[int]
     pool_batch: bool = False

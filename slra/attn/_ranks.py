@@ -14,7 +14,7 @@ __all__ = ["Ranks", "choose_ranks", "mask_ranks", "output_error"]
 
 Ranks = tuple[tuple[int, int], ...]
 
-# Ranks of queries and keys that are tried at most; each costs as much as the rows that are looked at.
+# Ranks of queries and keys that are tried at most; each costs as much as the sampled rows.
 N_TRIALS = 64
 
 

@@ -17,7 +17,8 @@ from slra.attn.rows import sample_rows
 
 __all__ = ["METHODS", "N_ROWS", "Fitted", "Ranks", "fit_attention", "fit_problem"]
 
-# Rows of the attention matrix that a fit looks at, at least, over the query heads that share a key head.
+# Rows of the attention matrix that a fit samples, at least, over the query heads that share a key head: some head
+# dimensions have 128 directions, and fewer rows than directions would leave some without data.
 N_ROWS = 128
 # The same where the rank is to be chosen, and rows that ranks are chosen by.
 N_TEST_ROWS = 512
@@ -63,7 +64,7 @@ def fit_attention(
         Whether to fit one basis to all leading axes before the head axis, as a calibration set needs; otherwise each
         batch element gets its own.
     rng : int, numpy.random.Generator or None
-        Which rows of the attention are looked at: one from each of equal strata of the queries, drawn from this
+        Which rows of the attention matrix are sampled: one from each of equal strata of the queries, drawn from this
         generator, or chosen deterministically (by the golden ratio) with None.
     mask, is_causal, causal_align, scale, enable_gqa, softcap
         As in `attention`: "output" weights keys by the attention they get under these.
@@ -211,4 +212,4 @@ def _predicted_error(fitted: Fitted) -> Array:
     """Relative error of the output on rows other than those of the fit, (..., Hq)."""
     problem = fitted.problem
     error = output_error(problem, fitted.maps, fitted.test_rows, pool_batch=fitted.pool_batch)
-    return ungroup_heads(error, any(problem.with_heads), problem.xp, n_trailing=0)
+    return ungroup_heads(error, any(problem.with_heads), problem.backend, n_trailing=0)

@@ -47,9 +47,10 @@ class Maps(NamedTuple):
     def of(cls, basis: _HasMaps, problem: AttentionProblem) -> "Maps":
         """Lay out the maps of a basis, in the dtype of the problem."""
         n_shared = basis.wq.shape[-3] // basis.wk.shape[-3] if basis.wq.ndim > 2 else 1
-        wq = group_heads(basis.wq, n_shared, problem.xp)
+        wq = group_heads(basis.wq, n_shared, problem.backend)
         others = {
-            name: group_heads(getattr(basis, name), 1, problem.xp) for name in cls._fields[1:-1]
+            name: group_heads(getattr(basis, name), 1, problem.backend)
+            for name in cls._fields[1:-1]
         }
         return cls(wq, **others, ranks=basis.ranks).in_dtype_of(problem)
 
@@ -68,7 +69,7 @@ class Maps(NamedTuple):
         arrays = dict(zip(self._fields[:-1], self[:-1], strict=True))
         shape = (*self.wq.shape[:-3], problem.n_shared, *self.wq.shape[-2:])
         arrays["wq"] = xp.broadcast_to(self.wq, shape)
-        return {name: ungroup_heads(x, has_heads, xp) for name, x in arrays.items()}
+        return {name: ungroup_heads(x, has_heads, problem.backend) for name, x in arrays.items()}
 
     def project(self, problem: AttentionProblem) -> Three:
         """Map queries, keys and values; shifts are taken off after the map: r numbers a row instead of D."""

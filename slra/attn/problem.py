@@ -106,24 +106,24 @@ class AttentionProblem(NamedTuple):
 
     def lay_out(self, out: Array) -> Array:
         """Lay (..., Hq, Nq, Dv) out by key head."""
-        return group_heads(out, self.n_shared, self.xp)
+        return group_heads(out, self.n_shared, self.backend)
 
     def lay_out_rows(self, lse: Array) -> Array:
         """Lay (..., Hq, Nq) out by key head."""
-        return group_heads(lse, self.n_shared, self.xp, n_trailing=1)
+        return group_heads(lse, self.n_shared, self.backend, n_trailing=1)
 
     def answer(self, out: Array) -> Array:
         """Return the output as the caller's arrays are laid out, (..., Hq, Nq, Dv), in their dtype."""
-        return self._cast(ungroup_heads(out, any(self.with_heads), self.xp))
+        return self._cast(ungroup_heads(out, any(self.with_heads), self.backend))
 
     def answer_lse(self, lse: Array) -> Array:
         """Return the log-sum-exp as the caller's arrays are laid out, (..., Hq, Nq)."""
-        return ungroup_heads(lse, any(self.with_heads), self.xp, n_trailing=1)
+        return ungroup_heads(lse, any(self.with_heads), self.backend, n_trailing=1)
 
     def answer_inputs(self, arrays: Three) -> Three:
         """Return what belongs to q, k and v as the caller's are laid out, in their dtype."""
         q, k, v = (
-            self._cast(ungroup_heads(x, has_heads, self.xp))
+            self._cast(ungroup_heads(x, has_heads, self.backend))
             for x, has_heads in zip(arrays, self.with_heads, strict=True)
         )
         return q, k, v
@@ -141,25 +141,22 @@ class AttentionProblem(NamedTuple):
             return self.xp.astype(x, self.dtype)
 
 
-def group_heads(x: Array, n_shared: int, xp: Namespace, *, n_trailing: int = 2) -> Array:
+def group_heads(x: Array, n_shared: int, backend: Backend, *, n_trailing: int = 2) -> Array:
     """Lay (..., H * n_shared, M, N) out as (..., H, n_shared, M, N); without a head axis H is 1."""
-    if x.ndim == n_trailing:
-        return x[None, None, ...]
-    axis = x.ndim - n_trailing - 1
-    if n_shared == 1:
-        return xp.expand_dims(x, axis=axis + 1)
-    shape = x.shape
-    return xp.reshape(x, (*shape[:axis], shape[axis] // n_shared, n_shared, *shape[axis + 1 :]))
+    axis, shape = x.ndim - n_trailing - 1, tuple(x.shape)
+    if axis < 0:
+        return backend.reshape(x, (1, 1, *shape))
+    heads = shape[axis] // n_shared, n_shared
+    return backend.reshape(x, (*shape[:axis], *heads, *shape[axis + 1 :]))
 
 
-def ungroup_heads(x: Array, has_heads: bool, xp: Namespace, *, n_trailing: int = 2) -> Array:
+def ungroup_heads(x: Array, has_heads: bool, backend: Backend, *, n_trailing: int = 2) -> Array:
     """Undo `group_heads`."""
-    if not has_heads and x.ndim == n_trailing + 2 and x.shape[0] == 1:
-        return x[0, 0, ...]
-    axis, shape = x.ndim - n_trailing - 1, x.shape
-    if shape[axis] == 1:
-        return xp.squeeze(x, axis=axis)
-    return xp.reshape(x, (*shape[: axis - 1], shape[axis - 1] * shape[axis], *shape[axis + 1 :]))
+    axis, shape = x.ndim - n_trailing - 1, tuple(x.shape)
+    if not has_heads and axis == 1 and shape[0] == 1:
+        return backend.reshape(x, shape[2:])
+    n_heads = shape[axis - 1] * shape[axis]
+    return backend.reshape(x, (*shape[: axis - 1], n_heads, *shape[axis + 1 :]))
 
 
 def make_problem(
@@ -195,11 +192,11 @@ def make_problem(
     )
     n_shared = q.shape[-3] // k.shape[-3] if enable_gqa else 1
     if mask is not None and mask.ndim > 2:
-        mask = group_heads(mask, 1 if mask.shape[-3] == 1 else n_shared, backend.xp)
+        mask = group_heads(mask, 1 if mask.shape[-3] == 1 else n_shared, backend)
     return AttentionProblem(
-        group_heads(work_q, n_shared, backend.xp),
-        group_heads(work_k, 1, backend.xp),
-        group_heads(work_v, 1, backend.xp),
+        group_heads(work_q, n_shared, backend),
+        group_heads(work_k, 1, backend),
+        group_heads(work_v, 1, backend),
         mask,
         options,
         backend,

@@ -95,14 +95,14 @@ def fit_projections(
     fitted = fit_problem(problem, rank, rtol=rtol, method=method, pool_batch=pool_batch)
     has_heads = any(problem.with_heads)
     laid_out = project_all(fitted)
-    by_head = Projections(*(ungroup_heads(x, has_heads, problem.xp) for x in laid_out))
+    by_head = Projections(*(ungroup_heads(x, has_heads, problem.backend) for x in laid_out))
     return by_head, fitted.ranks
 
 
 def projected_output(problem: AttentionProblem, projections: Projections, ranks: Ranks) -> Array:
     """Attention on Q^, K^ and V^ + mu, which runs in r dimensions; projections by head."""
     xp = problem.xp
-    laid_out = Projections(*(group_heads(x, 1, xp) for x in projections))
+    laid_out = Projections(*(group_heads(x, 1, problem.backend) for x in projections))
     q_down, q_up, k_down, k_up, v_down, v_up, c, mu = laid_out
     maps = Maps(q_down @ (q_up @ xp.matrix_transpose(k_up)), k_down, v_down, v_up, c, mu, ranks)
     return mapped_output(problem, maps.in_dtype_of(problem), with_lse=False)[0]

@@ -10,7 +10,7 @@ from slra.svd.truncated import thin_svd
 
 __all__ = ["topk"]
 
-# Queries that are looked at together: memory is linear in the number of keys.
+# Queries that are computed together: memory is linear in the number of keys.
 QUERY_TILE = 512
 
 

@@ -35,7 +35,7 @@ class Backend(Attention, LinearAlgebra, SparseRows, Rows):
     # What kind of array is this?
 
     def is_eager(self, x: Array) -> bool:
-        """Whether the values of ``x`` can be looked at."""
+        """Whether ``x`` is concrete: its values can be read now, unlike those of traced and lazy arrays."""
         return True
 
     def freezes_draws(self, x: Array) -> bool:

@@ -15,6 +15,10 @@ class Rows:
 
     xp: Any
 
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """Split an axis in two, join two, or add one of length one."""
+        return self.xp.reshape(x, shape)
+
     def gather_rows(self, x: Array, indices: Array) -> Array:
         """Rows of ``x`` (..., n, d) at ``indices`` (..., m), whose leading axes broadcast; (..., m, d)."""
         return self.xp.take_along_axis(x, indices[..., None], axis=-2)
@@ -37,7 +41,7 @@ class Rows:
 
         Rows with a negative place are left out; the other places of an element of B differ, and are below n. A
         library whose arrays cannot be written to leaves out those that are not. ``places`` is a NumPy array unless
-        values cannot be looked at.
+        it is traced.
         """
         rows = self.xp.astype(rows, buffer.dtype, copy=False)
         together = len(places) == 1 or bool(np.all(places == places[:1]))
