@@ -62,13 +62,14 @@ def load_contents(path: File, like: Array, backend: Backend) -> Contents:
     """Read them back; ValueError where the file is not what `save_contents` writes."""
     try:
         named, metadata = read_safetensors(path, FORMAT)
+    except ValueError as error:
+        raise _not_one(path, error) from error
+    try:
         in_bfloat16 = set(json.loads(metadata["bfloat16"]))
         template = _template(named, int(metadata["n_segments"]), metadata["layout"])
         _check_arrays(named, template)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"path must be a file written by KVCache.save, got {path}: {error}"
-        ) from error
+        raise _not_one(path, error) from error
     layout = dataclasses.replace(template.layout, xp=backend.xp)
     if (in_bfloat16 or layout.dtype == "bfloat16") and not hasattr(backend.xp, "bfloat16"):
         raise ValueError(
@@ -87,6 +88,10 @@ def load_contents(path: File, like: Array, backend: Backend) -> Contents:
         rows = FloatRows.empty(layout, n_rows, segment.maps.wk, held.v.dtype).filled(held)
         segments.append(segment._replace(rows=rows))
     return contents._replace(segments=tuple(segments)).with_turns()
+
+
+def _not_one(path: File, why: Exception) -> ValueError:
+    return ValueError(f"path must be a file written by KVCache.save, got {path}: {why}")
 
 
 def _template(named: Arrays, n_segments: int, described: str) -> Contents:
