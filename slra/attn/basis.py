@@ -160,9 +160,9 @@ class AttentionBasis:
         mask: AnyArray | None = None,
         is_causal: bool = False,
         causal_align: CausalAlign | None = None,
-        scale: float | None = None,
+        scale: float | AnyArray | None = None,
         enable_gqa: bool = False,
-        softcap: float | None = None,
+        softcap: float | AnyArray | None = None,
         return_lse: bool = False,
     ) -> ArrayT | tuple[ArrayT, ArrayT]:
         """Attention on the projected queries, keys and values.
