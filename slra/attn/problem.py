@@ -217,6 +217,8 @@ def check_factor(backend: Backend, value: Any, name: str, like: Array) -> Any:
 
     The values of such arrays are not looked at.
     """
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]  # a number, whatever the library of the other arrays
     value, limits = check_scalar(backend, value, name), backend.xp.finfo(like.dtype)
     if not isinstance(value, float):
         resolve(q=like, **{name: value})
