@@ -80,7 +80,8 @@ def attention(
         Which key a query sees last: whether the last query meets the last key, or the first the first, or at which
         key the first query stands. Must be given where ``is_causal`` and Nq is not Nk; elsewhere both are one.
     scale : float or 0-d array, optional
-        Factor on the products of queries and keys, ``1/sqrt(D)`` by default.
+        Factor on the products of queries and keys, ``1/sqrt(D)`` by default. An array may be traced or learned: its
+        gradient is that of any other argument, and its values are not looked at.
     enable_gqa : bool
         Whether Hq may be a multiple of Hkv: consecutive query heads then share a key and value head.
     softcap : float or 0-d array, optional
