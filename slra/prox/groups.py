@@ -307,13 +307,12 @@ def _labels(groups: Any, n: int) -> tuple[np.ndarray[Any, Any], int]:
     outer = on_host(groups) if compat.is_array_api_obj(groups) else groups
     if outer is None or getattr(outer, "ndim", 1) == 0:
         raise wrong
-    given = [on_host(g) for g in outer]
+    read = [on_host(g) for g in outer]
+    given = [g for g in read if g is not None and (g.dtype.kind in "iu" or not g.size)]
+    if len(given) < len(read) or {g.ndim for g in given} not in ({0}, {1}, set()):
+        raise wrong
     if not given:
         raise ValueError("groups must have one group or more, got none")
-    if any(g is None or g.ndim > 1 or (g.dtype.kind not in "iu" and g.size) for g in given):
-        raise wrong
-    if len({g.ndim for g in given}) > 1:
-        raise wrong
     if given[0].ndim == 0:
         labels = np.asarray(given).astype(int)
         if labels.shape != (n,):
