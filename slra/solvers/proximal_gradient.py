@@ -348,18 +348,18 @@ class _Problem(NamedTuple):
         choice = self._judge(state, found, self._is_finite(value), momentum)
         accepted = choice.accepted
         following = _State(
-            x=m.pick(accepted, new, x),
-            grad=m.pick(accepted, new_grad, grad),
-            move=m.pick(accepted, new - x, state.move),
-            turn=m.pick(accepted, new_grad - grad, state.turn),
-            momentum=choice.momentum,
-            step=choice.step,
-            last=m.where(accepted, step, state.last),
-            curvature=m.where(accepted, choice.curvature, state.curvature),
-            largest=m.where(accepted, m.maximum(state.largest, found.size), state.largest),
-            residual=m.where(accepted, choice.residual, state.residual),
-            absolute=m.where(accepted, choice.absolute, state.absolute),
-            is_first=state.is_first & m.negate(accepted),
+            m.pick(accepted, new, x),
+            m.pick(accepted, new_grad, grad),
+            m.pick(accepted, new - x, state.move),
+            m.pick(accepted, new_grad - grad, state.turn),
+            choice.momentum,
+            choice.step,
+            m.where(accepted, step, state.last),
+            m.where(accepted, choice.curvature, state.curvature),
+            m.where(accepted, choice.largest, state.largest),
+            m.where(accepted, choice.residual, state.residual),
+            m.where(accepted, choice.absolute, state.absolute),
+            state.is_first & m.negate(accepted),
         )
         return Step(following, following.x, following.residual, following.absolute, choice.is_stuck)
 
@@ -406,7 +406,9 @@ class _Problem(NamedTuple):
         residual = m.where(
             scale > 0, m.ratio(absolute, scale), m.where(absolute > 0, math.inf, 0.0)
         )
-        return _Choice(accepted, momentum, following, curvature, residual, absolute, is_stuck)
+        return _Choice(
+            accepted, momentum, following, curvature, largest, residual, absolute, is_stuck
+        )
 
     def _measure(
         self, d: Array, turn: Array, r: Array, new: Array, grad: Array, move: Array, beta: Any
@@ -469,6 +471,7 @@ class _Choice(NamedTuple):
     momentum: Any
     step: Any
     curvature: Any
+    largest: Any
     residual: Any
     absolute: Any
     is_stuck: Any
