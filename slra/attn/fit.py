@@ -124,7 +124,7 @@ def fit_attention(
         softcap=softcap,
     )
     problem.check_finite()
-    with problem.backend.ignore_overflow():
+    with (same_bits := problem.backend.same_bits()), same_bits:
         fitted = fit_problem(
             problem,
             rank,

@@ -256,7 +256,7 @@ class KVCache:
         n_new = k.shape[-2]
         counts = check_lengths(lengths, n_new, held)
         check_room(n_new, counts, held)
-        with held.layout.backend.ignore_overflow():
+        with (same_bits := held.layout.backend.same_bits()), same_bits:
             held = held.append(k, v, counts, q, dtype) if n_new else held
         if held.layout.backend.is_functional:
             return _made(held)
@@ -312,7 +312,7 @@ class KVCache:
         check_flag(return_lse, "return_lse")
         queries = check_queries(q, mask, lengths, is_causal, held)
         xp = held.layout.xp
-        with held.layout.backend.ignore_overflow():
+        with (same_bits := held.layout.backend.same_bits()), same_bits:
             out, lse = held.attend(queries)
             out = xp.reshape(out, (*q.shape[:-1], held.layout.width_v))
             out = xp.astype(out, q.dtype, copy=False)
@@ -330,7 +330,7 @@ class KVCache:
         v : array, shape (..., Hkv, n, Dv)
         """
         layout = self._contents.layout
-        with layout.backend.ignore_overflow():
+        with (same_bits := layout.backend.same_bits()), same_bits:
             k, v = self._contents.decode()
         return layout.unbatched(k), layout.unbatched(v)
 
