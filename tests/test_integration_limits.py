@@ -253,7 +253,7 @@ JAX = {
     "rank must be given instead of rtol for lazy arrays": lambda: jitted(
         lambda x: slra.low_rank_attention(x, x, x, rtol=0.1)
     ),
-    "tol and callback must be None, and step a number": lambda: jitted(solve),
+    "tol and callback must be None where values cannot be looked at": lambda: jitted(solve),
     "q and k must be on one device": two_devices,
     "x must have a floating dtype, got int8": integers,
 }
