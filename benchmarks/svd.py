@@ -1,14 +1,15 @@
 """Singular value decompositions: accuracy against time, side by side with what else there is.
 
 Run as ``python -m benchmarks.svd [section ...]``; sections are ``accuracy``, ``curve``, ``batches``, ``tolerance``,
-``dask``, ``sparse`` and ``sizes``. Writes ``benchmarks/results/svd.json`` (section by section) and ``svd.png``, in
-about six minutes.
+``dask``, ``sparse``, and ``tall``, ``wide`` and ``torch`` followed by ``_1`` or ``_2``, the number of threads. Writes
+``benchmarks/results/svd.json`` (section by section) and ``svd.png``, in about ten minutes.
 """
 
 import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,21 @@ def compare(
     functions: dict[str, Callable[[], Any]], exact: np.ndarray, repeats: int = 5
 ) -> dict[str, Any]:
     """Time functions that return singular values, in turn, and say how wrong each is."""
-    seconds = interleaved(functions, repeats)
+    found: dict[str, Any] = {}
+
+    def keeping(name: str) -> Callable[[], None]:
+        def call() -> None:
+            found[name] = functions[name]()
+
+        return call
+
+    seconds = interleaved({name: keeping(name) for name in functions}, repeats)
     return {
         name: {
             "seconds": statistics.median(seconds[name]),
-            "sigma_error": sigma_error(np.asarray(function())[..., : exact.shape[-1]], exact),
+            "sigma_error": sigma_error(np.asarray(found[name])[..., : exact.shape[-1]], exact),
         }
-        for name, function in functions.items()
+        for name in functions
     }
 
 
@@ -208,62 +217,74 @@ def sparse() -> dict[str, Any]:
     return results
 
 
-def sizes() -> dict[str, Any]:
-    """Tall, wide and small ones beside the best that others have for each, on one thread and two."""
-    import scipy.sparse as sp
-    import torch
-    from scipy.sparse.linalg import svds
+def tall() -> dict[str, Any]:
+    """1,000,000 x 100, rank 10, noise, float64."""
     from sklearn.decomposition import PCA
+
+    a = np.random.default_rng(0).standard_normal((1_000_000, 100))
+    return compare(
+        {
+            "slra": lambda: slra.randomized_svd(a, 10, rng=0).S,
+            "slra, centred": lambda: slra.randomized_svd(a, 10, center=True, rng=0).S,
+            "PCA, covariance_eigh, centred, no U": lambda: (
+                PCA(10, svd_solver="covariance_eigh").fit(a).singular_values_
+            ),
+        },
+        np.linalg.eigvalsh(a.T @ a)[::-1][:10] ** 0.5,
+        5,
+    )
+
+
+def wide() -> dict[str, Any]:
+    """330 x 500,000, sparse, rank 100, float64."""
+    import scipy.sparse as sp
+    from scipy.sparse.linalg import svds
+
+    a = sp.random(330, 500_000, density=0.003, random_state=0, format="csr")
+    return compare(
+        {
+            "slra": lambda: slra.randomized_svd(a, 100, rng=0).S,
+            "svds": lambda: np.sort(svds(a, 100, random_state=0)[1])[::-1],
+            "svds propack": lambda: np.sort(svds(a, 100, solver="propack", random_state=0)[1])[
+                ::-1
+            ],
+        },
+        np.linalg.eigvalsh((a @ a.T).toarray())[::-1][:100] ** 0.5,
+        3,
+    )
+
+
+def torch_batch() -> dict[str, Any]:
+    """512 x 64 x 48 on torch, rank 16, noise, float32."""
+    import torch
+
+    a = torch.from_numpy(np.random.default_rng(0).standard_normal((512, 64, 48)).astype("float32"))
+    return compare(
+        {
+            "slra": lambda: slra.randomized_svd(a, 16, rng=0).S,
+            "slra subspace 2": lambda: (
+                slra.randomized_svd(a, 16, method="subspace", n_iter=2, rng=0).S
+            ),
+            "torch.linalg.svd": lambda: torch.linalg.svd(a, full_matrices=False)[1],
+            "torch.svd_lowrank, 8 more columns 2": lambda: torch.svd_lowrank(a, 24, niter=2)[1],
+        },
+        singular_values(a)[:, :16],
+        9,
+    )
+
+
+def on_threads(section: Callable[[], dict[str, Any]], n_threads: int) -> dict[str, Any]:
+    """Run a section with so many threads in every library."""
+    import torch
     from threadpoolctl import threadpool_limits
 
-    rng = np.random.default_rng(0)
-    tall = rng.standard_normal((1_000_000, 100))
-    wide = sp.random(330, 500_000, density=0.003, random_state=0, format="csr")
-    batch = torch.from_numpy(rng.standard_normal((512, 64, 48)).astype("float32"))
-    cases: dict[str, tuple[Any, int, dict[str, Callable[[], Any]]]] = {
-        "1000000x100, rank 10": (
-            np.linalg.eigvalsh(tall.T @ tall)[::-1][:10] ** 0.5,
-            5,
-            {
-                "slra": lambda: slra.randomized_svd(tall, 10, rng=0).S,
-                "PCA, covariance_eigh, centred, no U": lambda: (
-                    PCA(10, svd_solver="covariance_eigh").fit(tall).singular_values_
-                ),
-            },
-        ),
-        "sparse 330x500000, rank 100": (
-            np.linalg.eigvalsh((wide @ wide.T).toarray())[::-1][:100] ** 0.5,
-            5,
-            {
-                "slra": lambda: slra.randomized_svd(wide, 100, rng=0).S,
-                "svds": lambda: np.sort(svds(wide, 100, random_state=0)[1])[::-1],
-                "svds propack": lambda: np.sort(
-                    svds(wide, 100, solver="propack", random_state=0)[1]
-                )[::-1],
-            },
-        ),
-        "torch 512x64x48, rank 16": (
-            singular_values(batch)[:, :16],
-            5,
-            {
-                "slra": lambda: slra.randomized_svd(batch, 16, rng=0).S,
-                "slra subspace 2": lambda: (
-                    slra.randomized_svd(batch, 16, method="subspace", n_iter=2, rng=0).S
-                ),
-                "torch.linalg.svd": lambda: torch.linalg.svd(batch, full_matrices=False)[1],
-                "torch.svd_lowrank": lambda: torch.svd_lowrank(batch, 24, niter=2)[1],
-            },
-        ),
-    }
-    results = {}
     before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        with threadpool_limits(threads):
-            for name, (exact, repeats, functions) in cases.items():
-                results[f"{name}, {threads} threads"] = compare(functions, exact, repeats)
-    torch.set_num_threads(before)
-    return results
+    torch.set_num_threads(n_threads)
+    try:
+        with threadpool_limits(n_threads):
+            return section()
+    finally:
+        torch.set_num_threads(before)
 
 
 def plot(points: dict[str, Any]) -> None:
@@ -297,7 +318,11 @@ SECTIONS = {
     "tolerance": tolerance,
     "dask": dask,
     "sparse": sparse,
-    "sizes": sizes,
+    **{
+        f"{name}_{n_threads}": partial(on_threads, section, n_threads)
+        for name, section in (("tall", tall), ("wide", wide), ("torch", torch_batch))
+        for n_threads in (1, 2)
+    },
 }
 
 

@@ -327,3 +327,21 @@ def test_a_tolerance_of_triplets_where_it_does_not_belong():
     ):
         with pytest.raises(ValueError, match=message):
             slra.randomized_svd(x, **options)
+
+
+@pytest.mark.parametrize("method", ["auto", "gram"])
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [((10_000, 500), 50), ((500, 10_000), 50), ((50_000, 50), 20)],
+)
+def test_memory_is_about_that_of_the_matrix(shape, rank, method):
+    tracemalloc = pytest.importorskip("tracemalloc")
+    x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    tracemalloc.start()
+    try:
+        slra.randomized_svd(x, rank, method=method, rng=0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Products of all slabs, or of integers as large as U, took more.
+    assert peak < 1.5 * x.nbytes

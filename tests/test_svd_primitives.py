@@ -57,6 +57,21 @@ def test_sizes(xp, dtype):
         )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_pivots_are_the_first_of_those_that_tie(xp, dtype):
+    backend, reference = backend_of(xp), Backend(xp)
+    a, _ = arrays(xp, (9000, 40), dtype)
+    a[4000:] *= 0.1
+    # Ties to rounding: the later one is larger, and in another slab; the last column is zero.
+    places = np.arange(40) * 90 + 7
+    a[places, np.arange(40)] = 10 * (1 - np.finfo(dtype).eps)
+    a[places + 5000, np.arange(40)] = -10
+    a[:, -1] = 0
+    expected = np.append(a[places, np.arange(40)][:-1], 0)
+    for one in (backend, reference):
+        np.testing.assert_array_equal(to_numpy(one.pivots(to_xp(xp, a))), expected)
+
+
 CHUNKS = {"rows": (100, 40), "both": (100, 15), "columns": (300, 20)}
 
 

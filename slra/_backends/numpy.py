@@ -64,6 +64,22 @@ class NumpyBackend(Backend):
         extremes = [f(slab, axis=(-2, -1)) for slab in slabs for f in (np.max, np.min)]
         return np.max(np.abs(extremes), axis=0)
 
+    def pivots(self, x: Array) -> Array:
+        """Read ``x`` once, slab by slab, and then of each column the slab that has the entry."""
+        step = BLOCK_BYTES // max(1, x.itemsize * x.shape[-1])
+        if x.ndim != 2 or x.shape[0] <= step or step == 0:
+            return super().pivots(x)
+        slabs = range(0, x.shape[0], step)
+        largest = np.stack([np.max(np.abs(x[top : top + step]), axis=0) for top in slabs])
+        near = float(np.finfo(largest.dtype).eps) ** 0.5
+        first = np.argmax(largest >= (1 - near) * np.max(largest, axis=0), axis=0)
+        out = np.empty_like(x, shape=x.shape[1])
+        for j, slab in enumerate(first):
+            column = x[slab * step : (slab + 1) * step, j]
+            size = np.abs(column)
+            out[j] = column[np.argmax(size >= (1 - near) * np.max(largest[:, j]))]
+        return out
+
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Clip and subtract, block by block, so that the second step finds the first in the cache."""
         if self.is_complex(x):

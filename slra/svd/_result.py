@@ -95,14 +95,7 @@ def _put_together(_: None, parts: Sequence[Array]) -> CenteredSVDResult:
 
 def fix_signs(U: Array, S: Array, Vh: Array, backend: Backend) -> SVDResult:
     """Make the entry of largest modulus in each column of ``U`` real and positive, lowest index of those that tie."""
-    xp, n_rows = backend.xp, U.shape[-2]
-    rows = xp.arange(n_rows, device=backend.creation_device(U))[:, None]
-    size = xp.abs(U)
-    # Moduli that tie do so to rounding, which is not the same in two libraries: eps over the gap to the next value.
-    near = float(xp.finfo(size.dtype).eps) ** 0.5
-    ties = size >= (1 - near) * xp.max(size, axis=-2, keepdims=True)
-    first = xp.min(xp.where(ties, rows, xp.full_like(rows, n_rows)), axis=-2, keepdims=True)
-    pivot = xp.sum(xp.where(rows == first, U, xp.zeros_like(U)), axis=-2)
+    xp, pivot = backend.xp, backend.pivots(U)
     size = xp.abs(pivot)
     phase = pivot / xp.where(size == 0, xp.ones_like(size), size)
     phase = xp.where(size == 0, xp.ones_like(phase), phase)

@@ -155,3 +155,16 @@ class LinearAlgebra(Elementwise):
         parts = [xp.real(x), xp.imag(x)] if self.is_complex(x) else [x]
         sizes = [xp.max(xp.abs(part), axis=(-2, -1)) for part in parts]
         return sizes[0] if len(sizes) == 1 else xp.maximum(*sizes)
+
+    def pivots(self, x: Array) -> Array:
+        """Entry of largest modulus in each column, the lowest index of those that tie; (..., n) for (..., m, n).
+
+        Moduli that tie do so to rounding, which is not the same in two libraries: eps over the gap to the next value.
+        """
+        xp, n_rows = self.xp, x.shape[-2]
+        rows = xp.arange(n_rows, device=self.creation_device(x))[:, None]
+        size = xp.abs(x)
+        near = float(xp.finfo(size.dtype).eps) ** 0.5
+        ties = size >= (1 - near) * xp.max(size, axis=-2, keepdims=True)
+        first = xp.min(xp.where(ties, rows, xp.full_like(rows, n_rows)), axis=-2, keepdims=True)
+        return xp.sum(xp.where(rows == first, x, xp.zeros_like(x)), axis=-2)
