@@ -286,6 +286,8 @@ INFINITE = {
 }
 
 
+# Dask computes when asked, outside of what keeps NumPy from telling of an infinite denominator.
+@pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
 @pytest.mark.parametrize("name", INFINITE)
 def test_an_infinite_weight_keeps_an_entry_at_zero(xp, name):
     x = np.asarray([3.0, -2.0, 0.0, 1e300])
@@ -474,3 +476,25 @@ def test_prox_nuclear_passes_gradcheck_of_torch():
     assert check(prox.prox_nuclear, (x, tau), check_forward_ad=True)
     assert check(lambda z: prox.prox_nuclear(z, 0.5), (z.requires_grad_(),))
     assert torch.autograd.gradgradcheck(lambda x: prox.prox_nuclear(x, 0.5), (x,))
+
+
+@pytest.mark.parametrize("name", ["l1", "nonneg_l1", "elastic_net", "huber", "squared_l2", "l2"])
+def test_sums_of_many_single_numbers_keep_their_digits(xp, name):
+    x = np.random.default_rng(0).random((200_000, 2)).astype("float32")
+    if "float64" not in str(to_xp(xp, np.zeros(1)).dtype):
+        pytest.skip("no double precision")
+    options = {"elastic_net": {"l2": 1.0}, "huber": {"delta": 0.3}}.get(name, {})
+    norm = getattr(prox, f"norm_{name}")
+    right = norm(x.astype(float), axis=0, **options)
+    got = to_numpy(norm(to_xp(xp, x), axis=0, **options))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, right, rtol=3e-7)
+
+
+def test_the_simplex_of_many_single_numbers(xp):
+    x = np.random.default_rng(0).random((200_000, 2)).astype("float32")
+    if "float64" not in str(to_xp(xp, np.zeros(1)).dtype):
+        pytest.skip("no double precision")
+    got = to_numpy(prox.project_simplex(to_xp(xp, x), 5e4, axis=0))
+    right = prox.project_simplex(x.astype(float), 5e4, axis=0)
+    np.testing.assert_allclose(got, right, atol=3e-7)

@@ -21,7 +21,15 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         specialists.append((name, str(methods["slra"]["gradients"]), shown))
         counts = [str(methods[one]["gradients"]) if one in methods else "-" for one in OURS]
         candidates.append((name, *counts))
+    gaps = [
+        (name, str(one["steps"]), f"{one['gap']:.1e}", str(one["steps to 1e-4"]))
+        for name, one in result["gaps"].items()
+    ]
     return {
+        "gaps": table(
+            ["lasso: size, correlation, weight", "steps, default `tol`", "gap", "steps to 1e-4"],
+            gaps,
+        ),
         "specialists": table(
             ["problem", "gradients", "time of `proximal_gradient` over that of"], specialists
         ),

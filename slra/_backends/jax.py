@@ -94,7 +94,7 @@ class JaxBackend(Backend):
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Sum moduli with that gradient."""
-        return jax.numpy.sum(self.modulus(x), axis=axis)
+        return self.total(self.modulus(x), axis)
 
     def singular_values(self, x: Array) -> Array:
         """Without a QR, whose derivative needs full rank; this one needs no vectors."""

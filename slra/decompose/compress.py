@@ -176,14 +176,26 @@ class _Alternation:
     def run(self, n_iter: int) -> LowRankPlusSparse:
         """Alternate from the better start; end with an exact half step where that costs little."""
         best = self
-        if self.budget.n_entries and self.is_eager and self.x.ndim == 2 and n_iter:
+        if self.budget.n_entries and n_iter:
             other = self.from_largest_entries()
+            is_one = self.is_eager and self.x.ndim == 2
             for one in (self, other):
-                one.advance(min(n_iter, TRIAL))
-            best = other if other.error < self.error else self
+                one.advance(min(n_iter, TRIAL) if is_one else n_iter)
+            if is_one:
+                best = other if other.error < self.error else self
+            else:
+                self._take(other)
         if self.budget.n_entries:
             best.advance(n_iter)
         return best.finished()
+
+    def _take(self, other: "_Alternation") -> None:
+        """Take the parts of the other where they leave less, matrix by matrix, unseen."""
+        xp, squares = self.backend.xp, self.backend.norm_squared
+        is_less = squares(other.rest - other.sparse) < squares(self.rest - self.sparse)
+        for part in ("left", "right", "sparse", "rest"):
+            chosen = xp.where(is_less[..., None, None], getattr(other, part), getattr(self, part))
+            setattr(self, part, chosen)
 
     def from_largest_entries(self) -> "_Alternation":
         """Make the other start: the largest entries of ``x`` first, then the low-rank part of the rest."""

@@ -107,4 +107,4 @@ def norm_huber(x: Array, *, delta: float, axis: int | tuple[int, ...] | None = N
     with backend.ignore_overflow():
         modulus = backend.xp.abs(x)
         square = backend.at_most(modulus, delta)
-        return backend.xp.sum(square * (modulus - square / 2), axis=axis)
+        return backend.total(square * (modulus - square / 2), axis)

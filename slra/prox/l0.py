@@ -93,4 +93,4 @@ def norm_l0(x: Array, *, axis: int | tuple[int, ...] | None = None) -> Array:
     backend = resolve(x=x)
     (x,) = promote(backend, x=x).arrays
     axis = check_sum_axis(x, axis)
-    return backend.xp.sum(backend.xp.astype(x != 0, backend.real_dtype(x.dtype)), axis=axis)
+    return backend.total(backend.xp.astype(x != 0, backend.real_dtype(x.dtype)), axis)

@@ -183,7 +183,7 @@ def norm_nonneg_l1(x: Array, *, axis: Axis = None) -> Array:
     (x,) = promote(backend, allow_complex=False, x=x).arrays
     axis, xp = check_sum_axis(x, axis), backend.xp
     with backend.ignore_overflow():
-        return xp.sum(xp.where(x < 0, xp.full_like(x, float("inf")), x), axis=axis)
+        return backend.total(xp.where(x < 0, xp.full_like(x, float("inf")), x), axis)
 
 
 @isolated
@@ -287,4 +287,4 @@ def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:
         modulus = backend.modulus(x)
         # Without a weight the square is nothing, even where it is infinite.
         square = l2 / 2 * modulus * modulus if l2 else 0.0
-        return backend.xp.sum(modulus + square, axis=axis)
+        return backend.total(modulus + square, axis)

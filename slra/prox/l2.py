@@ -179,7 +179,7 @@ def norm_l21(x: Array, *, axis: int = -1) -> Array:
     (x,) = promote(backend, keep_half=backend.takes_half, x=x).arrays
     axes = _check_group_axis(x, axis)
     with backend.ignore_overflow():
-        return backend.xp.sum(backend.group_norm(x, axes), axis=(-2, -1))
+        return backend.total(backend.group_norm(x, axes), (-2, -1))
 
 
 @isolated

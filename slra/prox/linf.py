@@ -226,14 +226,16 @@ def simplex_level(x: Array, radius: float | Array, axis: int, backend: Backend) 
     counts = xp.reshape(counts, (n,) + (1,) * (x.ndim - 1 - axis))
     # What lies lower than the level can be does not count; its sum could overflow.
     x = backend.at_least(x, -radius)
-    sums = xp.cumulative_sum(xp.sort(x, axis=axis, descending=True), axis=axis)
+    ordered = xp.sort(x, axis=axis, descending=True)
+    sums = xp.cumulative_sum(ordered, axis=axis, dtype=backend.sum_dtype(x, axis))
     theta = xp.max((sums - radius) / counts, axis=axis, keepdims=True)
+    theta = xp.astype(theta, x.dtype, copy=False)
     # One Newton step, which takes off the rounding of the running sum.
     excess = backend.at_least(x - theta, 0.0)
-    n_above = xp.sum(xp.astype(excess > 0, x.dtype), axis=axis, keepdims=True)
+    n_above = backend.total(xp.astype(excess > 0, x.dtype), axis, keepdims=True)
     n_above = backend.at_least(n_above, 1.0)
     # Divided before they are summed, so that the sum stays in range.
-    return theta + (xp.sum(excess / n_above, axis=axis, keepdims=True) - radius / n_above)
+    return theta + (backend.total(excess / n_above, axis, keepdims=True) - radius / n_above)
 
 
 def _level_over(x: Array, radius: float | Array, axes: tuple[int, ...], backend: Backend) -> Array:

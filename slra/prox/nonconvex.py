@@ -121,7 +121,7 @@ def norm_mcp(x: Array, *, l1: float = 1.0, gamma: float = 3.0, axis: Axis = None
     l1, gamma = _check_shape(l1, gamma, 1.0, backend, x)
     axis = check_sum_axis(x, axis)
     with backend.ignore_overflow():
-        return backend.xp.sum(_mcp(backend.modulus(x), l1, gamma, backend), axis=axis)
+        return backend.total(_mcp(backend.modulus(x), l1, gamma, backend), axis)
 
 
 @isolated
@@ -233,7 +233,7 @@ def norm_scad(x: Array, *, l1: float = 1.0, gamma: float = 3.7, axis: Axis = Non
     l1, gamma = _check_shape(l1, gamma, 2.0, backend, x)
     axis = check_sum_axis(x, axis)
     with backend.ignore_overflow():
-        return backend.xp.sum(_scad(backend.modulus(x), l1, gamma, backend), axis=axis)
+        return backend.total(_scad(backend.modulus(x), l1, gamma, backend), axis)
 
 
 def _check_shape(

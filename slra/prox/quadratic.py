@@ -100,7 +100,7 @@ def norm_squared_l2(x: Array, *, axis: Axis = None) -> Array:
     (x,) = promote(backend, x=x).arrays
     axis = check_sum_axis(x, axis)
     with backend.ignore_overflow():
-        return backend.xp.sum(backend.real_part(x * backend.conj(x)), axis=axis) / 2
+        return backend.total(backend.real_part(x * backend.conj(x)), axis) / 2
 
 
 @isolated
@@ -327,7 +327,7 @@ def norm_logistic(x: Array, *, axis: Axis = None) -> Array:
     axis, xp = check_sum_axis(x, axis), backend.xp
     with backend.ignore_overflow():
         tail = xp.log1p(xp.exp(-backend.modulus(x)))
-        return xp.sum(tail + backend.at_least(-x, 0.0), axis=axis)
+        return backend.total(tail + backend.at_least(-x, 0.0), axis)
 
 
 def _sigmoid(x: Array, xp: Namespace) -> Array:

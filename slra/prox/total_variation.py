@@ -119,7 +119,7 @@ def norm_tv(x: Array, *, axis: Axes = -1) -> Array:
     axes = check_axis(x, axis)
     with backend.ignore_overflow():
         unit, norm = backend.scaled_group_norm(_differences(x, axes, backend), (0,))
-        return backend.xp.sum((unit * norm)[0, ...], axis=axes)
+        return backend.total((unit * norm)[0, ...], axes)
 
 
 def _differences(x: Array, axes: tuple[int, ...], backend: Backend) -> Array:

@@ -102,7 +102,8 @@ def proximal_gradient(
         values, of the shape of the leading axes of ``x``, says that these count problems of a batch.
     prox : callable
         ``(x, tau) -> argmin_y tau * g(y) + 1/2 ||y - x||^2``, such as `slra.prox.prox_l1`; called with
-        ``tau = step * weight``. That one, `slra.prox.prox_nonneg_l1` and
+        ``tau = step * weight``: a number, or an array where ``weight`` or ``step`` is one, for a batch, and where
+        neither ``step`` nor ``tol`` is given. That one, `slra.prox.prox_nonneg_l1` and
         ``functools.partial(slra.prox.prox_elastic_net, l2=...)``, given as they are, are known by name: the step
         against the gradient and the operator are then one primitive, on CuPy one kernel.
     weight : float or array
@@ -224,6 +225,7 @@ def proximal_gradient(
         backend,
         accelerated,
         step is None,
+        step if isinstance(step, float) else None,
         _range_of(x, backend),
     )
     start = problem.start(x, value, grad, step)
@@ -291,6 +293,8 @@ class _Problem(NamedTuple):
     backend: Backend
     accelerated: bool
     searches: bool
+    # A step that was given as one number, and stays one: operators of the caller's may take no array.
+    fixed: float | None
     limits: "_Range"
 
     def start(self, x: Array, value: Any, grad: Array, step: Any) -> _State:
@@ -339,7 +343,7 @@ class _Problem(NamedTuple):
         if self.accelerated and not (isinstance(beta, float) and beta == 0):
             y = backend.extrapolate(x, state.move, m.spread(beta))
             slope = backend.extrapolate(grad, state.turn, m.spread(beta))
-        new = self.forward_backward(y, slope, m.spread(step))
+        new = self.forward_backward(y, slope, m.spread(step) if self.fixed is None else self.fixed)
         value, new_grad = self.evaluate(new)
         d, turn = new - y, new_grad - slope
         # A subgradient of f + w g at the new point: (y - new) / step - slope is one of w g.

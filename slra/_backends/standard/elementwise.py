@@ -10,6 +10,9 @@ from slra._typing import Array, DType, Namespace
 
 __all__ = ["Elementwise"]
 
+# Of more numbers than this, one after the other in single precision, rounding may take four digits of seven.
+MANY = 1 << 12
+
 
 class Elementwise:
     """Elementwise functions for one namespace, ``xp``."""
@@ -133,7 +136,7 @@ class Elementwise:
         is_zero = peak == 0
         unit = xp.where(is_zero | (peak == math.inf), 1.0, peak)
         scaled = modulus / unit
-        square = xp.sum(scaled * scaled, axis=axes, keepdims=True)
+        square = self.total(scaled * scaled, axes, keepdims=True)
         # The root has no derivative at 0, and what autodiff makes of it survives a choice of the result: choose before.
         norm = xp.sqrt(xp.where(is_zero, xp.ones_like(square), square))
         return unit, xp.where(is_zero, xp.zeros_like(norm), norm)
@@ -149,7 +152,26 @@ class Elementwise:
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
         """Sum of moduli along ``axis``."""
-        return self.xp.sum(self.xp.abs(x), axis=axis)
+        return self.total(self.xp.abs(x), axis)
+
+    def total(
+        self, x: Array, axis: int | tuple[int, ...] | None, *, keepdims: bool = False
+    ) -> Array:
+        """Sum in the dtype of ``x``; of many numbers, whose roundings would add up, by way of a wider one."""
+        wide = self.sum_dtype(x, axis)
+        return self.xp.astype(
+            self.xp.sum(x, axis=axis, keepdims=keepdims, dtype=wide), x.dtype, copy=False
+        )
+
+    def sum_dtype(self, x: Array, axis: int | tuple[int, ...] | None) -> Any:
+        """Dtype to add real numbers along ``axis`` up in."""
+        axes = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+        is_many = math.prod(x.shape[a] for a in axes) > MANY
+        return self.accumulation_dtype(x) if is_many else x.dtype
+
+    def accumulation_dtype(self, like: Array) -> Any:
+        """Dtype to accumulate sums over ``like`` in."""
+        raise NotImplementedError
 
     def top_indices(self, x: Array, k: int) -> Array:
         """Find the ``k`` largest entries along the last axis."""
