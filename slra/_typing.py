@@ -38,9 +38,9 @@ class AttentionOptions(TypedDict, total=False):
     mask: AnyArray | None
     is_causal: bool
     causal_align: CausalAlign | None
-    scale: float | None
+    scale: float | AnyArray | None
     enable_gqa: bool
-    softcap: float | None
+    softcap: float | AnyArray | None
 
 
 __all__ = [

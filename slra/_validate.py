@@ -33,6 +33,7 @@ __all__ = [
     "check_l1",
     "check_mask",
     "check_matrix",
+    "check_numbers",
     "check_operator",
     "check_positive",
     "check_positive_semidefinite",
@@ -47,6 +48,7 @@ __all__ = [
     "check_tau",
     "check_tol",
     "is_kind",
+    "on_host",
     "promote",
     "resolve",
     "shown",
@@ -396,6 +398,30 @@ def _real(value: Any, name: str, kind: str = "number") -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} must be finite in double precision, got {shown(value)}") from None
+
+
+def check_numbers(value: Any, name: str, n: int, each: str) -> np.ndarray[Any, Any]:
+    """Return ``n`` real numbers that can be looked at, one for ``each``, in double precision on the host."""
+    found = on_host(value)
+    if found is not None and found.dtype == object and found.ndim == 1:
+        found = np.asarray([_real(one, name) for one in found])
+    if found is None or found.dtype.kind not in "iuf":
+        raise TypeError(
+            f"{name} must be {n} real numbers, one for each {each}, got {type(value).__name__}"
+        )
+    if found.shape != (n,):
+        raise ValueError(
+            f"{name} must be {n} numbers, one for each {each}, got shape {found.shape}"
+        )
+    return found.astype(float)
+
+
+def on_host(value: Any) -> np.ndarray[Any, Any] | None:
+    """Return what NumPy makes of a value, or None where it makes nothing of it."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # traced, sparse, ragged, or on another device
+        return None
 
 
 def shown(value: Any) -> str:

@@ -47,6 +47,62 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_scale_and_softcap_may_be_arrays(xp, softcap):
+    q, k, v = qkv((2, 3, 7, 4), (2, 3, 7, 4), 6, "float32")
+    given = {"scale": -0.7, "softcap": softcap}
+    # Of a wider dtype, which changes nothing in that of the answer.
+    arrays = {n: to_xp(xp, np.asarray(x)) for n, x in given.items() if x is not None}
+    out = slra.attention(*(to_xp(xp, x) for x in (q, k, v)), is_causal=True, **arrays)
+    assert to_numpy(out).dtype == "float32"
+    right, _ = naive_attention(q, k, v, is_causal=True, **given)
+    np.testing.assert_allclose(to_numpy(out), right, rtol=0, atol=TOL["float32"])
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_scale_and_softcap_that_are_refused(name):
+    q = np.zeros((2, 3, 4))
+    given = [("x", TypeError), (np.ones(1), ValueError), (np.asarray(np.nan), ValueError)]
+    for wrong, error in given:
+        with pytest.raises(error, match=name):
+            slra.attention(q, q, q, **{name: wrong})
+    with pytest.raises(ValueError, match="softcap must be finite and greater than 0"):
+        slra.attention(q, q, q, softcap=np.asarray(0.0))
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+@pytest.mark.parametrize("scale", [0.7, -0.7])
+def test_gradients_of_scale_and_softcap(name, scale):
+    """On torch and JAX, of exact attention and of a basis, against differences."""
+    arrays = qkv((2, 7, 4), (2, 7, 4), 6)
+    numbers = {"scale": scale, "softcap": 1.5} if name == "softcap" else {"scale": scale}
+    basis = slra.fit_attention(*arrays, 2)
+
+    def value(x, arrays=arrays, basis=basis, **options):
+        options = {**numbers, name: x, **options}
+        out, low = slra.attention(*arrays, **options), basis.attend(*arrays, **options)
+        return (out**3).sum() + (low**3).sum()
+
+    step = 1e-5
+    ahead, behind = (value(numbers[name] + sign * step) for sign in (1, -1))
+    slopes = []
+    with contextlib.suppress(ImportError):
+        import torch
+
+        moved = [torch.as_tensor(x) for x in arrays]
+        x = torch.tensor(numbers[name], dtype=torch.float64, requires_grad=True)
+        fitted = slra.fit_attention(*moved, 2)
+        slopes.append(torch.autograd.grad(value(x, moved, fitted), x)[0].item())
+    with contextlib.suppress(ImportError):
+        import jax
+
+        moved = [jax.numpy.asarray(x) for x in arrays]
+        fitted = slra.fit_attention(*moved, 2)
+        slopes.append(float(jax.grad(value)(numbers[name], moved, fitted)))
+    # The difference is off by step**2 times a third derivative, and by eps / step = 2e-11 times the value.
+    np.testing.assert_allclose(slopes, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", list(TOL))
 @pytest.mark.parametrize("lengths", [(7, 7), (5, 11), (11, 5)], ids=str)
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)

@@ -619,12 +619,12 @@ def _rewritten(path, change):
     """Write again with a right checksum, so that only what was changed is wrong."""
     import safetensors.numpy
 
-    from slra.cache import _files as files
+    from slra import _files as files
 
     content = path.read_bytes()
-    named, metadata = safetensors.numpy.load(content), files._metadata(content)
+    named, metadata = safetensors.numpy.load(content), files.safetensors_metadata(content)
     change(named, metadata)
-    metadata["checksum"] = files._checksum(named, metadata)
+    metadata["checksum"] = files.checksum(named, metadata)
     path.write_bytes(safetensors.numpy.save(named, metadata))
 
 

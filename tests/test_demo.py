@@ -184,8 +184,8 @@ def test_interrupted_write_leaves_nothing(tmp_path):
     plots = pytest.importorskip("slra.cli.plots")
 
     class Interrupted:
-        def savefig(self, path, **options):
-            path.write_bytes(b"half a picture")
+        def savefig(self, file, **options):
+            file.write(b"half a picture")
             raise KeyboardInterrupt
 
     (tmp_path / "demo.png").write_bytes(b"the last run's")

@@ -125,3 +125,58 @@ def test_decompositions_in_single_precision_warn_of_nothing():
         slra.estimate_error(x, slra.truncated_svd(x, 3), rng=0)
         for function in (slra.randomized_svd, slra.truncated_svd):
             assert function(x, rtol=0.3).S.dtype == x.dtype
+
+
+def compilations(function, numbers):
+    """How often JAX compiles in calls with these numbers."""
+    count = []
+
+    def listen(event, *args, **options):
+        if event.endswith("backend_compile_duration"):
+            count.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for x in numbers:
+            jax.block_until_ready(function(float(x)))
+    finally:
+        jax.monitoring._unregister_event_duration_listener_by_callback(listen)
+    return len(count)
+
+
+def test_sixty_scales_are_one_compilation():
+    from slra._backends.jax_attention import _scanned
+
+    numbers = np.linspace(0.1, 2, 60)
+    q, k, v = (
+        jax.numpy.asarray(x) for x in np.random.default_rng(0).standard_normal((3, 2, 11, 3))
+    )
+    before = _scanned._cache_size()
+    for x in numbers:
+        slra.attention(q, k, v, scale=float(x), softcap=float(x))
+    assert _scanned._cache_size() == before + 1
+    compiled = jax.jit(lambda x: slra.attention(q, k, v, scale=x, softcap=x))
+    for x in numbers:
+        compiled(float(x))
+    assert compiled._cache_size() == 1
+
+
+NUMBERS = {
+    "scale": lambda a, x: slra.attention(*a, scale=x, softcap=x),
+    "scale of a gradient": lambda a, x: jax.grad(
+        lambda q: slra.attention(q, *a[1:], scale=x).sum()
+    )(a[0]),
+    "scale of a basis": lambda a, x: slra.low_rank_attention(*a, 2, scale=x),
+    "thresholds": lambda a, x: slra.low_rank_attention(*a, 2, method="svd", l1=x),
+    "tau": lambda a, x: slra.prox.prox_l1(a[0], x),
+    "tau of singular values": lambda a, x: slra.prox.prox_nuclear(a[0], x),
+    "radius": lambda a, x: slra.prox.project_l1_ball(a[0], x),
+    "l2": lambda a, x: slra.prox.prox_elastic_net(a[0], 0.3, l2=x),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_another_number_compiles_nothing(name):
+    arrays = [jax.numpy.asarray(x) for x in np.random.default_rng(0).standard_normal((3, 2, 6, 4))]
+    compilations(functools.partial(NUMBERS[name], arrays), [0.31, 0.32])
+    assert compilations(functools.partial(NUMBERS[name], arrays), [0.33, 0.34, 0.35]) == 0

@@ -462,6 +462,8 @@ def test_gradients_are_those_of_differences_at_zero_and_at_equal_values(library,
         np.testing.assert_allclose(gradient, right, atol=1e-6, err_msg=kind)
 
 
+# Forward mode calls torch.jit.script inside torch, which some versions warn about.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 def test_prox_nuclear_passes_gradcheck_of_torch():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)

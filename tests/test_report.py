@@ -19,7 +19,6 @@ pytest.importorskip("matplotlib", reason="the demo extra is not installed")
 from typer.testing import CliRunner
 
 from slra.cli.app import app
-from slra.cli.files import replacing
 from slra.cli.report.advice import advise
 from slra.cli.report.arrays import read_layers
 from slra.cli.report.measure import count_steps, effective_rank, measure, needed_ranks
@@ -521,11 +520,10 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "r.json").write_text("the last run's")
 
-    def half(partial, text, encoding):
-        partial.write_bytes(text[:9].encode())
+    def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pathlib.Path.write_text", half)
+    monkeypatch.setattr("os.fsync", interrupted)
     assert run(path, "--json", folder / "r.json").exit_code != 0
     assert [x.name for x in folder.iterdir()] == ["r.json"]
     assert (folder / "r.json").read_bytes() == b"the last run's"
@@ -576,10 +574,3 @@ def read_until(terminal, found):
         except OSError:  # how Linux says so
             break
     return seen
-
-
-def test_replacing_is_by_rename(tmp_path):
-    with replacing(tmp_path / "a") as partial:
-        partial.write_bytes(b"new")
-        assert not (tmp_path / "a").exists()
-    assert (tmp_path / "a").read_bytes() == b"new"

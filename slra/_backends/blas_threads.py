@@ -142,8 +142,14 @@ class workers:  # noqa: N801 - used as a function
 
 
 def limit_this_thread() -> bool:
-    """Let BLAS use one thread where each thread has a limit of its own; whether it does now, in this thread."""
-    return all(library.get() == 1 or library.obeys(1) for library in _libraries())
+    """Let BLAS use one thread where each thread has a limit of its own; whether it does now, in this thread.
+
+    The limit of the process is only read: Ctrl-C may have ended the call while this thread was being started.
+    """
+    return all(
+        library.get() == 1 or (not _is_shared.get(library.path, True) and library.obeys(1))
+        for library in _libraries()
+    )
 
 
 def _seen_elsewhere(library: Library) -> int | None:

@@ -277,11 +277,15 @@ class DaskBackend(Backend):
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
     ) -> tuple[Array, Array]:
         """NumPy's kernel on each block of batches and heads, in which the lengths are whole."""
-        signature = "(q,d),(k,d),(k,e)" + ("" if mask is None else ",(m,n)")
-        arrays = (q, k, v) if mask is None else (q, k, v, mask)
+        numbers = {"scale": options.scale, "softcap": options.softcap}
+        lazy = {n: x.reshape(1, 1) for n, x in numbers.items() if not isinstance(x, float | None)}
+        signature = "(q,d),(k,d),(k,e)" + ",(s,t)" * len(lazy) + ("" if mask is None else ",(m,n)")
+        arrays = (q, k, v, *lazy.values()) if mask is None else (q, k, v, *lazy.values(), mask)
 
-        def block(q: Any, k: Any, v: Any, mask: Any = None) -> tuple[Any, Any]:
-            return numpy_attention.attention(q, k, v, mask, options)
+        def block(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
+            known: dict[str, Any] = {name: x.item() for name, x in zip(lazy, rest, strict=False)}
+            mask = rest[len(lazy)] if len(rest) > len(lazy) else None
+            return numpy_attention.attention(q, k, v, mask, options._replace(**known))
 
         out, lse = _by_matrix(block, f"{signature}->(q,e),(q)", *arrays, dtypes=[q.dtype] * 2)
         return out, lse

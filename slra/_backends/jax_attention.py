@@ -32,11 +32,22 @@ def _even(n: int, largest: int) -> tuple[int, int]:
     return number, math.ceil(n / number)
 
 
-@functools.partial(jax.jit, static_argnames="options")
 def scanned_attention(
     q: Array, k: Array, v: Array, mask: Array | None, *, options: ScoreOptions
 ) -> tuple[Array, Array]:
     """Exact attention and its log-sum-exp."""
+    # Operands: as constants, each new number would be compiled for, and what was compiled kept.
+    numbers = options.scale, options.softcap
+    plain = options._replace(scale=1.0, softcap=None)
+    out, lse = _scanned(q, k, v, mask, numbers, options=plain)
+    return out, lse
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _scanned(
+    q: Array, k: Array, v: Array, mask: Array | None, numbers: tuple[Any, Any], *, options: Any
+) -> tuple[Array, Array]:
+    options = options._replace(scale=numbers[0], softcap=numbers[1])
     n_queries = q.shape[-2]
     n_tiles, height = _even(n_queries, QUERY_TILE)
     if n_tiles == 1:

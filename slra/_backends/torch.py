@@ -186,6 +186,8 @@ class TorchBackend(Backend):
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
     ) -> Array:
         """Torch's fused kernel, where it knows the options; it has no rule for vmap."""
+        if not isinstance(options.scale, float):
+            q, options = q * options.scale, options._replace(scale=1.0)
         is_mapped = any(_is_mapped(x) for x in (q, k, v, mask) if x is not None)
         if expressible(mask, options) and not is_mapped:
             return sdpa_attention(q, k, v, mask, options)

@@ -1,32 +1,28 @@
 """Bases in files, one or one for each layer: an .npz archive of plain arrays, read without unpickling."""
 
 from collections.abc import Mapping
-from os import PathLike
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
+from slra._files import Arrays, File, npz, write_file
 from slra._npz import read_npz
 from slra._validate import resolve
 
 __all__ = ["MAPS", "NAMES", "read_bases", "shapes_of", "write_bases"]
 
-Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
-
 MAPS = ("wq", "wk", "wv", "uv", "c", "mu")
 NAMES = (*MAPS, "error")
 
 
-def write_bases(path: str | PathLike[str], bases: Mapping[str, Any], *, layered: bool) -> None:
+def write_bases(path: File, bases: Mapping[str, Any], *, layered: bool) -> None:
     """Write the arrays and ranks of bases, by the names of their layers, to exactly this path."""
     stored: dict[str, Any] = {
         f"{layer}/{name}" if layered else name: x
         for layer, basis in bases.items()
         for name, x in _arrays_of(basis).items()
     }
-    with Path(path).open("wb") as file:
-        np.savez(file, **stored)
+    write_file(path, npz(stored))
 
 
 def _arrays_of(basis: Any) -> Arrays:
@@ -35,42 +31,57 @@ def _arrays_of(basis: Any) -> Arrays:
     return {**arrays, "ranks": np.asarray(basis.ranks, dtype=np.int64)}
 
 
-def read_bases(path: str | PathLike[str], writer: str, *, layered: bool) -> dict[str, Arrays]:
+def read_bases(path: File, writer: str, *, layered: bool) -> dict[str, Arrays]:
     """Read and check a file, by layer; without layers all is under the empty name.
 
-    ValueError, which names the ``writer`` of such files, where this is not one of them.
+    OSError where there is no such file, ValueError, which names the ``writer`` of such files, where this is not one.
     """
-    layers: dict[str, Arrays] = {}
+
+    def check(stated: Arrays) -> None:
+        for arrays in _by_layer(stated, layered=layered).values():
+            _check_shapes(arrays)
+
     try:
-        for key, x in read_npz(path).items():
-            layer, _, name = key.rpartition("/") if layered else ("", "", key)
-            layers.setdefault(layer, {})[name] = x
-        for arrays in layers.values() if layered else [layers.get("", {})]:
-            _check(arrays)
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError) as error:
+        layers = _by_layer(read_npz(path, check=check), layered=layered)
+        for arrays in layers.values():
+            _check_values(arrays)
+    except ValueError as error:
         raise ValueError(f"path must be a file written by {writer}, got {path}: {error}") from error
     return layers
 
 
-def _check(arrays: Arrays) -> None:
-    """Raise ValueError unless names, dtypes and shapes belong together, and all is finite."""
+def _by_layer(arrays: Arrays, *, layered: bool) -> dict[str, Arrays]:
+    if not layered:
+        return {"": arrays}
+    layers: dict[str, Arrays] = {}
+    for key, x in arrays.items():
+        layer, _, name = key.rpartition("/")
+        layers.setdefault(layer, {})[name] = x
+    return layers
+
+
+def _check_shapes(arrays: Arrays) -> None:
+    """Raise ValueError unless names, dtypes and shapes belong together."""
     if set(arrays) != {*NAMES, "ranks"}:
         raise ValueError(f"it holds {sorted(arrays)}")
-    ranks = arrays["ranks"]
     floating = [arrays[name] for name in NAMES]
     if any(x.dtype != floating[0].dtype for x in floating) or floating[0].dtype.kind != "f":
         raise ValueError("its arrays are not of one real floating dtype")
-    if not all(bool(np.all(np.isfinite(x))) for x in floating):
-        raise ValueError("it holds NaN or infinity")
     expected = shapes_of(arrays["wq"], arrays["wk"], arrays["wv"])
     expected["ranks"] = (*expected.pop("ranks"), 2)
     for name, shape in expected.items():
         if arrays[name].shape != shape:
             raise ValueError(f"its {name} has shape {arrays[name].shape}, not {shape}")
-    most = arrays["wk"].shape[-1], arrays["wv"].shape[-1]
-    if ranks.dtype.kind != "i" or np.any(ranks < 1) or np.any(ranks > most):
+    if arrays["ranks"].dtype.kind != "i":
+        raise ValueError(f"its ranks are {arrays['ranks'].dtype}, not integers")
+
+
+def _check_values(arrays: Arrays) -> None:
+    """Raise ValueError unless all is finite, and no rank beyond the width of its map."""
+    if not all(bool(np.all(np.isfinite(arrays[name]))) for name in NAMES):
+        raise ValueError("it holds NaN or infinity")
+    ranks, most = arrays["ranks"], (arrays["wk"].shape[-1], arrays["wv"].shape[-1])
+    if np.any(ranks < 1) or np.any(ranks > most):
         raise ValueError(f"its ranks are not between 1 and {most}")
 
 

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 from slra._backends.ambient import isolated
+from slra._files import File
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
 from slra._validate import check_flag, check_rank, promote, resolve, shown
 from slra.attn._basis_io import MAPS, NAMES, read_bases, shapes_of, write_bases
@@ -160,9 +160,9 @@ class AttentionBasis:
         mask: AnyArray | None = None,
         is_causal: bool = False,
         causal_align: CausalAlign | None = None,
-        scale: float | None = None,
+        scale: float | AnyArray | None = None,
         enable_gqa: bool = False,
-        softcap: float | None = None,
+        softcap: float | AnyArray | None = None,
         return_lse: bool = False,
     ) -> ArrayT | tuple[ArrayT, ArrayT]:
         """Attention on the projected queries, keys and values.
@@ -299,23 +299,28 @@ class AttentionBasis:
             {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o},
         )
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: File) -> None:
         """Write the basis to a file: an .npz archive of plain arrays.
 
         Parameters
         ----------
-        path : str or path-like
+        path : str, path-like or file opened for bytes
             Written as it is, no suffix is added. Lazy arrays are computed.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; a file that was there is then as it was.
         """
         write_bases(path, {"": self}, layered=False)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], *, like: Array | None = None) -> "AttentionBasis":
+    def load(cls, path: File, *, like: Array | None = None) -> "AttentionBasis":
         """Read a basis written by `save`; nothing is unpickled.
 
         Parameters
         ----------
-        path : str or path-like
+        path : str, path-like or file opened for bytes
         like : array, optional
             Whose library, device and dtype the arrays get; NumPy, and the dtype saved, by default.
 
@@ -325,21 +330,21 @@ class AttentionBasis:
 
         Raises
         ------
-        FileNotFoundError
-            If there is no such file.
+        OSError
+            If there is no such file, or it is a folder or a pipe.
         ValueError
             If the file is damaged, or not what `save` writes.
         """
         return _basis_from(read_bases(path, "AttentionBasis.save", layered=False)[""], like)
 
 
-def save_bases(path: str | PathLike[str], bases: Mapping[str, AttentionBasis]) -> None:
+def save_bases(path: File, bases: Mapping[str, AttentionBasis]) -> None:
     """Write several bases, by the names of their layers, to one file."""
     write_bases(path, bases, layered=True)
 
 
 def load_bases(
-    path: str | PathLike[str], writer: str, from_numpy: Callable[[Any], Array]
+    path: File, writer: str, from_numpy: Callable[[Any], Array]
 ) -> dict[str, AttentionBasis]:
     """Read what `save_bases` wrote, and bring it to a library; ValueError, which names the writer, on other files."""
     layers = read_bases(path, writer, layered=True)

@@ -57,9 +57,9 @@ def attention(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
-    softcap: float | None = None,
+    softcap: float | AnyArray | None = None,
     return_lse: bool = False,
 ) -> ArrayT | tuple[ArrayT, ArrayT]:
     r"""Scaled dot-product attention, exact, without ever holding the matrix of scores.
@@ -79,11 +79,12 @@ def attention(
     causal_align : {"bottom_right", "top_left"} or int, optional
         Which key a query sees last: whether the last query meets the last key, or the first the first, or at which
         key the first query stands. Must be given where ``is_causal`` and Nq is not Nk; elsewhere both are one.
-    scale : float, optional
-        Factor on the products of queries and keys, ``1/sqrt(D)`` by default.
+    scale : float or 0-d array, optional
+        Factor on the products of queries and keys, ``1/sqrt(D)`` by default. An array may be traced or learned: its
+        gradient is that of any other argument, and its values are not looked at.
     enable_gqa : bool
         Whether Hq may be a multiple of Hkv: consecutive query heads then share a key and value head.
-    softcap : float, optional
+    softcap : float or 0-d array, optional
         Scores become ``softcap * tanh(scores / softcap)``, before the mask.
     return_lse : bool
         Whether to return the log-sum-exp of the scores too.
@@ -167,9 +168,9 @@ def attention_vjp(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
-    softcap: float | None = None,
+    softcap: float | AnyArray | None = None,
 ) -> tuple[ArrayT, ArrayT, ArrayT]:
     r"""Vector-Jacobian product of `attention`: gradients for q, k and v, without the matrix of weights.
 

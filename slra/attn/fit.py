@@ -38,9 +38,9 @@ def fit_attention(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
-    softcap: float | None = None,
+    softcap: float | AnyArray | None = None,
 ) -> AttentionBasis:
     r"""Fit the linear maps under which attention on these queries, keys and values runs in few dimensions.
 
@@ -124,7 +124,7 @@ def fit_attention(
         softcap=softcap,
     )
     problem.check_finite()
-    with problem.backend.ignore_overflow():
+    with (same_bits := problem.backend.same_bits()), same_bits:
         fitted = fit_problem(
             problem,
             rank,

@@ -86,9 +86,9 @@ def low_rank_attention(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
-    softcap: float | None = None,
+    softcap: float | AnyArray | None = None,
     return_lse: bool = False,
 ) -> ArrayT | tuple[ArrayT, ArrayT]:
     r"""Attention on low-rank approximations of the queries, keys and values.
@@ -204,9 +204,9 @@ def low_rank_attention_vjp(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
-    softcap: float | None = None,
+    softcap: float | AnyArray | None = None,
 ) -> tuple[ArrayT, ArrayT, ArrayT]:
     r"""Vector-Jacobian product of `low_rank_attention`, its basis being constant.
 

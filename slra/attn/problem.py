@@ -14,7 +14,7 @@ import numpy as np
 from slra._backends import Backend
 from slra._backends.standard import ScoreOptions
 from slra._backends.standard.attention import scores_batch_shape, sum_to
-from slra._typing import Array, CausalAlign, DType, Namespace
+from slra._typing import AnyArray, Array, CausalAlign, DType, Namespace
 from slra._validate import (
     check_choice,
     check_finite,
@@ -22,6 +22,7 @@ from slra._validate import (
     check_mask,
     check_matrix,
     check_positive,
+    check_scalar,
     promote,
     resolve,
     shown,
@@ -83,7 +84,12 @@ class AttentionProblem(NamedTuple):
         """Cut gradients off."""
         named = {name: getattr(self, name) for name in ("q", "k", "v", "mask")}
         stop = self.backend.stop_gradient
-        return self._replace(**{name: stop(x) for name, x in named.items() if x is not None})
+        numbers = {name: getattr(self.options, name) for name in ("scale", "softcap")}
+        arrays = {n: stop(x) for n, x in numbers.items() if not isinstance(x, float | None)}
+        options = self.options._replace(**arrays)
+        return self._replace(
+            options=options, **{name: stop(x) for name, x in named.items() if x is not None}
+        )
 
     def with_head_axis(self) -> "AttentionProblem":
         """Answer with a head axis, whether or not the caller's arrays had one."""
@@ -167,9 +173,9 @@ def make_problem(
     mask: Array | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
-    softcap: float | None = None,
+    softcap: float | AnyArray | None = None,
 ) -> AttentionProblem:
     """Check what all attention functions share, and lay it out; raise on the first argument that is wrong."""
     backend = resolve(q=q, k=k, v=v, optional={"mask": mask})
@@ -182,13 +188,14 @@ def make_problem(
         check_mask(backend, mask, scores, "(..., Hq, Nq, Nk)")
     promoted = promote(backend, allow_complex=False, q=q, k=k, v=v)
     work_q, work_k, work_v = promoted.arrays
-    limits = backend.xp.finfo(work_q.dtype)
     is_causal = check_flag(is_causal, "is_causal")
     options = ScoreOptions(
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else check_scale(scale, limits),
+        scale=1 / math.sqrt(q.shape[-1])
+        if scale is None
+        else check_factor(backend, scale, "scale", work_q),
         is_causal=is_causal,
         causal_align=_check_alignment(causal_align, q.shape[-2], k.shape[-2], is_causal),
-        softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
+        softcap=None if softcap is None else check_factor(backend, softcap, "softcap", work_q),
     )
     n_shared = q.shape[-3] // k.shape[-3] if enable_gqa else 1
     if mask is not None and mask.ndim > 2:
@@ -202,6 +209,26 @@ def make_problem(
         backend,
         work_q.dtype if promoted.narrow is None else promoted.narrow,
         (q.ndim > 2, k.ndim > 2, v.ndim > 2),
+    )
+
+
+def check_factor(backend: Backend, value: Any, name: str, like: Array) -> Any:
+    """Return a scale or softcap as a float, or as a 0-d array of the dtype of ``like`` where it is traced or learned.
+
+    The values of such arrays are not looked at.
+    """
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]  # a number, whatever the library of the other arrays
+    value, limits = check_scalar(backend, value, name), backend.xp.finfo(like.dtype)
+    if not isinstance(value, float):
+        resolve(q=like, **{name: value})
+        if backend.is_differentiated(value) or not backend.is_eager(value):
+            return value if value.dtype == like.dtype else backend.xp.astype(value, like.dtype)
+        value = float(value)
+    return (
+        check_scale(value, limits)
+        if name == "scale"
+        else check_positive(value, name, limits=limits)
     )
 
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from slra._typing import RNG, Array, ArrayT
+from slra._typing import RNG, AnyArray, Array, ArrayT
 from slra._validate import check_draws, check_rank
 from slra.attn.problem import AttentionProblem, make_problem
 
@@ -18,7 +18,7 @@ def favor(
     n_features: int,
     *,
     rng: RNG = 0,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
 ) -> ArrayT:
     r"""Attention whose kernel is replaced by features, :math:`\phi(x)_i = \exp(\omega_i x - \|x\|^2 / 2)`.
@@ -77,8 +77,12 @@ def favor(
 
 def _by_features(problem: AttentionProblem, omega: Array) -> Array:
     xp, scale = problem.xp, problem.options.scale
-    root = math.sqrt(abs(scale))
-    q, k = problem.q * math.copysign(root, scale), problem.k * root
+    if isinstance(scale, float):
+        root = math.sqrt(abs(scale))
+        q, k = problem.q * math.copysign(root, scale), problem.k * root
+    else:
+        root = xp.sqrt(xp.abs(scale))
+        q, k = problem.q * root * xp.sign(scale), problem.k * root
 
     def exponents(x: Array) -> Array:
         return x @ xp.matrix_transpose(omega) - xp.sum(x * x, axis=-1, keepdims=True) / 2

@@ -1,6 +1,6 @@
 """Attention on randomly projected sequences."""
 
-from slra._typing import RNG, ArrayT
+from slra._typing import RNG, AnyArray, ArrayT
 from slra._validate import check_draws, check_rank
 from slra.attn.exact import exact_output
 from slra.attn.problem import make_problem
@@ -15,7 +15,7 @@ def linformer(
     n_combinations: int,
     *,
     rng: RNG = 0,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
 ) -> ArrayT:
     """Attention to random combinations of the keys, with entries of variance 1 / n_combinations.

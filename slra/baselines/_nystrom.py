@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from slra._typing import Array, ArrayT, Namespace
+from slra._typing import AnyArray, Array, ArrayT, Namespace
 from slra._validate import check_rank
 from slra.attn.problem import AttentionProblem, make_problem
 
@@ -17,7 +17,7 @@ def nystrom(
     v: ArrayT,
     n_landmarks: int,
     *,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
 ) -> ArrayT:
     """Attention through landmarks, the means of segments of the queries and of the keys.

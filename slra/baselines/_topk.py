@@ -24,9 +24,9 @@ def topk(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
-    scale: float | None = None,
+    scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
-    softcap: float | None = None,
+    softcap: float | AnyArray | None = None,
 ) -> ArrayT:
     """Exact attention to a few keys a query, those with the largest scores in few dimensions; ties are all taken.
 

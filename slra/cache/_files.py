@@ -1,15 +1,13 @@
 """Caches in files: safetensors, with options and a checksum in the metadata; nothing in a file is trusted."""
 
 import dataclasses
-import hashlib
 import json
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from slra._backends import Backend
+from slra._files import Arrays, File, read_safetensors, write_safetensors
 from slra._typing import Array
 from slra.attn.basis import AttentionBasis
 from slra.attn.maps import Maps
@@ -21,37 +19,25 @@ from slra.cache._segment import FloatRows, maps_of
 __all__ = ["load_contents", "save_contents"]
 
 FORMAT = "slra.KVCache 2"
-Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            'saving and loading a KVCache needs safetensors: pip install "slra[safetensors]"'
-        ) from error
-    return safetensors
-
-
-def save_contents(path: str | PathLike[str], contents: Contents) -> None:
+def save_contents(path: File, contents: Contents) -> None:
     """Write what is in use to exactly this path."""
-    library, backend = _safetensors(), contents.layout.backend
+    backend = contents.layout.backend
     named, in_bfloat16 = {}, []
     for name, x in named_arrays(_without_room(contents)._replace(turns=None)).items():
         if not on_host(x) and x.dtype == getattr(backend.xp, "bfloat16", None):
             # NumPy has no such dtype; single precision holds all its values.
             x = backend.xp.astype(x, backend.xp.float32)
             in_bfloat16.append(name)
-        named[name] = np.asarray(x if on_host(x) else backend.to_numpy(x), order="C")
+        named[name] = np.asarray(x if on_host(x) else backend.to_numpy(x))
     metadata = {
         "format": FORMAT,
         "layout": _described(contents.layout),
         "n_segments": str(len(contents.segments)),
         "bfloat16": json.dumps(in_bfloat16),
     }
-    metadata["checksum"] = _checksum(named, metadata)
-    Path(path).write_bytes(library.numpy.save(named, metadata))
+    write_safetensors(path, named, metadata)
 
 
 def _without_room(contents: Contents) -> Contents:
@@ -72,34 +58,18 @@ def _described(layout: Layout) -> str:
     return json.dumps(fields | {"score_options": layout.score_options._asdict()}, sort_keys=True)
 
 
-def _checksum(named: Arrays, metadata: dict[str, str]) -> str:
-    """SHA-256 of metadata, names, shapes, dtypes and content."""
-    metadata = {name: x for name, x in metadata.items() if name != "checksum"}
-    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
-    for name, x in sorted(named.items()):
-        digest.update(f"{name} {x.shape} {x.dtype}".encode())
-        digest.update(x.tobytes())
-    return digest.hexdigest()
-
-
-def load_contents(path: str | PathLike[str], like: Array, backend: Backend) -> Contents:
+def load_contents(path: File, like: Array, backend: Backend) -> Contents:
     """Read them back; ValueError where the file is not what `save_contents` writes."""
-    content = Path(path).read_bytes()
-    library = _safetensors()
     try:
-        named = library.numpy.load(content)
-        metadata = _metadata(content)
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-        if metadata.get("checksum") != _checksum(named, metadata):
-            raise ValueError("its checksum is not that of its content")
+        named, metadata = read_safetensors(path, FORMAT)
+    except ValueError as error:
+        raise _not_one(path, error) from error
+    try:
         in_bfloat16 = set(json.loads(metadata["bfloat16"]))
         template = _template(named, int(metadata["n_segments"]), metadata["layout"])
         _check_arrays(named, template)
-    except (library.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"path must be a file written by KVCache.save, got {path}: {error}"
-        ) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _not_one(path, error) from error
     layout = dataclasses.replace(template.layout, xp=backend.xp)
     if (in_bfloat16 or layout.dtype == "bfloat16") and not hasattr(backend.xp, "bfloat16"):
         raise ValueError(
@@ -120,11 +90,8 @@ def load_contents(path: str | PathLike[str], like: Array, backend: Backend) -> C
     return contents._replace(segments=tuple(segments)).with_turns()
 
 
-def _metadata(content: bytes) -> dict[str, str]:
-    """Metadata of a safetensors file: in the JSON header, whose length comes first."""
-    length = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    return {str(name): str(value) for name, value in metadata.items()}
+def _not_one(path: File, why: Exception) -> ValueError:
+    return ValueError(f"path must be a file written by KVCache.save, got {path}: {why}")
 
 
 def _template(named: Arrays, n_segments: int, described: str) -> Contents:

@@ -1,13 +1,13 @@
 """The public cache: keys and values appended token by token, attended to in r dimensions."""
 
 from collections.abc import Sequence
-from os import PathLike
 from typing import Any
 
 import numpy as np
 
 from slra._backends import Backend
 from slra._backends.ambient import isolated
+from slra._files import File
 from slra._typing import RNG, Array, DType
 from slra._validate import check_flag, resolve
 from slra.attn.basis import AttentionBasis
@@ -256,7 +256,7 @@ class KVCache:
         n_new = k.shape[-2]
         counts = check_lengths(lengths, n_new, held)
         check_room(n_new, counts, held)
-        with held.layout.backend.ignore_overflow():
+        with (same_bits := held.layout.backend.same_bits()), same_bits:
             held = held.append(k, v, counts, q, dtype) if n_new else held
         if held.layout.backend.is_functional:
             return _made(held)
@@ -312,7 +312,7 @@ class KVCache:
         check_flag(return_lse, "return_lse")
         queries = check_queries(q, mask, lengths, is_causal, held)
         xp = held.layout.xp
-        with held.layout.backend.ignore_overflow():
+        with (same_bits := held.layout.backend.same_bits()), same_bits:
             out, lse = held.attend(queries)
             out = xp.reshape(out, (*q.shape[:-1], held.layout.width_v))
             out = xp.astype(out, q.dtype, copy=False)
@@ -330,7 +330,7 @@ class KVCache:
         v : array, shape (..., Hkv, n, Dv)
         """
         layout = self._contents.layout
-        with layout.backend.ignore_overflow():
+        with (same_bits := layout.backend.same_bits()), same_bits:
             k, v = self._contents.decode()
         return layout.unbatched(k), layout.unbatched(v)
 
@@ -357,23 +357,28 @@ class KVCache:
         """
         return _made(self._contents.select(check_selection(indices, self._contents.layout)))
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: File) -> None:
         """Write the cache to a file, with a checksum (needs the package safetensors).
 
         Parameters
         ----------
-        path : str or path-like
+        path : str, path-like or file opened for bytes
             Written as it is, no suffix is added. Room that is left is not written.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; a file that was there is then as it was.
         """
         save_contents(path, self._contents)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], *, like: Array | None = None) -> "KVCache":
+    def load(cls, path: File, *, like: Array | None = None) -> "KVCache":
         """Read a cache written by `save`, to attend or append to; nothing in the file is executed.
 
         Parameters
         ----------
-        path : str or path-like
+        path : str, path-like or file opened for bytes
         like : array, optional
             Whose library and device the arrays get; NumPy by default.
 
@@ -383,8 +388,8 @@ class KVCache:
 
         Raises
         ------
-        FileNotFoundError
-            If there is no such file.
+        OSError
+            If there is no such file, or it is a folder or a pipe.
         ValueError
             If the file is cut short, changed, or not what `save` writes; or if it holds a dtype that the library of
             ``like`` does not have (bfloat16 on NumPy).

@@ -1,23 +1,11 @@
-"""Files that the command line writes: whole, or not at all."""
+"""Whether the command line can write what it is asked to: found out before the work."""
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["check_targets", "replacing", "require_writable"]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Hand out a temporary name in the same folder, which becomes `path` only if all went well."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+__all__ = ["check_targets", "require_writable"]
 
 
 def require_writable(directory: Path, option: str) -> None:

@@ -1,5 +1,6 @@
 """The pictures of ``python -m slra demo``."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from slra._files import write_file
 from slra.cli.demo import MAP_HEAD, MAP_RANK, MAP_TOKENS, METHODS, Comparison
-from slra.cli.files import replacing
 from slra.data import AttentionSample
 
 __all__ = ["METHOD_STYLES", "draw", "draw_errors", "draw_maps", "draw_spectra", "save"]
@@ -48,8 +49,9 @@ def draw(sample: AttentionSample, comparison: Comparison) -> Figure:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG under its final name only when it is whole."""
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=180)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=180)
+    write_file(path, picture.getbuffer())
 
 
 def draw_spectra(axes: Sequence[Axes], sample: AttentionSample, darkest: float = 0) -> None:

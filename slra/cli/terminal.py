@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
-from slra.cli.files import replacing
+from slra._files import write_file
 
 __all__ = ["Advance", "Commands", "fail", "progress", "write"]
 
@@ -95,8 +95,7 @@ class _Lines:
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all, and say so."""
     try:
-        with replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_file(path, text.encode())
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}")
     typer.echo(f"Written: {path}")

@@ -9,11 +9,14 @@ import numpy as np
 from slra._backends import Backend
 from slra._backends.ambient import isolated
 from slra._backends.standard.sparse import index_dtype
+from slra._files import Arrays, File, npz, read_safetensors, write_file, write_safetensors
 from slra._npz import read_npz
 from slra._typing import Array
 from slra._validate import promote, resolve
 
 __all__ = ["LowRankPlusSparse", "scattered", "size_in_bytes"]
+
+FORMAT = "slra.LowRankPlusSparse 1"
 
 
 class _Parts(NamedTuple):
@@ -150,50 +153,58 @@ class LowRankPlusSparse(_Parts):
         with backend.ignore_overflow():
             return (other @ self.left) @ self.right + other @ self._sparse(backend)
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: File) -> None:
         """Write to a ``.npz`` or ``.safetensors`` file (the latter needs the package safetensors).
 
         Parameters
         ----------
-        path : str or path
-            Where to; its suffix says which format. bfloat16, which NumPy does not have, is written as float32, which
-            holds all its values.
+        path : str, path or file opened for bytes
+            Where to; its suffix says which format, and an opened file gets ``.npz``. bfloat16, which NumPy does not
+            have, is written as float32, which holds all its values. Both formats carry a checksum.
 
         Raises
         ------
+        OSError
+            If it cannot be written; a file that was there is then as it was.
         ValueError
             If the suffix is another.
         """
-        backend = resolve(left=self.left)
+        suffix, backend = _suffix(path), resolve(left=self.left)
         arrays = {name: _stored(backend, x) for name, x in zip(self._fields, self, strict=True)}
-        if _suffix(path) == ".npz":
-            with Path(path).open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            return
-        from safetensors.numpy import save_file
-
-        save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path)
+        if suffix == ".npz":
+            write_file(path, npz(arrays))
+        else:
+            write_safetensors(path, arrays, {"format": FORMAT})
 
     @classmethod
-    def load(cls, path: str | PathLike[str], *, like: Array | None = None) -> "LowRankPlusSparse":
+    def load(cls, path: File, *, like: Array | None = None) -> "LowRankPlusSparse":
         """Read what `save` wrote; nothing in the file is executed.
 
         Parameters
         ----------
-        path : str or path
+        path : str, path or file opened for bytes
             A ``.npz`` or ``.safetensors`` file.
         like : array, optional
             The arrays come back in its library and on its device; as NumPy arrays by default.
 
         Raises
         ------
+        OSError
+            If there is no such file, or it is a folder or a pipe.
         ValueError
             If the suffix is another, or the file does not hold such a matrix: damaged, incomplete, pickled, or
             with shapes, dtypes or columns that do not fit.
         """
-        read = _read_npz if _suffix(path) == ".npz" else _read_safetensors
-        arrays = read(Path(path))
-        _check_parts(arrays, path)
+        suffix = _suffix(path)
+        try:
+            if suffix == ".npz":
+                arrays = read_npz(path, check=_check_shapes)
+            else:
+                arrays, _ = read_safetensors(path, FORMAT)
+                _check_shapes(arrays)
+            _check_indices(arrays)
+        except ValueError as error:
+            raise ValueError(f"{path!s} does not hold a LowRankPlusSparse: {error}") from error
         if like is not None:
             backend = resolve(like=like)
             for name, a in arrays.items():
@@ -232,44 +243,24 @@ def size_in_bytes(backend: Backend, x: Array) -> int:
     return count * int(xp.finfo(x.dtype).bits) // 8 * (2 if backend.is_complex(x) else 1)
 
 
-def _suffix(path: str | PathLike[str]) -> str:
+def _suffix(path: File) -> str:
+    if not isinstance(path, (str, PathLike)):
+        return ".npz"
     suffix = Path(path).suffix
     if suffix not in (".npz", ".safetensors"):
         raise ValueError(f"path must end in .npz or .safetensors, got {str(path)!r}")
     return suffix
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
-    try:
-        loaded = read_npz(path)
-        return {name: loaded[name] for name in LowRankPlusSparse._fields}
-    except (ValueError, KeyError) as error:
-        raise _not_one(path, error) from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    content = path.read_bytes()
-    try:
-        loaded = load(content)
-        return {name: loaded[name] for name in LowRankPlusSparse._fields}
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise _not_one(path, error) from error
-
-
-def _not_one(path: str | PathLike[str], why: object) -> ValueError:
-    return ValueError(f"{str(path)!r} does not hold a LowRankPlusSparse: {why}")
-
-
-def _check_parts(arrays: dict[str, np.ndarray[Any, Any]], path: str | PathLike[str]) -> None:
-    """Raise ValueError unless four arrays make a matrix."""
+def _check_shapes(arrays: Arrays) -> None:
+    """Raise ValueError unless names, shapes and dtypes are those of a matrix."""
+    if set(arrays) != set(LowRankPlusSparse._fields):
+        raise ValueError(f"it holds {sorted(arrays)}")
     left, right, values, indices = (arrays[name] for name in LowRankPlusSparse._fields)
     if len({left.dtype, right.dtype, values.dtype}) > 1 or left.dtype.kind not in "fc":
-        raise _not_one(path, "left, right and values must have one floating dtype")
+        raise ValueError("left, right and values must have one floating dtype")
     if indices.dtype.kind != "i":
-        raise _not_one(path, f"indices must be signed integers, got {indices.dtype}")
+        raise ValueError(f"indices must be signed integers, got {indices.dtype}")
     per_row = values.ndim == left.ndim
     fits = (
         min(left.ndim, right.ndim) >= 2
@@ -281,9 +272,15 @@ def _check_parts(arrays: dict[str, np.ndarray[Any, Any]], path: str | PathLike[s
     )
     if not fits:
         shapes = ", ".join(f"{name} {a.shape}" for name, a in arrays.items())
-        raise _not_one(path, f"its shapes do not fit together: {shapes}")
+        raise ValueError(f"its shapes do not fit together: {shapes}")
+
+
+def _check_indices(arrays: Arrays) -> None:
+    """Raise ValueError unless the places of the sparse entries are in the matrix, and ascend."""
+    left, right, values, indices = (arrays[name] for name in LowRankPlusSparse._fields)
+    per_row = values.ndim == left.ndim
     limit = right.shape[-1] if per_row else left.shape[-2] * right.shape[-1]
     if indices.size and (indices.min() < 0 or indices.max() >= limit):
-        raise _not_one(path, f"indices must be between 0 and {limit - 1}")
+        raise ValueError(f"indices must be between 0 and {limit - 1}")
     if np.any(indices[..., 1:] <= indices[..., :-1]):
-        raise _not_one(path, "indices must ascend in every row, or in the matrix")
+        raise ValueError("indices must ascend in every row, or in the matrix")

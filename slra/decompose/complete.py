@@ -89,16 +89,44 @@ class CompletionResult(NamedTuple):
 
     def fill(self, x: Array, mask: Array | None = None) -> Array:
         """Return ``x`` where it was observed (``mask``, or no NaN), and the low-rank matrix elsewhere."""
-        backend = resolve(left=self.left, x=x)
-        observed = backend.xp.logical_not(backend.xp.isnan(x)) if mask is None else mask
+        backend = resolve(left=self.left, x=x, optional={"mask": mask})
+        shape = (*self.left.shape[:-1], int(self.right.shape[-1]))
+        if tuple(x.shape) != shape:
+            raise ValueError(
+                f"x must have the shape that was completed, {shape}, got {tuple(x.shape)}"
+            )
+        promote(backend, left=self.left, x=x)
+        observed = backend.xp.logical_not(backend.xp.isnan(x))
+        if mask is not None:
+            observed = _broadcast(mask, x, backend)
         return backend.xp.where(observed, x, self.to_dense())
 
     def at(self, rows: Array, columns: Array) -> Array:
-        """Return entries of one matrix, of the shape of ``rows`` and ``columns``, integers of its library."""
-        xp = resolve(left=self.left, rows=rows, columns=columns).xp
-        right = xp.take(xp.matrix_transpose(self.right), columns, axis=0)
-        products = xp.sum(xp.take(self.left, rows, axis=0) * right, axis=-1)
-        return products + xp.take(self.mean[0, :], columns, axis=0)
+        """Return entries of one matrix, of the shape of ``rows`` and ``columns``, integers of its library.
+
+        They are from 0 on, of one shape, and are looked at unless they are lazy.
+        """
+        backend = resolve(left=self.left, rows=rows, columns=columns)
+        xp = backend.xp
+        if self.left.ndim != 2:
+            raise ValueError("left must be of one matrix, whose entries rows and columns number")
+        for name, places, n in (
+            ("rows", rows, self.left.shape[0]),
+            ("columns", columns, self.right.shape[1]),
+        ):
+            if not is_kind(xp, places.dtype, "integral"):
+                raise TypeError(f"{name} must be integers, got {places.dtype}")
+            if tuple(places.shape) != tuple(rows.shape):
+                raise ValueError(
+                    f"{name} must have the shape of rows, {tuple(rows.shape)}, got {tuple(places.shape)}"
+                )
+            if backend.is_eager(places) and bool(xp.any((places < 0) | (places >= n))):
+                raise ValueError(f"{name} must be from 0 to {n - 1}")
+        shape, flat = tuple(rows.shape), (xp.reshape(a, (-1,)) for a in (rows, columns))
+        row, column = (xp.astype(a, xp.int64) for a in flat)
+        right = xp.take(xp.matrix_transpose(self.right), column, axis=0)
+        products = xp.sum(xp.take(self.left, row, axis=0) * right, axis=-1)
+        return xp.reshape(products + xp.take(self.mean[0, :], column, axis=0), shape)
 
 
 @isolated
@@ -396,6 +424,8 @@ def _read(x: Any, mask: Array | None) -> tuple[Entries, float, Promoted]:
             raise TypeError(
                 "x must be an array or a sparse matrix, whose entries are known, got a linear operator"
             )
+        if len(x.shape) != 2:
+            raise ValueError(f"x must have 2 dimensions where it is sparse, got shape {x.shape}")
         if mask is not None:
             raise ValueError(
                 "mask must be None for a sparse matrix: its stored entries are the observed ones"

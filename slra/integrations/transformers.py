@@ -5,7 +5,6 @@ calibrated before and are attached to its layers, because a fit sees all tokens 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 import slra
+from slra._files import File
 from slra._validate import check_choice, check_positive, check_rank
 from slra.attn.basis import AttentionBasis, load_bases, save_bases
 from slra.integrations._transformers_layer import (
@@ -222,15 +222,20 @@ def detach(model: Any) -> None:
             delattr(module, BASIS)
 
 
-def save(path: str | PathLike[str], bases: Mapping[str, AttentionBasis]) -> None:
+def save(path: File, bases: Mapping[str, AttentionBasis]) -> None:
     """Write the bases of all layers to one file: an .npz archive of plain arrays.
 
     Parameters
     ----------
-    path : str or path-like
+    path : str, path-like or file opened for bytes
         Written as it is, no suffix is added.
     bases : mapping of str to AttentionBasis
         From `calibrate`.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; a file that was there is then as it was.
 
     Examples
     --------
@@ -239,12 +244,12 @@ def save(path: str | PathLike[str], bases: Mapping[str, AttentionBasis]) -> None
     save_bases(path, bases)
 
 
-def load(path: str | PathLike[str]) -> dict[str, AttentionBasis]:
+def load(path: File) -> dict[str, AttentionBasis]:
     """Read bases written by `save`, as tensors on the CPU; nothing is unpickled.
 
     Parameters
     ----------
-    path : str or path-like
+    path : str, path-like or file opened for bytes
 
     Returns
     -------
@@ -252,8 +257,8 @@ def load(path: str | PathLike[str]) -> dict[str, AttentionBasis]:
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
+    OSError
+        If there is no such file, or it is a folder or a pipe.
     ValueError
         If the file is damaged, or not what `save` writes.
 

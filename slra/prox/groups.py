@@ -3,12 +3,22 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import array_api_compat as compat
 import numpy as np
 
 from slra._backends import Backend
 from slra._backends.ambient import isolated
 from slra._typing import Array
-from slra._validate import check_axis, check_positive, check_tau, promote, resolve
+from slra._validate import (
+    check_axis,
+    check_numbers,
+    check_positive,
+    check_tau,
+    on_host,
+    promote,
+    resolve,
+    shown,
+)
 
 __all__ = ["norm_groups", "norm_sparse_group", "prox_groups", "prox_sparse_group"]
 
@@ -286,15 +296,25 @@ def _layout(groups: Any, weights: Any, n: int) -> _Layout:
 
 def _labels(groups: Any, n: int) -> tuple[np.ndarray[Any, Any], int]:
     """Group of each of n entries, the number of groups where it is in none, and that number."""
-    given = [np.asarray(g) for g in groups]
+    wrong = TypeError(
+        "groups must be ints, one for each entry, or sequences of ints, one for each group, "
+        f"got {shown(groups)}"
+    )
+    if isinstance(groups, (str, bytes)) or not (
+        isinstance(groups, Sequence) or compat.is_array_api_obj(groups)
+    ):
+        raise wrong
+    outer = on_host(groups) if compat.is_array_api_obj(groups) else groups
+    if outer is None or getattr(outer, "ndim", 1) == 0:
+        raise wrong
+    read = [on_host(g) for g in outer]
+    given = [g for g in read if g is not None and (g.dtype.kind in "iu" or not g.size)]
+    if len(given) < len(read) or {g.ndim for g in given} not in ({0}, {1}, set()):
+        raise wrong
     if not given:
         raise ValueError("groups must have one group or more, got none")
-    if any(g.dtype.kind not in "iu" and g.size for g in given) or len({g.ndim for g in given}) > 1:
-        raise TypeError(
-            "groups must be ints, one for each entry, or sequences of ints, one for each group"
-        )
     if given[0].ndim == 0:
-        labels = np.asarray(groups).astype(int)
+        labels = np.asarray(given).astype(int)
         if labels.shape != (n,):
             raise ValueError(f"groups must have {n} numbers, one for each entry, got {len(labels)}")
         if labels.min() < 0:
@@ -313,11 +333,7 @@ def _labels(groups: Any, n: int) -> tuple[np.ndarray[Any, Any], int]:
 def _checked_weights(weights: Any, n_groups: int) -> np.ndarray[Any, Any]:
     if weights is None:
         return np.ones(n_groups)
-    checked = np.asarray(weights, dtype=float)
-    if checked.shape != (n_groups,):
-        raise ValueError(
-            f"weights must be {n_groups} numbers, one for each group, got shape {checked.shape}"
-        )
+    checked = check_numbers(weights, "weights", n_groups, "group")
     if not np.all(checked >= 0):
         raise ValueError("weights must be 0 or more")
     return checked

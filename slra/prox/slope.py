@@ -8,7 +8,7 @@ import numpy as np
 from slra._backends import Backend
 from slra._backends.ambient import isolated
 from slra._typing import Array
-from slra._validate import check_axis, check_tau, promote, resolve
+from slra._validate import check_axis, check_numbers, check_tau, promote, resolve
 
 __all__ = ["norm_slope", "prox_slope"]
 
@@ -131,9 +131,7 @@ def norm_slope(x: Array, *, weights: Sequence[float], axis: int = -1) -> Array:
 
 
 def _checked(weights: Any, n: int) -> np.ndarray[Any, Any]:
-    lam = np.asarray(weights, dtype=float)
-    if lam.shape != (n,):
-        raise ValueError(f"weights must be {n} numbers, one for each entry, got shape {lam.shape}")
+    lam = check_numbers(weights, "weights", n, "entry")
     if not (np.all(np.isfinite(lam)) and np.all(np.diff(lam) <= 0) and np.all(lam >= 0)):
         raise ValueError("weights must be finite, 0 or more, and never rise")
     return lam

@@ -39,9 +39,9 @@ class SolveResult(NamedTuple):
     n_iter : int
         Number of iterations made.
     objective : array, shape (n_iter,), or None
-        Value of ``objective`` after each iteration, where one was given; (n_iter, *batch) for a batch.
+        Value of ``objective`` after each iteration, where one was given; ``(n_iter, *batch)`` for a batch.
     residual : array, shape (n_iter,)
-        What ``tol`` is compared with, after each iteration; real; (n_iter, *batch) for a batch.
+        What ``tol`` is compared with, after each iteration; real; ``(n_iter, *batch)`` for a batch.
     converged : bool or None
         Whether the last residual is within ``tol`` or ``atol``; None where ``tol`` is. For a batch an array of them.
     z : array or None

@@ -153,7 +153,7 @@ def primal_dual(
 
     Examples
     --------
-    Fused lasso signal: 1/2 ||x - b||^2 + 1/2 sum |x_{i+1} - x_i|.
+    A fused lasso signal, ``1/2 ||x - b||^2 + 1/2 sum |x_{i+1} - x_i|``.
 
     >>> import numpy as np
     >>> import slra

@@ -224,6 +224,7 @@ def proximal_gradient(
         backend,
         accelerated,
         step is None,
+        _range_of(x, backend),
     )
     start = problem.start(x, value, grad, step)
     result, _ = run(
@@ -268,6 +269,19 @@ def _checked(value_and_grad: ValueAndGrad, tree: Tree) -> Callable[[Array], tupl
     return call
 
 
+class _Range(NamedTuple):
+    """Spacing of numbers at 1, and the least and the greatest number of a dtype, looked up once."""
+
+    eps: float
+    least: float
+    most: float
+
+
+def _range_of(x: Array, backend: Backend) -> _Range:
+    limits = backend.xp.finfo(x.dtype)
+    return _Range(float(limits.eps), float(limits.smallest_normal), float(limits.max))
+
+
 class _Problem(NamedTuple):
     """What a step needs to know and does not change."""
 
@@ -277,6 +291,7 @@ class _Problem(NamedTuple):
     backend: Backend
     accelerated: bool
     searches: bool
+    limits: "_Range"
 
     def start(self, x: Array, value: Any, grad: Array, step: Any) -> _State:
         """Return the first state; where no step is given the first is short, to learn the curvature."""
@@ -293,16 +308,14 @@ class _Problem(NamedTuple):
         curvature, learns = m.full(0.0), m.full(1.0) > 0
         if step is None:
             # Along the gradient, not along a step, which near a solution leads where f hardly bends.
-            length = m.where(size == 0, 1.0, size) * float(xp.finfo(x.dtype).eps) ** 0.5
-            short = self._in_range(m.where(slope == 0, 1.0, m.ratio(length, slope)), x)
-            with self.backend.ignore_overflow():
-                probe = self.backend.extrapolate(x, grad, m.spread(-short))
+            length = m.where(size == 0, 1.0, size) * self.limits.eps**0.5
+            short = self._in_range(m.where(slope == 0, 1.0, m.ratio(length, slope)))
+            probe = self.backend.extrapolate(x, grad, m.spread(-short))
             turn = self.evaluate(probe)[1] - grad
-            with self.backend.ignore_overflow():
-                bend = m.ratio(self._norm(turn), short * slope)
+            bend = m.ratio(self._norm(turn), short * slope)
             is_known = m.isfinite(bend) & (bend > 0)
             curvature = m.where(is_known, bend, 0.0)
-            step = self._in_range(m.where(is_known, m.ratio(1.0, bend), short), x)
+            step = self._in_range(m.where(is_known, m.ratio(1.0, bend), short))
             learns = m.negate(is_known)
         else:
             step = as_scalars(step, m, self.backend)
@@ -323,41 +336,39 @@ class _Problem(NamedTuple):
         momentum = (1 + m.sqrt(1 + 4 * state.momentum * state.momentum * ratio)) / 2
         beta = (state.momentum - 1) / momentum
         y, slope = x, grad
-        with backend.ignore_overflow():
-            if self.accelerated and not (isinstance(beta, float) and beta == 0):
-                y = backend.extrapolate(x, state.move, m.spread(beta))
-                slope = backend.extrapolate(grad, state.turn, m.spread(beta))
+        if self.accelerated and not (isinstance(beta, float) and beta == 0):
+            y = backend.extrapolate(x, state.move, m.spread(beta))
+            slope = backend.extrapolate(grad, state.turn, m.spread(beta))
         new = self.forward_backward(y, slope, m.spread(step))
         value, new_grad = self.evaluate(new)
-        with backend.ignore_overflow():
-            d, turn = new - y, new_grad - slope
-            # A subgradient of f + w g at the new point: (y - new) / step - slope is one of w g.
-            r = backend.extrapolate(turn, d, m.spread(-1 / step))
-            found = self._measure(d, turn, r, new, new_grad, state.move, beta)
-            choice = self._judge(state, found, self._is_finite(value), momentum, x)
-            accepted = choice.accepted
-            following = _State(
-                x=m.pick(accepted, new, x),
-                grad=m.pick(accepted, new_grad, grad),
-                move=m.pick(accepted, new - x, state.move),
-                turn=m.pick(accepted, new_grad - grad, state.turn),
-                momentum=choice.momentum,
-                step=choice.step,
-                last=m.where(accepted, step, state.last),
-                curvature=m.where(accepted, choice.curvature, state.curvature),
-                largest=m.where(accepted, m.maximum(state.largest, found.size), state.largest),
-                residual=m.where(accepted, choice.residual, state.residual),
-                absolute=m.where(accepted, choice.absolute, state.absolute),
-                is_first=state.is_first & m.negate(accepted),
-            )
+        d, turn = new - y, new_grad - slope
+        # A subgradient of f + w g at the new point: (y - new) / step - slope is one of w g.
+        r = backend.extrapolate(turn, d, m.spread(-1 / step))
+        found = self._measure(d, turn, r, new, new_grad, state.move, beta)
+        choice = self._judge(state, found, self._is_finite(value), momentum)
+        accepted = choice.accepted
+        following = _State(
+            m.pick(accepted, new, x),
+            m.pick(accepted, new_grad, grad),
+            m.pick(accepted, new - x, state.move),
+            m.pick(accepted, new_grad - grad, state.turn),
+            choice.momentum,
+            choice.step,
+            m.where(accepted, step, state.last),
+            m.where(accepted, choice.curvature, state.curvature),
+            m.where(accepted, choice.largest, state.largest),
+            m.where(accepted, choice.residual, state.residual),
+            m.where(accepted, choice.absolute, state.absolute),
+            state.is_first & m.negate(accepted),
+        )
         return Step(following, following.x, following.residual, following.absolute, choice.is_stuck)
 
     def _judge(
-        self, state: _State, found: "_Measured", value_is_finite: Any, momentum: Any, x: Array
+        self, state: _State, found: "_Measured", value_is_finite: Any, momentum: Any
     ) -> "_Choice":
         """Accept or refuse a point, and choose what follows."""
         m, step = self.scalars, state.step
-        eps = float(self.backend.xp.finfo(x.dtype).eps)
+        eps = self.limits.eps
         is_finite = value_is_finite & m.isfinite(found.moved + found.turned + found.slope)
         # <turn, d> <= ||d||^2 / step in units of the right side. Values of f, whose difference is lost in rounding near
         # the end, are not compared; what rounding does to the gradients is allowed for.
@@ -385,7 +396,7 @@ class _Problem(NamedTuple):
             longer = m.where(found.moved == 0, step / CUT, longer)
             cut = m.where(excess > 1, m.maximum(m.ratio(0.9, excess), CUT), 0.9)
             cut = m.where(is_finite, cut, CUT)
-            following = self._in_range(m.where(accepted, longer, step * m.minimum(cut, 0.9)), x)
+            following = self._in_range(m.where(accepted, longer, step * m.minimum(cut, 0.9)))
             is_stuck = is_stuck & (following == step)
 
         curvature = m.minimum(m.maximum(curvature, FORGET * state.curvature), 1 / step)
@@ -395,7 +406,9 @@ class _Problem(NamedTuple):
         residual = m.where(
             scale > 0, m.ratio(absolute, scale), m.where(absolute > 0, math.inf, 0.0)
         )
-        return _Choice(accepted, momentum, following, curvature, residual, absolute, is_stuck)
+        return _Choice(
+            accepted, momentum, following, curvature, largest, residual, absolute, is_stuck
+        )
 
     def _measure(
         self, d: Array, turn: Array, r: Array, new: Array, grad: Array, move: Array, beta: Any
@@ -409,8 +422,7 @@ class _Problem(NamedTuple):
             return _Measured(moved, turned, across, rest, slope, size, -moved - beta * along)
         pairs = [(d, d), (turn, turn), (r, r), (grad, grad), (new, new), (d, turn), (d, move)]
         *squares, across, along = backend.inner_numbers(pairs)
-        limits = backend.xp.finfo(new.dtype)
-        low, high = float(limits.smallest_normal) / float(limits.eps), float(limits.max)
+        low, high = self.limits.least / self.limits.eps, self.limits.most
         if all(low < square < high for square in squares):
             moved, turned, rest, slope, size = map(math.sqrt, squares)
             across, along = across / (moved * turned), along / moved
@@ -438,9 +450,8 @@ class _Problem(NamedTuple):
             value = self.scalars.full(value)
         return self.backend.xp.reshape(self.backend.xp.isfinite(value), self.scalars.batch)
 
-    def _in_range(self, step: Any, x: Array) -> Any:
-        limits = self.backend.xp.finfo(x.dtype)
-        low, high = 8 * float(limits.smallest_normal), float(limits.max) / 8
+    def _in_range(self, step: Any) -> Any:
+        low, high = 8 * self.limits.least, self.limits.most / 8
         return self.scalars.minimum(self.scalars.maximum(step, low), high)
 
 
@@ -460,6 +471,7 @@ class _Choice(NamedTuple):
     momentum: Any
     step: Any
     curvature: Any
+    largest: Any
     residual: Any
     absolute: Any
     is_stuck: Any
@@ -471,11 +483,10 @@ def _forward_backward(prox: Prox, weight: Any, x: Array, tree: Tree) -> ForwardB
     primitive, prox = _primitive(prox, x, backend), with_callers_errors(prox)
 
     def call(y: Array, grad: Array, step: Any) -> Array:
-        with backend.ignore_overflow():
-            if primitive is not None:
-                return primitive(y, grad, step, weight)
-            # An array, where NumPy makes a scalar of a difference of 0-d ones.
-            forward, tau = backend.xp.asarray(y - step * grad), step * weight
+        if primitive is not None:
+            return primitive(y, grad, step, weight)
+        # An array, where NumPy makes a scalar of a difference of 0-d ones.
+        forward, tau = backend.xp.asarray(y - step * grad), step * weight
         found = tree.join(prox(tree.split(forward), tau), "what prox returns")
         return check_returned(found, "prox", y.shape)
 

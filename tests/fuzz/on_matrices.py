@@ -315,10 +315,25 @@ def _check_parts(args: dict[str, Any], out: Any) -> None:
 
 def _add_decompositions() -> None:
     for name, base, requests in (
-        ("compress", {"x": normal(4, 3), "rank": 2, "density": 0.3, "n_iter": 2}, ("n_iter",)),
+        (
+            "compress",
+            {"x": normal(4, 3), "rank": 2, "density": 0.3, "n_iter": 2, "per": None},
+            ("n_iter",),
+        ),
         (
             "robust_pca",
-            {"x": normal(4, 3), "l1": None, "mask": None, "tol": 1e-3, "max_iter": 20, "rng": 0},
+            {
+                "x": normal(4, 3),
+                "l1": None,
+                "mask": None,
+                "noise": 0.0,
+                "rank": None,
+                "frame_axis": None,
+                "tol": 1e-3,
+                "max_iter": 20,
+                "callback": None,
+                "rng": 0,
+            },
             (),
         ),
         (
@@ -350,6 +365,57 @@ def _add_decompositions() -> None:
             st.fixed_dictionaries(fair),
             no_check,
         )
+
+
+@st.composite
+def _complete_args(draw: Any) -> dict[str, Any]:
+    shape = draw(st.sampled_from([(3, 4), (6, 6), (2, 4, 3)]))
+    args: dict[str, Any] = {"x": draw(arrays(shape)), "rank": draw(st.integers(1, 3))}
+    args["mask"] = draw(st.sampled_from([None, np.ones(shape[-1], bool)]))
+    args |= {"center": draw(st.booleans()), "l1": draw(st.sampled_from([None, 1e-3, 1, 1e30]))}
+    return args | {"max_iter": 5, "rng": 0}
+
+
+def _check_completion(args: dict[str, Any], out: Any) -> None:
+    x, left, right = (dense(a) for a in (args["x"], *out[:2]))
+    assert left.dtype == right.dtype
+    assert (*left.shape[:-1], right.shape[-1]) == x.shape
+    all_finite(args, out[:3])
+
+
+def _add_completion() -> None:
+    base: dict[str, Any] = {"x": normal(5, 4), "rank": 2, "rtol": None, "l1": None, "mask": None}
+    base |= {"center": False, "tol": 1e-3, "max_iter": 5, "rng": 0}
+    add(
+        "complete",
+        public("complete"),
+        base,
+        _complete_args(),
+        _check_completion,
+        works_on_dask=False,
+    )
+    for method, args in (
+        ("to_dense", {}),
+        ("fill", {"x": normal(4, 5), "mask": None}),
+        ("at", {"rows": np.asarray([0, 3]), "columns": np.asarray([1, 4])}),
+    ):
+        add(
+            f"CompletionResult.{method}",
+            _completed(method),
+            args,
+            st.fixed_dictionaries({name: st.just(x) for name, x in args.items()}),
+            no_check,
+            works_on_dask=False,
+        )
+
+
+def _completed(method: str) -> Callable[..., Any]:
+    def call(xp: Any, **args: Any) -> Any:
+        parts = (to_xp(xp, normal(*shape)) for shape in ((4, 2), (2, 5), (1, 5)))
+        result = slra.CompletionResult(*parts, error=0.0, n_iter=1, converged=True)
+        return getattr(result, method)(**args)
+
+    return call
 
 
 def _sparse_low_rank(method: str) -> Callable[..., Any]:
@@ -512,4 +578,5 @@ def _check_solution(args: dict[str, Any], out: Any) -> None:
 
 _add_svd()
 _add_decompositions()
+_add_completion()
 _add_solvers()

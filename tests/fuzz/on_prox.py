@@ -220,6 +220,8 @@ def _add_with_options(name: str) -> None:
     options = dict(TAKES_MORE[name])
     if name.startswith("prox"):
         options["tau"] = 0.5
+    if name == "prox_tv":
+        options["n_iter"] = 3
     square = (4, 4) if name == "project_psd" else (3, 4)
     fixed = {option: st.just(value) for option, value in options.items()}
     add(
@@ -228,6 +230,7 @@ def _add_with_options(name: str) -> None:
         {"x": normal(*square), **options},
         st.fixed_dictionaries({"x": arrays(square, dtypes=FLOATS), **fixed}),
         _check_dtype,
+        requests=("n_iter",),
         works_on_dask="slope" not in name,
     )
 

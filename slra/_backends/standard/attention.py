@@ -29,14 +29,15 @@ __all__ = [
 class ScoreOptions(NamedTuple):
     """What is done to a score between the product of query and key and the softmax.
 
-    Plain values only, which hash: JAX compiles a function for each. What is an array, or has an entry for each head
-    or sequence, is an argument beside the mask instead.
+    Plain values, which hash: JAX compiles a function for each, but for the two numbers, which are its operands. Those
+    may also be 0-d arrays, of libraries that trace or differentiate. What has an entry for each head or sequence is
+    an argument beside the mask instead.
     """
 
-    scale: float
+    scale: Any
     is_causal: bool = False
     causal_align: CausalAlign = "bottom_right"
-    softcap: float | None = None
+    softcap: Any = None
 
     def diagonal(self, n_queries: int, n_keys: int) -> int:
         """Query i may attend to keys up to and including i + this, where attention is causal."""
@@ -124,7 +125,7 @@ def scores_batch_shape(q: Array, k: Array, v: Array, mask: Array | None) -> tupl
     return np.broadcast_shapes(*shapes)
 
 
-def capped(xp: Namespace, products: Array, softcap: float | None) -> Array:
+def capped(xp: Namespace, products: Array, softcap: Any) -> Array:
     """Scores from the products of scaled queries and keys."""
     return products if softcap is None else softcap * xp.tanh(products / softcap)
 

@@ -37,7 +37,8 @@ class ShrunkSpectrum(NamedTuple):
         """Return the derivative in a direction; as a map of the direction it is its own adjoint."""
         xp, S, f = self.backend.xp, self.S, self._shrunk
         U, Vh, Uh, V = self.U, self.Vh, self._h(self.U), self._h(self.Vh)
-        is_active = self._is_active
+        # Nothing is taken off by a tau of 0, from values of 0 either.
+        is_active = self._is_active | (self.tau[..., 0] == 0)
         one, other = is_active[..., :, None], is_active[..., None, :]
         # Of two values above tau the quotient is 1 without a division, of two below it is 0.
         gap = S[..., :, None] - S[..., None, :]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from slra._files import opened
 from slra._npz import read_npy, read_npz
 
 __all__ = ["Layer", "Stored", "checked_layer", "notes", "read_layers"]
@@ -107,8 +108,10 @@ def _of_numpy(x: NDArray[Any]) -> Stored:
 def _read_safetensors(path: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, deserialize
 
+    with opened(path) as file:
+        content = file.read()
     try:
-        tensors = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+        tensors = deserialize(content)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise ValueError(str(error)) from error
     return {name: _of_tensor(**tensor) for name, tensor in tensors if _is_wanted(name)}
