@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slra.cli.files import replacing
+from slra._files import write_file
 from slra.cli.timing import REST, machine, rounds
 
 __all__ = ["RESULTS", "interleaved", "machine", "save"]
@@ -26,6 +26,5 @@ def save(topic: str, result: dict[str, Any]) -> Path:
     """Write results, with the machine, to ``benchmarks/results/<topic>.json``."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{topic}.json"
-    with replacing(path) as partial:
-        partial.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+    write_file(path, (json.dumps({"machine": machine(), **result}, indent=1) + "\n").encode())
     return path

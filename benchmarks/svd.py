@@ -225,13 +225,12 @@ def tall() -> dict[str, Any]:
     return compare(
         {
             "slra": lambda: slra.randomized_svd(a, 10, rng=0).S,
-            "slra, centred": lambda: slra.randomized_svd(a, 10, center=True, rng=0).S,
             "PCA, covariance_eigh, centred, no U": lambda: (
                 PCA(10, svd_solver="covariance_eigh").fit(a).singular_values_
             ),
         },
         np.linalg.eigvalsh(a.T @ a)[::-1][:10] ** 0.5,
-        5,
+        3,
     )
 
 
@@ -250,7 +249,7 @@ def wide() -> dict[str, Any]:
             ],
         },
         np.linalg.eigvalsh((a @ a.T).toarray())[::-1][:100] ** 0.5,
-        3,
+        1,
     )
 
 
@@ -275,6 +274,8 @@ def torch_batch() -> dict[str, Any]:
 
 def on_threads(section: Callable[[], dict[str, Any]], n_threads: int) -> dict[str, Any]:
     """Run a section with so many threads in every library."""
+    import scipy.sparse.linalg  # noqa: F401  (limits hold for what is loaded)
+    import sklearn.utils.extmath  # noqa: F401
     import torch
     from threadpoolctl import threadpool_limits
 
