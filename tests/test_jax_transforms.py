@@ -127,21 +127,27 @@ def test_decompositions_in_single_precision_warn_of_nothing():
             assert function(x, rtol=0.3).S.dtype == x.dtype
 
 
-def compilations(function, numbers):
-    """How often JAX compiles in calls with these numbers."""
-    count = []
+COMPILED = []
+
+
+@functools.cache
+def count_compilations():
+    """Listen from now on: not every JAX can take a listener away."""
 
     def listen(event, *args, **options):
         if event.endswith("backend_compile_duration"):
-            count.append(event)
+            COMPILED.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        for x in numbers:
-            jax.block_until_ready(function(float(x)))
-    finally:
-        jax.monitoring._unregister_event_duration_listener_by_callback(listen)
-    return len(count)
+
+
+def compilations(function, numbers):
+    """How often JAX compiles in calls with these numbers."""
+    count_compilations()
+    before = len(COMPILED)
+    for x in numbers:
+        jax.block_until_ready(function(float(x)))
+    return len(COMPILED) - before
 
 
 def test_sixty_scales_are_one_compilation():
