@@ -253,7 +253,7 @@ JAX = {
     "rank must be given instead of rtol for lazy arrays": lambda: jitted(
         lambda x: slra.low_rank_attention(x, x, x, rtol=0.1)
     ),
-    "tol and callback must be None where values cannot be looked at": lambda: jitted(solve),
+    "tol and callback must be None": lambda: jitted(solve),
     "q and k must be on one device": two_devices,
     "x must have a floating dtype, got int8": integers,
 }
@@ -267,7 +267,7 @@ def low_rank(n_components=None, **options):
 
 X = np.random.default_rng(0).standard_normal((5, 4))
 SKLEARN = {
-    "rank must be between 1 and 3": lambda: low_rank(4).fit(X[:, :3]),
+    "n_components must be between 1 and 3": lambda: low_rank(4).fit(X[:, :3]),
     "n_iter must be 'auto' where rtol is given": lambda: low_rank(rtol=0.1, n_iter=3).fit(X),
     "Input X contains NaN": lambda: low_rank().fit(X * np.nan),
     "Complex data not supported": lambda: low_rank().fit(X * 1j),

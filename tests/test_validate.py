@@ -198,7 +198,7 @@ def test_unknown_chunks():
 
 @pytest.mark.parametrize(
     ("bad", "error"),
-    [(-1.0, ValueError), (np.nan, ValueError), (np.inf, ValueError), ("1", TypeError)]
+    [(-1.0, ValueError), (np.nan, ValueError), (-np.inf, ValueError), ("1", TypeError)]
     + [(None, TypeError), (True, TypeError), (1j, TypeError)],
     ids=repr,
 )
@@ -210,7 +210,7 @@ def test_bad_tau(xp, bad, error):
 @pytest.mark.eager_only("values cannot be checked here")
 def test_bad_tau_array(xp):
     x = to_xp(xp, np.ones((2, 3)))
-    with pytest.raises(ValueError, match="tau must be finite and 0 or more everywhere"):
+    with pytest.raises(ValueError, match="tau must be 0 or more everywhere"):
         slra.soft_threshold(x, to_xp(xp, np.asarray([1.0, -1.0, 0.0])))
     with pytest.raises(ValueError, match=r"tau must broadcast to x.*\(2, 3\), got \(2,\)"):
         slra.soft_threshold(x, to_xp(xp, np.ones(2)))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from slra._backends.ambient import isolated
 from slra._typing import RNG, AnyArray, Array, ArrayT
 from slra._validate import check_draws, check_rank
 from slra.attn.problem import AttentionProblem, make_problem
@@ -11,6 +12,7 @@ from slra.attn.problem import AttentionProblem, make_problem
 __all__ = ["favor", "orthogonal_features"]
 
 
+@isolated
 def favor(
     q: ArrayT,
     k: ArrayT,

@@ -1,5 +1,6 @@
 """Attention on randomly projected sequences."""
 
+from slra._backends.ambient import isolated
 from slra._typing import RNG, AnyArray, ArrayT
 from slra._validate import check_draws, check_rank
 from slra.attn.exact import exact_output
@@ -8,6 +9,7 @@ from slra.attn.problem import make_problem
 __all__ = ["linformer"]
 
 
+@isolated
 def linformer(
     q: ArrayT,
     k: ArrayT,

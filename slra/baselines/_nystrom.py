@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from slra._backends.ambient import isolated
 from slra._typing import AnyArray, Array, ArrayT, Namespace
 from slra._validate import check_rank
 from slra.attn.problem import AttentionProblem, make_problem
@@ -11,6 +12,7 @@ __all__ = ["nystrom"]
 N_ITER = 6  # as in the paper
 
 
+@isolated
 def nystrom(
     q: ArrayT,
     k: ArrayT,

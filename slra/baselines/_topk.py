@@ -1,5 +1,6 @@
 """Exact attention to the keys with the largest low-rank scores."""
 
+from slra._backends.ambient import isolated
 from slra._backends.standard.attention import combine_masks
 from slra._typing import AnyArray, Array, ArrayT, CausalAlign
 from slra._validate import check_rank
@@ -14,6 +15,7 @@ __all__ = ["topk"]
 QUERY_TILE = 512
 
 
+@isolated
 def topk(
     q: ArrayT,
     k: ArrayT,
