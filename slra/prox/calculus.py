@@ -7,6 +7,7 @@ needs options.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_axis, check_callable, check_positive, resolve
 
@@ -52,7 +53,7 @@ def translate(prox: Prox, shift: Array) -> Prox:
     [2.0, 1.0]
     """
     check_callable(prox, "prox")
-    return lambda x, tau: shift + prox(x - shift, tau)
+    return isolated(lambda x, tau: shift + prox(x - shift, tau))
 
 
 def scale(prox: Prox, factor: float = 1.0, *, argument: float = 1.0) -> Prox:
@@ -98,8 +99,8 @@ def scale(prox: Prox, factor: float = 1.0, *, argument: float = 1.0) -> Prox:
     c = check_positive(factor, "factor", allow_zero=True)
     a = check_positive(argument, "argument")
     if a == 1:
-        return lambda x, tau: prox(x, c * tau)
-    return lambda x, tau: prox(a * x, c * a * a * tau) / a
+        return isolated(lambda x, tau: prox(x, c * tau))
+    return isolated(lambda x, tau: prox(a * x, c * a * a * tau) / a)
 
 
 def conjugate(prox: Prox) -> Prox:
@@ -138,7 +139,7 @@ def conjugate(prox: Prox) -> Prox:
     [1.0, 0.5]
     """
     check_callable(prox, "prox")
-    return lambda x, tau: x - tau * prox(x / tau, 1 / tau)
+    return isolated(lambda x, tau: x - tau * prox(x / tau, 1 / tau))
 
 
 def envelope(prox: Prox, mu: float = 1.0) -> Prox:
@@ -184,7 +185,7 @@ def envelope(prox: Prox, mu: float = 1.0) -> Prox:
     """
     check_callable(prox, "prox")
     mu = check_positive(mu, "mu")
-    return lambda x, tau: (mu * x + tau * prox(x, mu + tau)) / (mu + tau)
+    return isolated(lambda x, tau: (mu * x + tau * prox(x, mu + tau)) / (mu + tau))
 
 
 def separable(proxes: Sequence[Prox], sizes: Sequence[int], *, axis: int = -1) -> Prox:
@@ -245,4 +246,4 @@ def separable(proxes: Sequence[Prox], sizes: Sequence[int], *, axis: int = -1) -
             start += size
         return resolve(x=x).xp.concat(parts, axis=along)
 
-    return apply
+    return isolated(apply)
