@@ -571,11 +571,18 @@ def check_tau(
         return check_positive(
             tau, name, allow_zero=True, limits=backend.xp.finfo(_computed_in(backend, x))
         )
-    tau = check_bound(backend, x, tau, name, axes=axes)
+    given, tau = tau, check_bound(backend, x, tau, name, axes=axes)
     if backend.is_eager(tau):
-        is_right = tau >= 0 if allow_inf else (tau >= 0) & backend.xp.isfinite(tau)
-        if not bool(backend.xp.all(is_right)):
-            kind = "0 or more" if allow_inf else "finite and 0 or more"
+        xp = backend.xp
+        is_right = (tau >= 0) & xp.isfinite(tau)
+        if allow_inf:  # but not a number that has become infinite in the dtype of x
+            is_right = is_right | (xp.isinf(given) & (given > 0))
+        if not bool(xp.all(is_right)):
+            kind = (
+                "0 or more, finite in the dtype of x or infinite,"
+                if allow_inf
+                else "finite and 0 or more"
+            )
             raise ValueError(f"{name} must be {kind} everywhere")
     return tau
 

@@ -407,7 +407,11 @@ def check_basis(basis: AttentionBasis, problem: AttentionProblem) -> AttentionPr
     if not fits:
         raise ValueError(
             f"q and k must have the numbers of heads of the basis, {expected}, got {heads}"
-            + ("; pass enable_gqa=True" if heads == expected else "")
+            + (
+                ""
+                if problem.n_shared > 1 or expected[0] == expected[1]
+                else "; pass enable_gqa=True"
+            )
         )
     return problem.with_head_axis() if basis.wq.ndim > 2 else problem
 

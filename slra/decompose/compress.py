@@ -164,6 +164,8 @@ def _leading_rows(x: Array, budget: _Budget, backend: Backend) -> Array:
 class _Alternation:
     """The alternation for one budget: the parts that it has reached."""
 
+    errors: Array
+
     def __init__(self, x: Array, budget: _Budget, rows: Array, backend: Backend) -> None:
         self.x, self.budget, self.backend = x, budget, backend
         self.is_eager = backend.is_eager(x)
@@ -173,29 +175,33 @@ class _Alternation:
         self.measure()
         self.n_iter = 0
 
+    @property
+    def error(self) -> float:
+        """Norm of what is left of one matrix that can be looked at."""
+        return float(self.errors)
+
     def run(self, n_iter: int) -> LowRankPlusSparse:
         """Alternate from the better start; end with an exact half step where that costs little."""
-        best = self
         if self.budget.n_entries and n_iter:
             other = self.from_largest_entries()
-            is_one = self.is_eager and self.x.ndim == 2
             for one in (self, other):
-                one.advance(min(n_iter, TRIAL) if is_one else n_iter)
-            if is_one:
-                best = other if other.error < self.error else self
-            else:
-                self._take(other)
-        if self.budget.n_entries:
-            best.advance(n_iter)
-        return best.finished()
+                one.advance(min(n_iter, TRIAL))
+            self._take(other._parts(), other.errors < self.errors)
+            self.advance(n_iter)
+        return self.finished()
 
-    def _take(self, other: "_Alternation") -> None:
-        """Take the parts of the other where they leave less, matrix by matrix, unseen."""
-        xp, squares = self.backend.xp, self.backend.norm_squared
-        is_less = squares(other.rest - other.sparse) < squares(self.rest - self.sparse)
-        for part in ("left", "right", "sparse", "rest"):
-            chosen = xp.where(is_less[..., None, None], getattr(other, part), getattr(self, part))
-            setattr(self, part, chosen)
+    def _parts(self) -> tuple[Array, ...]:
+        return self.left, self.right, self.sparse, self.rest, self.errors
+
+    def _take(self, parts: tuple[Array, ...], is_taken: Array) -> None:
+        """Take the parts of another, matrix by matrix, unseen."""
+        where = self.backend.xp.where
+        errors = where(is_taken, parts[-1], self.errors)
+        matrices = zip(parts[:-1], self._parts(), strict=False)
+        self.left, self.right, self.sparse, self.rest = (
+            where(is_taken[..., None, None], theirs, own) for theirs, own in matrices
+        )
+        self.errors = errors
 
     def from_largest_entries(self) -> "_Alternation":
         """Make the other start: the largest entries of ``x`` first, then the low-rank part of the rest."""
@@ -205,13 +211,20 @@ class _Alternation:
         return other
 
     def advance(self, n_iter: int) -> None:
-        """Alternate until so many have been made, or the error has settled."""
+        """Alternate until so many have been made; a matrix whose error has settled stays as it is."""
+        is_settled = None
         while self.n_iter < n_iter:
-            before, self.n_iter = self.error, self.n_iter + 1
+            if is_settled is not None and self.is_eager and bool(self.backend.xp.all(is_settled)):
+                self.n_iter = n_iter
+                return
+            before, self.n_iter = self._parts(), self.n_iter + 1
             self._fit_low_rank(self._fit_sparse(self.rest))
             self.measure()
-            if self.error >= (1 - SETTLED) * before:
-                self.n_iter = n_iter
+            settles = self.errors >= (1 - SETTLED) * before[-1]
+            if is_settled is not None:
+                self._take(before, is_settled)
+                settles = is_settled | settles
+            is_settled = settles
 
     def finished(self) -> LowRankPlusSparse:
         x, rank = self.x - self.sparse, self.budget.rank
@@ -246,11 +259,9 @@ class _Alternation:
         self.left, self.right = Q @ matrix_h(R, xp), matrix_h(W, xp)
 
     def measure(self) -> None:
-        """Note what the low-rank part leaves, and the error where it can be known; NaN, below nothing, elsewhere."""
+        """Note what the low-rank part leaves, and its norm beside the sparse part, matrix by matrix."""
         self.rest = self.x - self.left @ self.right
-        self.error = math.nan
-        if self.is_eager and self.x.ndim == 2:
-            self.error = float(self.backend.xp.linalg.vector_norm(self.rest - self.sparse))
+        self.errors = self.backend.xp.sqrt(self.backend.norm_squared(self.rest - self.sparse))
 
 
 def _share(
