@@ -44,12 +44,14 @@ N_TRIES = 3
 
 
 def functions() -> dict[FunctionType, list[str]]:
-    """Public functions, each with the names that it goes by."""
+    """Public functions that take arrays, each with the names that it goes by."""
     found = defaultdict(list)
     for module in MODULES:
         for name in module.__all__:
             function = getattr(module, name)
-            if isinstance(function, FunctionType):
+            # The calculus of operators takes and returns functions.
+            takes_arrays = getattr(function, "__module__", "") != "slra.prox.calculus"
+            if isinstance(function, FunctionType) and takes_arrays:
                 found[function].append(f"{module.__name__}.{name}".removeprefix("slra."))
     return found
 
