@@ -310,7 +310,10 @@ def test_an_infinite_weight_keeps_a_vector_or_matrix_at_zero(xp):
     ("call", "message"),
     [
         (lambda x: prox.prox_l1(x, np.nan), "tau must be finite and 0 or more"),
-        (lambda x: prox.prox_l1(x, np.full(8, np.nan)), "tau must be 0 or more everywhere"),
+        (
+            lambda x: prox.prox_l1(x, np.full(8, np.nan)),
+            "tau must be 0 or more, finite in the dtype of x or infinite, everywhere",
+        ),
         (lambda x: prox.prox_linf(x, np.inf), "tau must be finite and 0 or more"),
         (lambda x: prox.prox_mcp(x, 1.0, gamma=1.0), "gamma must be greater than 1, got 1.0"),
         (lambda x: prox.prox_scad(x, 1.0, gamma=2.0), "gamma must be greater than 2, got 2.0"),
