@@ -166,7 +166,8 @@ class Elementwise:
     def sum_dtype(self, x: Array, axis: int | tuple[int, ...] | None) -> Any:
         """Dtype to add real numbers along ``axis`` up in."""
         axes = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-        is_many = math.prod(x.shape[a] for a in axes) > MANY
+        # A list: torch.compile follows no generator into math.prod.
+        is_many = math.prod([x.shape[a] for a in axes]) > MANY
         return self.accumulation_dtype(x) if is_many else x.dtype
 
     def accumulation_dtype(self, like: Array) -> Any:
