@@ -20,6 +20,7 @@ THOROUGH = {
     "test_cupy.py::test_the_compiler_refuses_mutants_that_are_not_c": "NVIDIA's compiler",
     "test_dask_cluster.py": "starts clusters",
     "test_demo.py::test_demo_backend": "whole programs",
+    "test_docs.py::test_the_code_on_a_page_with_a_model_runs": "a real model",
     "test_digits_example.py": "trains",
     "test_examples.py": "whole programs",
     "test_figures.py": "pictures of the documentation",
@@ -28,7 +29,6 @@ THOROUGH = {
     "test_report_model.py": "models",
     "test_svd_tolerance.py::test_a_hundred_seeds": "a hundred of each",
     "test_torch_transforms.py": "torch.compile takes seconds for each function",
-    "test_training_study.py": "trains",
     "test_transformers.py": "models",
     "test_transformers_cache.py": "models",
 }
