@@ -27,6 +27,7 @@ THOROUGH = {
     "test_demo.py::test_demo_needs_no_argument": "a whole program",
     "test_digits_example.py": "trains",
     "test_docs.py::test_the_code_on_a_page_runs": "whole programs",
+    "test_docs.py::test_the_code_on_a_page_with_a_model_runs": "a real model",
     "test_examples.py": "whole programs",
     "test_figures.py": "pictures of the documentation",
     "test_files.py::test_damage_is_valueerror_or_does_no_harm": "thousands of damaged files",
@@ -48,7 +49,6 @@ THOROUGH = {
     "test_svd_tolerance.py::test_a_tolerance_that_half_precision_cannot_keep": "many sizes",
     "test_torch_module.py::test_compiles_to_one_graph_with_a_frozen_basis": "torch.compile takes seconds",
     "test_torch_transforms.py": "torch.compile takes seconds for each function",
-    "test_training_study.py": "trains",
     "test_transformers.py": "models",
     "test_transformers_cache.py": "models",
 }
