@@ -409,7 +409,8 @@ def main(arguments: list[str]) -> int:
     if isinstance(libraries, str):
         print(f"{libraries}: nothing measured, nothing written")
         return 1
-    print(save("gpu", measure(libraries, Sizes())).read_text())
+    measured = measure(libraries, Sizes())
+    print(save("gpu", measured, keep=measured).read_text())
     return 0
 
 
