@@ -49,6 +49,7 @@ from slra.attn.lengths import (
 __all__ = [
     "AttentionProblem",
     "Three",
+    "add_sinks",
     "check_by_head",
     "check_scale",
     "check_window",
@@ -238,13 +239,7 @@ class AttentionProblem(NamedTuple):
         """Let the sinks take their share of attention, given the output without them and its log-sum-exp."""
         if self.sinks is None:
             return out, lse
-        xp, sinks = self.xp, self.sinks[..., None]
-        empty = lse == -math.inf
-        # Where nothing else is attended to, -inf - -inf would be NaN, and so would gradients.
-        whole = xp.where(empty, xp.zeros_like(lse), lse)
-        total = xp.logaddexp(whole, sinks + xp.zeros_like(lse))
-        out = out * xp.exp(whole - total)[..., None]
-        return out, xp.where(empty, sinks + xp.zeros_like(lse), total)
+        return add_sinks(self.xp, out, lse, self.sinks)
 
     def lse_shape(self) -> tuple[int, ...]:
         """Shape of the log-sum-exp as the caller sees it, (..., Hq, Nq)."""
@@ -289,6 +284,16 @@ class AttentionProblem(NamedTuple):
             return x
         with self.backend.ignore_overflow():
             return self.xp.astype(x, self.dtype)
+
+
+def add_sinks(xp: Namespace, out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """Merge an output (..., Nq, Dv) and its log-sum-exp with one more score a head, of a key whose value is 0."""
+    sinks = sinks[..., None] + xp.zeros_like(lse)
+    empty = lse == -math.inf
+    # Where nothing else is attended to, -inf - -inf would be NaN, and so would gradients.
+    whole = xp.where(empty, xp.zeros_like(lse), lse)
+    total = xp.logaddexp(whole, sinks)
+    return out * xp.exp(whole - total)[..., None], xp.where(empty, sinks, total)
 
 
 def group_heads(x: Array, n_shared: int, backend: Backend, *, n_trailing: int = 2) -> Array:
