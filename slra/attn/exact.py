@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 from slra._backends.ambient import isolated
+from slra._backends.standard.hidden import finite_gradients
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign, Namespace
 from slra._validate import check_flag, promote, resolve
 from slra.attn.problem import AttentionProblem, Three, make_problem
@@ -145,14 +146,19 @@ def attention(
 
 def exact_output_and_lse(problem: AttentionProblem) -> tuple[Array, Array]:
     """Attention and its log-sum-exp, laid out as the problem is, in the dtype computed in."""
-    q, k, v, mask, options, backend, *_ = problem
-    return backend.attention(q, k, v, mask, options)
+    backend = problem.backend
+    out, lse = backend.heeded(backend.attention, *problem[:5])
+    return out, lse
 
 
 def exact_output(problem: AttentionProblem) -> Array:
     """Attention where nobody asks for the log-sum-exp: some libraries are faster then."""
-    q, k, v, mask, options, backend, *_ = problem
-    return backend.attention_output(q, k, v, mask, options)
+    backend = problem.backend
+
+    def attend(*given: Any) -> tuple[Array, None]:
+        return backend.attention_output(*given), None
+
+    return backend.heeded(attend, *problem[:5])[0]
 
 
 @isolated
@@ -288,8 +294,7 @@ def output_gradient(
 
 def exact_gradients(problem: AttentionProblem, given: OutputGradient) -> Three:
     """Gradients of exact attention, laid out as the problem is."""
-    q, k, v, mask, options, backend, *_ = problem
-    return backend.attention_vjp(q, k, v, mask, options, *given)
+    return finite_gradients(problem.backend, *problem[:5], *given)
 
 
 @isolated
