@@ -28,7 +28,8 @@ def write_bases(path: File, bases: Mapping[str, Any], *, layered: bool) -> None:
 def _arrays_of(basis: Any) -> Arrays:
     backend = resolve(basis=basis.wq)
     arrays: Arrays = {name: backend.to_numpy(getattr(basis, name)) for name in NAMES}
-    return {**arrays, "ranks": np.asarray(basis.ranks, dtype=np.int64)}
+    ranks = np.asarray(basis.ranks, dtype=np.int64)
+    return {**arrays, "ranks": ranks, "is_held_out": np.asarray(bool(basis.is_held_out))}
 
 
 def read_bases(path: File, writer: str, *, layered: bool) -> dict[str, Arrays]:
@@ -62,18 +63,20 @@ def _by_layer(arrays: Arrays, *, layered: bool) -> dict[str, Arrays]:
 
 def _check_shapes(arrays: Arrays) -> None:
     """Raise ValueError unless names, dtypes and shapes belong together."""
-    if set(arrays) != {*NAMES, "ranks"}:
+    if set(arrays) != {*NAMES, "ranks", "is_held_out"}:
         raise ValueError(f"it holds {sorted(arrays)}")
     floating = [arrays[name] for name in NAMES]
     if any(x.dtype != floating[0].dtype for x in floating) or floating[0].dtype.kind != "f":
         raise ValueError("its arrays are not of one real floating dtype")
     expected = shapes_of(arrays["wq"], arrays["wk"], arrays["wv"])
-    expected["ranks"] = (*expected.pop("ranks"), 2)
+    expected["ranks"], expected["is_held_out"] = (*expected.pop("ranks"), 2), ()
     for name, shape in expected.items():
         if arrays[name].shape != shape:
             raise ValueError(f"its {name} has shape {arrays[name].shape}, not {shape}")
     if arrays["ranks"].dtype.kind != "i":
         raise ValueError(f"its ranks are {arrays['ranks'].dtype}, not integers")
+    if arrays["is_held_out"].dtype.kind != "b":
+        raise ValueError(f"its is_held_out is {arrays['is_held_out'].dtype}, not boolean")
 
 
 def _check_values(arrays: Arrays) -> None:

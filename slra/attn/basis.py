@@ -82,7 +82,9 @@ class AttentionBasis:
     ranks : tuple of (int, int)
         Rank of queries and keys, and rank of values, for each key head. Columns beyond a head's rank are zero.
     error : array, shape (..., Hq)
-        Predicted relative Frobenius error of the output, on the data of the fit.
+        Predicted relative Frobenius error of the output, see `fit_attention`.
+    is_held_out : bool
+        Whether ``error`` is of queries that the fit behind it has not seen.
 
     Notes
     -----
@@ -111,6 +113,7 @@ class AttentionBasis:
     mu: Array
     ranks: tuple[tuple[int, int], ...]
     error: Array
+    is_held_out: bool = False
 
     def __repr__(self) -> str:
         """Shapes, ranks, dtype, bytes and, where it is concrete, the error, on three lines."""
@@ -336,7 +339,8 @@ class AttentionBasis:
         ----------
         path : str, path-like or file opened for bytes
         like : array, optional
-            Whose library, device and dtype the arrays get; NumPy, and the dtype saved, by default.
+            Whose library, device and dtype the arrays get, float32 for half precision; NumPy, and the dtype saved, by
+            default.
 
         Returns
         -------
@@ -366,14 +370,21 @@ def load_bases(
 
 
 def _basis_from(arrays: Mapping[str, Any], like: Array | None) -> AttentionBasis:
-    """Make a basis of the arrays that were stored, in the library, dtype and device of ``like``."""
+    """Make a basis of the arrays that were stored, in the library, dtype and device of ``like``.
+
+    No narrower than float32, as a fit to half precision has it: problems in half precision are computed in that.
+    """
     named = dict(arrays)
-    ranks = tuple((int(qk), int(v)) for qk, v in named.pop("ranks"))
+    static: dict[str, Any] = {
+        "ranks": tuple((int(qk), int(v)) for qk, v in named.pop("ranks")),
+        "is_held_out": bool(named.pop("is_held_out")),
+    }
     if like is None:
-        return AttentionBasis(**named, ranks=ranks)
+        return AttentionBasis(**named, **static)
     backend = resolve(like=like)
-    named = {name: backend.from_numpy(x, like) for name, x in named.items()}
-    basis: AttentionBasis = backend.make_dataclass(AttentionBasis, named, {"ranks": ranks})
+    dtype = promote(backend, allow_complex=False, like=like).arrays[0].dtype
+    named = {name: backend.from_numpy(x, like, dtype) for name, x in named.items()}
+    basis: AttentionBasis = backend.make_dataclass(AttentionBasis, named, static)
     return basis
 
 
@@ -451,7 +462,8 @@ def _size(basis: AttentionBasis) -> str:
         return f"{dtype}, {n_bytes:,} bytes"
     low, high = (float(f(basis.error)) for f in (backend.xp.min, backend.xp.max))
     error = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
-    return f"{dtype}, {n_bytes:,} bytes, error {error}"
+    kind = "held out" if basis.is_held_out else "in sample"
+    return f"{dtype}, {n_bytes:,} bytes, error {error} {kind}"
 
 
 def _ranks(ranks: Any) -> str:

@@ -5,6 +5,7 @@ from typing import Any, Literal, Unpack, overload
 
 from slra._backends.ambient import isolated
 from slra._backends.standard.attention import sum_to
+from slra._backends.standard.hidden import finite_gradients
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign, Namespace
 from slra._validate import check_flag, promote, resolve
 from slra.attn.problem import AttentionProblem, Three, make_problem
@@ -183,8 +184,9 @@ def exact_output_and_lse(problem: AttentionProblem) -> tuple[Array, Array]:
     if problem.lengths is not None:
         out, lse = by_sequence(problem, exact_output_and_lse)
         return out, lse
-    (q, k, v, mask, options, backend, *_), _ = problem.without_unseen_keys()
-    return backend.attention(q, k, v, mask, options)
+    backend, (small, _) = problem.backend, problem.without_unseen_keys()
+    out, lse = backend.heeded(backend.attention, *small[:5])
+    return out, lse
 
 
 def exact_output(problem: AttentionProblem) -> Array:
@@ -192,8 +194,12 @@ def exact_output(problem: AttentionProblem) -> Array:
     if problem.lengths is not None:
         out, *_ = by_sequence(problem, lambda part: (exact_output(part),))
         return out
-    (q, k, v, mask, options, backend, *_), _ = problem.without_unseen_keys()
-    return backend.attention_output(q, k, v, mask, options)
+    backend, (small, _) = problem.backend, problem.without_unseen_keys()
+
+    def attend(*given: Any) -> tuple[Array, None]:
+        return backend.attention_output(*given), None
+
+    return backend.heeded(attend, *small[:5])[0]
 
 
 @isolated
@@ -333,8 +339,8 @@ def exact_gradients(problem: AttentionProblem, given: OutputGradient) -> Three:
     """Gradients of exact attention, laid out as the problem is; the log-sum-exp that is given may count sinks."""
     if problem.lengths is not None:
         return gradients_by_sequence(problem, given, exact_gradients)
-    (q, k, v, mask, options, backend, *_), start = problem.without_unseen_keys()
-    dq, dk, dv = backend.attention_vjp(q, k, v, mask, options, *given)
+    small, start = problem.without_unseen_keys()
+    dq, dk, dv = finite_gradients(problem.backend, *small[:5], *given)
     n_keys = problem.k.shape[-2]
     if dk.shape[-2] == n_keys:
         return dq, dk, dv
@@ -362,8 +368,9 @@ def by_head_gradients(
 def _slope_gradient(problem: AttentionProblem, given: OutputGradient) -> Array:
     if problem.lengths is not None:
         return slope_gradient_by_sequence(problem, given, _slope_gradient)
-    (q, k, v, mask, options, backend, *_), _ = problem.without_unseen_keys()
-    return backend.attention_slope_gradient(q, k, v, mask, options, *given)
+    small, _ = problem.without_unseen_keys()
+    hidden_zeroed = small.without_hidden()
+    return problem.backend.attention_slope_gradient(*hidden_zeroed[:5], *given)
 
 
 @isolated

@@ -164,7 +164,9 @@ def check_lengths(
     known = [isinstance(x, np.ndarray) for x in found.values()]
     if any(known) and not all(known):
         found = {
-            name: backend.from_numpy(x, like, backend.xp.int64) if isinstance(x, np.ndarray) else x
+            name: backend.from_numpy(x, like, backend.place_dtype)
+            if isinstance(x, np.ndarray)
+            else x
             for name, x in found.items()
         }
     return Lengths(found["lengths_q"], found["lengths_k"], placement)
@@ -232,7 +234,7 @@ def write_out(
     """Write out which query sees which key, and how far from it it stands, (..., Nq, Nk)."""
     xp, placement = backend.xp, lengths.placement
     tables = [
-        backend.from_numpy(x, like, xp.int64) if isinstance(x, np.ndarray) else x
+        backend.from_numpy(x, like, backend.place_dtype) if isinstance(x, np.ndarray) else x
         for x in (lengths.q, lengths.k)
     ]
     device = backend.creation_device(tables[0])

@@ -26,7 +26,7 @@ from slra.attn.fit import N_ROWS, fit_problem
 from slra.attn.maps import Maps, mapped_given, mapped_gradients, mapped_output, mapped_problem
 from slra.attn.problem import AttentionProblem, Three, make_problem
 from slra.attn.projections import Projections, project_all
-from slra.attn.rows import sample_rows
+from slra.attn.rows import sample_seen_rows
 
 __all__ = ["low_rank_attention", "low_rank_attention_vjp"]
 
@@ -407,7 +407,8 @@ def _approximate(
 
 def _most_attended_keys(problem: AttentionProblem, n_exact: int) -> ExactKeys:
     problem = problem.constant().broadcast()
-    rows = sample_rows(problem.q.shape[-2], -(-N_ROWS // problem.n_shared), None)
+    seen, n_queries = problem.seen(), problem.q.shape[-2]
+    rows = sample_seen_rows(seen.queries, n_queries, N_ROWS, None, problem.backend)
     return find_exact_keys(problem, rows, n_exact)
 
 

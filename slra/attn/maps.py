@@ -112,7 +112,7 @@ def mapped_output(
         outs.append(out)
         lses.append(lse)
         order += heads
-    back = backend.from_numpy(np.argsort(order), problem.q, xp.int64)
+    back = backend.from_numpy(np.argsort(order), problem.q, backend.place_dtype)
     out = xp.take(xp.concat(outs, axis=-4), back, axis=-4)
     return out, xp.take(xp.concat(lses, axis=-3), back, axis=-3) if with_lse else None
 
@@ -136,7 +136,7 @@ def _take_heads(
 ) -> tuple[Maps, AttentionProblem]:
     """Cut some key heads, and the query heads that share them, out of maps and a problem."""
     xp = problem.xp
-    indices = problem.backend.from_numpy(np.asarray(heads), problem.q, xp.int64)
+    indices = problem.backend.from_numpy(np.asarray(heads), problem.q, problem.backend.place_dtype)
 
     def take(x: Any) -> Any:
         is_of_all = x is None or x.ndim < 4 or x.shape[-4] == 1
@@ -166,7 +166,9 @@ def _one_rank_output(
     if with_lse:
         out, lse = exact_output_and_lse(small)
         if options.softcap is None:
-            lse = lse + options.scale * (problem.q @ xp.matrix_transpose(maps.c))[..., 0]
+            shift = options.scale * (problem.q @ xp.matrix_transpose(maps.c))[..., 0]
+            # A query that sees nothing may hold NaN.
+            lse = xp.where(lse == -math.inf, lse, lse + shift)
     else:
         out, lse = exact_output(small), None
     return out @ uv if counts else out @ uv + maps.mu, lse

@@ -20,6 +20,7 @@ from slra._backends.standard.attention import (
     scores_batch_shape,
     sum_to,
 )
+from slra._backends.standard.hidden import any_to, hides, seen_keys, seen_queries, without_unseen
 from slra._typing import AnyArray, Array, CausalAlign, DType, Namespace
 from slra._validate import (
     broadcasts_to,
@@ -48,6 +49,7 @@ from slra.attn.lengths import (
 
 __all__ = [
     "AttentionProblem",
+    "Seen",
     "Three",
     "add_sinks",
     "check_by_head",
@@ -60,6 +62,13 @@ __all__ = [
 
 Three = tuple[Array, Array, Array]
 ALIGNMENTS = ("bottom_right", "top_left")
+
+
+class Seen(NamedTuple):
+    """What takes part in attention; None where all does."""
+
+    queries: Array | None  # (..., Hkv, G, Nq), True where a query sees a key
+    keys: Array | None  # (..., Hkv, 1, Nk), True where a query sees the key
 
 
 class AttentionProblem(NamedTuple):
@@ -124,7 +133,16 @@ class AttentionProblem(NamedTuple):
         return self._replace(with_heads=(True, True, True))
 
     def check_finite(self) -> None:
-        """Raise ValueError where an array that is concrete holds NaN or infinity."""
+        """Raise ValueError where an array that is concrete holds NaN or infinity that takes part."""
+        try:
+            self._check_all_finite()
+        except ValueError:
+            problem = self.with_lengths_written_out()
+            if not hides(problem.mask, problem.options, self.q.shape[-2], self.k.shape[-2]):
+                raise
+            problem.without_hidden()._check_all_finite()
+
+    def _check_all_finite(self) -> None:
         for name in ("q", "k", "v"):
             check_finite(self.backend, getattr(self, name), name)
 
@@ -232,6 +250,38 @@ class AttentionProblem(NamedTuple):
         mask = mask if seen is None else combine_masks(xp, mask, seen)
         options = options._replace(is_causal=False, first=None, alibi=None)
         return self._replace(mask=mask, options=options)
+
+    def without_hidden(self) -> "AttentionProblem":
+        """Zero queries that see nothing, and keys and values that no query sees."""
+        q, k, v = without_unseen(self.backend, *self[:5])
+        return self._replace(q=q, k=k, v=v)
+
+    def seen(self, among: Array | None = None) -> Seen:
+        """Find which queries see a key, or which of those ``among``, and which keys they see.
+
+        Leading axes have to be equal, see `broadcast`.
+        """
+        given = self.backend, self.q, self.mask, self.options, self.q.shape[-2], self.k.shape[-2]
+        queries, keys = seen_queries(*given), seen_keys(*given, among)
+        if among is not None:
+            queries = among if queries is None else queries & among
+        return Seen(self._whole(queries, self.q), self._whole(keys, self.k))
+
+    def _whole(self, seen: Array | None, x: Array) -> Array | None:
+        """Give ``seen`` the shape of ``x`` but for the last axis; None where all is known to be seen."""
+        if seen is None or (self.backend.is_eager(seen) and bool(self.xp.all(seen))):
+            return None
+        shape = tuple(x.shape[:-1])
+        return self.xp.broadcast_to(any_to(self.backend, seen, shape), shape)
+
+    def keep(self, seen: Seen) -> "AttentionProblem":
+        """Zero what takes no part."""
+
+        def kept(x: Array, these: Array | None) -> Array:
+            return x if these is None else self.xp.where(these[..., None], x, self.xp.zeros_like(x))
+
+        k, v = (kept(x, seen.keys) for x in (self.k, self.v))
+        return self._replace(q=kept(self.q, seen.queries), k=k, v=v)
 
     # The way in and out for what belongs to the output
 

@@ -206,12 +206,11 @@ class LayerBasis(torch.nn.Module):
 
     def __init__(self, basis: AttentionBasis, device: torch.device) -> None:
         super().__init__()
-        self.ranks = basis.ranks
+        self.ranks, self.is_held_out = basis.ranks, basis.is_held_out
         for name in ("wq", "wk", "wv", "uv", "c", "mu", "error"):
             self.register_buffer(name, getattr(basis, name).to(device), persistent=False)
 
     def forward(self) -> AttentionBasis:
         """Return the basis where the model is now."""
-        return AttentionBasis(
-            self.wq, self.wk, self.wv, self.uv, self.c, self.mu, self.ranks, self.error
-        )
+        maps = self.wq, self.wk, self.wv, self.uv, self.c, self.mu
+        return AttentionBasis(*maps, self.ranks, self.error, self.is_held_out)
