@@ -250,6 +250,19 @@ class DaskBackend(Backend):
 
         return _by_matrix(select, "(n)->(k)", x, dtypes=[x.dtype], k=1)
 
+    def takes_rows_to_numpy(self, x: Array, levels: Array) -> bool:
+        """Say yes: when a block is computed its values are known."""
+        return True
+
+    def rows_by_numpy(self, function: Callable[..., Any], x: Array, levels: Array) -> Array:
+        """Apply it to blocks in which the last axis is whole."""
+
+        def rows(x: Any, levels: Any) -> Any:
+            return function(x, levels).astype(x.dtype)
+
+        whole = [a.rechunk({a.ndim - 1: -1}) for a in (x, levels)]
+        return da.apply_gufunc(rows, "(n),(m)->(n)", *whole, output_dtypes=x.dtype)
+
     def gather_rows(self, x: Array, indices: Array) -> Array:
         """Gather on one worker, each matrix whole."""
 

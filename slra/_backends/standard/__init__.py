@@ -69,6 +69,14 @@ class Backend(Attention, LinearAlgebra, SparseRows, Rows):
         """Bring an array to NumPy; lazy ones are computed."""
         return np.asarray(x)
 
+    def takes_rows_to_numpy(self, x: Array, levels: Array) -> bool:
+        """Whether `rows_by_numpy` can be had: values that are known when it runs, and no derivative."""
+        return all(self.is_eager(a) and not self.is_differentiated(a) for a in (x, levels))
+
+    def rows_by_numpy(self, function: Callable[..., Any], x: Array, levels: Array) -> Array:
+        """Apply a NumPy function of ``x`` (..., n) and ``levels`` (..., m) that treats each last axis by itself."""
+        return self.from_numpy(function(self.to_numpy(x), self.to_numpy(levels)), x)
+
     def ignore_overflow(self) -> contextlib.AbstractContextManager[Any]:
         """Let numbers leave the range of their dtype without NumPy's warnings, which other libraries do not have."""
         return np.errstate(all="ignore")
