@@ -292,11 +292,16 @@ class DaskBackend(Backend):
         """NumPy's kernel on each block of batches and heads, in which the lengths are whole."""
         numbers = {"scale": options.scale, "softcap": options.softcap}
         lazy = {n: x.reshape(1, 1) for n, x in numbers.items() if not isinstance(x, float | None)}
+        if options.alibi is not None:
+            lazy["alibi"] = options.alibi
         signature = "(q,d),(k,d),(k,e)" + ",(s,t)" * len(lazy) + ("" if mask is None else ",(m,n)")
         arrays = (q, k, v, *lazy.values()) if mask is None else (q, k, v, *lazy.values(), mask)
 
         def block(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
-            known: dict[str, Any] = {name: x.item() for name, x in zip(lazy, rest, strict=False)}
+            known: dict[str, Any] = {
+                name: x if name == "alibi" else x.item()
+                for name, x in zip(lazy, rest, strict=False)
+            }
             mask = rest[len(lazy)] if len(rest) > len(lazy) else None
             return numpy_attention.attention(q, k, v, mask, options._replace(**known))
 

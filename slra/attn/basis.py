@@ -160,6 +160,11 @@ class AttentionBasis:
         mask: AnyArray | None = None,
         is_causal: bool = False,
         causal_align: CausalAlign | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        lengths_q: Any = None,
+        lengths_k: Any = None,
+        sinks: AnyArray | None = None,
+        alibi: AnyArray | None = None,
         scale: float | AnyArray | None = None,
         enable_gqa: bool = False,
         softcap: float | AnyArray | None = None,
@@ -171,7 +176,8 @@ class AttentionBasis:
         ----------
         q, k, v : array
             As in `attention`, with the heads and widths the basis was fitted on; any lengths.
-        mask, is_causal, causal_align, scale, enable_gqa, softcap, return_lse
+        mask, is_causal, causal_align, window, lengths_q, lengths_k, sinks, alibi, scale, enable_gqa, softcap
+        return_lse
             As in `attention`. The default scale is ``1/sqrt(D)`` of the original D.
 
         Returns
@@ -193,6 +199,11 @@ class AttentionBasis:
             mask=mask,
             is_causal=is_causal,
             causal_align=causal_align,
+            window=window,
+            lengths_q=lengths_q,
+            lengths_k=lengths_k,
+            sinks=sinks,
+            alibi=alibi,
             scale=scale,
             enable_gqa=enable_gqa,
             softcap=softcap,
@@ -200,7 +211,10 @@ class AttentionBasis:
         problem = check_basis(self, problem)
         check_flag(return_lse, "return_lse")
         with (same_bits := problem.backend.same_bits()), same_bits:
-            small, lse = mapped_output(problem, Maps.of(self, problem), with_lse=return_lse)
+            with_lse = return_lse or sinks is not None
+            small, lse = mapped_output(problem, Maps.of(self, problem), with_lse=with_lse)
+            if lse is not None:
+                small, lse = problem.with_sinks(small, lse)
             out: ArrayT = problem.answer(small)
         return (out, problem.answer_lse(lse)) if return_lse else out
 

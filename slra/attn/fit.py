@@ -38,6 +38,11 @@ def fit_attention(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    lengths_q: Any = None,
+    lengths_k: Any = None,
+    sinks: AnyArray | None = None,
+    alibi: AnyArray | None = None,
     scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
@@ -66,7 +71,7 @@ def fit_attention(
     rng : int, numpy.random.Generator or None
         Which rows of the attention matrix are sampled: one from each of equal strata of the queries, drawn from this
         generator, or chosen deterministically (by the golden ratio) with None.
-    mask, is_causal, causal_align, scale, enable_gqa, softcap
+    mask, is_causal, causal_align, window, lengths_q, lengths_k, sinks, alibi, scale, enable_gqa, softcap
         As in `attention`: "output" weights keys by the attention they get under these.
 
     Returns
@@ -119,6 +124,11 @@ def fit_attention(
         mask=mask,
         is_causal=is_causal,
         causal_align=causal_align,
+        window=window,
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+        sinks=sinks,
+        alibi=alibi,
         scale=scale,
         enable_gqa=enable_gqa,
         softcap=softcap,
@@ -168,7 +178,7 @@ def fit_problem(
     """Fit a problem, to the keys that are to be kept, (..., H, Nk); raise where rank or rtol is wrong."""
     limits = _check_ranks(problem, rank, rtol)
     rtol = None if rtol is None else check_positive(rtol, "rtol")
-    problem = problem.constant().broadcast()
+    problem = problem.constant().with_lengths_written_out().broadcast()
     n_queries = problem.q.shape[-2]
     # Fewer rows than the rank would leave directions without data; twice as many still determine the last of them.
     n_rows = max(N_ROWS if rtol is None else N_TEST_ROWS, 2 * max(limits))

@@ -44,14 +44,24 @@ def row_weights(problem: AttentionProblem, q: Array, k: Array, rows: list[int]) 
     backend, xp, options, mask = problem.backend, problem.xp, problem.options, problem.mask
     n_keys, seen = k.shape[-2], None
     scores = capped(xp, (q * options.scale) @ xp.matrix_transpose(k), options.softcap)
+    device = backend.creation_device(scores)
+    places = _indices(rows, scores, backend)[:, None]
+    keys = xp.arange(n_keys, device=device)[None, :]
+    if options.alibi is not None:
+        distances = xp.abs(places + options.position - keys)
+        scores = scores - options.alibi * xp.astype(distances, scores.dtype)
     if mask is not None and mask.shape[-2] > 1:
         mask = take_rows(mask, rows, backend)
     if options.is_causal:
-        diagonal = options.diagonal(problem.q.shape[-2], n_keys)
-        last = _indices(rows, scores, backend)[:, None] + diagonal
-        seen = xp.arange(n_keys, device=backend.creation_device(scores))[None, :] <= last
+        seen = keys <= places + options.diagonal(problem.q.shape[-2], n_keys)
+    if options.first is not None:
+        is_late = keys >= places + options.first
+        seen = is_late if seen is None else seen & is_late
     scores = hide(xp, scores, mask, seen)
     peak = xp.max(scores, axis=-1, keepdims=True)
     weights = xp.exp(scores - xp.where(peak == -math.inf, xp.zeros_like(peak), peak))
     total = xp.sum(weights, axis=-1, keepdims=True)
+    if problem.sinks is not None:
+        shift = xp.where(peak == -math.inf, xp.zeros_like(peak), peak)
+        total = total + xp.exp(problem.sinks[..., None, None] - shift)
     return weights / xp.where(total == 0, xp.ones_like(total), total)
