@@ -9,7 +9,8 @@ from slra._backends.ambient import isolated
 from slra._files import File
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
 from slra._validate import check_flag, check_rank, promote, resolve, shown
-from slra.attn._basis_io import MAPS, NAMES, read_bases, shapes_of, write_bases
+from slra.attn._basis_io import CODING, MAPS, NAMES, read_bases, shapes_of, write_bases
+from slra.attn.coding import Coding
 from slra.attn.maps import Maps, mapped_output
 from slra.attn.problem import AttentionProblem, make_problem
 
@@ -83,6 +84,9 @@ class AttentionBasis:
         Rank of queries and keys, and rank of values, for each key head. Columns beyond a head's rank are zero.
     error : array, shape (..., Hq)
         Predicted relative Frobenius error of the output, on the data of the fit.
+    coding : Coding, or None
+        Coordinates of all dimensions in which `KVCache` rounds to bits, and the importance of each. None where the
+        arrays of the fit were lazy or traced.
 
     Notes
     -----
@@ -111,6 +115,7 @@ class AttentionBasis:
     mu: Array
     ranks: tuple[tuple[int, int], ...]
     error: Array
+    coding: Coding | None = None
 
     def __repr__(self) -> str:
         """Shapes, ranks, dtype, bytes and, where it is concrete, the error, on three lines."""
@@ -369,10 +374,13 @@ def _basis_from(arrays: Mapping[str, Any], like: Array | None) -> AttentionBasis
     """Make a basis of the arrays that were stored, in the library, dtype and device of ``like``."""
     named = dict(arrays)
     ranks = tuple((int(qk), int(v)) for qk, v in named.pop("ranks"))
+    if like is not None:
+        backend = resolve(like=like)
+        named = {name: backend.from_numpy(x, like) for name, x in named.items()}
+    coded = {name: named.pop(name) for name in CODING if name in named}
+    named["coding"] = Coding(**{name[7:]: x for name, x in coded.items()}) if coded else None
     if like is None:
         return AttentionBasis(**named, ranks=ranks)
-    backend = resolve(like=like)
-    named = {name: backend.from_numpy(x, like) for name, x in named.items()}
     basis: AttentionBasis = backend.make_dataclass(AttentionBasis, named, {"ranks": ranks})
     return basis
 
