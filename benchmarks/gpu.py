@@ -360,7 +360,7 @@ def on_gpu() -> Libraries | str:
     try:
         import cupy
     except ImportError:
-        return "CuPy is not installed: pip install 'slra[cupy]'"
+        return 'CuPy is not installed: pip install ".[cupy]" in a clone'
     if not cupy.is_available():
         return "no usable CUDA device"
     import array_api_compat.cupy as xp

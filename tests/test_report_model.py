@@ -327,4 +327,4 @@ def test_missing_extra(tmp_path, llama, text, missing):
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert f"No module named '{missing}'" in line
-    assert 'pip install "slra[transformers]"' in line
+    assert 'pip install ".[transformers]"' in line

@@ -1,6 +1,6 @@
 """CuPy: kernels that read and write each array once.
 
-Needs: cupy (``pip install "slra[cupy]"``) and, to allocate anything, a CUDA device.
+Needs: cupy (extra ``cupy``) and, to allocate anything, a CUDA device.
 """
 
 import math

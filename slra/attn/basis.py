@@ -9,7 +9,8 @@ from slra._backends.ambient import isolated
 from slra._files import File
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
 from slra._validate import check_flag, check_rank, promote, resolve, shown
-from slra.attn._basis_io import MAPS, NAMES, read_bases, shapes_of, write_bases
+from slra.attn._basis_io import CODING, MAPS, NAMES, read_bases, shapes_of, write_bases
+from slra.attn.coding import Coding
 from slra.attn.maps import Maps, mapped_output
 from slra.attn.problem import AttentionProblem, make_problem
 
@@ -85,6 +86,9 @@ class AttentionBasis:
         Predicted relative Frobenius error of the output, see `fit_attention`.
     is_held_out : bool
         Whether ``error`` is of queries that the fit behind it has not seen.
+    coding : Coding, or None
+        Coordinates of all dimensions in which `KVCache` rounds to bits, and the importance of each. None where the
+        arrays of the fit were lazy or traced.
 
     Notes
     -----
@@ -114,6 +118,7 @@ class AttentionBasis:
     ranks: tuple[tuple[int, int], ...]
     error: Array
     is_held_out: bool = False
+    coding: Coding | None = None
 
     def __repr__(self) -> str:
         """Shapes, ranks, dtype, bytes and, where it is concrete, the error, on three lines."""
@@ -379,11 +384,14 @@ def _basis_from(arrays: Mapping[str, Any], like: Array | None) -> AttentionBasis
         "ranks": tuple((int(qk), int(v)) for qk, v in named.pop("ranks")),
         "is_held_out": bool(named.pop("is_held_out")),
     }
+    if like is not None:
+        backend = resolve(like=like)
+        dtype = promote(backend, allow_complex=False, like=like).arrays[0].dtype
+        named = {name: backend.from_numpy(x, like, dtype) for name, x in named.items()}
+    coded = {name: named.pop(name) for name in CODING if name in named}
+    named["coding"] = Coding(**{name[7:]: x for name, x in coded.items()}) if coded else None
     if like is None:
         return AttentionBasis(**named, **static)
-    backend = resolve(like=like)
-    dtype = promote(backend, allow_complex=False, like=like).arrays[0].dtype
-    named = {name: backend.from_numpy(x, like, dtype) for name, x in named.items()}
     basis: AttentionBasis = backend.make_dataclass(AttentionBasis, named, static)
     return basis
 

@@ -18,6 +18,7 @@ from slra._validate import (
 from slra.attn._estimators import METHODS, Factors, RowSample
 from slra.attn._ranks import Ranks, choose_ranks, mask_ranks, output_error
 from slra.attn.basis import AttentionBasis
+from slra.attn.coding import fit_coding
 from slra.attn.maps import Maps
 from slra.attn.problem import AttentionProblem, Seen, make_problem, ungroup_heads
 from slra.attn.rows import Rows, sample_rows, sample_seen_rows
@@ -102,6 +103,9 @@ def fit_attention(
 
     Notes
     -----
+    Whatever the method and the rank, where arrays are concrete the basis also records ``coding``: maps to all D
+    dimensions, in units in which an error costs the same in each, and what each is worth. `KVCache` rounds in these.
+
     "svd" takes the right singular vectors of Q, K and V. "scores" takes the best rank of :math:`Q (K - 1 c^T)^T`, by QR
     of both and the SVD of the small core; the shift c, the mean key, changes no softmax weight. "output" replaces the
     Frobenius norm of the scores by one in which a key counts by the attention it receives, and projects V on the
@@ -163,6 +167,11 @@ def fit_attention(
         )
         error, is_held_out = predicted_error(fitted)
         arrays = {**fitted.maps.by_head(problem), "error": error}
+        # Its steps are chosen by values.
+        is_concrete = problem.backend.is_eager(problem.q)
+        arrays["coding"] = (
+            fit_coding(fitted.problem, pool_batch=pool_batch) if is_concrete else None
+        )
     basis: AttentionBasis = problem.backend.make_dataclass(
         AttentionBasis, arrays, {"ranks": fitted.ranks, "is_held_out": is_held_out}
     )

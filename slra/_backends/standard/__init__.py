@@ -14,6 +14,7 @@ import numpy as np
 from slra._backends.gaussian import gaussian
 from slra._backends.standard import hidden
 from slra._backends.standard.attention import Attention, ScoreOptions
+from slra._backends.standard.bits import Bits
 from slra._backends.standard.linalg import LinearAlgebra, matrix_h
 from slra._backends.standard.rows import Rows
 from slra._backends.standard.sparse import SparseRows
@@ -22,7 +23,7 @@ from slra._typing import Array, DType, Namespace
 __all__ = ["Backend", "ScoreOptions", "matrix_h"]
 
 
-class Backend(Attention, LinearAlgebra, SparseRows, Rows):
+class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     """Primitives for one namespace, ``xp``."""
 
     # Whether an array cannot be written to: a function then returns a new one.

@@ -80,7 +80,7 @@ def _import(folder: Path) -> None:
     except ImportError as error:
         raise ValueError(
             f"the model in {folder} needs torch and transformers ({error}): "
-            'pip install "slra[transformers]"'
+            'pip install ".[transformers]" in a clone of slra'
         ) from error
 
 
