@@ -88,6 +88,27 @@ def test_maps_over_a_batch():
     np.testing.assert_allclose(penalties.mean(), penalty, rtol=ATOL)
 
 
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_a_schedule_of_l1_compiles_nothing_anew(l1_form):
+    _, _, params, y = pair()
+    projections = jax_layer.fit(params, y, y, y, 2, num_heads=HEADS)
+    traces = []
+
+    def run(l1):
+        traces.append(l1)
+        done = jax_layer.apply(
+            params, y, y, y, num_heads=HEADS, projections=projections, l1=l1, l1_form=l1_form
+        )
+        return done.out, done.penalty
+
+    compiled = jax.jit(run)
+    for l1 in (0.1, 0.2, 0.3):
+        got = compiled(l1)
+        for one, right in zip(got, run(l1), strict=True):
+            np.testing.assert_allclose(one, right, rtol=0, atol=10 * ATOL)
+    assert len(traces) == 4
+
+
 def test_a_fresh_layer_has_the_parameters_of_torch():
     for bias in (True, False):
         reference = torch.nn.MultiheadAttention(WIDTH, HEADS, bias=bias)

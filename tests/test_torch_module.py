@@ -200,6 +200,48 @@ def test_l1_follows_a_schedule():
     assert zeros[0] == 0 < zeros[-1]
 
 
+@pytest.mark.parametrize("precision", ["double", "bfloat16", "autocast"])
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+@pytest.mark.filterwarnings("ignore:Dynamo detected:UserWarning")
+def test_a_schedule_of_l1_is_followed_by_one_graph(l1_form, precision):
+    """From the eighth value on a number in a graph would be an old one."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    module, x = layer(rank=2, l1_form=l1_form, refit_every=0), data()
+    if precision != "double":
+        module, x = module.float(), x.float()
+    if precision == "bfloat16":
+        module, x = module.bfloat16(), x.bfloat16()
+    module.fit_basis(x, x, x)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=count)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        for i in range(10):
+            module.l1 = 0.02 * (i + 1)
+            out, _ = compiled(x, x, x, need_weights=False)
+            penalty = module.penalty()
+            right, _ = module(x, x, x, need_weights=False)
+            assert torch.equal(out, right)
+            assert torch.equal(penalty, module.penalty())
+    assert len(graphs) == 1
+
+
+def test_numbers_of_l1_keep_their_precision_and_are_no_state():
+    module = layer(l1=(0.1, 1e-300, 0.0)).half()
+    assert module.l1 == (0.1, 1e-300, 0.0)
+    assert not any("weights" in name for name in module.state_dict())
+    module.l1 = torch.tensor(0.3, dtype=torch.float64)
+    assert copy.deepcopy(module).l1 == 0.3
+    made = LowRankAttention(WIDTH, HEADS, l1=0.3, device="meta").to_empty(device="cpu")
+    assert made.l1 == 0.3
+    with pytest.raises(ValueError, match="l1 must not require a gradient"):
+        module.l1 = torch.tensor(0.3, requires_grad=True)
+
+
 def test_the_basis_is_fitted_every_so_often_and_frozen_in_eval():
     module = layer(rank=2, refit_every=2)
     bases = []

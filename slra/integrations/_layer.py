@@ -8,11 +8,9 @@ from slra.attn.exact import attention
 from slra.attn.fit import Ranks
 from slra.attn.problem import make_problem
 from slra.attn.projections import Projections, projected_output
-from slra.objective import l1_penalty_prox
+from slra.objective import L1, l1_penalty_prox
 
 __all__ = ["L1", "Approximation", "attend", "check_form"]
-
-L1 = float | tuple[float, float, float]
 
 
 class Approximation(NamedTuple):
@@ -28,10 +26,11 @@ class Approximation(NamedTuple):
         if self.projections is None:
             return self.q, self.k, self.v
         # Autocast makes q, k and v narrower than the projections, and no product takes two dtypes.
-        xp, like = resolve(q=self.q).xp, self.projections.q_down
-        q, k, v = (
-            xp.astype(x, xp.result_type(x, like), copy=False) for x in (self.q, self.k, self.v)
-        )
+        backend, like = resolve(q=self.q), self.projections.q_down
+        q, k, v = [
+            backend.xp.astype(x, backend.common_dtype(x, like), copy=False)
+            for x in (self.q, self.k, self.v)
+        ]
         return self.projections.approximate(q, k, v)
 
 
@@ -55,8 +54,10 @@ def attend(
     is what was attended to.
     """
     projections, q, k, v = given
-    if l1_form == "prox" and any(check_l1(l1)):
-        hats = l1_penalty_prox(*given.arrays(), l1)
+    weights = check_l1(l1, backend=resolve(q=q))
+    # What is not a float cannot be looked at: it may be above 0.
+    if l1_form == "prox" and any([not isinstance(one, float) or one > 0 for one in weights]):
+        hats = l1_penalty_prox(*given.arrays(), weights)
         q, k, v = hats
         if projections is not None:
             v = v + projections.mu

@@ -179,8 +179,8 @@ def apply(
     projections : Projections, optional
         From `fit`; full rank by default.
     l1, l1_form
-        As in `slra.integrations.torch.LowRankAttention`. Static: for a schedule that does not compile anew, leave
-        ``l1`` at 0 and weight the norms of the q, k and v that are returned.
+        As in `slra.integrations.torch.LowRankAttention`. ``l1_form`` is static; ``l1`` may be traced, one number or
+        three, so that a schedule compiles nothing anew.
     mask : array, optional
         Broadcastable to (..., num_heads, L, S). Boolean: True attends. Floating: added to the scores.
     is_causal : bool

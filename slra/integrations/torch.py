@@ -76,7 +76,8 @@ class LowRankAttention(nn.MultiheadAttention):
         "layer" only: in training mode fit anew after so many calls; 0 leaves it to `fit_basis`. The first call in
         training mode fits before it attends, later ones after: a batch is attended to with the basis of earlier ones.
     l1 : float or (float, float, float)
-        lambda_Q, lambda_K and lambda_V. May be set later, so that a schedule can.
+        lambda_Q, lambda_K and lambda_V; also 0-d tensors. May be set later, so that a schedule can: it is kept in a
+        buffer in double precision, which is no part of the state, and no compiled graph freezes it.
     l1_form : {"penalty", "prox"}
         "penalty": add `penalty` to the loss. "prox": soft-threshold Q^, K^ and V^ by ``l1``, in the units of their
         entries, before attention, which then runs in all dimensions; a loss that adds `penalty` as well counts the
@@ -156,7 +157,6 @@ class LowRankAttention(nn.MultiheadAttention):
         check_choice(method, tuple(METHODS), "method")
         check_choice(basis_per, ("layer", "sequence"), "basis_per")
         check_form(l1_form)
-        check_l1(l1)
         if rtol is not None:
             check_positive(rtol, "rtol")
         super().__init__(
@@ -173,13 +173,37 @@ class LowRankAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = False
         self.rank, self.rtol, self.method, self.basis_per = rank, rtol, method, basis_per
         self.refit_every = check_count(refit_every, "refit_every")
-        self.l1, self.l1_form = l1, l1_form
+        # A number that was an attribute would be part of a compiled graph.
+        weights = _weights_of_l1(l1, self.out_proj.weight.device)
+        self.register_buffer("_weights", weights, persistent=False)
+        self.l1_form = l1_form
         self._calls = 0
         self._ranks: Ranks | None = None
         self._last: Approximation | None = None
         widest = self._widest
         if self._keeps_basis:
             self._register_basis(*widest)
+
+    @property
+    def l1(self) -> float | tuple[float, float, float]:
+        """lambda_Q, lambda_K and lambda_V; one number where they are equal."""
+        l_q, l_k, l_v = self._weights.tolist()
+        return l_q if l_q == l_k == l_v else (l_q, l_k, l_v)
+
+    @l1.setter
+    def l1(self, l1: L1) -> None:
+        # Not in place: a backward pass may still need those of the last call.
+        self._weights = _weights_of_l1(l1, self._weights.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move and convert as any module, but for the numbers of l1: they keep their precision, and their values."""
+        before = self._weights
+        super()._apply(fn, recurse)
+        if self._weights.device.type != "meta":
+            self._weights = before.to(self._weights.device)
+        else:
+            self._weights = before
+        return self
 
     @property
     def _is_low_rank(self) -> bool:
@@ -266,7 +290,12 @@ class LowRankAttention(nn.MultiheadAttention):
             fit_mask = _without_padding(mask, key_padding_mask, is_self=is_self)
         given = Approximation(self._projections(q, k, v, fit_mask, is_causal), q, k, v)
         out, self._last = attend(
-            given, self._ranks, l1=self.l1, l1_form=self.l1_form, mask=mask, is_causal=is_causal
+            given,
+            self._ranks,
+            l1=self._weights.unbind(),
+            l1_form=self.l1_form,
+            mask=mask,
+            is_causal=is_causal,
         )
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         self._count_call(q, k, v, fit_mask, is_causal)
@@ -293,7 +322,7 @@ class LowRankAttention(nn.MultiheadAttention):
             If there was no call, or copying or pickling dropped it.
         """
         q, k, v = self.approximations()
-        return l1_penalty(q, k, v, self.l1) / q.shape[0]
+        return l1_penalty(q, k, v, self._weights.unbind()) / q.shape[0]
 
     def sparsity(self) -> Sparsity:
         """Return the fractions of exact zeros in Q^, K^ and V^ of the last call.
@@ -467,6 +496,21 @@ class LowRankAttention(nn.MultiheadAttention):
         names = ("embed_dim", "num_heads", "rank", "rtol", "method", "basis_per", "refit_every")
         shown = [f"{name}={getattr(self, name)!r}" for name in (*names, "l1", "l1_form")]
         return ", ".join(shown)
+
+
+def _weights_of_l1(l1: L1, device: Any) -> Tensor:
+    """Return the three numbers as a tensor, on the CPU where the layer has no data yet."""
+    given = l1 if isinstance(l1, (tuple, list)) else (l1,) * 3
+    if any([isinstance(one, Tensor) and one.requires_grad for one in given]):
+        raise ValueError(
+            "l1 must not require a gradient: set it to l1.detach(), or weight the norms of approximations() by it"
+        )
+    numbers = check_l1(
+        [one.item() if isinstance(one, Tensor) and one.ndim == 0 else one for one in given]
+    )
+    device = torch.device("cpu" if device is None else device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.tensor(numbers, dtype=dtype, device="cpu" if device.type == "meta" else device)
 
 
 def _refuse_recomputation() -> None:
