@@ -56,7 +56,8 @@ def attend(
     projections, q, k, v = given
     weights = check_l1(l1, backend=resolve(q=q))
     # What is not a float cannot be looked at: it may be above 0.
-    if l1_form == "prox" and any([not isinstance(one, float) or one > 0 for one in weights]):
+    may_shrink = [not isinstance(one, float) or one > 0 for one in weights]
+    if l1_form == "prox" and any(may_shrink):
         hats = l1_penalty_prox(*given.arrays(), weights)
         q, k, v = hats
         if projections is not None:
