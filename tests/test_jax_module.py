@@ -109,6 +109,23 @@ def test_a_schedule_of_l1_compiles_nothing_anew(l1_form):
     assert len(traces) == 4
 
 
+@pytest.mark.parametrize("least", [None, -np.inf, -1e9])
+def test_padding_takes_no_part(least):
+    _, _, params, y = pair()
+    hidden = np.arange(N) >= 4
+    mask = jax.numpy.asarray(~hidden if least is None else np.where(hidden, least, 0.0))[None, :]
+    padded = y.at[:, 4:].mul(50)
+    options = {"num_heads": HEADS}
+    right = jax_layer.fit(params, *(y[:, :4],) * 3, 2, **options)
+    got = jax_layer.fit(params, padded, padded, padded, 2, mask=mask, **options)
+    np.testing.assert_allclose(got.q_down @ got.q_up, right.q_down @ right.q_up, rtol=0, atol=1e-11)
+    options |= {"projections": right, "l1": 0.3, "l1_form": "prox"}
+    one = jax_layer.apply(params, *(y[:, :4],) * 3, **options)
+    other = jax_layer.apply(params, padded, padded, padded, mask=mask, **options)
+    np.testing.assert_allclose(other.out[:, :4], one.out, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(other.penalty, one.penalty, rtol=1e-11)
+
+
 def test_a_fresh_layer_has_the_parameters_of_torch():
     for bias in (True, False):
         reference = torch.nn.MultiheadAttention(WIDTH, HEADS, bias=bias)

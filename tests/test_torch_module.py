@@ -584,3 +584,44 @@ def test_padding_is_not_fitted_to(method, basis):
     if basis == "sequence":
         real = x[:1, :-3]
         assert_close(outs[0][:1, :-3], module(real, real, real)[0], 1e-12)
+
+
+def paddings(is_padding):
+    """Ways to hide tokens from all queries."""
+    n = is_padding.shape[-1]
+    square = is_padding[:, None, :].expand(-1, n, -1).repeat_interleave(HEADS, 0)
+    ways = {"padding": {"key_padding_mask": is_padding}, "mask": {"attn_mask": square}}
+    for name, least in (("infinite", -torch.inf), ("-1e9", -1e9), ("least", -3.4e38)):
+        for form, mask in (("key_padding_mask", is_padding), ("attn_mask", square)):
+            added = torch.zeros(mask.shape).masked_fill(mask, least)
+            ways[f"{name} {form}"] = {form: added}
+    return ways
+
+
+@pytest.mark.parametrize("way", paddings(torch.zeros(1, 2, dtype=torch.bool)))
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_however_padding_is_hidden_it_takes_no_part(way, l1_form):
+    module, x = layer(rank=2, l1=0.3, l1_form=l1_form, refit_every=0), data()
+    module.fit_basis(x[:, :4], x[:, :4], x[:, :4])
+    right, _ = module(x[:, :4], x[:, :4], x[:, :4])
+    penalty, zeros = module.penalty(), module.sparsity()
+    padded = torch.cat([x[:, :4], 50 * x[:, 4:]], dim=1)
+    hidden = (torch.arange(N_Q) >= 4).expand(BATCH, -1)
+    given = paddings(hidden)[way]
+    module.fit_basis(padded, padded, padded, **given)
+    out, _ = module(padded, padded, padded, **given)
+    assert_close(out[:, :4], right, 1e-11)
+    assert_close(module.penalty(), penalty, 1e-11)
+    assert module.sparsity() == pytest.approx(zeros)
+    whole = copy.deepcopy(module).train()
+    whole.basis_per = "sequence"
+    assert_close(
+        whole(
+            padded[:1],
+            padded[:1],
+            padded[:1],
+            **{k: v[: v.shape[0] // 2] for k, v in given.items()},
+        )[0][:, :4],
+        whole(x[:1, :4], x[:1, :4], x[:1, :4])[0],
+        1e-11,
+    )

@@ -12,8 +12,14 @@ from jax import numpy as jnp
 
 from slra._typing import Array
 from slra.attn.projections import Projections, fit_projections
-from slra.integrations._layer import L1, Approximation, attend, check_form
-from slra.objective import l1_penalty
+from slra.integrations._layer import (
+    L1,
+    Approximation,
+    attend,
+    check_form,
+    mask_of_fit,
+    what_is_seen,
+)
 
 __all__ = ["Attended", "Projections", "apply", "fit", "init"]
 
@@ -27,9 +33,9 @@ class Attended(NamedTuple):
     ----------
     out : array, shape (..., L, E)
     penalty : array, 0-d
-        lambda_Q ||Q^||_1 + lambda_K ||K^||_1 + lambda_V ||V^||_1, the norms summed over heads, tokens and features and
-        averaged over leading axes. To be added to the loss in the form "penalty"; in the form "prox" that would count
-        the term twice.
+        lambda_Q ||Q^||_1 + lambda_K ||K^||_1 + lambda_V ||V^||_1, the norms summed over heads, tokens that are not
+        hidden, and features, and averaged over leading axes. To be added to the loss in the form "penalty"; in the form
+        "prox" that would count the term twice.
     q, k, v : array, shape (..., H, L, D)
         Q^, K^ and V^, as attention met them; the shift of the values not added.
 
@@ -118,7 +124,8 @@ def fit(
     num_heads : int
         Static.
     mask, is_causal
-        As for `apply`.
+        As for `apply`. What is hidden takes no part; in self-attention (``query is key``) neither do the queries of
+        tokens that no query of any head sees.
 
     Returns
     -------
@@ -140,6 +147,7 @@ def fit(
     (2, 4, 2)
     """
     q, k, v = _heads(params, query, key, value, num_heads)
+    mask = mask_of_fit(mask, what_is_seen(mask, is_self=query is key))
     projections, _ = fit_projections(
         q,
         k,
@@ -212,14 +220,13 @@ def apply(
     ranks = None
     if projections is not None:
         ranks = ((projections.q_down.shape[-1], projections.v_down.shape[-1]),) * num_heads
-    given = Approximation(projections, q, k, v)
+    given = Approximation(projections, q, k, v, what_is_seen(mask, is_self=query is key))
     out, given = attend(given, ranks, l1=l1, l1_form=l1_form, mask=mask, is_causal=is_causal)
     out = jnp.swapaxes(out, -3, -2)
     out = jnp.reshape(out, (*out.shape[:-2], -1)) @ params["out_proj.weight"].T
     if "out_proj.bias" in params:
         out = out + params["out_proj.bias"]
-    q, k, v = given.arrays()
-    return Attended(out, l1_penalty(q, k, v, l1) / math.prod(q.shape[:-3]), q, k, v)
+    return Attended(out, given.penalty(l1), *given.arrays())
 
 
 def _heads(

@@ -22,8 +22,14 @@ from slra._validate import (
 )
 from slra.attn.fit import METHODS, Ranks
 from slra.attn.projections import Projections, fit_projections
-from slra.integrations._layer import L1, Approximation, attend, check_form
-from slra.objective import l1_penalty
+from slra.integrations._layer import (
+    L1,
+    Approximation,
+    attend,
+    check_form,
+    mask_of_fit,
+    what_is_seen,
+)
 
 __all__ = ["LowRankAttention", "Sparsity"]
 
@@ -38,7 +44,7 @@ class Sparsity(NamedTuple):
     Attributes
     ----------
     q, k, v : float
-        Of Q^, K^ and V^, over batch, heads, tokens and features.
+        Of Q^, K^ and V^, over batch, heads, tokens that are not hidden, and features.
 
     Examples
     --------
@@ -124,8 +130,9 @@ class LowRankAttention(nn.MultiheadAttention):
     Loading parameters without a basis, such as those of `torch.nn.MultiheadAttention`, drops the basis, which was
     fitted to others.
 
-    What ``key_padding_mask`` hides is left out of fits: keys, values, and in self-attention (``query is key``) the
-    queries of these tokens. "output" still looks at as many rows, with 0 in their place.
+    What a mask hides takes no part in fits, `penalty` and `sparsity`: keys and values that no query sees, queries that
+    see nothing, and in self-attention (``query is key``) the queries of tokens that no query of any head sees, which
+    are padding. An added -1e4 or less hides. "output" still looks at as many rows, with 0 in their place.
 
     Examples
     --------
@@ -319,12 +326,13 @@ class LowRankAttention(nn.MultiheadAttention):
         query, key, value = (self._batch_first(x) for x in (query, key, value))
         q, k, v = self._heads(query, key, value)
         mask = _mask(key_padding_mask, attn_mask, q, k)
+        seen = what_is_seen(mask, is_self=is_self)
         fit_mask = mask
         if self.basis_per == "sequence" or (self.training and self.refit_every):
-            fit_mask = _without_padding(mask, key_padding_mask, is_self=is_self)
+            fit_mask = mask_of_fit(mask, seen)
         projections, ranks = self._projections(q, k, v, fit_mask, is_causal)
         out, self._last = attend(
-            Approximation(projections, q, k, v),
+            Approximation(projections, q, k, v, seen),
             ranks,
             l1=self._weights.unbind(),
             l1_form=self.l1_form,
@@ -346,17 +354,17 @@ class LowRankAttention(nn.MultiheadAttention):
         Returns
         -------
         tensor
-            0-d: lambda_Q ||Q^||_1 + lambda_K ||K^||_1 + lambda_V ||V^||_1, the norms summed over heads, tokens and
-            features and averaged over the batch. It carries a gradient. In the form "prox", where the threshold takes
-            its place, it is that of what came out of the threshold: to be reported, not added to the loss.
+            0-d: lambda_Q ||Q^||_1 + lambda_K ||K^||_1 + lambda_V ||V^||_1, the norms summed over heads, tokens that are
+            not hidden, and features, and averaged over the batch. It carries a gradient. In the form "prox", where the
+            threshold takes its place, it is that of what came out of the threshold: to be reported, not added to the
+            loss.
 
         Raises
         ------
         RuntimeError
             If there was no call, or copying or pickling dropped it.
         """
-        q, k, v = self.approximations()
-        return l1_penalty(q, k, v, self._weights.unbind()) / q.shape[0]
+        return self._last_call().penalty(self._weights.unbind())
 
     def sparsity(self) -> Sparsity:
         """Return the fractions of exact zeros in Q^, K^ and V^ of the last call.
@@ -370,7 +378,7 @@ class LowRankAttention(nn.MultiheadAttention):
         RuntimeError
             As for `penalty`.
         """
-        return Sparsity(*(float((x == 0).double().mean()) for x in self.approximations()))
+        return Sparsity(*self._last_call().zeros())
 
     def approximations(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return Q^, K^ and V^ of the last call, (N, num_heads, length, head_dim), with their gradients.
@@ -385,9 +393,12 @@ class LowRankAttention(nn.MultiheadAttention):
         RuntimeError
             As for `penalty`.
         """
+        return self._last_call().arrays()
+
+    def _last_call(self) -> Approximation:
         if self._last is None:
             raise RuntimeError("call the layer first: there are no queries, keys and values yet")
-        return self._last.arrays()
+        return self._last
 
     def fit_basis(
         self,
@@ -412,10 +423,11 @@ class LowRankAttention(nn.MultiheadAttention):
         """
         if not self._keeps_basis:
             raise ValueError('fit_basis needs basis_per="layer", and a rank or rtol')
+        is_self = query is key
         with torch.no_grad():
             q, k, v = self._heads(*(self._batch_first(x) for x in (query, key, value)))
         mask = _mask(key_padding_mask, attn_mask, q, k)
-        mask = _without_padding(mask, key_padding_mask, is_self=query is key)
+        mask = mask_of_fit(mask, what_is_seen(mask, is_self=is_self))
         self._fit(q, k, v, mask, is_causal)
 
     def _batch_first(self, x: Tensor) -> Tensor:
@@ -645,19 +657,6 @@ def _mask(
         return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
     masks = [_additive(mask, q.dtype) for mask in masks]
     return masks[0] if len(masks) == 1 else masks[0] + masks[1]
-
-
-def _without_padding(
-    mask: Tensor | None, key_padding_mask: Tensor | None, *, is_self: bool
-) -> Tensor | None:
-    """Hide everything from the padding that asks, too, which a fit then does not see."""
-    if key_padding_mask is None or mask is None or not is_self:
-        return mask
-    hidden = key_padding_mask
-    if hidden.dtype != torch.bool:
-        hidden = torch.isneginf(hidden)
-    hidden = hidden.reshape(-1, 1, hidden.shape[-1], 1)
-    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -torch.inf)
 
 
 def _check_mask(mask: Tensor, name: str, right: Sequence[tuple[int, ...]]) -> None:
