@@ -457,7 +457,8 @@ def _check_weight(value: Any, limits: Any, backend: Backend | None) -> Any:
             value = check_scalar(backend, value, "l1")
             if not backend.is_eager(value):
                 return value
-            number = check_positive(float(value), "l1", allow_zero=True, limits=limits)
+            number = float(backend.to_numpy(value))
+            check_positive(number, "l1", allow_zero=True, limits=limits)
             return value if backend.is_differentiated(value) else number
     return check_positive(value, "l1", allow_zero=True, limits=limits)
 

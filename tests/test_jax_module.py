@@ -126,6 +126,50 @@ def test_padding_takes_no_part(least):
     np.testing.assert_allclose(other.penalty, one.penalty, rtol=1e-11)
 
 
+def test_no_gradient_reaches_the_basis():
+    _, _, params, y = pair()
+    projections = jax_layer.fit(params, y, y, y, 2, num_heads=HEADS)
+
+    def loss(projections):
+        done = jax_layer.apply(
+            params, y, y, y, num_heads=HEADS, projections=projections, l1=0.1, l1_form="prox"
+        )
+        return (done.out**2).sum() + done.penalty
+
+    assert all(not x.any() for x in jax.grad(loss)(projections))
+
+
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_bfloat16_stays_and_scans(l1_form):
+    _, _, params, y = pair()
+    params, y = jax.tree.map(lambda x: x.astype("bfloat16"), (params, y))
+    projections = jax_layer.fit(params, y, y, y, 2, num_heads=HEADS)
+
+    def step(y, _):
+        done = jax_layer.apply(
+            params, y, y, y, num_heads=HEADS, projections=projections, l1=0.1, l1_form=l1_form
+        )
+        return y + done.out, done.penalty
+
+    out, _ = jax.lax.scan(step, y, length=2)
+    assert out.dtype == y.dtype
+
+
+def test_keys_and_values_of_other_widths():
+    reference = torch.nn.MultiheadAttention(
+        WIDTH, HEADS, kdim=5, vdim=6, batch_first=True, dtype=torch.float64
+    )
+    drawn = jax_layer.init(jax.random.key(0), WIDTH, kdim=5, vdim=6)
+    params = {n: jax.numpy.asarray(p.detach().numpy()) for n, p in reference.named_parameters()}
+    assert {n: x.shape for n, x in drawn.items()} == {n: x.shape for n, x in params.items()}
+    given = [torch.randn(BATCH, N, w, dtype=torch.float64) for w in (WIDTH, 5, 6)]
+    right, _ = reference(*given)
+    arrays = [jax.numpy.asarray(x.numpy()) for x in given]
+    out = jax_layer.apply(params, *arrays, num_heads=HEADS).out
+    np.testing.assert_allclose(out, right.detach(), rtol=0, atol=ATOL)
+    assert jax_layer.fit(params, *arrays, 2, num_heads=HEADS).k_down.shape == (HEADS, 4, 2)
+
+
 def test_a_fresh_layer_has_the_parameters_of_torch():
     for bias in (True, False):
         reference = torch.nn.MultiheadAttention(WIDTH, HEADS, bias=bias)

@@ -127,7 +127,11 @@ def attend(
         q, k, v = hats
         if projections is not None:
             v = v + projections.mu
-        return _exact(q, k, v, mask, is_causal), Approximation(None, *hats, seen)
+        out = _exact(q, k, v, mask, is_causal)
+        # Projections of half precision are single, and so is what they are applied to.
+        return resolve(out=out).xp.astype(out, given.q.dtype, copy=False), Approximation(
+            None, *hats, seen
+        )
     if projections is None or ranks is None:
         return _exact(q, k, v, mask, is_causal), given
     problem = make_problem(q, k, v, mask=mask, is_causal=is_causal, causal_align="top_left")

@@ -57,7 +57,15 @@ class Attended(NamedTuple):
     v: Array
 
 
-def init(key: Array, embed_dim: int, *, bias: bool = True, dtype: Any = None) -> Params:
+def init(
+    key: Array,
+    embed_dim: int,
+    *,
+    bias: bool = True,
+    kdim: int | None = None,
+    vdim: int | None = None,
+    dtype: Any = None,
+) -> Params:
     """Draw parameters, distributed and named as those of `torch.nn.MultiheadAttention`.
 
     Parameters
@@ -68,13 +76,16 @@ def init(key: Array, embed_dim: int, *, bias: bool = True, dtype: Any = None) ->
         Width E of the layer.
     bias : bool
         Whether there are biases; they start at 0.
+    kdim, vdim : int, optional
+        Widths of keys and values, where they are not E.
     dtype : dtype, optional
         That of JAX by default.
 
     Returns
     -------
     dict
-        in_proj_weight (3E, E), out_proj.weight (E, E), in_proj_bias (3E,) and out_proj.bias (E,).
+        in_proj_weight (3E, E), out_proj.weight (E, E), in_proj_bias (3E,) and out_proj.bias (E,). With other widths
+        q_proj_weight (E, E), k_proj_weight (E, kdim) and v_proj_weight (E, vdim) instead of the first.
 
     Examples
     --------
@@ -84,15 +95,19 @@ def init(key: Array, embed_dim: int, *, bias: bool = True, dtype: Any = None) ->
     (24, 8)
     """
     of_in, of_out = jax.random.split(key)
-    bound, bound_out = math.sqrt(6 / (4 * embed_dim)), 1 / math.sqrt(embed_dim)
 
-    def draw(key: Array, n_out: int, bound: float) -> Array:
-        return jax.random.uniform(key, (n_out, embed_dim), dtype, -bound, bound)
+    def draw(key: Array, n_out: int, n_in: int, bound: float) -> Array:
+        return jax.random.uniform(key, (n_out, n_in), dtype, -bound, bound)
 
-    params = {
-        "in_proj_weight": draw(of_in, 3 * embed_dim, bound),
-        "out_proj.weight": draw(of_out, embed_dim, bound_out),
-    }
+    params = {"out_proj.weight": draw(of_out, embed_dim, embed_dim, 1 / math.sqrt(embed_dim))}
+    widths = [embed_dim if width is None else width for width in (embed_dim, kdim, vdim)]
+    if widths == [embed_dim] * 3:
+        bound = math.sqrt(6 / (4 * embed_dim))
+        params["in_proj_weight"] = draw(of_in, 3 * embed_dim, embed_dim, bound)
+    else:
+        for name, one, width in zip("qkv", jax.random.split(of_in, 3), widths, strict=True):
+            bound = math.sqrt(6 / (embed_dim + width))
+            params[f"{name}_proj_weight"] = draw(one, embed_dim, width, bound)
     if bias:
         params["in_proj_bias"] = jnp.zeros(3 * embed_dim, dtype)
         params["out_proj.bias"] = jnp.zeros(embed_dim, dtype)
@@ -117,7 +132,7 @@ def fit(
     ----------
     params : dict
         As from `init`.
-    query, key, value : array, shapes (..., L, E), (..., S, E), (..., S, E)
+    query, key, value : array, shapes (..., L, E), (..., S, E or kdim), (..., S, E or vdim)
         One basis is fitted to all leading axes.
     rank, method
         As in `slra.fit_attention`, but for the default; static.
@@ -181,11 +196,11 @@ def apply(
     ----------
     params : dict
         As from `init`.
-    query, key, value : array, shapes (..., L, E), (..., S, E), (..., S, E)
+    query, key, value : array, shapes (..., L, E), (..., S, E or kdim), (..., S, E or vdim)
     num_heads : int
         Static.
     projections : Projections, optional
-        From `fit`; full rank by default.
+        From `fit`, constant to gradients; full rank by default.
     l1, l1_form
         As in `slra.integrations.torch.LowRankAttention`. ``l1_form`` is static; ``l1`` may be traced, one number or
         three, so that a schedule compiles nothing anew.
@@ -219,6 +234,8 @@ def apply(
     q, k, v = _heads(params, query, key, value, num_heads)
     ranks = None
     if projections is not None:
+        # Constant, as all that is fitted: an optimiser that is given the basis leaves it alone.
+        projections = jax.tree.map(jax.lax.stop_gradient, projections)
         ranks = ((projections.q_down.shape[-1], projections.v_down.shape[-1]),) * num_heads
     given = Approximation(projections, q, k, v, what_is_seen(mask, is_self=query is key))
     out, given = attend(given, ranks, l1=l1, l1_form=l1_form, mask=mask, is_causal=is_causal)
@@ -233,7 +250,10 @@ def _heads(
     params: Params, query: Array, key: Array, value: Array, num_heads: int
 ) -> tuple[Array, ...]:
     """Project (..., L, E) to the heads' queries, keys and values, (..., H, L, D)."""
-    weights = jnp.split(params["in_proj_weight"], 3)
+    if "in_proj_weight" in params:
+        weights = jnp.split(params["in_proj_weight"], 3)
+    else:
+        weights = [params[f"{name}_proj_weight"] for name in "qkv"]
     projected = [x @ w.T for x, w in zip((query, key, value), weights, strict=True)]
     if "in_proj_bias" in params:
         biases = jnp.split(params["in_proj_bias"], 3)
