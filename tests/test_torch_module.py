@@ -625,3 +625,57 @@ def test_however_padding_is_hidden_it_takes_no_part(way, l1_form):
         whole(x[:1, :4], x[:1, :4], x[:1, :4])[0],
         1e-11,
     )
+
+
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_a_penalty_that_is_returned_is_not_lost(l1_form):
+    """Under reentrant checkpointing, in a layer that is called twice, and under vmap."""
+    module, x = layer(rank=2, l1=0.1, l1_form=l1_form, refit_every=0), data().requires_grad_()
+    module.fit_basis(x, x, x)
+
+    def run(x):
+        out, _, penalty = module(x, x, x, need_weights=False, return_penalty=True)
+        return out, penalty
+
+    out, penalty = run(x)
+    assert_close(penalty, module.penalty())
+    second, again = run(out)
+    parameters = list(module.parameters())
+    expected = torch.autograd.grad(second.square().sum() + penalty + again, parameters)
+    out, penalty = checkpoint(run, x, use_reentrant=True)
+    second, again = checkpoint(run, out, use_reentrant=True)
+    (second.square().sum() + penalty + again).backward()
+    for one, other in zip(parameters, expected, strict=True):
+        assert_close(one.grad, other, 100 * ATOL)
+    penalties = torch.func.vmap(lambda y: run(y)[1])(x)
+    assert_close(penalties.mean(), penalty)
+
+
+def test_a_penalty_that_would_be_lost_is_refused():
+    module, x = layer(rank=2, l1=0.1, refit_every=0), data().requires_grad_()
+    module.fit_basis(x, x, x)
+
+    def run(x):
+        return module(x, x, x, need_weights=False)[0]
+
+    loss = checkpoint(run, x, use_reentrant=True).sum()
+    with pytest.raises(RuntimeError, match="return_penalty=True"):
+        module.penalty()
+    with torch.no_grad():
+        assert float(module.penalty()) > 0
+    loss.backward()
+    run(run(x))
+    with pytest.raises(RuntimeError, match="got 2 calls since it was"):
+        module.penalty()
+    # A backward pass ends the step, and what is read counts no more.
+    run(x).sum().backward()
+    for _ in range(2):
+        run(x)
+        module.penalty()
+    run(x).sum().backward()
+    run(x)
+    module.penalty()
+    torch.func.vmap(run)(x)
+    with pytest.raises(RuntimeError, match="inside a transform such as torch.func.vmap"):
+        module.penalty()
+    assert torch.func.vmap(lambda y: (run(y), module.penalty())[1])(x).shape == (BATCH,)

@@ -5,6 +5,7 @@ Needs: torch.
 
 from __future__ import annotations  # the documentation is built without the framework
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -199,7 +200,7 @@ class LowRankAttention(nn.MultiheadAttention):
         weights = _weights_of_l1(l1, self.out_proj.weight.device)
         self.register_buffer("_weights", weights, persistent=False)
         self.l1_form = l1_form
-        self._calls = 0
+        self._calls = self._unread = 0
         self._last: Approximation | None = None
         widest = self._widest
         if self._keeps_basis:
@@ -295,7 +296,9 @@ class LowRankAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+        *,
+        return_penalty: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
         """Attend; arguments and results as in `torch.nn.MultiheadAttention`.
 
         Parameters
@@ -312,6 +315,9 @@ class LowRankAttention(nn.MultiheadAttention):
             Whether weights are averaged over heads.
         is_causal : bool
             Whether a query attends only to keys that are not after it, besides what ``attn_mask`` hides.
+        return_penalty : bool
+            Whether to return what `penalty` would, of this call: under reentrant checkpointing, ``vmap`` and where the
+            layer is called several times, there is no other way to it.
 
         Returns
         -------
@@ -319,6 +325,8 @@ class LowRankAttention(nn.MultiheadAttention):
             (L, N, E), or as ``query`` is laid out.
         weights : tensor or None
             (N, L, S), or (N, num_heads, L, S) where they are not averaged.
+        penalty : tensor, 0-d
+            With ``return_penalty`` only.
         """
         if self.training and self.refit_every and self._keeps_basis:
             _refuse_recomputation()
@@ -345,8 +353,32 @@ class LowRankAttention(nn.MultiheadAttention):
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not is_batched:
-            return out[0], None if weights is None else weights[0]
-        return (out if self.batch_first else out.transpose(0, 1)), weights
+            out, weights = out[0], None if weights is None else weights[0]
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        if return_penalty:
+            return out, weights, self._last.penalty(self._weights.unbind())
+        self._count_unread(out)
+        return out, weights
+
+    def _count_unread(self, out: Tensor) -> None:
+        """Count calls whose penalty is not read, up to the backward pass that ends a step."""
+        if (
+            torch.compiler.is_compiling()
+            or not out.requires_grad
+            or _in_backward()
+            or _is_wrapped(out)
+        ):
+            return
+        self._unread += 1
+        layer = weakref.ref(self)
+
+        def end_of_step(_: Tensor) -> None:
+            made = layer()
+            if made is not None:
+                made._unread = 0
+
+        out.register_hook(end_of_step)
 
     def penalty(self) -> Tensor:
         """Return the l1 term of the last call: to be added to the loss in the form "penalty".
@@ -362,9 +394,29 @@ class LowRankAttention(nn.MultiheadAttention):
         Raises
         ------
         RuntimeError
-            If there was no call, or copying or pickling dropped it.
+            If there was no call, or copying or pickling dropped it; if it was made inside ``vmap`` and this is not;
+            where gradients are recorded, if they were not in that call of a layer in training (as under reentrant
+            checkpointing), or if there was another call since the last backward pass, whose term this would not
+            have. Ask these calls for it (``return_penalty``). Inside a compiled graph calls are not counted.
         """
-        return self._last_call().penalty(self._weights.unbind())
+        last = self._last_call()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if self._unread > 1:
+                raise RuntimeError(
+                    f"penalty must be read after each call, got {self._unread} calls since it was, and it is that of "
+                    "the last one alone: sum what they return with return_penalty=True"
+                )
+            is_trained = self.training and any(x.requires_grad for x in self.parameters())
+            if is_trained and not (
+                last.q.requires_grad or last.k.requires_grad or last.v.requires_grad
+            ):
+                raise RuntimeError(
+                    "penalty must be read under torch.no_grad() where the call recorded no gradient, as under "
+                    "reentrant checkpointing: it would have none; take what the call returns with "
+                    "return_penalty=True"
+                )
+            self._unread = 0
+        return last.penalty(self._weights.unbind())
 
     def sparsity(self) -> Sparsity:
         """Return the fractions of exact zeros in Q^, K^ and V^ of the last call.
@@ -398,6 +450,11 @@ class LowRankAttention(nn.MultiheadAttention):
     def _last_call(self) -> Approximation:
         if self._last is None:
             raise RuntimeError("call the layer first: there are no queries, keys and values yet")
+        if not torch.compiler.is_compiling() and _has_escaped(self._last.q):
+            raise RuntimeError(
+                "the layer was last called inside a transform such as torch.func.vmap, which what it keeps of a call "
+                "cannot leave: return it from there, the penalty by return_penalty=True"
+            )
         return self._last
 
     def fit_basis(
@@ -596,7 +653,7 @@ class LowRankAttention(nn.MultiheadAttention):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the last call: tensors of a graph can be neither copied nor pickled."""
-        return {**self.__dict__, "_last": None}
+        return {**self.__dict__, "_last": None, "_unread": 0}
 
     def extra_repr(self) -> str:
         """Say how the layer was made."""
@@ -624,9 +681,26 @@ def _weights_of_l1(l1: L1, device: Any) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device="cpu" if device.type == "meta" else device)
 
 
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+def _has_escaped(x: Tensor) -> bool:
+    """Whether a tensor belongs to a transform that has ended."""
+    functorch = torch._C._functorch
+    if not _is_wrapped(x):
+        return False
+    current = functorch.maybe_current_level()
+    return current is None or functorch.maybe_get_level(x) not in range(1, current + 1)
+
+
 def _refuse_recomputation() -> None:
     """Raise inside a backward pass: by now the basis is one that was fitted after the call that is computed again."""
-    if torch._C._current_graph_task_id() != -1:
+    if _in_backward():
         raise RuntimeError(
             "refit_every must be 0 under activation checkpointing, which computes a call again in the backward pass, "
             "after the fit that followed it: fit with fit_basis between steps"
