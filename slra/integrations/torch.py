@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slra._backends.ambient import isolated
 from slra._validate import (
     check_choice,
     check_count,
@@ -31,8 +32,9 @@ from slra.integrations._layer import (
     mask_of_fit,
     what_is_seen,
 )
+from slra.integrations._torch_proximal import ProximalOptimizer
 
-__all__ = ["LowRankAttention", "Sparsity"]
+__all__ = ["LowRankAttention", "ProximalOptimizer", "Sparsity"]
 
 # Buffers of each projection: a map down to r dimensions, one up, and their product.
 _FACTORS = [(f"{x}_down", f"{x}_up", f"{x}_map") for x in "qkv"]
@@ -554,6 +556,7 @@ class LowRankAttention(nn.MultiheadAttention):
     def _kept(self) -> Projections:
         return Projections(*(getattr(self, name) for name in Projections._fields))
 
+    @isolated
     def _is_whole(self, down: str, up: str, product: str) -> Tensor:
         """Say whether two factors are those of a projection; the average of several pairs of them is not."""
         given = getattr(self, down), getattr(self, up)
@@ -567,6 +570,7 @@ class LowRankAttention(nn.MultiheadAttention):
         return (error <= most * (up_map.abs() @ down_map.abs()).amax()).all()
 
     @torch.no_grad()
+    @isolated
     def _factor_averages(self) -> None:
         """Factor the projections anew where the factors were averaged."""
         for down, up, product in _FACTORS:
@@ -617,6 +621,7 @@ class LowRankAttention(nn.MultiheadAttention):
             causal_align="top_left",
         )
 
+    @isolated
     def _fit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> None:
         """Replace the buffers; not in place, as a backward pass may still need those of the last call."""
         projections, _ = self._fitted(q, k, v, mask, is_causal)
