@@ -235,7 +235,7 @@ def test_a_step_for_each_entry(xp):
         expected = np.sign(x) * np.maximum(np.abs(x) - step * weight, 0)
         np.testing.assert_allclose(to_numpy(one), expected, rtol=0, atol=1e-15)
     with pytest.raises(ValueError, match="step must broadcast to x"):
-        slra.objective.l1_penalty_prox(*given, L1, step=given[0])
+        slra.objective.l1_penalty_prox(*given, L1, step=to_xp(xp, steps[0]))
 
 
 OPTIMIZERS = {
@@ -256,7 +256,7 @@ def test_a_prox_in_the_metric_of_the_optimizer_finds_the_minimiser(name):
     from slra.integrations.torch import ProximalOptimizer
 
     rng = np.random.default_rng(0)
-    A, b, l1 = rng.standard_normal((30, 20)) / 5, rng.standard_normal(30), 0.2
+    A, b, l1 = rng.standard_normal((60, 20)) / 8, rng.standard_normal(60), 0.6
     best, step = np.zeros(20), 1 / np.linalg.norm(A, 2) ** 2
     for _ in range(3000):
         best = best - step * A.T @ (A @ best - b)

@@ -672,3 +672,10 @@ def test_a_penalty_that_would_be_lost_is_refused():
     with pytest.raises(RuntimeError, match="inside a transform such as torch.func.vmap"):
         module.penalty()
     assert torch.func.vmap(lambda y: (run(y), module.penalty())[1])(x).shape == (BATCH,)
+
+
+def test_a_threshold_that_leaves_nothing_to_train_is_warned_of():
+    module, x = layer(rank=2, l1=(0.0, 0.1, 1e3), l1_form="prox"), data()
+    with pytest.warns(UserWarning, match=r"l1 is so large that all of V\^ is 0"):
+        module(x, x, x)
+    assert module.eval()(x, x, x)[0].shape == x.shape

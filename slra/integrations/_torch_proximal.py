@@ -17,7 +17,6 @@ from slra.prox.l1 import prox_l1
 __all__ = ["ProximalOptimizer"]
 
 Group = dict[str, Any]
-Step = float | Tensor
 
 
 class ProximalOptimizer(torch.optim.Optimizer):
@@ -69,7 +68,7 @@ class ProximalOptimizer(torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         l1: float | Tensor = 0.0,
         *,
-        step_size: Callable[[Group, Tensor, Group], Step] | None = None,
+        step_size: Callable[[Group, Tensor, Group], Any] | None = None,
     ) -> None:
         if step_size is None:
             step_size = next(
@@ -84,7 +83,7 @@ class ProximalOptimizer(torch.optim.Optimizer):
         self.optimizer, self.l1, self.step_size = optimizer, l1, step_size
         self._share()
         for group in self.param_groups:
-            _threshold(torch.zeros(()), 0.0, group.get("l1", l1))
+            _threshold(torch.zeros(()), 1.0, group.get("l1", l1))
 
     def _share(self) -> None:
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
@@ -108,17 +107,18 @@ class ProximalOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer."""
-        return self.optimizer.state_dict()
+        state: dict[str, Any] = self.optimizer.state_dict()
+        return state
 
 
-def _threshold(x: Tensor, size: Step, l1: L1) -> Tensor:
+def _threshold(x: Tensor, size: Any, l1: L1) -> Tensor:
     thresholds = torch.as_tensor(l1, dtype=x.dtype, device=x.device) * size
     if thresholds.numel() and not bool((thresholds >= 0).all() & torch.isfinite(thresholds).all()):
         raise ValueError(f"l1 must be finite and 0 or more, got {l1!r}")
     return prox_l1(x, thresholds)
 
 
-def _sgd(group: Group, parameter: Tensor, state: Group) -> Step:
+def _sgd(group: Group, parameter: Tensor, state: Group) -> Any:
     momentum, kept = group["momentum"], 1 - group["dampening"]
     if not momentum:
         return float(group["lr"])
@@ -126,25 +126,25 @@ def _sgd(group: Group, parameter: Tensor, state: Group) -> Step:
     return float(group["lr"]) * (1 + momentum * gain if group["nesterov"] else gain)
 
 
-def _adam(group: Group, parameter: Tensor, state: Group) -> Step:
+def _adam(group: Group, parameter: Tensor, state: Group) -> Any:
     square = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
     unbiased = square / (1 - group["betas"][1] ** float(state["step"]))
     return group["lr"] / (unbiased.sqrt() + group["eps"])
 
 
-def _rmsprop(group: Group, parameter: Tensor, state: Group) -> Step:
+def _rmsprop(group: Group, parameter: Tensor, state: Group) -> Any:
     square = state["square_avg"]
     if group["centered"]:
         square = square - state["grad_avg"] ** 2
     return group["lr"] / ((square.sqrt() + group["eps"]) * (1 - group["momentum"]))
 
 
-def _adagrad(group: Group, parameter: Tensor, state: Group) -> Step:
+def _adagrad(group: Group, parameter: Tensor, state: Group) -> Any:
     lr = group["lr"] / (1 + (float(state["step"]) - 1) * group["lr_decay"])
     return lr / (state["sum"].sqrt() + group["eps"])
 
 
-_KNOWN: dict[type, Callable[[Group, Tensor, Group], Step]] = {
+_KNOWN: dict[type, Callable[[Group, Tensor, Group], Any]] = {
     torch.optim.SGD: _sgd,
     torch.optim.Adam: _adam,
     torch.optim.AdamW: _adam,

@@ -5,6 +5,7 @@ Needs: torch.
 
 from __future__ import annotations  # the documentation is built without the framework
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -53,7 +54,7 @@ class Sparsity(NamedTuple):
     --------
     >>> import torch
     >>> from slra.integrations.torch import LowRankAttention
-    >>> layer = LowRankAttention(16, 2, batch_first=True, rank=4, l1=1e6, l1_form="prox")
+    >>> layer = LowRankAttention(16, 2, batch_first=True, l1=1e6, l1_form="prox").eval()
     >>> x = torch.randn(3, 10, 16)
     >>> _ = layer(x, x, x, need_weights=False)
     >>> layer.sparsity()
@@ -149,6 +150,8 @@ class LowRankAttention(nn.MultiheadAttention):
     >>> layer.ranks.tolist()
     [[4, 4], [4, 4]]
     """
+
+    _weights: Tensor
 
     def __init__(
         self,
@@ -349,6 +352,7 @@ class LowRankAttention(nn.MultiheadAttention):
             mask=mask,
             is_causal=is_causal,
         )
+        self._warn_of_zeros()
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         self._count_call(q, k, v, fit_mask, is_causal)
         weights = _weights(self._last, mask, is_causal) if need_weights else None
@@ -362,6 +366,21 @@ class LowRankAttention(nn.MultiheadAttention):
             return out, weights, self._last.penalty(self._weights.unbind())
         self._count_unread(out)
         return out, weights
+
+    def _warn_of_zeros(self) -> None:
+        """Warn where a threshold leaves nothing to train."""
+        last = self._last
+        if not self.training or self.l1_form != "prox" or last is None or _in_backward():
+            return
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_wrapped(last.q):
+            return
+        for name, hat, l1 in zip("QKV", last[1:4], self._weights.tolist(), strict=True):
+            if l1 > 0 and hat.numel() and not bool(hat.any()):
+                warnings.warn(
+                    f"l1 is so large that all of {name}^ is 0, and the gradient with it: no step brings it back; "
+                    f"lower it, got {l1:.2g}",
+                    stacklevel=3,
+                )
 
     def _count_unread(self, out: Tensor) -> None:
         """Count calls whose penalty is not read, up to the backward pass that ends a step."""
@@ -408,7 +427,9 @@ class LowRankAttention(nn.MultiheadAttention):
                     f"penalty must be read after each call, got {self._unread} calls since it was, and it is that of "
                     "the last one alone: sum what they return with return_penalty=True"
                 )
-            is_trained = self.training and any(x.requires_grad for x in self.parameters())
+            # Inside a transform nothing says whether there is a derivative.
+            is_trained = self.training and not _is_wrapped(last.q)
+            is_trained = is_trained and any(x.requires_grad for x in self.parameters())
             if is_trained and not (
                 last.q.requires_grad or last.k.requires_grad or last.v.requires_grad
             ):
@@ -547,7 +568,7 @@ class LowRankAttention(nn.MultiheadAttention):
                 "the layer has no basis yet: call it in training mode, call fit_basis, or load a state with one"
             )
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _prepare_outside(self, *given: Any) -> None:
         """Fit outside of a compiled graph."""
         if self._can_look:
@@ -569,7 +590,7 @@ class LowRankAttention(nn.MultiheadAttention):
         most = 4 * eps + 64 * up_map.shape[-1] ** 0.5 * torch.finfo(up_map.dtype).eps
         return (error <= most * (up_map.abs() @ down_map.abs()).amax()).all()
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     @isolated
     def _factor_averages(self) -> None:
         """Factor the projections anew where the factors were averaged."""
