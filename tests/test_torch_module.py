@@ -679,3 +679,69 @@ def test_a_threshold_that_leaves_nothing_to_train_is_warned_of():
     with pytest.warns(UserWarning, match=r"l1 is so large that all of V\^ is 0"):
         module(x, x, x)
     assert module.eval()(x, x, x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("method", ["svd", "scores", "output"])
+def test_sequences_shorter_than_the_rank_are_fitted_together(method):
+    module, x = layer(rank=3, method=method), torch.randn(6, 10, WIDTH)
+    short = x[:, :2]
+    for query, memory in ((x[:, :1], x), (short, short)):
+        for _ in range(2):
+            out, _ = module(query, memory, memory)
+            assert out.shape == query.shape
+            assert bool(torch.isfinite(out).all())
+        assert module.ranks.tolist() == [[3, 3]] * HEADS
+
+
+def test_infinity_in_training_reaches_the_output_and_leaves_the_basis():
+    module, x = layer(rank=2), data()
+    bad = x.clone()
+    bad[0, 0, 0] = torch.inf
+    assert not torch.isfinite(module(bad, bad, bad)[0]).all()
+    assert module.ranks.tolist() == [[0, 0]] * HEADS
+    module(x, x, x)
+    before = module.q_map
+    for mask in (None, torch.zeros(BATCH, N_Q)):
+        assert not torch.isfinite(module(bad, bad, bad, key_padding_mask=mask)[0]).all()
+        assert torch.equal(module.q_map, before)
+
+
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_an_empty_batch(l1_form):
+    module, x = layer(rank=2, l1=0.1, l1_form=l1_form), data()
+    empty = x[:0]
+    for _ in range(2):
+        assert module(empty, empty, empty)[0].shape == empty.shape
+        assert float(module.penalty()) == 0
+        module(x, x, x)
+
+
+@pytest.mark.parametrize("basis", ["layer", "sequence"])
+def test_half_precision_thresholds(basis):
+    module, x = layer(rank=2, l1=0.1, l1_form="prox", basis_per=basis).half(), data().half()
+    assert module(x, x, x)[0].dtype == torch.float16
+
+
+def test_another_rank_later_drops_the_basis():
+    module, x = layer(rank=3), data()
+    module(x, x, x)
+    module.rank = (2, 4)
+    assert module.ranks.tolist() == [[0, 0]] * HEADS
+    module(x, x, x)
+    assert module.ranks.tolist() == [[2, 4]] * HEADS
+    with pytest.raises(ValueError, match="rank must be between 1 and 4"):
+        module.rank = 5
+    assert module.rank == (2, 4)
+    module.rank = None
+    exact = layer()
+    exact.load_state_dict(module.state_dict())
+    assert_close(module(x, x, x)[0], exact(x, x, x)[0], 0)
+
+
+def test_parameters_are_drawn_again_and_a_parametrised_layer_is_copied():
+    module, x = layer(rank=2), data()
+    module._reset_parameters()
+    torch.nn.utils.parametrizations.weight_norm(module, "in_proj_weight")
+    module(x, x, x)
+    copied = copy.deepcopy(module).eval()
+    assert_close(copied(x, x, x)[0], module.eval()(x, x, x)[0], 0)

@@ -53,13 +53,16 @@ class Approximation(NamedTuple):
     v: Array
     seen: Seen = Seen(None, None)
 
+    def __deepcopy__(self, memo: object) -> None:
+        """Leave it out of a copy of a layer: tensors of a graph cannot be copied."""
+
     def penalty(self, l1: L1) -> Array:
         """Weighted norms of what is seen, averaged over leading axes."""
         q, k, v = [
             x if seen is None else _where(seen[..., None], x)
             for x, seen in zip(self.arrays(), self._seen_of_each, strict=True)
         ]
-        return l1_penalty(q, k, v, l1) / math.prod(list(q.shape[:-3]))
+        return l1_penalty(q, k, v, l1) / max(1, math.prod(list(q.shape[:-3])))
 
     def zeros(self) -> list[float]:
         """Fractions of exact zeros among what is seen."""
@@ -119,6 +122,8 @@ def attend(
     is what was attended to.
     """
     projections, q, k, v, seen = given
+    if 0 in q.shape or 0 in k.shape:
+        return resolve(q=q).xp.zeros_like(q), given
     weights = check_l1(l1, backend=resolve(q=q))
     # What is not a float cannot be looked at: it may be above 0.
     may_shrink = [not isinstance(one, float) or one > 0 for one in weights]

@@ -199,7 +199,7 @@ class LowRankAttention(nn.MultiheadAttention):
         )
         # nn.TransformerEncoderLayer asks for this before it runs a fused kernel instead of calling us.
         self._qkv_same_embed_dim = False
-        self.rank, self.rtol, self.method, self.basis_per = rank, rtol, method, basis_per
+        self._rank, self.rtol, self.method, self.basis_per = rank, rtol, method, basis_per
         self.refit_every = check_count(refit_every, "refit_every")
         # A number that was an attribute would be part of a compiled graph.
         weights = _weights_of_l1(l1, self.out_proj.weight.device)
@@ -210,6 +210,33 @@ class LowRankAttention(nn.MultiheadAttention):
         widest = self._widest
         if self._keeps_basis:
             self._register_basis(*widest)
+
+    @property
+    def rank(self) -> int | tuple[int, int] | None:
+        """Rank, or pair of ranks; setting another drops the basis."""
+        return self._rank
+
+    @rank.setter
+    def rank(self, rank: int | tuple[int, int] | None) -> None:
+        before, self._rank = self._rank, rank
+        try:
+            widest = self._widest
+        except (TypeError, ValueError):
+            self._rank = before
+            raise
+        if rank == before:
+            return
+        for name in (*Projections._fields, *_MAPS):
+            self._buffers.pop(name, None)
+        if self._keeps_basis:
+            self._register_basis(*widest)
+
+    def _reset_parameters(self) -> None:
+        """As the class above, which is told that the widths differ."""
+        told = self._qkv_same_embed_dim
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = told
 
     @property
     def l1(self) -> float | tuple[float, float, float]:
@@ -540,6 +567,11 @@ class LowRankAttention(nn.MultiheadAttention):
             return self._fitted(q, k, v, mask, is_causal)
         if self._can_look:
             self._prepare(q, k, v, mask, is_causal)
+            if not bool((self.ranks > 0).all()):
+                return (
+                    None,
+                    None,
+                )  # nothing to fit to: infinity goes through, so that a scaler skips the step
             return self._kept(), tuple((qk, v) for qk, v in self.ranks.tolist())
         if self.training and self.refit_every:
             self._prepare_outside(q, k, v, mask, is_causal)
@@ -562,7 +594,8 @@ class LowRankAttention(nn.MultiheadAttention):
         if bool((self.ranks > 0).all()):
             self._factor_averages()
         elif self.training and self.refit_every:
-            self._fit(q, k, v, mask, is_causal)
+            if _can_fit(q, k, v, mask):
+                self._fit(q, k, v, mask, is_causal)
         else:
             raise RuntimeError(
                 "the layer has no basis yet: call it in training mode, call fit_basis, or load a state with one"
@@ -623,7 +656,7 @@ class LowRankAttention(nn.MultiheadAttention):
         if not (self.training and self.refit_every and self._keeps_basis):
             return
         self._calls += 1
-        if self._calls % self.refit_every == 0:
+        if self._calls % self.refit_every == 0 and _can_fit(q, k, v, mask):
             self._fit(q, k, v, mask, is_causal)
 
     def _fitted(
@@ -705,6 +738,21 @@ def _weights_of_l1(l1: L1, device: Any) -> Tensor:
     device = torch.device("cpu" if device is None else device)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.tensor(numbers, dtype=dtype, device="cpu" if device.type == "meta" else device)
+
+
+def _can_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether a batch in training can be fitted to: it is not empty, and no loss scale has made it infinite.
+
+    What a mask hides may be anything.
+    """
+    if 0 in q.shape or 0 in k.shape:
+        return False
+    queries, keys = what_is_seen(mask, is_self=False)
+    is_finite = [
+        torch.isfinite(x).all(-1) if seen is None else torch.isfinite(x).all(-1) | ~seen
+        for x, seen in ((q, queries), (k, keys), (v, keys))
+    ]
+    return all(bool(x.all()) for x in is_finite)
 
 
 def _in_backward() -> bool:
