@@ -133,6 +133,7 @@ def attention(
         scale=scale,
         enable_gqa=enable_gqa,
         softcap=softcap,
+        keep_half=True,
     )
     out: ArrayT
     if not check_flag(return_lse, "return_lse"):

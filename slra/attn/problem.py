@@ -13,7 +13,7 @@ import numpy as np
 
 from slra._backends import Backend
 from slra._backends.standard import ScoreOptions
-from slra._backends.standard.attention import scores_batch_shape, sum_to
+from slra._backends.standard.attention import broadcast_shapes, scores_batch_shape, sum_to
 from slra._typing import AnyArray, Array, CausalAlign, DType, Namespace
 from slra._validate import (
     check_choice,
@@ -23,6 +23,7 @@ from slra._validate import (
     check_matrix,
     check_positive,
     check_scalar,
+    is_array,
     promote,
     resolve,
     shown,
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 Three = tuple[Array, Array, Array]
+HALF_BITS = 16
 ALIGNMENTS = ("bottom_right", "top_left")
 
 
@@ -176,8 +178,12 @@ def make_problem(
     scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
+    keep_half: bool = False,
 ) -> AttentionProblem:
-    """Check what all attention functions share, and lay it out; raise on the first argument that is wrong."""
+    """Check what all attention functions share, and lay it out; raise on the first argument that is wrong.
+
+    With ``keep_half`` half precision stays as it is where the backend's attention takes it.
+    """
     backend = resolve(q=q, k=k, v=v, optional={"mask": mask})
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_matrix(x, name)
@@ -186,7 +192,9 @@ def make_problem(
     if mask is not None:
         scores = (*batch, q.shape[-2], k.shape[-2])
         check_mask(backend, mask, scores, "(..., Hq, Nq, Nk)")
-    promoted = promote(backend, allow_complex=False, q=q, k=k, v=v)
+    # A traced or learned number is multiplied with in single precision.
+    keep_half = keep_half and backend.attends_in_half and not any(map(is_array, (scale, softcap)))
+    promoted = promote(backend, allow_complex=False, keep_half=keep_half, q=q, k=k, v=v)
     work_q, work_k, work_v = promoted.arrays
     is_causal = check_flag(is_causal, "is_causal")
     options = ScoreOptions(
@@ -220,6 +228,8 @@ def check_factor(backend: Backend, value: Any, name: str, like: Array) -> Any:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]  # a number, whatever the library of the other arrays
     value, limits = check_scalar(backend, value, name), backend.xp.finfo(like.dtype)
+    if limits.bits == HALF_BITS:
+        limits = backend.xp.finfo(backend.xp.float32)
     if not isinstance(value, float):
         resolve(q=like, **{name: value})
         if backend.is_differentiated(value) or not backend.is_eager(value):
@@ -291,7 +301,7 @@ def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> tuple[int
         heads = (heads_q,)
         shapes = [shape[:-1] for shape in shapes]
     try:
-        return np.broadcast_shapes(*shapes) + heads
+        return broadcast_shapes(*shapes) + heads
     except ValueError:
         raise ValueError(
             f"the leading axes of q, k and v must broadcast, got shapes "
