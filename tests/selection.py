@@ -24,6 +24,7 @@ THOROUGH = {
     "test_examples.py": "whole programs",
     "test_figures.py": "pictures of the documentation",
     "test_fuzz.py": "hundreds of wrong arguments to each function",
+    "test_jax_transforms.py::test_strict_modes_change_nothing": "compiles every function once more",
     "test_low_rank_vjp.py::test_equals_jax": "compiles for long; PyTorch's gradients are compared with",
     "test_report_model.py": "models",
     "test_svd_tolerance.py::test_a_hundred_seeds": "a hundred of each",
