@@ -191,8 +191,10 @@ def _without_padding(problem: AttentionProblem, given: OutputGradient) -> Output
     """Let queries that are padding weigh nothing: a log-sum-exp of infinity leaves no weight to any key."""
     lengths, xp = problem.lengths, problem.xp
     assert lengths is not None
+    if lengths.n_sequences > 1:
+        return given
     real = is_within(lengths.q, problem.q.shape[-2], problem.backend, problem.q)
-    if lengths.n_sequences > 1 or real is None:
+    if real is None:
         return given
     real = real[..., None, None, :]
     return OutputGradient(
