@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import slra
 from slra._backends import backend_of, standard
-from tests.backends import to_numpy, to_xp
-from tests.naive_attention import TOL, naive_attention, qkv
+from tests.backends import structure_to_xp, to_numpy, to_xp
+from tests.naive_attention import SINKS, SLOPES, STRUCTURES, TOL, naive_attention, qkv
 
 
 @pytest.mark.parametrize("n_q", [1, 3, 8, 9])
@@ -490,3 +490,79 @@ def test_torch_transforms():
         lambda q: slra.attention(q, k, v, is_causal=True, return_lse=True)[0].sum()
     )(q)
     np.testing.assert_allclose(slope, by_lse, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", [None, "bool", "float64"])
+@pytest.mark.parametrize("options", STRUCTURES.values(), ids=STRUCTURES)
+def test_windows_sequences_sinks_and_slopes(xp, options, kind):
+    q, k, v = qkv((2, 4, 7, 4), (2, 2, 7, 4), 3)
+    rng = np.random.default_rng(1)
+    mask = {None: None, "bool": rng.random((7, 7)) < 0.6, "float64": rng.standard_normal((4, 1, 7))}
+    options = {**options, "mask": mask[kind], "enable_gqa": True}
+    expected = naive_attention(q, k, v, **options)
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    out, lse = slra.attention(*arrays, return_lse=True, **structure_to_xp(xp, options))
+    alone = slra.attention(*arrays, **structure_to_xp(xp, options))
+    for got, right in zip((out, lse, alone), (*expected, expected[0]), strict=True):
+        np.testing.assert_allclose(to_numpy(got), right, rtol=0, atol=TOL["float64"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"window": (300, 20)}, {"window": (40, 0), "alibi": SLOPES[:2]}]
+)
+@pytest.mark.parametrize("align", ["top_left", 700])
+def test_windows_over_many_tiles(xp, options, align):
+    q, k, v = qkv((2, 1100, 4), (2, 2100, 4))
+    options = {**options, "causal_align": align}
+    expected = naive_attention(q, k, v, **options)
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    out, lse = slra.attention(*arrays, return_lse=True, **structure_to_xp(xp, options))
+    alone = slra.attention(*arrays, **structure_to_xp(xp, options))
+    for got, right in zip((out, lse, alone), (*expected, expected[0]), strict=True):
+        np.testing.assert_allclose(to_numpy(got), right, rtol=0, atol=TOL["float64"])
+
+
+def test_lengths_that_are_arrays(xp):
+    """Where values cannot be looked at they become masks."""
+    q, k, v = qkv((2, 4, 7, 4), (2, 4, 7, 4), 3)
+    for name in ("padded-both", "padded-causal", "packed-causal", "everything"):
+        options = {
+            n: np.asarray(x) if n.startswith("lengths") else x for n, x in STRUCTURES[name].items()
+        }
+        expected, _ = naive_attention(q, k, v, **options)
+        out = slra.attention(*(to_xp(xp, x) for x in (q, k, v)), **structure_to_xp(xp, options))
+        np.testing.assert_allclose(to_numpy(out), expected, rtol=0, atol=TOL["float64"])
+
+
+REFUSED = {
+    "int": ({"window": 3}, TypeError, "window must be a pair"),
+    "negative": ({"window": (-2, 0)}, ValueError, "window must be 0 or more"),
+    "float": ({"window": (1.5, 0)}, TypeError, "window must be an int"),
+    "place": ({"window": (1, 0)}, ValueError, "causal_align"),
+    "slopes": ({"alibi": SLOPES}, ValueError, "causal_align"),
+    "heads": ({"sinks": SINKS[:3]}, ValueError, r"sinks must have .* got shape \(3,\)"),
+    "integer": ({"sinks": np.arange(4)}, TypeError, "sinks must be real floating"),
+    "alone": ({"lengths_k": [[3, 6]]}, ValueError, "lengths_q and lengths_k must both be given"),
+    "sum": ({"lengths_k": [[3, 5]], "lengths_q": [[3, 4]]}, ValueError, "lengths_k must add up"),
+    "long": ({"lengths_k": [3, 10]}, ValueError, "lengths_k must be at most 9, got 10"),
+    "shape": ({"lengths_k": [3, 3, 3]}, ValueError, "lengths_k must be one number for each"),
+    "less": ({"lengths_k": [-1, 3]}, ValueError, "lengths_k must be 0 or more"),
+    "kind": ({"lengths_k": [1.0, 3]}, TypeError, "lengths_k must be integers"),
+    "numbers": (
+        {"lengths_k": [[3, 6]], "lengths_q": [[3, 4, 0]]},
+        ValueError,
+        "as many sequences",
+    ),
+    "unequal": (
+        {"lengths_k": [[3, 6]], "lengths_q": [[3, 4]], "is_causal": True},
+        ValueError,
+        "causal_align",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_windows_and_lengths_that_are_refused(options, error, message):
+    q, k, v = qkv((2, 4, 7, 4), (2, 4, 9, 4))
+    with pytest.raises(error, match=message):
+        slra.attention(q, k, v, **options)

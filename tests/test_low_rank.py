@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import slra
-from tests.backends import to_numpy, to_xp
-from tests.naive_attention import decaying, frobenius, naive_attention
+from tests.backends import structure_to_xp, to_numpy, to_xp
+from tests.naive_attention import STRUCTURES, decaying, frobenius, naive_attention, places
 
 EPS = {"float32": np.finfo("float32").eps, "float64": np.finfo("float64").eps}
 SCALE = 8**-0.5
@@ -372,3 +372,53 @@ def test_infinite_input_is_refused(xp):
     k[0, 0, 0] = np.inf
     with pytest.raises(ValueError, match="k must be finite"):
         slra.fit_attention(*(to_xp(xp, x) for x in (q, k, v)), 3)
+
+
+@pytest.mark.parametrize("options", STRUCTURES.values(), ids=STRUCTURES)
+def test_svd_with_windows_sequences_sinks_and_slopes_is_the_formula(xp, options):
+    q, k, v = decaying(heads=4, heads_k=4, n_q=7, n_k=7, batch=(2,))
+    given = structure_to_xp(xp, options)
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    out, lse = slra.low_rank_attention(*arrays, (3, 2), method="svd", return_lse=True, **given)
+    names = ("is_causal", "causal_align", "window", "lengths_q", "lengths_k")
+    given = {"is_causal": False, "causal_align": "top_left"} | options
+    seen, _ = places((2, 4, 7, 7), *map(given.get, names))
+    q = np.where(np.any(seen, axis=-1)[..., None], q, 0)
+    k, v = (np.where(np.any(seen, axis=-2)[..., None], x, 0) for x in (k, v))
+    hats = (truncated(x, r) for x, r in ((q, 3), (k, 3), (v, 2)))
+    for got, right in zip((out, lse), naive_attention(*hats, **options), strict=True):
+        np.testing.assert_allclose(to_numpy(got), right, rtol=0, atol=1000 * EPS["float64"])
+
+
+@pytest.mark.parametrize("options", STRUCTURES.values(), ids=STRUCTURES)
+def test_at_full_rank_windows_sequences_sinks_and_slopes_are_exact(xp, options):
+    """With an output and a gradient that are those of exact attention, with keys that stay exact and without."""
+    q, k, v = (to_xp(xp, x) for x in decaying(heads=4, n_q=7, n_k=7, d=4, d_v=3, batch=(2,)))
+    options = {**structure_to_xp(xp, options), "enable_gqa": True}
+    exact = slra.attention(q, k, v, return_lse=True, **options)
+    basis = slra.fit_attention(q, k, v, (4, 3), **options)
+    grads = slra.attention_vjp(q, k, v, *exact, exact[0], **options)
+    for n_exact in (0, 2):
+        own = {"basis": basis, "n_exact": n_exact, **options}
+        found = slra.low_rank_attention(q, k, v, return_lse=True, **own)
+        if not n_exact or "alibi" not in options:
+            found += slra.low_rank_attention_vjp(q, k, v, *exact, exact[0], **own)
+        for got, right in zip(found, (*exact, *grads), strict=False):
+            # A key that hardly any query sees is fitted to sqrt(eps) only.
+            np.testing.assert_allclose(to_numpy(got), to_numpy(right), rtol=0, atol=1e-6)
+
+
+def test_what_a_window_hides_takes_no_part_in_a_fit():
+    """Nor does padding: neither moves the basis, whatever it holds."""
+    q, k, v = decaying(n_q=40, n_k=60, d=8)
+    options = {"window": (8, 0), "causal_align": "top_left"}
+    basis = slra.fit_attention(q, k, v, 4, **options)
+    k[:, 40:], v[:, 40:] = 1e3, -1e3
+    other = slra.fit_attention(q, k, v, 4, **options)
+    np.testing.assert_allclose(other.attend(q, k, v, **options), basis.attend(q, k, v, **options))
+    padded = slra.fit_attention(q, k, v, 4, lengths_k=40)
+    k[:, 40:], v[:, 40:] = -7.0, 5.0
+    other = slra.fit_attention(q, k, v, 4, lengths_k=40)
+    np.testing.assert_allclose(
+        other.attend(q, k, v, lengths_k=40), padded.attend(q, k, v, lengths_k=40)
+    )

@@ -231,6 +231,11 @@ def integrated_names():
     return names
 
 
+@pytest.mark.parametrize("module", [slra.objective, slra.prox])
+def test_only_public_names_are_shown(module):
+    assert dir(module) == sorted(module.__all__)
+
+
 def test_every_public_name_has_a_page():
     pages = (PACKAGE.parent / "docs" / "api.md").read_text()
     listed = set(re.findall(r"^   (\w+)$", pages, flags=re.MULTILINE))

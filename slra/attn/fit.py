@@ -18,6 +18,7 @@ from slra._validate import (
 from slra.attn._estimators import METHODS, Factors, RowSample
 from slra.attn._ranks import Ranks, choose_ranks, mask_ranks, output_error
 from slra.attn.basis import AttentionBasis
+from slra.attn.coding import fit_coding
 from slra.attn.maps import Maps
 from slra.attn.problem import AttentionProblem, Seen, make_problem, ungroup_heads
 from slra.attn.rows import Rows, sample_rows, sample_seen_rows
@@ -46,6 +47,11 @@ def fit_attention(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    lengths_q: Any = None,
+    lengths_k: Any = None,
+    sinks: AnyArray | None = None,
+    alibi: AnyArray | None = None,
     scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
@@ -78,7 +84,7 @@ def fit_attention(
     rng : int, numpy.random.Generator or None
         Which rows of the attention matrix are sampled: one from each of equal strata of the queries, drawn from this
         generator, or chosen deterministically (by the golden ratio) with None.
-    mask, is_causal, causal_align, scale, enable_gqa, softcap
+    mask, is_causal, causal_align, window, lengths_q, lengths_k, sinks, alibi, scale, enable_gqa, softcap
         As in `attention`: "output" weights keys by the attention they get under these.
 
     Returns
@@ -97,6 +103,9 @@ def fit_attention(
 
     Notes
     -----
+    Whatever the method and the rank, where arrays are concrete the basis also records ``coding``: maps to all D
+    dimensions, in units in which an error costs the same in each, and what each is worth. `KVCache` rounds in these.
+
     "svd" takes the right singular vectors of Q, K and V. "scores" takes the best rank of :math:`Q (K - 1 c^T)^T`, by QR
     of both and the SVD of the small core; the shift c, the mean key, changes no softmax weight. "output" replaces the
     Frobenius norm of the scores by one in which a key counts by the attention it receives, and projects V on the
@@ -136,6 +145,11 @@ def fit_attention(
         mask=mask,
         is_causal=is_causal,
         causal_align=causal_align,
+        window=window,
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+        sinks=sinks,
+        alibi=alibi,
         scale=scale,
         enable_gqa=enable_gqa,
         softcap=softcap,
@@ -153,6 +167,11 @@ def fit_attention(
         )
         error, is_held_out = predicted_error(fitted)
         arrays = {**fitted.maps.by_head(problem), "error": error}
+        # Its steps are chosen by values.
+        is_concrete = problem.backend.is_eager(problem.q)
+        arrays["coding"] = (
+            fit_coding(fitted.problem, pool_batch=pool_batch) if is_concrete else None
+        )
     basis: AttentionBasis = problem.backend.make_dataclass(
         AttentionBasis, arrays, {"ranks": fitted.ranks, "is_held_out": is_held_out}
     )
@@ -196,7 +215,7 @@ def fit_problem(
         n_rows = max(N_ROWS if rtol is None else N_TEST_ROWS, 4 * max(limits))
     elif (n_rows := check_count(n_rows, "n_rows")) == 0:
         raise ValueError("n_rows must be 1 or more, got 0")
-    problem = problem.constant().broadcast()
+    problem = problem.constant().with_lengths_written_out().broadcast()
     seen = problem.seen()
     problem = problem.keep(seen)
     rows = _sample(problem, seen.queries, n_rows, rng)

@@ -15,7 +15,14 @@ from slra.attn.exact import (
 )
 from slra.attn.problem import AttentionProblem, Three, group_heads, ungroup_heads
 
-__all__ = ["Maps", "carry_shift", "mapped_gradients", "mapped_output", "mapped_problem"]
+__all__ = [
+    "Maps",
+    "carry_shift",
+    "mapped_given",
+    "mapped_gradients",
+    "mapped_output",
+    "mapped_problem",
+]
 
 # Heads whose ranks round up to the same multiple of this run together: a kernel's register holds as many numbers.
 RANK_STEP = 8
@@ -175,13 +182,19 @@ def mapped_problem(problem: AttentionProblem, maps: Maps) -> AttentionProblem:
     return problem._replace(q=q, k=k, v=xp.concat([v, xp.ones_like(v[..., :1])], axis=-1))
 
 
+def mapped_given(maps: Maps, given: OutputGradient, xp: Namespace) -> OutputGradient:
+    """Gradient for the output of what `mapped_problem` returned, from that for the output of the maps."""
+    uv = xp.concat([maps.uv, maps.mu], axis=-2)
+    return given._replace(grad_out=given.grad_out @ xp.matrix_transpose(uv))
+
+
 def mapped_gradients(small: AttentionProblem, maps: Maps, given: OutputGradient) -> Three:
     """Gradients for q, k and v under maps, from that of the output; ``small`` is what `mapped_problem` returned."""
     xp = small.xp
     transposed = xp.matrix_transpose
     c = xp.broadcast_to(transposed(maps.c), (*maps.wq.shape[:-1], 1))
-    wq, uv = xp.concat([maps.wq, c], axis=-1), xp.concat([maps.uv, maps.mu], axis=-2)
-    dq, dk, dv = exact_gradients(small, given._replace(grad_out=given.grad_out @ transposed(uv)))
+    wq = xp.concat([maps.wq, c], axis=-1)
+    dq, dk, dv = exact_gradients(small, mapped_given(maps, given, xp))
     return (
         dq @ transposed(wq),
         dk[..., :-1] @ transposed(maps.wk),

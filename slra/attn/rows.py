@@ -84,14 +84,23 @@ def shown(problem: AttentionProblem, rows: Rows) -> Array | None:
         seen = take_rows(mask, rows, backend) if mask.shape[-2] > 1 else mask
         if mask.dtype != xp.bool:
             seen = seen != -math.inf
+    if options.sees_all(n_queries, n_keys):
+        return seen
+    places, device = _positions(rows, problem), backend.creation_device(problem.q)
+    keys = xp.arange(n_keys, dtype=backend.place_dtype, device=device)
     if options.is_causal:
-        positions = _indices(rows, problem.q, backend) if isinstance(rows, list) else rows
-        last = positions[..., None] + options.diagonal(n_queries, n_keys)
-        keys = xp.arange(
-            n_keys, dtype=backend.place_dtype, device=backend.creation_device(problem.q)
-        )
-        seen = keys <= last if seen is None else seen & (keys <= last)
+        within = keys <= places + options.diagonal(n_queries, n_keys)
+        seen = within if seen is None else seen & within
+    if options.first is not None:
+        within = keys >= places + options.first
+        seen = within if seen is None else seen & within
     return seen
+
+
+def _positions(rows: Rows, problem: AttentionProblem) -> Array:
+    """Numbers of rows as an array (..., S, 1)."""
+    given = _indices(rows, problem.q, problem.backend) if isinstance(rows, list) else rows
+    return given[..., None]
 
 
 def row_weights(problem: AttentionProblem, q: Array, k: Array, rows: Rows) -> Array:
@@ -99,13 +108,21 @@ def row_weights(problem: AttentionProblem, q: Array, k: Array, rows: Rows) -> Ar
 
     ``q`` (..., H, G, S, D) has these rows only; it and ``k`` (..., H, 1, Nk, D) may be projections of the problem's.
     """
-    xp, options, mask = problem.xp, problem.options, problem.mask
+    backend, xp, options, mask = problem.backend, problem.xp, problem.options, problem.mask
     scores = capped(xp, (q * options.scale) @ xp.matrix_transpose(k), options.softcap)
+    if options.alibi is not None:
+        places, device = _positions(rows, problem), backend.creation_device(scores)
+        keys = xp.arange(k.shape[-2], dtype=backend.place_dtype, device=device)
+        distances = xp.abs(places + options.position - keys)
+        scores = scores - options.alibi * xp.astype(distances, scores.dtype)
     added = None
     if mask is not None and mask.dtype != xp.bool:
-        added = take_rows(mask, rows, problem.backend) if mask.shape[-2] > 1 else mask
+        added = take_rows(mask, rows, backend) if mask.shape[-2] > 1 else mask
     scores = hide(xp, scores, added, shown(problem, rows))
     peak = xp.max(scores, axis=-1, keepdims=True)
     weights = xp.exp(scores - xp.where(peak == -math.inf, xp.zeros_like(peak), peak))
     total = xp.sum(weights, axis=-1, keepdims=True)
+    if problem.sinks is not None:
+        shift = xp.where(peak == -math.inf, xp.zeros_like(peak), peak)
+        total = total + xp.exp(problem.sinks[..., None, None] - shift)
     return weights / xp.where(total == 0, xp.ones_like(total), total)

@@ -14,6 +14,7 @@ import numpy as np
 from slra._backends.gaussian import gaussian
 from slra._backends.standard import hidden
 from slra._backends.standard.attention import Attention, ScoreOptions
+from slra._backends.standard.bits import Bits
 from slra._backends.standard.linalg import LinearAlgebra, matrix_h
 from slra._backends.standard.rows import Rows
 from slra._backends.standard.sparse import SparseRows
@@ -22,7 +23,7 @@ from slra._typing import Array, DType, Namespace
 __all__ = ["Backend", "ScoreOptions", "matrix_h"]
 
 
-class Backend(Attention, LinearAlgebra, SparseRows, Rows):
+class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     """Primitives for one namespace, ``xp``."""
 
     # Whether an array cannot be written to: a function then returns a new one.
@@ -69,6 +70,14 @@ class Backend(Attention, LinearAlgebra, SparseRows, Rows):
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Bring an array to NumPy; lazy ones are computed."""
         return np.asarray(x)
+
+    def takes_rows_to_numpy(self, x: Array, levels: Array) -> bool:
+        """Whether `rows_by_numpy` can be had: values that are known when it runs, and no derivative."""
+        return all(self.is_eager(a) and not self.is_differentiated(a) for a in (x, levels))
+
+    def rows_by_numpy(self, function: Callable[..., Any], x: Array, levels: Array) -> Array:
+        """Apply a NumPy function of ``x`` (..., n) and ``levels`` (..., m) that treats each last axis by itself."""
+        return self.from_numpy(function(self.to_numpy(x), self.to_numpy(levels)), x)
 
     def ignore_overflow(self) -> contextlib.AbstractContextManager[Any]:
         """Let numbers leave the range of their dtype without NumPy's warnings, which other libraries do not have."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slra._backends.standard.attention import Attention, ScoreOptions
+from slra._backends.standard.attention import Attention, ScoreOptions, Tile, TileBounds
 from slra._typing import Array
 
 __all__ = [
@@ -35,8 +35,7 @@ TILE_SIZE, N_TILES = 1 << 22, 16
 
 def hides(mask: Array | None, options: ScoreOptions, n_queries: int, n_keys: int) -> bool:
     """Whether anything may be hidden from a query."""
-    is_cut = options.is_causal and options.diagonal(n_queries, n_keys) < n_keys - 1
-    return mask is not None or is_cut
+    return mask is not None or not options.sees_all(n_queries, n_keys)
 
 
 def heeded(
@@ -154,8 +153,9 @@ def seen_queries(
     n_keys: int,
 ) -> Array | None:
     """Which queries see a key, (..., Nq); None where all do, as far as can be known without a look at values."""
-    diagonal = options.diagonal(n_queries, n_keys)
-    if mask is None and not (options.is_causal and diagonal < 0):
+    is_before = options.is_causal and options.diagonal(n_queries, n_keys) < 0
+    is_after = options.first is not None and n_queries - 1 + options.first >= n_keys
+    if mask is None and not (is_before or is_after):
         return None
     xp = backend.xp
     ones = xp.ones((n_keys, 1), dtype=xp.bool, device=backend.creation_device(like))
@@ -174,6 +174,7 @@ def seen_keys(
     """Which keys a query sees, or one of those ``among``, (..., Nq), sees; (..., Nk), None where all are seen."""
     xp, diagonal = backend.xp, options.diagonal(n_queries, n_keys)
     is_cut = options.is_causal and n_queries - 1 + diagonal < n_keys - 1
+    is_cut = is_cut or (options.first is not None and options.first > 0)
     if mask is None and among is None and not is_cut:
         return None
     if not is_same_for_all(mask):
@@ -192,10 +193,11 @@ def seen_keys(
         shown = xp.astype(_shows(mask, xp), like.dtype)
         if mask.shape[-1] == 1:
             among = among * shown[..., 0]
-    # Key j is seen by the queries from j - diagonal on.
+    # Key j is seen by the queries from j - diagonal to j - first.
     keys = np.arange(n_keys)
-    after = keys - diagonal if options.is_causal else np.zeros(n_keys, dtype=int)
-    found = _between(backend, among[..., None], after, np.full(n_keys, n_queries))[..., 0] > 0
+    start = keys - diagonal if options.is_causal else np.zeros(n_keys, dtype=int)
+    end = np.full(n_keys, n_queries) if options.first is None else keys - options.first + 1
+    found = _between(backend, among[..., None], start, end)[..., 0] > 0
     return found if mask is None or mask.shape[-1] == 1 else found & (shown[..., 0, :] > 0)
 
 
@@ -251,15 +253,17 @@ def _sees(
         shown = _shows(mask, xp)
         if mask.shape[-2] == 1:
             x = x & xp.matrix_transpose(shown)
-    device = {"dtype": backend.place_dtype, "device": backend.creation_device(like)}
-    keys = xp.arange(n_keys, **device)[:, None]
-    # The first such key tells: whoever sees a key sees all before it.
-    first = xp.min(xp.where(x, keys, xp.full_like(keys, n_keys)), axis=-2, keepdims=True)
-    last = xp.full((n_queries, 1), n_keys - 1, **device)
-    if options.is_causal:
-        diagonal = options.diagonal(n_queries, n_keys)
-        last = xp.minimum(last, xp.arange(diagonal, diagonal + n_queries, **device)[:, None])
-    found = first <= last
+    queries, diagonal = np.arange(n_queries), options.diagonal(n_queries, n_keys)
+    end = queries + diagonal + 1 if options.is_causal else np.full(n_queries, n_keys)
+    if options.first is not None:
+        found = _between(backend, xp.astype(x, like.dtype), queries + options.first, end) > 0
+    else:
+        # The first such key tells: whoever sees a key sees all before it.
+        device = {"dtype": backend.place_dtype, "device": backend.creation_device(like)}
+        keys = xp.arange(n_keys, **device)[:, None]
+        first = xp.min(xp.where(x, keys, xp.full_like(keys, n_keys)), axis=-2, keepdims=True)
+        last = backend.from_numpy(np.minimum(end, n_keys)[:, None], like, backend.place_dtype)
+        found = first < last
     return found if mask is None or mask.shape[-2] == 1 else found & shown
 
 
@@ -267,6 +271,7 @@ def _between(backend: Any, x: Array, start: Any, end: Any) -> Array:
     """Sum the rows of ``x`` (..., n, w) from ``start`` up to ``end``, for each pair of them."""
     xp, n = backend.xp, x.shape[-2]
     start, end = (np.clip(places, 0, n) for places in (start, end))
+    end = np.maximum(start, end)
     if np.all(start == 0) and np.all(end == n):
         total = xp.sum(x, axis=-2, keepdims=True)
         return xp.broadcast_to(total, (*total.shape[:-2], len(end), total.shape[-1]))
@@ -291,14 +296,13 @@ def _tiles(
     xp = backend.xp
     height = max(1, TILE_SIZE // max(1, math.prod(mask.shape[:-2]) * n_keys))
     height = max(height, -(-n_queries // N_TILES))
-    like = {"dtype": backend.place_dtype, "device": backend.creation_device(mask)}
+    device, diagonal = backend.creation_device(mask), options.diagonal(n_queries, n_keys)
     for top in range(0, n_queries, height):
         bottom = min(top + height, n_queries)
-        seen = _shows(mask[..., top:bottom, :], xp)
-        if options.is_causal:
-            first = top + options.diagonal(n_queries, n_keys)
-            last = xp.arange(first, first + bottom - top, **like)[:, None]
-            seen = seen & (xp.arange(n_keys, **like)[None, :] <= last)
+        tile = Tile(top, bottom, 0, n_keys)
+        seen = _shows(tile.of(mask), xp)
+        within = TileBounds(None, options, tile, diagonal).seen(xp, device)
+        seen = seen if within is None else seen & within
         yield None if among is None else among[..., top:bottom, None], seen
 
 
