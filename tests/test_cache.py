@@ -13,7 +13,7 @@ import slra
 from slra._backends import backend_of
 from slra._backends.standard.rows import runs
 from slra.cache import kv_cache as module
-from tests.backends import to_numpy, to_xp
+from tests.backends import structure_to_xp, to_numpy, to_xp
 from tests.naive_attention import decaying, naive_attention
 
 
@@ -127,6 +127,42 @@ def test_it_is_attention_to_what_it_stands_for(xp, case):
     np.testing.assert_allclose(to_numpy(out), right, atol=1e-12)
     np.testing.assert_allclose(to_numpy(lse), right_lse, atol=1e-12)
     assert compat.array_namespace(out) is compat.array_namespace(rows)
+
+
+STEPS = {
+    "window": {"window": (9, 0)},
+    "both sides": {"window": (3, 1), "is_causal": False},
+    "sinks": {"sinks": np.asarray([0.5, -1.0, 2.0, 0.0])},
+    "alibi": {"alibi": np.asarray([0.5, 0.25, 0.1, 1.0])},
+    "everything": {
+        "window": (12, None),
+        "sinks": np.asarray([[0.5, -1.0, 2.0, 0.0], [0.0, 0.1, 0.2, 0.3]]),
+        "alibi": np.asarray([0.5, 0.25, 0.1, 1.0]),
+        "mask": np.arange(40) % 3 > 0,
+    },
+}
+
+
+@EAGER
+@pytest.mark.parametrize("case", list(STEPS))
+def test_steps_with_windows_sinks_and_slopes(xp, case):
+    """At full rank, of a cache with exact tokens and segments, a softcap, and one dtype or a narrower one."""
+    skip_most_on_jax(xp, case, kept="everything")
+    q, k, v = tokens(batch=(2,))
+    step = {"is_causal": True, **STEPS[case]}
+    if "mask" in step:
+        step["mask"] = np.broadcast_to(step["mask"], (3, 40)).copy()
+    right, right_lse = naive_attention(
+        q[..., -3:, :], k, v, enable_gqa=True, softcap=2.0, causal_align="bottom_right", **step
+    )
+    basis = moved(basis_of((D, DV)), xp)
+    for options in ({}, {"window": 5, "n_sink": 2}, {"n_sparse": 2, "capacity": 40}):
+        cache = slra.KVCache(basis, batch=(2,), softcap=2.0, **options)
+        cache = appended(cache, to_xp(xp, k), to_xp(xp, v), [30, 10])
+        given = structure_to_xp(xp, step)
+        out, lse = cache.attend(to_xp(xp, q[..., -3:, :]), return_lse=True, **given)
+        np.testing.assert_allclose(to_numpy(out), right, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(to_numpy(lse), right_lse, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["svd", "scores"])

@@ -146,9 +146,7 @@ def test_unknown_backend(invoke):
 
 def test_backend_not_installed(invoke, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert 'pip install "slra[torch]"' in one_line(
-        invoke("--backend", "torch", "--output", tmp_path)
-    )
+    assert 'pip install ".[torch]"' in one_line(invoke("--backend", "torch", "--output", tmp_path))
 
 
 def test_cupy_without_gpu(invoke, tmp_path, monkeypatch):
@@ -202,7 +200,7 @@ def test_missing_extra(missing, tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert 'pip install "slra[demo]"' in line
+    assert 'pip install ".[demo]"' in line
 
 
 def test_help_needs_no_plotting(tmp_path):

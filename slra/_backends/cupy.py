@@ -1,6 +1,6 @@
 """CuPy: kernels that read and write each array once.
 
-Needs: cupy (``pip install "slra[cupy]"``) and, to allocate anything, a CUDA device.
+Needs: cupy (extra ``cupy``) and, to allocate anything, a CUDA device.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from slra._backends.cupy_kernels import KERNELS, kernel
 from slra._backends.gram_svd import gram_svd
 from slra._backends.standard import Backend
-from slra._backends.standard.attention import SoftmaxState, TileBounds
+from slra._backends.standard.attention import SoftmaxState, TileBounds, combine_masks
 from slra._backends.standard.bits import PLANE, TOKENS, WHOLE
 from slra._typing import Array
 
@@ -157,7 +157,9 @@ class CupyBackend(Backend):
 
     def tile_scores(self, products: Array, bounds: TileBounds) -> Array:
         """Softcap, mask and causal bound in one pass, or none where there is nothing to do."""
-        if bounds.mask is None and bounds.options.softcap is None and not bounds.is_cut:
+        options = bounds.options
+        is_plain = bounds.mask is None and options.softcap is None and options.alibi is None
+        if is_plain and not bounds.is_cut:
             return products
         prefix, arguments = self._bounds(products, bounds)
         return kernel(f"{prefix}scores", products)(products, *arguments)
@@ -188,15 +190,20 @@ class CupyBackend(Backend):
     ) -> tuple[str, tuple[Any, Any, Any, float]]:
         """Prefix of a kernel's name, and what it is told: mask, column, last column of the row, softcap."""
         xp = self.xp
-        mask, options, tile, diagonal = bounds
-        prefix, part, column, limit = "", True, 0, 0
-        if bounds.is_cut:
+        _, options, tile, diagonal = bounds
+        prefix, column, limit = "", 0, 0
+        part = bounds.additive(xp, products.dtype, None)
+        if options.first is not None:
+            # The kernels know no left end: it is rare that one passes through a tile.
+            seen = bounds.seen(xp, None)
+            part = part if seen is None else combine_masks(xp, part, seen)
+        elif bounds.is_cut:
             column = xp.arange(tile.left, tile.right, dtype=xp.int32)
             limit = xp.arange(tile.top + diagonal, tile.bottom + diagonal, dtype=xp.int32)[:, None]
-        if mask is not None:
-            part = tile.of(mask)
-            if not xp.isdtype(mask.dtype, "bool"):
-                prefix, part = "biased_", xp.astype(part, products.dtype)
+        if part is None:
+            part = True
+        elif not xp.isdtype(part.dtype, "bool"):
+            prefix, part = "biased_", xp.astype(part, products.dtype)
         return prefix, (part, column, limit, options.softcap or 0.0)
 
     def unpack_blocks(self, heap: Array, widths: np.ndarray[Any, Any], dtype: Any) -> Array:

@@ -189,7 +189,8 @@ class TorchBackend(Backend):
         """Torch's fused kernel, where it knows the options; it has no rule for vmap."""
         if not isinstance(options.scale, float):
             q, options = q * options.scale, options._replace(scale=1.0)
-        is_mapped = any(_is_mapped(x) for x in (q, k, v, mask) if x is not None)
+        given = (q, k, v, mask, options.alibi)
+        is_mapped = any(_is_mapped(x) for x in given if x is not None)
         if expressible(mask, options) and not is_mapped:
             return sdpa_attention(q, k, v, mask, options)
         return super().attention_output(q, k, v, mask, options)

@@ -34,7 +34,8 @@ def _arrays_of(basis: Any) -> Arrays:
     if basis.coding is not None:
         coded = zip(CODING, basis.coding, strict=True)
         arrays |= {name: backend.to_numpy(x) for name, x in coded}
-    return {**arrays, "ranks": np.asarray(basis.ranks, dtype=np.int64)}
+    ranks = np.asarray(basis.ranks, dtype=np.int64)
+    return {**arrays, "ranks": ranks, "is_held_out": np.asarray(bool(basis.is_held_out))}
 
 
 def read_bases(path: File, writer: str, *, layered: bool) -> dict[str, Arrays]:
@@ -69,13 +70,13 @@ def _by_layer(arrays: Arrays, *, layered: bool) -> dict[str, Arrays]:
 def _check_shapes(arrays: Arrays) -> None:
     """Raise ValueError unless names, dtypes and shapes belong together."""
     coded = CODING if any(name in arrays for name in CODING) else ()
-    if set(arrays) != {*NAMES, *coded, "ranks"}:
+    if set(arrays) != {*NAMES, *coded, "ranks", "is_held_out"}:
         raise ValueError(f"it holds {sorted(arrays)}")
     floating = [arrays[name] for name in (*NAMES, *coded)]
     if any(x.dtype != floating[0].dtype for x in floating) or floating[0].dtype.kind != "f":
         raise ValueError("its arrays are not of one real floating dtype")
     expected = shapes_of(arrays["wq"], arrays["wk"], arrays["wv"])
-    expected["ranks"] = (*expected.pop("ranks"), 2)
+    expected["ranks"], expected["is_held_out"] = (*expected.pop("ranks"), 2), ()
     if coded:
         expected |= _shapes_of_coding(arrays["wk"], arrays["wv"])
     for name, shape in expected.items():
@@ -83,6 +84,8 @@ def _check_shapes(arrays: Arrays) -> None:
             raise ValueError(f"its {name} has shape {arrays[name].shape}, not {shape}")
     if arrays["ranks"].dtype.kind != "i":
         raise ValueError(f"its ranks are {arrays['ranks'].dtype}, not integers")
+    if arrays["is_held_out"].dtype.kind != "b":
+        raise ValueError(f"its is_held_out is {arrays['is_held_out'].dtype}, not boolean")
 
 
 def _shapes_of_coding(wk: Any, wv: Any) -> dict[str, tuple[int, ...]]:
@@ -93,7 +96,7 @@ def _shapes_of_coding(wk: Any, wv: Any) -> dict[str, tuple[int, ...]]:
 
 def _check_values(arrays: Arrays) -> None:
     """Raise ValueError unless all is finite, and no rank beyond the width of its map."""
-    named = [x for name, x in arrays.items() if name != "ranks"]
+    named = [x for name, x in arrays.items() if name not in ("ranks", "is_held_out")]
     if not all(bool(np.all(np.isfinite(x))) for x in named):
         raise ValueError("it holds NaN or infinity")
     ranks, most = arrays["ranks"], (arrays["wk"].shape[-1], arrays["wv"].shape[-1])

@@ -20,7 +20,7 @@ from slra._validate import (
 )
 from slra.attn.basis import AttentionBasis, check_parts
 from slra.attn.fit import METHODS
-from slra.attn.problem import check_scale
+from slra.attn.problem import check_by_head, check_scale, check_window
 from slra.cache._contents import Contents
 from slra.cache._layout import Layout, on_host
 from slra.cache._queries import Queries
@@ -29,6 +29,7 @@ __all__ = [
     "MOST",
     "check_bits",
     "check_crop",
+    "check_heads",
     "check_lengths",
     "check_options",
     "check_queries",
@@ -243,11 +244,17 @@ def _prepared(x: Array, contents: Contents) -> Array:
 
 
 def check_queries(
-    q: Array, mask: Array | None, lengths: Array | None, is_causal: Any, contents: Contents
+    q: Array,
+    mask: Array | None,
+    lengths: Array | None,
+    is_causal: Any,
+    window: Any,
+    alibi: Array | None,
+    contents: Contents,
 ) -> Queries:
     """Return queries (B, H * shared, M, D) in the dtype to compute in, and a mask by key heads, placed."""
     layout = contents.layout
-    resolve(basis=contents.like, q=q, optional={"mask": mask})
+    resolve(basis=contents.like, q=q, optional={"mask": mask, "alibi": alibi})
     promote(layout.backend, allow_complex=False, q=q)
     is_causal = check_flag(is_causal, "is_causal")
     n_rows = q.shape[-2] if q.ndim > 1 else 0
@@ -258,8 +265,32 @@ def check_queries(
         mask = _check_mask(mask, (*q.shape[:-1], contents.n_tokens), layout)
     counts = check_lengths(lengths, n_rows, contents)
     work = layout.batched(layout.xp.astype(q, contents.like.dtype, copy=False))
-    queries = Queries.at_the_end(layout, work, contents.lengths, counts, is_causal=is_causal)
-    return queries._replace(mask=mask)
+    queries = Queries.at_the_end(
+        layout,
+        work,
+        contents.lengths,
+        counts,
+        is_causal=is_causal,
+        window=check_window(window),
+    )
+    slopes = check_heads(alibi, "alibi", contents)
+    if slopes is not None:
+        shape = (slopes.shape[0], layout.n_heads, layout.n_shared)
+        slopes = layout.xp.reshape(slopes, shape)
+    return queries._replace(mask=mask, slopes=slopes)
+
+
+def check_heads(x: Array | None, name: str, contents: Contents) -> Array | None:
+    """Return numbers for each query head, (B or 1, Hq), in the dtype to compute in."""
+    if x is None:
+        return None
+    layout, like = contents.layout, contents.like
+    resolve(basis=like, **{name: x})
+    x = check_by_head(layout.backend, x, name, (*layout.batch, layout.n_query_heads), like)
+    lead = layout.batch if x.ndim > 1 else ()
+    x = layout.xp.broadcast_to(x, (*lead, layout.n_query_heads))
+    x = layout.backend.stop_gradient(x)
+    return layout.xp.reshape(x, (layout.n_batch if lead else 1, layout.n_query_heads))
 
 
 def _check_mask(mask: Array, scores: tuple[int, ...], layout: Layout) -> Array:

@@ -147,7 +147,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
 
 def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
     """Make the basis of a segment."""
-    maps = {name: named[f"segments.{i}.maps.{name}"] for name in Maps._fields[:-1]}
+    maps: dict[str, Any] = {name: named[f"segments.{i}.maps.{name}"] for name in Maps._fields[:-1]}
     if any(0 in x.shape or x.dtype not in (np.float32, np.float64) for x in maps.values()):
         raise ValueError(f"its maps of segment {i} are empty, or not in single or double precision")
     own = () if given["pool_batch"] else tuple(given["batch"])

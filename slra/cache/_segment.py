@@ -265,7 +265,8 @@ class Segment(NamedTuple):
             n_rows = min(n_rows, int(np.max(end - self.start)))
         is_whole = turns is None and self.rows.is_read_as_is(queries.q.dtype)
         step = max(1, n_rows if is_whole else CHUNK_ROWS)
-        chunks = [slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step)]
+        firsts = range(queries.first_row(self.start, n_rows), n_rows, step)
+        chunks = [slice(first, min(first + step, n_rows)) for first in firsts]
         return [self._attend(queries, end, rows, turns) for rows in chunks]
 
     def _attend(

@@ -13,8 +13,10 @@ from slra._files import File
 from slra._typing import RNG, Array, DType
 from slra._validate import check_flag, resolve
 from slra.attn.basis import AttentionBasis
+from slra.attn.problem import add_sinks
 from slra.cache._checks import (
     check_crop,
+    check_heads,
     check_lengths,
     check_options,
     check_queries,
@@ -319,6 +321,9 @@ class KVCache:
         *,
         mask: Array | None = None,
         is_causal: bool = True,
+        window: tuple[int | None, int | None] | None = None,
+        sinks: Array | None = None,
+        alibi: Array | None = None,
         lengths: Array | None = None,
         return_lse: bool = False,
     ) -> Array | tuple[Array, Array]:
@@ -333,6 +338,11 @@ class KVCache:
             token j. Boolean: True attends. Floating: added to the scaled scores.
         is_causal : bool
             Whether a query sees no token after its own; otherwise it sees all. No difference for one query.
+        window : (int or None, int or None), optional
+            How many tokens a query sees before and after its own, as in `attention`; not the ``window`` of the cache,
+            which says what is exact. Tokens before it stay in the cache and are not read.
+        sinks, alibi : array, shape (..., Hq), optional
+            As in `attention`.
         lengths : array of int, shape (...,), optional
             How many of the ``m`` queries each sequence has, the first ones: as given to `append`. The others get 0.
         return_lse : bool
@@ -359,10 +369,13 @@ class KVCache:
         """
         held = self._contents
         check_flag(return_lse, "return_lse")
-        queries = check_queries(q, mask, lengths, is_causal, held)
+        queries = check_queries(q, mask, lengths, is_causal, window, alibi, held)
+        sinks = check_heads(sinks, "sinks", held)
         xp = held.layout.xp
         with (same_bits := held.layout.backend.same_bits()), same_bits:
             out, lse = held.attend(queries)
+            if sinks is not None:
+                out, lse = add_sinks(xp, out, lse, sinks)
             out = xp.reshape(out, (*q.shape[:-1], held.layout.width_v))
             out = xp.astype(out, q.dtype, copy=False)
         return (out, xp.reshape(lse, q.shape[:-1])) if return_lse else out

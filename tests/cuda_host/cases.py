@@ -89,12 +89,15 @@ def masks(dtype):
 
 
 def bounds(dtype):
-    """The diagonal cuts the tile, or does not."""
+    """The diagonal cuts the tile, or does not; so does the left end of a window, where there is one."""
     options = st.builds(
         ScoreOptions,
         scale=st.just(1.0),
         is_causal=st.booleans(),
+        causal_align=st.just("bottom_right"),
         softcap=st.none() | st.sampled_from([0.5, 30.0]),
+        first=st.none() | st.sampled_from([-9, -2, 2]),
+        alibi=st.none() | arrays(dtype, 0.0, 2.0, shape=(2, 1, 1)),
     )
     diagonals = st.sampled_from([-9, -2, 0, 4])
     return st.builds(TileBounds, masks(dtype), options, st.just(TILE), diagonals)

@@ -1,17 +1,11 @@
 """The NumPy-only training of examples/train_digits_numpy.py beside the same model in torch, by autograd.
 
-From the same initialisation, on the same batches, in float64: loss curves, accuracies and zeros.
-
-python -m benchmarks.digits_numpy     about two minutes; writes results/digits_numpy.json
+From the same initialisation, on the same batches, in float64.
 """
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import save
 from examples import train_digits_numpy as ours
 from slra.integrations.torch import LowRankAttention
 
@@ -21,7 +15,6 @@ CONFIGS = {
     "low rank, l1 penalty": ours.Config(form="penalty", l1=1e-4),
     "low rank, l1 prox": ours.Config(form="prox", l1=0.2),
 }
-N_FIRST = 50
 
 
 class Model(nn.Module):
@@ -70,40 +63,3 @@ def train_in_torch(
         optimizer.step()
         losses.append(float(loss.detach()))
     return model, losses
-
-
-def accuracy_in_torch(model: Model, data: ours.Batch) -> float:
-    with torch.no_grad():
-        found = model(torch.from_numpy(data.images)).argmax(dim=-1).numpy()
-    return float(np.mean(found == data.labels))
-
-
-def compare(config: ours.Config) -> dict[str, Any]:
-    training, test = ours.digits()
-    params, losses = ours.train(ours.init(), training, config)
-    model, torch_losses = train_in_torch(ours.init(), training, config)
-    apart = np.abs(np.subtract(losses, torch_losses))
-    return {
-        "config": config._asdict(),
-        "steps": len(losses),
-        "accuracy": {
-            "numpy": ours.accuracy(params, test, config),
-            "torch": accuracy_in_torch(model, test),
-        },
-        "loss_difference_first_50": float(apart[:N_FIRST].max()),
-        "loss_difference_all": float(apart.max()),
-        "zeros": ours.zeros(params, test, config),
-        "losses": {"numpy": losses, "torch": torch_losses},
-    }
-
-
-def main() -> None:
-    rows = {}
-    for name, config in CONFIGS.items():
-        rows[name] = compare(config)
-        print(name, {key: value for key, value in rows[name].items() if key != "losses"})
-    save("digits_numpy", {"runs": rows})
-
-
-if __name__ == "__main__":
-    main()

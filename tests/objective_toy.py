@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import slra
-from benchmarks.common import save
 from slra import objective
 
 L1 = (1.0, 0.5, 0.2)
@@ -116,39 +115,3 @@ def diminishing_step(toy: Toy, x: np.ndarray, n_iter: int = N_ITER) -> Any:
     return _descend(
         toy, x, n_iter, lambda k, x: -min(1 / toy.lipschitz, 2 / (k + 2)) * toy.subgradient(x)
     )
-
-
-def summary(x: np.ndarray, values: list[float], best: float) -> dict[str, Any]:
-    rises = np.diff(values)
-    return {
-        "iterations": len(values) - 1,
-        # Rounding of a sum of 480 terms near 1 apart.
-        "rises": int(np.sum(rises > 1e-11)),
-        "gap": float(values[-1] - best),
-        "zeros": int(np.sum(x == 0)),
-        "below_1e-6": int(np.sum((x != 0) & (np.abs(x) < 1e-6))),
-    }
-
-
-def main() -> None:
-    toy = Toy.draw()
-    start = np.random.default_rng(1).standard_normal(toy.B.shape)
-    x, values = proximal(toy, start, 5000)
-    best = values[-1]
-    forms = {
-        "prox, step 1/L": proximal(toy, start),
-        "penalty, a step for each entry": step_for_each_entry(toy, start),
-        "penalty, one step found by backtracking": common_step(toy, start),
-        "penalty, diminishing step": diminishing_step(toy, start),
-        "penalty, diminishing step, 100 times as long": diminishing_step(toy, start, 100 * N_ITER),
-    }
-    rows = {name: summary(*found, best) for name, found in forms.items()}
-    distance = {n: float(np.max(np.abs(found[0] - x))) for n, found in forms.items()}
-    for name, row in rows.items():
-        row["distance"] = distance[name]
-        print(f"{name:45}", row)
-    save("objective_toy", {"entries": x.size, "objective": best, "forms": rows})
-
-
-if __name__ == "__main__":
-    main()
