@@ -308,10 +308,6 @@ KINDS = {
         {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 128},
         "(falcon) cannot be loaded so that attention is recorded",
     ),
-    "GptOss": (
-        {**GROUPED, "num_local_experts": 2},
-        "cannot be run with its attention recorded, on 42 tokens: s_aux must be None",
-    ),
 }
 
 

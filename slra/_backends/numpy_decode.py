@@ -69,7 +69,8 @@ def _few_scores(arguments: Arguments, index: tuple[int, ...], scores: Array) -> 
         for query, target in zip(q, scores, strict=True):
             np.matmul(k[chunk], query, out=target[chunk])
     cap(scores, options, per_nat)
-    if arguments.mask is not None or options.is_causal:
+    is_plain = arguments.mask is None and options.alibi is None
+    if not is_plain or not options.sees_all(len(q), len(k)):
         hide(head(arguments, index), scores.T, Tile(0, len(q), 0, end))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 
+from slra._backends import numpy_bits
 from slra._backends.gaussian import gaussian
 from slra._backends.standard import Backend, ScoreOptions
 from slra._backends.standard.sparse import index_dtype
@@ -188,10 +189,24 @@ class TorchBackend(Backend):
         """Torch's fused kernel, where it knows the options; it has no rule for vmap."""
         if not isinstance(options.scale, float):
             q, options = q * options.scale, options._replace(scale=1.0)
-        is_mapped = any(_is_mapped(x) for x in (q, k, v, mask) if x is not None)
+        given = (q, k, v, mask, options.alibi)
+        is_mapped = any(_is_mapped(x) for x in given if x is not None)
         if expressible(mask, options) and not is_mapped:
             return sdpa_attention(q, k, v, mask, options)
         return super().attention_output(q, k, v, mask, options)
+
+    def pack_tiles(self, x: Array, widths: np.ndarray[Any, Any]) -> Array:
+        """Let NumPy do it where memory is shared with it."""
+        if x.device.type != "cpu":
+            return super().pack_tiles(x, widths)
+        return torch.from_numpy(numpy_bits.pack_tiles(x.numpy(), widths))
+
+    def unpack_blocks(self, heap: Array, widths: np.ndarray[Any, Any], dtype: Any) -> Array:
+        """Let NumPy look up 8 integers for each byte where memory is shared with it."""
+        if heap.device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+            return super().unpack_blocks(heap, widths, dtype)
+        kind = np.float32 if dtype == torch.float32 else np.float64
+        return torch.from_numpy(numpy_bits.unpack_blocks(heap.numpy(), widths, kind))
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Fetch the values from the device."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 from slra._backends.standard.attention import (
     ScoreOptions,
     Tile,
+    TileBounds,
     combine_masks,
     scores_batch_shape,
 )
@@ -22,8 +23,9 @@ QUERY_TILE = 1024
 
 
 def expressible(mask: Array | None, options: ScoreOptions) -> bool:
-    """Whether the fused kernels know these options; with a gradient for the mask they do not."""
-    return options.softcap is None and (mask is None or not mask.requires_grad)
+    """Whether the fused kernels know these options; with a gradient for the mask or the slopes they do not."""
+    added = [x for x in (mask, options.alibi) if x is not None]
+    return options.softcap is None and not any(x.requires_grad for x in added)
 
 
 def sdpa_attention(
@@ -35,39 +37,39 @@ def sdpa_attention(
         q, options = q * options.scale, options._replace(scale=1.0)
     n_queries, n_keys = q.shape[-2], k.shape[-2]
     diagonal = options.diagonal(n_queries, n_keys)
-    is_causal = options.is_causal and diagonal < n_keys - 1
-    if mask is None and not is_causal:
+    sees_all = options.sees_all(n_queries, n_keys)
+    is_plain = mask is None and options.alibi is None
+    if is_plain and sees_all:
         out = _fused(q, k, v, None, scale=options.scale)
-    elif mask is None and diagonal == 0:
+    elif is_plain and diagonal == 0 and options.is_causal and options.first is None:
         out = _fused(q, k, v, None, scale=options.scale, is_causal=True)
-    elif not is_causal and mask is not None and mask.shape[-2] == 1:
+    elif sees_all and mask is not None and mask.shape[-2] == 1 and options.alibi is None:
         out = _fused(q, k, v, mask, scale=options.scale)
     else:
-        rows = range(0, n_queries, QUERY_TILE)
-        out = torch.cat([_rows(q, k, v, mask, options, top) for top in rows], dim=-2)
+        height = options.tile_height(QUERY_TILE, n_queries, n_keys)
+        tops = range(0, n_queries, height)
+        tiles = [Tile(top, min(top + height, n_queries), 0, n_keys) for top in tops]
+        out = torch.cat([_rows(q, k, v, mask, options, tile) for tile in tiles], dim=-2)
     return _restore_nan(q, k, out)
 
 
 def _rows(
-    q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions, top: int
+    q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions, tile: Tile
 ) -> Array:
     """Attention of one tile of queries, whose mask is small enough to be written out."""
     n_queries, n_keys = q.shape[-2], k.shape[-2]
-    bottom = min(top + QUERY_TILE, n_queries)
-    tile = Tile(top, bottom, 0, options.last_key(bottom, n_queries, n_keys))
-    if tile.right == 0:
-        shape = (*scores_batch_shape(q, k, v, mask), bottom - top, v.shape[-1])
+    left = options.first_key(tile.top, n_keys)
+    right = options.last_key(tile.bottom, n_queries, n_keys)
+    if left >= right:
+        shape = (*scores_batch_shape(q, k, v, mask), tile.bottom - tile.top, v.shape[-1])
         return torch.zeros(shape, dtype=q.dtype, device=q.device)
-    part = None if mask is None else tile.of(mask)
-    diagonal = options.diagonal(n_queries, n_keys)
-    if options.is_causal and tile.crosses(diagonal):
-        rows = torch.arange(top, bottom, device=q.device)[:, None]
-        seen = torch.arange(tile.right, device=q.device) <= rows + diagonal
+    tile = tile._replace(left=left, right=right)
+    bounds = TileBounds(mask, options, tile, options.diagonal(n_queries, n_keys))
+    part, seen = bounds.additive(torch, q.dtype, q.device), bounds.seen(torch, q.device)
+    if seen is not None:
         part = combine_masks(torch, part, seen)
-    keys = slice(0, tile.right)
-    return _fused(
-        q[..., top:bottom, :], k[..., keys, :], v[..., keys, :], part, scale=options.scale
-    )
+    rows, keys = slice(tile.top, tile.bottom), slice(left, right)
+    return _fused(q[..., rows, :], k[..., keys, :], v[..., keys, :], part, scale=options.scale)
 
 
 def _fused(

@@ -19,7 +19,7 @@ __all__ = ["BASIS", "RECORD", "LayerBasis", "Settings", "implementation", "is_im
 # Attributes on the attention modules of the caller's model.
 BASIS, RECORD = "slra_basis", "_slra_record"
 # What some models pass that changes the scores; each has a meaning that low-rank attention does not know.
-NOT_TAKEN = ("position_bias", "s_aux", "sinks", "indices", "block_indices")
+NOT_TAKEN = ("position_bias", "indices", "block_indices")
 
 
 class Settings(NamedTuple):
@@ -66,6 +66,8 @@ def _attention(
         "is_causal": causal and attention_mask is None and query.shape[2] > 1,
         # Without a mask nothing is in the cache yet: keys beyond the queries are the free room of a static one.
         "causal_align": "top_left",
+        "window": None if attention_mask is not None else _window(query, key, others),
+        "sinks": others.get("s_aux"),
         "scale": scaling,
         "softcap": softcap,
         "enable_gqa": query.shape[1] != key.shape[1],
@@ -81,6 +83,16 @@ def _attention(
         _check_fit_per_call(module, causal, options, settings, query.shape[2] == key.shape[2])
         out = _fit_and_attend(query, key, value, options, settings)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _window(
+    query: torch.Tensor, key: torch.Tensor, others: dict[str, Any]
+) -> tuple[int, int | None] | None:
+    """Return the window of a layer to which `make_mask` gave no mask: as many tokens as it says, its own the last."""
+    size = others.get("sliding_window")
+    if size is None or query.shape[2] != key.shape[2] or size >= key.shape[2]:
+        return None
+    return size - 1, None
 
 
 def _refuse(dropout: float, others: dict[str, Any]) -> None:
@@ -196,12 +208,11 @@ class LayerBasis(torch.nn.Module):
 
     def __init__(self, basis: AttentionBasis, device: torch.device) -> None:
         super().__init__()
-        self.ranks = basis.ranks
+        self.ranks, self.is_held_out = basis.ranks, basis.is_held_out
         for name in ("wq", "wk", "wv", "uv", "c", "mu", "error"):
             self.register_buffer(name, getattr(basis, name).to(device), persistent=False)
 
     def forward(self) -> AttentionBasis:
         """Return the basis where the model is now."""
-        return AttentionBasis(
-            self.wq, self.wk, self.wv, self.uv, self.c, self.mu, self.ranks, self.error
-        )
+        maps = self.wq, self.wk, self.wv, self.uv, self.c, self.mu
+        return AttentionBasis(*maps, self.ranks, self.error, self.is_held_out)

@@ -12,7 +12,9 @@ import array_api_compat as compat
 import numpy as np
 
 from slra._backends.gaussian import gaussian
+from slra._backends.standard import hidden
 from slra._backends.standard.attention import Attention, ScoreOptions
+from slra._backends.standard.bits import Bits
 from slra._backends.standard.linalg import LinearAlgebra, matrix_h
 from slra._backends.standard.rows import Rows
 from slra._backends.standard.sparse import SparseRows
@@ -21,7 +23,7 @@ from slra._typing import Array, DType, Namespace
 __all__ = ["Backend", "ScoreOptions", "matrix_h"]
 
 
-class Backend(Attention, LinearAlgebra, SparseRows, Rows):
+class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     """Primitives for one namespace, ``xp``."""
 
     # Whether an array cannot be written to: a function then returns a new one.
@@ -97,6 +99,23 @@ class Backend(Attention, LinearAlgebra, SparseRows, Rows):
     def copied(self, x: Array) -> Array:
         """Return a copy that shares no memory with ``x``; ``x`` itself where arrays cannot be written to."""
         return self.xp.asarray(x, copy=True, device=self.creation_device(x))
+
+    @property
+    def place_dtype(self) -> DType:
+        """Dtype of places in an array, wide enough for any."""
+        return self.xp.int64
+
+    def heeded(
+        self,
+        attend: hidden.Attend,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+    ) -> tuple[Array, Any]:
+        """Attend such that what is hidden does not matter, whatever it holds."""
+        return hidden.heeded(self, attend, q, k, v, mask, options)
 
     # Control flow
 
