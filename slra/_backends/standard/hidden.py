@@ -311,14 +311,10 @@ def _tiles(
     device, diagonal = backend.creation_device(mask), options.diagonal(n_queries, n_keys)
     for top in range(0, n_queries, height):
         bottom = min(top + height, n_queries)
-        seen = _shows(mask[..., top:bottom, :], xp)
-        if options.is_causal:
-            first = top + options.diagonal(n_queries, n_keys)
-            last = xp.arange(first, first + bottom - top, **like)[:, None]
-            seen = seen & (xp.arange(n_keys, **like)[None, :] <= last)
-        if options.first is not None:
-            first = xp.arange(top + options.first, bottom + options.first, **like)[:, None]
-            seen = seen & (xp.arange(n_keys, **like)[None, :] >= first)
+        tile = Tile(top, bottom, 0, n_keys)
+        seen = _shows(tile.of(mask), xp)
+        within = TileBounds(None, options, tile, diagonal).seen(xp, device)
+        seen = seen if within is None else seen & within
         yield None if among is None else among[..., top:bottom, None], seen
 
 
