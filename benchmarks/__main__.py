@@ -1,89 +1,76 @@
 """All benchmarks under one roof.
 
-python -m benchmarks                     what there is, when it last ran, and how long it takes
-python -m benchmarks run NAME... | --all
+python -m benchmarks                     what there is, and when it last ran
+python -m benchmarks run NAME...
 python -m benchmarks tables [--check]    the tables of README.md and docs/, from benchmarks/results/*.json
 """
 
+import argparse
+import ast
 import subprocess
 import sys
-import time
-from typing import Annotated
+from pathlib import Path
 
-import typer
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks import pages, topics
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from benchmarks import pages
 
 
-@app.callback(invoke_without_command=True)
-def listing(context: typer.Context) -> None:
-    """Say what there is, when it last ran, and how long it takes."""
-    if context.invoked_subcommand is not None:
-        return
-    table = Table()
-    for header in ("name", "what", "last result", "takes about"):
-        table.add_column(header, no_wrap=header != "what")
-    for topic in topics.find().values():
-        date = topic.date or ("none yet" if topic.writes else "makes data")
-        table.add_row(topic.name, topic.summary, date, topic.takes or "?")
-    Console().print(table)
+def topics() -> dict[str, str]:
+    """First lines of all modules with a ``main``, by name; nothing is imported, so nothing need be installed."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        tree = ast.parse(path.read_text())
+        if any(isinstance(one, ast.FunctionDef) and one.name == "main" for one in tree.body):
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
 
 
-@app.command()
-def run(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All that write results.")] = False,
-) -> None:
-    """Run benchmarks one after the other, each in a process of its own."""
-    found = topics.find()
-    if everything == bool(names):
-        raise typer.BadParameter("give names, or --all")
-    unknown = [name for name in names or [] if name not in found]
-    if unknown:
-        raise typer.BadParameter(f"no benchmark {', '.join(unknown)}; there are {', '.join(found)}")
-    chosen = names or [name for name, topic in found.items() if topic.writes]
-    summary, failed = Table("name", "result", "seconds"), False
-    console = Console()
-    for name in chosen:
-        console.rule(name)
-        start = time.perf_counter()
-        code = subprocess.run([sys.executable, "-m", found[name].module], cwd=pages.ROOT).returncode
-        summary.add_row(
-            name,
-            "done" if code == 0 else f"exit status {code}",
-            f"{time.perf_counter() - start:.0f}",
-        )
-        failed |= code != 0
-    console.print(summary)
-    if failed:
-        raise typer.Exit(1)
+def listing() -> int:
+    kept = pages.results()
+    for name, what in topics().items():
+        date = kept[name]["machine"]["date"] if name in kept else "no results"
+        print(f"{name:15} {date:11} {what}")
+    return 0
 
 
-@app.command()
-def tables(
-    check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; fail if one differs.")
-    ] = False,
-) -> None:
-    """Write the tables of README.md and docs/ from the results that are kept; nothing runs again."""
-    if not check:
-        made = pages.all_tables(pages.results())
-        for name, path in pages.pages().items():
-            before = path.read_text()
-            after = pages.fill(before, made)
-            if after != before:
-                path.write_text(after)
-                typer.echo(f"written: {name}")
+def run(names: list[str]) -> int:
+    """Run one after the other, each in a process of its own, whatever became of those before."""
+    if unknown := set(names) - set(topics()):
+        sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(topics())}")
+    codes = {}
+    for name in names:
+        command = [sys.executable, "-m", f"benchmarks.{name}"]
+        codes[name] = subprocess.run(command, cwd=pages.ROOT).returncode
+    print(*(f"{name}: {f'exit status {code}' if code else 'done'}" for name, code in codes.items()))
+    return int(any(codes.values()))
+
+
+def tables(*, check: bool) -> int:
+    found = pages.results()
+    for name, path in ({} if check else pages.pages()).items():
+        before = path.read_text()
+        if (after := pages.fill(before, found)) != before:
+            path.write_text(after)
+            print(f"written: {name}")
     wrong = pages.problems()
-    for line in wrong:
-        typer.echo(line, err=True)
-    if wrong:
-        raise typer.Exit(1)
+    print(*wrong, sep="\n", end="\n" if wrong else "", file=sys.stderr)
+    return int(bool(wrong))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("run", help="run some").add_argument("names", nargs="+", metavar="NAME")
+    written = commands.add_parser("tables", help="write the tables of the pages from the results")
+    written.add_argument("--check", action="store_true", help="write nothing; fail if one differs")
+    given = parser.parse_args(arguments)
+    if given.command == "run":
+        return run(given.names)
+    return tables(check=given.check) if given.command == "tables" else listing()
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m benchmarks")
+    sys.exit(main())

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 
 import slra
-from benchmarks.common import RESULTS, interleaved, save
+from benchmarks.common import RESULTS, earlier, interleaved, save, table
+from benchmarks.markdown import duration, significant, span
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 HEADS, WIDTH = 2, 64
 # Above this the matrices of the quadratic methods leave too little memory.
 LONGEST_QUADRATIC = 16384
 QUADRATIC = ("naive NumPy", "jax.nn.dot_product_attention")
+PARTS = ("seconds", "seconds_4_heads_8192_128", "seconds_vjp_8192", "bytes_16384")
 
 
 def inputs(heads: int, n: int, width: int) -> list[np.ndarray]:
@@ -140,16 +142,16 @@ def plot(by_length: dict[int, dict[str, float]]) -> None:
 
 def update(part: dict[str, Any]) -> None:
     """Put one part into the results beside those that were measured before."""
-    path = RESULTS / "attention.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known.pop("machine", None)
-    common = {"heads": HEADS, "width": WIDTH, "dtype": "float32"}
-    print(save("attention", known | common | part))
+    measured = earlier("attention") | part
+    print(
+        save(
+            "attention", measured, tables, losses=losses, says=says, compared=COMPARED, parts=PARTS
+        )
+    )
 
 
 def run_lengths(lengths: list[int]) -> None:
-    path = RESULTS / "attention.json"
-    known = json.loads(path.read_text()).get("seconds", {}) if path.exists() else {}
+    known = earlier("attention").get("seconds", {})
     for n in lengths:
         known[str(n)] = times(candidates, (HEADS, n, WIDTH), 5 if n < 16384 else 3)
     update({"seconds": known})
@@ -171,6 +173,79 @@ def run_memory() -> None:
         for direction, make in MAKERS.items()
     }
     update({f"bytes_{longest}": found})
+
+
+COMPARED = ("numpy", "torch", "jax")
+NAMES = {
+    "naive NumPy": "the formula, NumPy, nothing in place",
+    "slra, NumPy": "slra on NumPy",
+    "slra, NumPy, causal": "slra on NumPy, causal",
+    "torch SDPA": "torch SDPA",
+    "slra, torch": "slra on torch",
+    "slra, torch, with LSE": "slra on torch, with the log-sum-exp",
+    "jax.nn.dot_product_attention": "jax.nn.dot_product_attention",
+    "slra, JAX": "slra on JAX",
+}
+
+
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    seconds = result["seconds_4_heads_8192_128"]
+    headline = [(name, duration(seconds[key])) for key, name in NAMES.items()]
+    lengths = sorted(result["seconds"], key=int)
+    by_length = [
+        (
+            name,
+            *(
+                duration(found[key]) if key in (found := result["seconds"][n]) else ""
+                for n in lengths
+            ),
+        )
+        for key, name in NAMES.items()
+    ]
+    backward, backward_bytes = result["seconds_vjp_8192"], result["bytes_16384"]["backward"]
+    forward_bytes = result["bytes_16384"]["forward"]
+    linear = [
+        (
+            name,
+            duration(backward[key]),
+            *(_megabytes(found[key]) for found in (forward_bytes, backward_bytes)),
+        )
+        for key, name in NAMES.items()
+        if key in backward
+    ]
+    return {
+        "headline": table(["n = 8192, 4 heads, d = 128", "time"], headline, "lr"),
+        "lengths": table(["2 heads, d = 64; n =", *lengths], by_length, "l" + "r" * len(lengths)),
+        "memory": table(
+            ["by", "gradient, n = 8192", "memory, n = 16384", "its gradient"], linear, "lrrr"
+        ),
+    }
+
+
+def _megabytes(peak: dict[str, int]) -> str:
+    """Return what tracemalloc has seen."""
+    megabytes = peak["tracemalloc"] / 1e6
+    return f"{significant(megabytes)} MB" if megabytes < 1000 else f"{megabytes / 1000:.1f} GB"
+
+
+def losses(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Narrow heads, beside SDPA."""
+    over = {n: one["slra, NumPy"] / one["torch SDPA"] for n, one in result["seconds"].items()}
+    long = [ratio for n, ratio in over.items() if int(n) >= 8192]
+    return [
+        ("exact attention on NumPy, d = 64, 512 tokens", "torch SDPA", significant(over["512"])),
+        ("the same from 8192 tokens on", "torch SDPA", span(long)),
+    ]
+
+
+def says(result: dict[str, Any]) -> list[str]:
+    seconds = result["seconds_4_heads_8192_128"]
+    ours, naive = (duration(seconds[name]) for name in ("slra, NumPy", "naive NumPy"))
+    memory = [result["bytes_16384"]["forward"][name] for name in ("slra, NumPy", "naive NumPy")]
+    return [
+        f"4 heads of 8192 tokens in {ours} for {naive}",
+        f"16384 tokens in {_megabytes(memory[0])} for {_megabytes(memory[1])}",
+    ]
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 import slra
-from benchmarks.common import RESULTS, save
+from benchmarks.common import earlier, save, table
 from benchmarks.cosine_matrix import count, lazily, optimal_error, singular_values
+from benchmarks.markdown import scientific
 from benchmarks.worker_memory import peak_bytes, spilled_bytes
 
 SHAPE, RANK, LIMIT = (400_000, 2000), 20, 10**9
@@ -77,15 +78,39 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
     }
 
 
+COMPARED = ("dask", "distributed", "zarr", "numpy")
+NAMES = {
+    "rows": "rows, 10,000 x 2,000, generated",
+    "zarr": "the same, from Zarr",
+    "zarr, both axes": "both axes, 10,000 x 500, from Zarr",
+    "killed": "rows, generated, a worker killed in the second pass",
+}
+
+
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        (
+            name,
+            "4, of the graph" if found["passes"] is None else f"{found['passes']:g}",
+            f"{max(found['worker_peak_bytes']) / 1e6:.0f} MB",
+            max(found["worker_spilled_bytes"]),
+            f"1 + {scientific(found['error_over_optimal'] - 1)}",
+            scientific(found["sigma_error"]),
+            f"{found['seconds']:.0f} s",
+        )
+        for name, found in ((name, result[case]) for case, name in NAMES.items())
+    ]
+    head = ["chunks", "passes", "peak of a worker", "spilled", "error over best", "sigma error"]
+    return {"memory": table([*head, "time"], rows, "lrrrrrr")}
+
+
 def main() -> None:
-    path = RESULTS / "dask_cluster.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
-    for case in sys.argv[1:] or ["rows", "zarr", "zarr, both axes", "killed"]:
+    result = earlier("dask_cluster")
+    for case in sys.argv[1:] or NAMES:
         with tempfile.TemporaryDirectory() as folder:
             result[case] = measure(case, Path(folder))
         print(case, json.dumps(result[case], indent=1), flush=True)
-        result.pop("machine", None)
-        save("dask_cluster", {"shape": SHAPE, "rank": RANK} | result)
+        save("dask_cluster", result, tables, compared=COMPARED, parts=NAMES)
 
 
 if __name__ == "__main__":

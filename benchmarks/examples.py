@@ -38,7 +38,8 @@ def named(x: Any) -> Any:
 
 
 def main() -> None:
-    save("examples", {"examples": {name: run(name) for name in EXAMPLES}})
+    numbers = {name: run(name) for name in EXAMPLES}
+    save("examples", numbers, keep={"examples": numbers})
 
 
 if __name__ == "__main__":

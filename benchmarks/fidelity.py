@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 import slra
-from benchmarks.common import RESULTS, save
+from benchmarks.common import RESULTS, save, table
+from benchmarks.markdown import significant
 from benchmarks.minilm import exact_attention, load_qkv
 from slra.cli.bench.problems import attention_inputs
 from slra.cli.demo import relative_errors as relative
@@ -90,34 +91,6 @@ def measure(data: Data) -> list[dict[str, Any]]:
     return rows
 
 
-def score_part(data: Data) -> list[dict[str, float]]:
-    """Error with V exact, and of the scores up to a constant per row: "scores" over "svd", worst head."""
-    q, k, v = (x.astype(np.float64) for x in data)
-    exact, rows = exact_attention(q, k, v), []
-    scores = q @ (k - k.mean(-2, keepdims=True)).swapaxes(-1, -2)
-    for rank in (8, 16, 24):
-        outputs, distances = {}, {}
-        for method in OURS:
-            basis = slra.fit_attention(q, k, v, rank, method=method)
-            small_q, small_k = q @ basis.wq, (k - basis.c) @ basis.wk
-            width = q.shape[-1] / rank  # exact_attention scales by the width it sees
-            outputs[method] = relative(exact_attention(small_q / np.sqrt(width), small_k, v), exact)
-            approximate = small_q @ small_k.swapaxes(-1, -2)
-            approximate -= approximate.mean(-1, keepdims=True)
-            distances[method] = relative(approximate, scores)
-        rows.append(
-            {
-                "rank": rank,
-                **{f"median_{method}": float(np.median(x)) for method, x in outputs.items()},
-                "joint_over_svd_output_worst": float(np.max(outputs["scores"] / outputs["svd"])),
-                "joint_over_svd_scores_worst": float(
-                    np.max(distances["scores"] / distances["svd"])
-                ),
-            }
-        )
-    return rows
-
-
 def surface(data: Data, basis: slra.AttentionBasis) -> np.ndarray:
     """True error of every pair of ranks, (heads, D, Dv), in float64."""
     q, k, v = (x.astype(np.float64) for x in data)
@@ -167,16 +140,6 @@ def adaptive(data: Data, tolerances: tuple[float, ...]) -> list[dict[str, Any]]:
     return rows
 
 
-def calibration(data: Data) -> list[dict[str, Any]]:
-    """Predicted over true error at fixed rank, where the prediction sees 128 of the rows."""
-    exact, rows = exact_attention(*data), []
-    for method in OURS:
-        basis = slra.fit_attention(*data, 16, method=method)
-        ratio = basis.error / relative(basis.attend(*data), exact)
-        rows.append({"method": method, **summary(ratio), "min": float(ratio.min())})
-    return rows
-
-
 def plot(result: dict[str, Any]) -> None:
     """Error against stored numbers, for each data set."""
     import matplotlib
@@ -201,6 +164,45 @@ def plot(result: dict[str, Any]) -> None:
     figure.savefig(RESULTS / "fidelity.png", dpi=110)
 
 
+COMPARED = ("numpy", "scipy")
+
+
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    found = {(row["method"], row["rank"], row.get("n_exact", 0)): row for row in result["minilm"]}
+    ranks = [rank for method, rank, n_exact in found if (method, n_exact) == ("svd", 0)]
+    rows = []
+    for rank in ranks:
+        runs = [*(found[method, rank, 0] for method in OURS), found["output", rank, 16]]
+        stored = f"{runs[2]['stored']} and {runs[3]['stored']:.1f} of 64"
+        rows.append((rank, *(f"{run['median']:.3f}" for run in runs), stored))
+    errors = table(["rank", *OURS, "output, 16 exact keys", "stored, per key"], rows)
+    rows = [
+        (
+            data,
+            one["rtol"],
+            f"{one['heads_within']:.0%}",
+            f"{one['worst_over_rtol']:.3f}",
+            f"{one['mean_rank']:.1f}",
+            f"{one['over_oracle']:.2f}",
+            f"{one['over_uniform_rank']:.2f}",
+        )
+        for data, part in (
+            ("MiniLM, all rows seen", "adaptive"),
+            ("power law, half the rows seen", "adaptive_sampled"),
+        )
+        for one in result[part]
+    ]
+    head = ["data", "rtol", "heads within", "worst error / rtol", "mean rank", "over oracle"]
+    return {"errors": errors, "tolerance": table([*head, "over one rank for all"], rows)}
+
+
+def says(result: dict[str, Any]) -> list[str]:
+    exact_keys = max(
+        row["max"] for row in result["flat"] if row.get("n_exact") and row["method"] == "output"
+    )
+    return [f"exact keys make it worse, up to {significant(exact_keys, 3)}"]
+
+
 def main() -> None:
     data = minilm()
     result: dict[str, Any] = {
@@ -208,15 +210,13 @@ def main() -> None:
         "adaptive_sampled": adaptive(
             synthetic("power-law", n=1024, d=32, heads=16), (0.2, 0.1, 0.05)
         ),
-        "calibration_at_rank_16": calibration(data),
-        "score_part": score_part(data),
         "minilm": measure(data),
     }
     for kind in ("flat", "power-law", "outlier"):
         result[kind] = measure(synthetic(kind))
-    save("fidelity", result)
+    save("fidelity", result, tables, says=says, compared=COMPARED)
     plot(result)
-    for name in ("adaptive", "adaptive_sampled", "calibration_at_rank_16", "score_part"):
+    for name in ("adaptive", "adaptive_sampled"):
         print(name, *result[name], sep="\n  ")
     for name in ("minilm", "flat", "power-law", "outlier"):
         print(name)

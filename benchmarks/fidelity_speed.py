@@ -14,8 +14,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import slra
-from benchmarks.common import interleaved, save
+from benchmarks.common import interleaved, save, table
 from benchmarks.fidelity import Data, by_method, minilm, relative, synthetic
+from benchmarks.markdown import duration, significant, span
 from benchmarks.minilm import exact_attention
 from slra.cli.bench.problems import naive_attention
 
@@ -79,9 +80,60 @@ def short(data: Data) -> list[dict[str, Any]]:
     return [{"method": "exact", "seconds": base}, *rows]
 
 
+COMPARED = ("numpy", "scipy", "torch")
+NAMES = {
+    "naive numpy": "the formula, NumPy, in place",
+    "numpy exact": "`slra.attention`, NumPy",
+    "torch sdpa": "torch SDPA",
+    "numpy": "rank 32, NumPy, fit included",
+    "numpy, fitted before": "rank 32, NumPy, basis fitted before",
+    "torch": "rank 32, torch, fit included",
+    "torch, fitted before": "rank 32, torch, basis fitted before",
+}
+
+
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    long, errors = result["long"]["median"], result["long"]["errors"]
+    rows = [
+        (
+            name,
+            duration(long[key]),
+            significant(long["naive numpy"] / long[key]),
+            significant(long["torch sdpa"] / long[key]),
+            span(errors[key.partition(",")[0]]) if "rank" in name else "",
+        )
+        for key, name in NAMES.items()
+    ]
+    head = [
+        "n = 8192, 4 heads, d = 128",
+        "time",
+        "times faster than the formula",
+        "than torch SDPA",
+    ]
+    return {"long": table([*head, "relative error by head"], rows, "lrrrr")}
+
+
+def losses(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Short sequences, by method."""
+    plain = [row for row in result["short"] if "rank" in row and "n_exact" not in row]
+    return [
+        (
+            f"512 tokens, d = 32, low rank with its fit, {name}",
+            "exact attention",
+            span([row["over_exact"] for row in plain if row["method"] in methods]),
+        )
+        for name, methods in (('"output"', ("output",)), ('"svd", "scores"', ("svd", "scores")))
+    ]
+
+
+def says(result: dict[str, Any]) -> list[str]:
+    errors = result["long"]["errors"]
+    return [f'of "svd": {span(errors["svd"])}']
+
+
 def main() -> None:
     result = {"long": long(), "short": short(minilm())}
-    save("fidelity_speed", result)
+    save("fidelity_speed", result, tables, losses=losses, says=says, compared=COMPARED)
     for name, x in result["long"].items():
         if name != "seconds":
             print(name, x)

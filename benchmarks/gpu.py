@@ -360,7 +360,7 @@ def on_gpu() -> Libraries | str:
     try:
         import cupy
     except ImportError:
-        return "CuPy is not installed: pip install 'slra[cupy]'"
+        return 'CuPy is not installed: pip install ".[cupy]" in a clone'
     if not cupy.is_available():
         return "no usable CUDA device"
     import array_api_compat.cupy as xp
@@ -409,7 +409,8 @@ def main(arguments: list[str]) -> int:
     if isinstance(libraries, str):
         print(f"{libraries}: nothing measured, nothing written")
         return 1
-    print(save("gpu", measure(libraries, Sizes())).read_text())
+    measured = measure(libraries, Sizes())
+    print(save("gpu", measured, keep=measured).read_text())
     return 0
 
 

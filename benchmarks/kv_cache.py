@@ -22,7 +22,8 @@ from threadpoolctl import threadpool_limits
 from torch.nn.functional import scaled_dot_product_attention
 
 import slra
-from benchmarks.common import RESULTS, interleaved, save
+from benchmarks.common import RESULTS, interleaved, save, table
+from benchmarks.markdown import duration, significant, span
 from benchmarks.minilm import load_qkv
 
 Array = np.ndarray
@@ -161,7 +162,7 @@ def timed(data: Data, cache: slra.KVCache, fit: dict[str, float]) -> dict[str, A
     return result
 
 
-def table(
+def case(
     name: str, data: Data, rank: int, bound: float | None = None, *, is_timed: bool = False
 ) -> dict[str, Any]:
     """One row: how far off, how many bytes, and how fast."""
@@ -223,7 +224,7 @@ def appends(n: int = 10_000) -> dict[str, Any]:
 
 def against_length() -> list[dict[str, Any]]:
     lengths = (2048, 8192, 32768)
-    return [table("s = 1/i", synthetic(1.0, N_HEADS, n), 32, is_timed=True) for n in lengths]
+    return [case("s = 1/i", synthetic(1.0, N_HEADS, n), 32, is_timed=True) for n in lengths]
 
 
 def plot(rows: list[dict[str, Any]], by_length: list[dict[str, Any]]) -> None:
@@ -256,6 +257,65 @@ def plot(rows: list[dict[str, Any]], by_length: list[dict[str, Any]]) -> None:
     figure.savefig(RESULTS / "kv_cache.png", dpi=120)
 
 
+COMPARED = ("numpy", "torch")
+DATA = {"s = 1/i": "$s_i = 1/i$", "s = i^-1.5": "$s_i = i^{-1.5}$"}
+
+
+LIBRARIES = ("numpy", "torch")
+
+
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    rows = []
+    for row in (row for row in result["rows"] if "seconds" in row):
+        name = DATA.get(row["data"], f"{row['data']}, n = {row['n']}, d = {row['d']}")
+        against = [row[f"against {library}"] for library in LIBRARIES]
+        paid = [one["break-even tokens"] for one in against]
+        rows.append(
+            (
+                name,
+                f"{row['query heads']} on {row['key heads']}",
+                row["rank"],
+                significant(row["error"]["all heads"]),
+                f"{1 / row['bytes']['ratio']:.2f} x",
+                *(f"{one['times faster']:.1f} x" for one in against),
+                duration(sum(row["fit seconds"].values())),
+                ", ".join("never" if tokens is None else f"{tokens:.0f}" for tokens in paid),
+            )
+        )
+    head = ["data", "heads", "rank", "error", "bytes", "NumPy", "torch", "fit and compression"]
+    steps = table([*head, "break-even (NumPy, torch)"], rows, "llrrrrrrr")
+    by_length = [
+        (row["n"], *(f"{row[f'against {library}']['times faster']:.1f} x" for library in LIBRARIES))
+        for row in sorted(result["against length"], key=lambda row: row["n"])
+    ]
+    return {"steps": steps, "lengths": table(["tokens", "NumPy", "torch"], by_length, "rrr")}
+
+
+def losses(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A short cache."""
+    short = [row for row in result["rows"] if row["data"] == "MiniLM"]
+    slower = [1 / row[f"against {name}"]["times faster"] for row in short for name in LIBRARIES]
+    return [("a step on a compressed cache of 512 tokens", "on an exact one", span(slower))]
+
+
+def says(result: dict[str, Any]) -> list[str]:
+    first, second = (
+        row for row in result["rows"] if row["data"] == "s = 1/i" and row["rank"] == 32
+    )
+    worst = [significant(row["error"]["worst head"]) for row in (first, second)]
+    appends, faster = result["10000 appends"], first["against numpy"]["times faster"]
+    microseconds = appends["median microseconds"]
+    return [
+        f"its steps {faster:.1f} times faster, at an error of {significant(first['error']['all heads'])}",
+        f"off by {worst[0]} in the first row and by {worst[1]} in the second",
+        f"{appends['bytes of a token']} bytes a token",
+        f"never more than {appends['most bytes over those in use']:.2f} times what is in use",
+        f"{appends['bytes copied over bytes in use']:.1f} times the final bytes copied altogether",
+        f"a median of {microseconds['first 1000']:.0f} microseconds for the first thousand and of "
+        f"{microseconds['last 1000']:.0f} for the last",
+    ]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     with threadpool_limits(1), torch.inference_mode():
@@ -268,12 +328,12 @@ def main() -> None:
                 data = synthetic(power, heads)
                 for rank, bound in cases.items():
                     if heads == 8 or bound:
-                        rows.append(table(name, data, rank, bound, is_timed=bound is not None))
+                        rows.append(case(name, data, rank, bound, is_timed=bound is not None))
         real = minilm()
-        rows += [table("MiniLM", real, rank, is_timed=True) for rank in (8, 16, 24)]
+        rows += [case("MiniLM", real, rank, is_timed=True) for rank in (8, 16, 24)]
         by_length = [*against_length(), rows[0]]
         result = {"rows": rows, "against length": by_length, "10000 appends": appends()}
-        save("kv_cache", result)
+        save("kv_cache", result, tables, losses=losses, says=says, compared=COMPARED)
     plot(sorted(rows, key=lambda row: row["rank"]), by_length)
 
 

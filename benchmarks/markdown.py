@@ -1,18 +1,10 @@
-"""Tables and numbers as the documentation writes them."""
+"""Numbers as the documentation writes them."""
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
-__all__ = ["duration", "scientific", "significant", "table"]
+__all__ = ["duration", "scientific", "significant", "span"]
 
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
-
-
-def table(head: list[str], rows: Iterable[Iterable[Any]], align: str = "") -> str:
-    """Markdown table; `align` has a letter for each column, "r" for numbers."""
-    rules = ["---:" if side == "r" else "---" for side in align.ljust(len(head), "l")]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, rules, *rows])
 
 
 def significant(x: float, digits: int = 2) -> str:
@@ -35,3 +27,8 @@ def duration(seconds: float, digits: int = 2) -> str:
     """Seconds, milliseconds below 0.1 s, microseconds below 0.1 ms."""
     unit, name = next((unit, name) for unit, name in UNITS if seconds >= unit / 10 or name == "us")
     return f"{significant(seconds / unit, digits)} {name}"
+
+
+def span(numbers: list[float]) -> str:
+    """Write the smallest and the largest."""
+    return f"{significant(min(numbers))} to {significant(max(numbers))}"

@@ -1,4 +1,4 @@
-"""Proximal operators and solvers beside PyProximal, NumPy's own steps and scikit-learn.
+"""Proximal operators beside PyProximal and NumPy's own steps.
 
     python -m benchmarks.prox     about a minute; writes benchmarks/results/prox.json
 
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 import slra
-from benchmarks.common import interleaved, save
+from benchmarks.common import interleaved, save, table
+from benchmarks.markdown import scientific, significant
 from slra import prox
 
 
@@ -89,49 +90,50 @@ def nuclear(noise: float) -> dict[str, Any]:
     }
 
 
-def lasso() -> dict[str, Any]:
-    """Objective of FISTA on a lasso of 2,000 x 5,000, relative to coordinate descent."""
-    import array_api_compat.numpy
-    import array_api_compat.torch
-    import array_api_strict
-    import jax
-    from sklearn.linear_model import Lasso
+COMPARED = ("numpy", "scipy")
+THRESHOLD = "soft_threshold, 4M float32"
 
-    jax.config.update("jax_enable_x64", True)
-    rng = np.random.default_rng(0)
-    A = rng.standard_normal((2000, 5000))
-    truth = np.where(rng.random(5000) < 0.02, rng.standard_normal(5000), 0)
-    b = A @ truth + 0.5 * rng.standard_normal(2000)
-    l1 = 0.1 * float(np.max(np.abs(A.T @ b)))
-    fit = Lasso(alpha=l1 / 2000, fit_intercept=False, tol=1e-10, max_iter=20_000).fit(A, b)
 
-    def value(x: np.ndarray[Any, Any]) -> float:
-        return float(np.linalg.norm(A @ x - b) ** 2 / 2 + l1 * np.sum(np.abs(x)))
+NUCLEAR = {noise: f"prox_nuclear, 1000 x 800, float64, noise {noise}" for noise in (0.01, 0.3)}
 
-    best = value(fit.coef_)
-    report: dict[str, Any] = {"coordinate descent": best, "nonzero": int(np.sum(fit.coef_ != 0))}
-    for xp in (array_api_compat.numpy, array_api_strict, array_api_compat.torch, jax.numpy):
-        a, y = xp.asarray(A), xp.asarray(b)
-        at = xp.matrix_transpose(a)
 
-        def smooth(x: Any, a: Any = a, at: Any = at, y: Any = y, xp: Any = xp) -> Any:
-            misfit = a @ x - y
-            return xp.sum(misfit * misfit) / 2, at @ misfit
+def _code(name: str) -> str:
+    """As code, with the bars that would end a cell."""
+    return f"`{name}`".replace("|", "\\|")
 
-        result = slra.proximal_gradient(
-            xp.zeros(5000, dtype=xp.float64),
-            smooth,
-            lambda x, step: slra.soft_threshold(x, l1 * step),
-            tol=1e-7,
-            max_iter=2000,
+
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    soft = result[THRESHOLD]
+    rows = [
+        (
+            f"`soft_threshold`, 4M float32, {soft['slra.soft_threshold']['ms']} ms",
+            _code(other),
+            over,
         )
-        found = value(np.asarray(result.x))
-        report[xp.__name__] = {
-            "objective over coordinate descent, minus 1": found / best - 1,
-            "iterations": result.n_iter,
-            "converged": result.converged,
-        }
-    return report
+        for other, over in (
+            (name, f"{significant(soft[name]['over slra.soft_threshold'])} times as long")
+            for name in ("sign(x) * max(|x| - tau, 0)", "pyproximal.L1.prox", "numpy.clip")
+        )
+    ]
+    for noise, name in NUCLEAR.items():
+        one = result[name]
+        over = one["pyproximal.Nuclear.prox"]["over slra.prox.prox_nuclear"]
+        warm = one["pyproximal.Nuclear.prox"]["ms"] / one["the same, warm"]["ms"]
+        for start, ratio in (("cold", over), ("warm", warm)):
+            apart = scientific(one["relative difference"][start])
+            rows.append(
+                (
+                    f"`prox_nuclear`, 1000 x 800, rank 10, noise {noise}, {start}",
+                    f"`pyproximal.Nuclear`, {result['pyproximal']}",
+                    f"{significant(ratio)} times as long; apart by {apart}",
+                )
+            )
+    return {"measured": table(["what", "beside", "which takes, or gives"], rows)}
+
+
+def losses(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The one pass that it cannot do without."""
+    return [("`soft_threshold`", "`numpy.clip`", significant(result[THRESHOLD]["over numpy.clip"]))]
 
 
 def main() -> None:
@@ -140,12 +142,11 @@ def main() -> None:
         "soft_threshold, 4M float32": soft_threshold(),
         "prox_nuclear, 1000 x 800, float64, noise 0.01": nuclear(0.01),
         "prox_nuclear, 1000 x 800, float64, noise 0.3": nuclear(0.3),
-        "lasso, 2000 x 5000, float64": lasso(),
         "pyproximal": metadata.version("pyproximal"),
     }
     for name, each in result.items():
         print(name, each)
-    print(save("prox", result))
+    print(save("prox", result, tables, losses=losses, compared=COMPARED))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Solvers beside specialists, and the default of `proximal_gradient` beside the other candidates for it.
+"""Solvers beside specialists.
 
     python -m benchmarks.solvers     about two minutes; writes benchmarks/results/solvers.json
 
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import slra
-from benchmarks.common import interleaved, save
+from benchmarks.common import interleaved, save, table
+from benchmarks.markdown import significant
 
 GAP = 1e-6
 TOLERANCES = [10.0 ** (-k / 2) for k in range(2, 22)]
@@ -143,23 +144,6 @@ def group_lasso(m: int, n: int) -> Problem:
     )
 
 
-def nonnegative(m: int, n: int, condition: float) -> Problem:
-    import scipy.optimize
-
-    rng = np.random.default_rng(0)
-    U, V = (np.linalg.qr(rng.standard_normal((k, n)))[0] for k in (m, n))
-    A = (U * np.geomspace(1, 1 / condition, n)) @ V.T
-    b = A @ np.maximum(rng.standard_normal(n), 0) + 1e-2 * rng.standard_normal(m)
-    return Problem(
-        least_squares(A, b),
-        lambda x, t: np.maximum(x, 0),
-        1.0,
-        lambda x: 0.0,
-        n,
-        {"scipy.optimize.nnls": lambda tol: scipy.optimize.nnls(A, b)[0]},
-    )
-
-
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     **{
         f"lasso 500 x 2000, correlation {rho}, weight {level}": lambda rho=rho, level=level: lasso(
@@ -172,77 +156,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "elastic net 500 x 1000": lambda: elastic_net(500, 1000),
     "l1 logistic 500 x 1000": lambda: logistic(500, 1000),
     "group lasso 500 x 1000, groups of 10": lambda: group_lasso(500, 1000),
-    "nonnegative 300 x 200, condition 1000": lambda: nonnegative(300, 200, 1e3),
 }
-
-
-# The candidates
-
-
-def adaptive(problem: Problem, tol: float, max_iter: int = 20_000) -> tuple[Vector, int]:
-    """AdaPG with q = 5/3 and r = 5/6, and steps cut where a gradient explodes. Source: arXiv 2311.18431."""
-    q, r = 5 / 3, 5 / 6
-    x = np.zeros(problem.n)
-    value, grad = problem.smooth(x)
-    step, growth, count = 1e-3 / np.linalg.norm(grad), 1.0, 1
-    while count < max_iter:
-        new = problem.prox(x - step * grad, step * problem.weight)
-        value, new_grad = problem.smooth(new)
-        count += 1
-        d, turn = new - x, new_grad - grad
-        moved, turned, along = float(d @ d), float(turn @ turn), float(d @ turn)
-        if moved == 0:
-            break
-        steep = step * math.sqrt(turned / moved)
-        if not math.isfinite(value + turned) or steep > 2.5:
-            step, growth = step * min(0.5, max(0.1, 0.7 / steep)), 1.0
-            continue
-        residual = np.linalg.norm(turn - d / step)
-        x, grad = new, new_grad
-        if residual <= tol * max(np.linalg.norm(grad), along / moved * np.linalg.norm(x)):
-            break
-        excess = steep**2 + 2 * step * along / moved * (r - 1) - (2 * r - 1)
-        bound = math.sqrt((1 - r / q) / excess) if excess > 0 else math.inf
-        following = (
-            1 / math.sqrt(turned / moved)
-            if count == 2
-            else step * min(math.sqrt(1 / q + growth), bound)
-        )
-        growth, step = following / step, following
-    return x, count
-
-
-def searching(problem: Problem, tol: float, max_iter: int = 20_000) -> tuple[Vector, int]:
-    """FISTA with restart, and a search by gradients at both ends of each step: two of them a step."""
-    x = y = np.zeros(problem.n)
-    grad = problem.smooth(y)[1]
-    step, momentum, count, is_first = 1e-3 / float(np.linalg.norm(grad)), 1.0, 1, True
-    while count < max_iter:
-        new = problem.prox(y - step * grad, step * problem.weight)
-        value, new_grad = problem.smooth(new)
-        count += 1
-        d, turn = new - y, new_grad - grad
-        moved, along = float(d @ d), float(d @ turn)
-        if is_first and 0 < along * step < moved:
-            step, is_first = moved / along, False
-            continue
-        if not math.isfinite(value) or along > moved / step * (1 + 1e-12):
-            step /= 2
-            continue
-        residual = np.linalg.norm(turn - d / step)
-        move, x = new - x, new
-        scale = along / moved * np.linalg.norm(x) if moved else 0.0
-        if residual <= tol * max(np.linalg.norm(new_grad), scale):
-            break
-        if -(d @ move) > 0:
-            momentum, y, grad = 1.0, new, new_grad
-        else:
-            following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-            y, momentum = new + (momentum - 1) / following * move, following
-            grad = problem.smooth(y)[1]
-            count += 1
-        step *= 1.02
-    return x, count
 
 
 def default(problem: Problem, tol: float) -> tuple[Vector, int]:
@@ -262,10 +176,8 @@ def measure(problem: Problem) -> dict[str, Any]:
     """Times of all methods in milliseconds, each with the tolerance that leads to the same objective."""
     least = problem.value(default(problem, 1e-10)[0])
     allowed = least + GAP * problem.value(np.zeros(problem.n))
-    candidates = {"slra": default, "adaPG": adaptive, "FISTA, two gradients": searching}
     methods: dict[str, Callable[[float], Any]] = dict(problem.others)
-    for name, method in candidates.items():
-        methods[name] = lambda tol, method=method: method(problem, tol)[0]
+    methods["slra"] = lambda tol: default(problem, tol)[0]
     calls, report = {}, {}
     for name, call in methods.items():
         for tol in TOLERANCES:
@@ -273,9 +185,7 @@ def measure(problem: Problem) -> dict[str, Any]:
                 calls[name] = lambda call=call, tol=tol: call(tol)
                 report[name] = {"tol": tol}
                 break
-    for name in candidates:
-        if name in report:
-            report[name]["gradients"] = candidates[name](problem, report[name]["tol"])[1]
+    report["slra"]["gradients"] = default(problem, report["slra"]["tol"])[1]
     for name, seconds in interleaved(calls, repeats=3).items():
         report[name]["ms"] = round(1e3 * median(seconds), 3)
     return report
@@ -300,6 +210,48 @@ def gaps(m: int, n: int, rho: float, level: float) -> dict[str, Any]:
     return {"steps": len(found), "gap": found[-1], "steps to 1e-4": near}
 
 
+COMPARED = ("numpy", "scipy", "scikit-learn")
+
+
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    specialists = []
+    for name, methods in result["problems"].items():
+        own = methods["slra"]["ms"]
+        others = {
+            other: f"{significant(own / one['ms'])} times"
+            for other, one in methods.items()
+            if other != "slra"
+        }
+        shown = ", ".join(f"{other}: {times}" for other, times in others.items())
+        specialists.append((name, str(methods["slra"]["gradients"]), shown))
+    gaps = [
+        (name, str(one["steps"]), f"{one['gap']:.1e}", str(one["steps to 1e-4"]))
+        for name, one in result["gaps"].items()
+    ]
+    return {
+        "gaps": table(
+            ["lasso: size, correlation, weight", "steps, default `tol`", "gap", "steps to 1e-4"],
+            gaps,
+        ),
+        "specialists": table(
+            ["problem", "gradients", "time of `proximal_gradient` over that of"], specialists
+        ),
+    }
+
+
+def losses(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Beside the fastest specialist of each problem."""
+    over = {}
+    for name, methods in result["problems"].items():
+        others = {other: one["ms"] for other, one in methods.items() if other != "slra"}
+        if others:
+            over[name.partition(",")[0].partition(" ")[0]] = max(
+                over.get(name.partition(" ")[0], 0.0), methods["slra"]["ms"] / min(others.values())
+            )
+    ratio = significant(over["lasso"])
+    return [("a lasso, up to", "the fastest of celer, skglm and scikit-learn", ratio)]
+
+
 def main() -> None:
     """Measure all and write the results."""
     import warnings
@@ -312,7 +264,13 @@ def main() -> None:
     for name, make in PROBLEMS.items():
         found[name] = measure(make())
         print(name, found[name], flush=True)
-        path = save("solvers", {"problems": found, "gaps": told, **versions})
+        path = save(
+            "solvers",
+            {"problems": found, "gaps": told, **versions},
+            tables,
+            losses=losses,
+            compared=COMPARED,
+        )
     print(path)
 
 

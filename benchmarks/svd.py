@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 import slra
-from benchmarks.common import RESULTS, interleaved, save
+from benchmarks.common import RESULTS, earlier, interleaved, save, table
+from benchmarks.markdown import duration, scientific, significant, span
 from slra.cli.bench.problems import matrix_with, sigma_error
 
 
@@ -145,27 +146,6 @@ def tolerance() -> dict[str, Any]:
             "ratio": medians["by rtol"] / medians["told"],
         }
     return results
-
-
-def dask() -> dict[str, Any]:
-    """4000 x 1000 in chunks of rows, rank 60, float32, on one process."""
-    import dask as dask_package
-    import dask.array as da
-
-    a = matrix(4000, 1000, "float32")
-    x = da.from_array(a, chunks=(1000, 1000))
-    exact = singular_values(a)[:60]
-    with dask_package.config.set(scheduler="threads"):
-        return compare(
-            {
-                "slra": lambda: dask_package.compute(*slra.randomized_svd(x, 60, rng=0))[1],
-                "svd_compressed 4 iterations": lambda: dask_package.compute(
-                    *da.linalg.svd_compressed(x, 60, n_power_iter=4, compute=False)
-                )[1],
-            },
-            exact,
-            3,
-        )
 
 
 def planted(m: int = 200_000, n: int = 50_000, nnz: int = 10**7) -> Any:
@@ -317,7 +297,6 @@ SECTIONS = {
     "curve": curve,
     "batches": batches,
     "tolerance": tolerance,
-    "dask": dask,
     "sparse": sparse,
     **{
         f"{name}_{n_threads}": partial(on_threads, section, n_threads)
@@ -327,14 +306,115 @@ SECTIONS = {
 }
 
 
+COMPARED = ("numpy", "scipy", "scikit-learn", "torch")
+OTHERS = {
+    "2000 x 1000, 1/i, rank 60, float32": ("accuracy", "float32", ("scikit-learn",)),
+    "the same, float64": ("accuracy", "float64", ("scikit-learn",)),
+    "3000 x 1500, 1/i, rank 200, float64": (
+        "curve",
+        None,
+        ("slra krylov 3", "scikit-learn 2", "torch.svd_lowrank 6", "fbpca 2"),
+    ),
+    "96 x 2048 x 64, noise, rank 16, float32": ("batches", "96x2048x64", ()),
+    "512 x 64 x 48, noise, rank 16, float32": ("batches", "512x64x48", ()),
+    "sparse, 200,000 x 50,000, 10^7 entries, rank 50": ("sparse", None, ()),
+}
+
+
+SIZES = {
+    "tall": "1,000,000 x 100, noise, rank 10, float64",
+    "wide": "sparse, 330 x 500,000, rank 100, float64",
+    "torch": "torch, 512 x 64 x 48, noise, rank 16, float32",
+}
+
+
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    rows = []
+    for problem, (section, part, names) in OTHERS.items():
+        runs = result[section] if part is None else result[section][part]
+        ours = "slra krylov 4" if section == "curve" else "slra"
+        for name in (ours, *(names or [name for name in runs if name != ours])):
+            run, first = runs[name], runs[ours]
+            title = problem if name == ours else ""
+            times = significant(run["seconds"] / first["seconds"])
+            error = scientific(run["sigma_error"], 2)
+            rows.append((title, _label(name), duration(run["seconds"]), times, error))
+    head = ["problem", "by", "time", "over slra", "largest error of a singular value"]
+    return {"measured": table(head, rows, "llrrr"), "sizes": _sizes(result)}
+
+
+def _sizes(result: dict[str, Any]) -> str:
+    """Problems at one and two threads, those that were measured."""
+    rows = []
+    for problem, title in SIZES.items():
+        for n_threads in (1, 2):
+            runs = result.get(f"{problem}_{n_threads}", {})
+            for name, run in runs.items():
+                first = f"{title}, {n_threads} thread{'s'[: n_threads - 1]}"
+                times = significant(run["seconds"] / runs["slra"]["seconds"])
+                error = scientific(run["sigma_error"], 2)
+                cells = (_label(name), duration(run["seconds"]), times, error)
+                rows.append((first if name == "slra" else "", *cells))
+    head = ["problem", "by", "time", "over slra", "largest error of a singular value"]
+    return table(head, rows, "llrrr")
+
+
+def _label(name: str) -> str:
+    """Names that end in a number say how many iterations were asked for."""
+    library, _, number = name.rpartition(" ")
+    return f"{library}, `n_iter={number}`" if number.isdigit() else name
+
+
+def losses(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Where another library is faster, or a rank would be."""
+    found = [one["ratio"] for one in result["tolerance"].values()]
+    rows = [("by `rtol`", "by a rank that is known", span(found))]
+    for shape, one in result["batches"].items():
+        theirs = one["torch.svd_lowrank"]
+        beside = f"`torch.svd_lowrank`, off by {significant(theirs['sigma_error'])}"
+        ratio = significant(one["slra on torch"]["seconds"] / theirs["seconds"])
+        rows.append((f"batch of {shape.replace('x', ' x ')} on torch, exact here", beside, ratio))
+    tall, batch = result["tall_1"], result["torch_1"]
+    pca = tall["slra"]["seconds"] / tall["PCA, covariance_eigh, centred, no U"]["seconds"]
+    rows.append(
+        ("1,000,000 x 100, rank 10", "`PCA`, covariance_eigh, without `U`", significant(pca))
+    )
+    theirs = batch["torch.svd_lowrank, 8 more columns 2"]["seconds"]
+    ratios = [significant(batch[name]["seconds"] / theirs) for name in ("slra", "slra subspace 2")]
+    beside = "`torch.svd_lowrank`, 8 more columns, `niter=2`"
+    return [
+        *rows,
+        ("512 x 64 x 48 on torch, one thread, exact here", beside, ratios[0]),
+        ('the same, `method="subspace"`', beside, ratios[1]),
+    ]
+
+
+def says(result: dict[str, Any]) -> list[str]:
+    memory = [
+        f"{result['sparse'][name]['peak_over_(m+n)*l*itemsize']:.1f} times"
+        for name in ("slra", "slra subspace")
+    ]
+    return [
+        f"Extra memory there is {memory[0]} that of `rank + oversamples` vectors on both sides, "
+        f'{memory[1]} with `method="subspace"`'
+    ]
+
+
 def main(names: list[str]) -> None:
     """Run sections and merge them into the file of results."""
-    path = RESULTS / "svd.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = earlier("svd")
     for name in names or SECTIONS:
         results[name] = SECTIONS[name]()
         print(name, json.dumps(results[name], indent=1))
-        save("svd", {key: results[key] for key in SECTIONS if key in results})
+        save(
+            "svd",
+            results,
+            tables,
+            losses=losses,
+            says=says,
+            compared=COMPARED,
+            parts=("accuracy", "curve", "batches", "tolerance", "sparse", "tall_1", "torch_1"),
+        )
         if name == "curve":
             plot(results[name])
 

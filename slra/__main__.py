@@ -37,7 +37,7 @@ def _run() -> None:
         missing = (error.name or "").partition(".")[0]
         if missing not in _DEMO_EXTRA:
             raise
-        sys.exit(f'the command line needs {missing}: pip install "slra[demo]"')
+        sys.exit(f'the command line needs {missing}: pip install ".[demo]" in a clone of slra')
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)

@@ -143,9 +143,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError(
-            'files of this kind need safetensors: pip install "slra[safetensors]"'
-        ) from error
+        raise ImportError("files of this kind need safetensors: pip install safetensors") from error
     return safetensors.numpy
 
 

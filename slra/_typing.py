@@ -38,6 +38,11 @@ class AttentionOptions(TypedDict, total=False):
     mask: AnyArray | None
     is_causal: bool
     causal_align: CausalAlign | None
+    window: tuple[int | None, int | None] | None
+    lengths_q: Any
+    lengths_k: Any
+    sinks: AnyArray | None
+    alibi: AnyArray | None
     scale: float | AnyArray | None
     enable_gqa: bool
     softcap: float | AnyArray | None

@@ -19,6 +19,10 @@ __all__ = ["combined_objective", "l1_penalty", "l1_penalty_grad", "l1_penalty_pr
 L1 = float | tuple[float, float, float]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 @isolated
 def combined_objective(task: Any, q: Array, k: Array, v: Array, l1: L1) -> Array:
     r"""Loss of the task plus the l1 penalty on the low-rank queries, keys and values.

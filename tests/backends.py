@@ -201,6 +201,11 @@ def to_xp(xp: Any, a: np.ndarray[Any, Any], device: Any = None, chunks: Any = No
     return xp.asarray(a, chunks=chunks)
 
 
+def structure_to_xp(xp: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of attention, those among them that are arrays brought to ``xp``."""
+    return {name: to_xp(xp, x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+
+
 def to_numpy(x: Any) -> np.ndarray[Any, Any]:
     """Bring an array of any backend to NumPy, computing it if it is lazy."""
     if compat.is_cupy_array(x):

@@ -6,7 +6,10 @@ VOCABULARY, WIDTH = 60, 8
 
 
 def decoder(kind):
-    """Two layers, four query heads on two key heads, random weights: "llama", or "mistral" with a window of 6."""
+    """Two layers, four query heads on two key heads, random weights: "llama"; "mistral" with a window of 6.
+
+    Others have a window of 6 in their first layer, and learned sinks ("gpt_oss") or a softcap ("gemma2").
+    """
     import torch
     import transformers
 
@@ -27,6 +30,16 @@ def decoder(kind):
         return transformers.MistralForCausalLM._from_config(
             config, attn_implementation="eager"
         ).eval()
+    if kind in ("gpt_oss", "gemma2"):
+        own = {
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"],
+            **({"num_local_experts": 4} if kind == "gpt_oss" else {"attn_logit_softcapping": 5.0}),
+        }
+        name = {"gpt_oss": "GptOss", "gemma2": "Gemma2"}[kind]
+        config = getattr(transformers, f"{name}Config")(**sizes, **own)
+        model = getattr(transformers, f"{name}ForCausalLM")
+        return model._from_config(config, attn_implementation="eager").eval()
     config = transformers.LlamaConfig(**sizes)
     return transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
 

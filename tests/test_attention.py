@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import slra
 from slra._backends import backend_of, standard
-from tests.backends import to_numpy, to_xp
-from tests.naive_attention import TOL, naive_attention, qkv
+from tests.backends import structure_to_xp, to_numpy, to_xp
+from tests.naive_attention import SINKS, SLOPES, STRUCTURES, TOL, naive_attention, qkv
 
 
 @pytest.mark.parametrize("n_q", [1, 3, 8, 9])
@@ -153,6 +153,96 @@ def test_a_row_that_attends_to_nothing_is_zero(xp):
     assert np.all(to_numpy(out)[:, 1] == 0)
     assert np.all(to_numpy(lse)[:, 1] == -np.inf)
     assert np.all(np.isfinite(to_numpy(lse)[:, [0, 2]]))
+
+
+EMPTY = {
+    "no sequences": ((0, 2, 3, 4), (0, 2, 5, 4)),
+    "no queries": ((2, 4, 0, 4), (2, 2, 5, 4)),
+    "no keys": ((2, 4, 3, 4), (2, 2, 0, 4)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_nothing_to_attend_with_or_to(xp, name):
+    q, k, v = (to_xp(xp, x) for x in qkv(*EMPTY[name], 6))
+    for options in ({}, {"is_causal": True, "causal_align": "bottom_right"}):
+        options = {"enable_gqa": True, **options}
+        out, lse = slra.attention(q, k, v, return_lse=True, **options)
+        assert np.array_equal(to_numpy(out), np.zeros((*q.shape[:-1], 6)))
+        assert np.array_equal(to_numpy(lse), np.full(q.shape[:-1], -np.inf))
+        assert slra.attention(q, k, v, **options).shape == out.shape
+        grads = slra.attention_vjp(q, k, v, out, lse, out, **options)
+        for x, grad in zip((q, k, v), map(to_numpy, grads), strict=True):
+            assert np.array_equal(grad, np.zeros(x.shape))
+
+
+def _hiding(name):
+    """Return options of attention, keys (batch, key) that no query sees, and queries that see nothing."""
+    keys = np.ones((2, 1, 1, 6), dtype=bool)
+    keys[0, ..., 4:] = False
+    rows = np.repeat(keys, 6, axis=-2)
+    rows[0, :, 5] = False
+    added = np.where(rows, 0.0, -np.inf).astype("float32")
+    return {
+        "keys": ({"mask": keys}, [(0, 4), (0, 5)], []),
+        "keys-causal": ({"mask": keys, "is_causal": True}, [(0, 4), (0, 5)], []),
+        "rows": ({"mask": rows}, [(0, 4), (0, 5)], [(0, 5)]),
+        "added": ({"mask": added, "is_causal": True}, [(0, 4), (0, 5)], [(0, 5)]),
+        "causal": ({"is_causal": True, "causal_align": -2}, [(0, 4), (1, 5)], [(0, 0), (1, 1)]),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["keys", "keys-causal", "rows", "added", "causal"])
+def test_what_is_hidden_does_not_matter(xp, name):
+    """Not to the output, the log-sum-exp or a gradient: NaN, infinities, or the largest numbers."""
+    options, keys, queries = _hiding(name)
+    options = {n: to_xp(xp, x) if n == "mask" else x for n, x in options.items()}
+    options["enable_gqa"] = True
+    arrays = qkv((2, 4, 6, 8), (2, 2, 6, 8), 5, "float32")
+    ones = to_xp(xp, np.ones((2, 4, 6, 5), dtype="float32"))
+
+    def everything(arrays):
+        given = [to_xp(xp, x) for x in arrays]
+        out, lse = slra.attention(*given, return_lse=True, **options)
+        grads = slra.attention_vjp(*given, out, lse, ones, **options)
+        return [to_numpy(x) for x in (slra.attention(*given, **options), out, lse, *grads)]
+
+    expected = everything(arrays)
+    for fill in (np.nan, -np.inf, 3e38):
+        q, k, v = (x.copy() for x in arrays)
+        for b, j in keys:
+            k[b, :, j] = v[b, :, j] = fill
+        for b, i in queries:
+            q[b, :, i] = fill
+        if fill == 3e38 and compat.is_jax_namespace(xp):
+            continue  # traced, it is looked for what is not finite
+        for found, right in zip(everything((q, k, v)), expected, strict=True):
+            np.testing.assert_allclose(found, right, atol=2e-6)
+
+
+@pytest.mark.parametrize("fill", [np.nan, np.inf])
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_what_later_queries_see_does_not_matter_to_earlier_ones(xp, what, fill):
+    arrays = qkv((2, 2, 6, 8), (2, 2, 6, 8), 5, "float32")
+    expected, _ = naive_attention(*arrays, is_causal=True)
+    arrays[1 if what == "keys" else 2][1, :, 3, 2] = fill
+    given = [to_xp(xp, x) for x in arrays]
+    outs = [
+        slra.attention(*given, is_causal=True),
+        slra.attention(*given, is_causal=True, return_lse=True)[0],
+    ]
+    for out in map(to_numpy, outs):
+        np.testing.assert_allclose(out[0], expected[0], atol=2e-6)
+        np.testing.assert_allclose(out[1, :, :3], expected[1, :, :3], atol=2e-6)
+        # They do see it.
+        late = out[1, :, 3:]
+        assert (
+            np.all(np.isnan(late))
+            if what == "keys"
+            else np.array_equal(late[..., 2], np.full_like(late[..., 2], fill), equal_nan=True)
+        )
+        if what == "values":
+            np.testing.assert_allclose(late[..., :2], expected[1, :, 3:, :2], atol=2e-6)
 
 
 def test_nan_propagates_to_its_row_only(xp):
@@ -400,3 +490,91 @@ def test_torch_transforms():
         lambda q: slra.attention(q, k, v, is_causal=True, return_lse=True)[0].sum()
     )(q)
     np.testing.assert_allclose(slope, by_lse, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", [None, "bool", "float64"])
+@pytest.mark.parametrize("options", STRUCTURES.values(), ids=STRUCTURES)
+def test_windows_sequences_sinks_and_slopes(xp, options, kind):
+    q, k, v = qkv((2, 4, 7, 4), (2, 2, 7, 4), 3)
+    rng = np.random.default_rng(1)
+    mask = {None: None, "bool": rng.random((7, 7)) < 0.6, "float64": rng.standard_normal((4, 1, 7))}
+    options = {**options, "mask": mask[kind], "enable_gqa": True}
+    expected = naive_attention(q, k, v, **options)
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    out, lse = slra.attention(*arrays, return_lse=True, **structure_to_xp(xp, options))
+    alone = slra.attention(*arrays, **structure_to_xp(xp, options))
+    for got, right in zip((out, lse, alone), (*expected, expected[0]), strict=True):
+        np.testing.assert_allclose(to_numpy(got), right, rtol=0, atol=TOL["float64"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"window": (300, 20)}, {"window": (40, 0), "alibi": SLOPES[:2]}]
+)
+@pytest.mark.parametrize("align", ["top_left", 700])
+def test_windows_over_many_tiles(xp, options, align):
+    q, k, v = qkv((2, 1100, 4), (2, 2100, 4))
+    options = {**options, "causal_align": align}
+    expected = naive_attention(q, k, v, **options)
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    out, lse = slra.attention(*arrays, return_lse=True, **structure_to_xp(xp, options))
+    alone = slra.attention(*arrays, **structure_to_xp(xp, options))
+    for got, right in zip((out, lse, alone), (*expected, expected[0]), strict=True):
+        np.testing.assert_allclose(to_numpy(got), right, rtol=0, atol=TOL["float64"])
+
+
+def test_lengths_that_are_arrays(xp):
+    """Where values cannot be looked at they become masks."""
+    q, k, v = qkv((2, 4, 7, 4), (2, 4, 7, 4), 3)
+    for name in ("padded-both", "padded-causal", "packed-causal", "everything"):
+        options = {
+            n: np.asarray(x) if n.startswith("lengths") else x for n, x in STRUCTURES[name].items()
+        }
+        expected, _ = naive_attention(q, k, v, **options)
+        out = slra.attention(*(to_xp(xp, x) for x in (q, k, v)), **structure_to_xp(xp, options))
+        np.testing.assert_allclose(to_numpy(out), expected, rtol=0, atol=TOL["float64"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_outside_a_window_or_a_sequence_may_hold_anything(xp, masked):
+    q, k, v = qkv((2, 3, 7, 4), (2, 3, 9, 4))
+    expected, _ = naive_attention(q, k, v, window=(2, 0), lengths_k=[6, 9], causal_align="top_left")
+    k[0, :, 6:], v[0, :, 6:] = np.nan, np.inf
+    k[1, :, 7:], v[1, :, 7:] = np.inf, np.nan
+    options = {"lengths_k": np.asarray([6, 9]) if masked else [6, 9], "window": (2, 0)}
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    out = slra.attention(*arrays, causal_align="top_left", **structure_to_xp(xp, options))
+    np.testing.assert_allclose(to_numpy(out), expected, rtol=0, atol=TOL["float64"])
+
+
+REFUSED = {
+    "int": ({"window": 3}, TypeError, "window must be a pair"),
+    "negative": ({"window": (-2, 0)}, ValueError, "window must be 0 or more"),
+    "float": ({"window": (1.5, 0)}, TypeError, "window must be an int"),
+    "place": ({"window": (1, 0)}, ValueError, "causal_align"),
+    "slopes": ({"alibi": SLOPES}, ValueError, "causal_align"),
+    "heads": ({"sinks": SINKS[:3]}, ValueError, r"sinks must have .* got shape \(3,\)"),
+    "integer": ({"sinks": np.arange(4)}, TypeError, "sinks must be real floating"),
+    "alone": ({"lengths_k": [[3, 6]]}, ValueError, "lengths_q and lengths_k must both be given"),
+    "sum": ({"lengths_k": [[3, 5]], "lengths_q": [[3, 4]]}, ValueError, "lengths_k must add up"),
+    "long": ({"lengths_k": [3, 10]}, ValueError, "lengths_k must be at most 9, got 10"),
+    "shape": ({"lengths_k": [3, 3, 3]}, ValueError, "lengths_k must be one number for each"),
+    "less": ({"lengths_k": [-1, 3]}, ValueError, "lengths_k must be 0 or more"),
+    "kind": ({"lengths_k": [1.0, 3]}, TypeError, "lengths_k must be integers"),
+    "numbers": (
+        {"lengths_k": [[3, 6]], "lengths_q": [[3, 4, 0]]},
+        ValueError,
+        "as many sequences",
+    ),
+    "unequal": (
+        {"lengths_k": [[3, 6]], "lengths_q": [[3, 4]], "is_causal": True},
+        ValueError,
+        "causal_align",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_windows_and_lengths_that_are_refused(options, error, message):
+    q, k, v = qkv((2, 4, 7, 4), (2, 4, 9, 4))
+    with pytest.raises(error, match=message):
+        slra.attention(q, k, v, **options)

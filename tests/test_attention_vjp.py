@@ -8,8 +8,8 @@ import pytest
 
 import slra
 from slra._backends import backend_of, standard
-from tests.backends import to_numpy, to_xp
-from tests.naive_attention import naive_attention, qkv
+from tests.backends import structure_to_xp, to_numpy, to_xp
+from tests.naive_attention import STRUCTURES, naive_attention, places, qkv
 
 OPTIONS = {
     "plain": {},
@@ -20,23 +20,32 @@ OPTIONS = {
 
 
 def torch_gradients(arrays, grad_out, grad_lse, *, mask=None, enable_gqa=False, **options):
-    """Gradients of the formula, with all scores at once, by torch in double precision."""
+    """Gradients of the formula, with all scores at once, by torch in double precision; of sinks and slopes too."""
     torch = pytest.importorskip("torch")
-    leaves = [torch.from_numpy(x.astype("float64")).requires_grad_() for x in arrays]
-    q, k, v = leaves
+    given = [*arrays, *(options[name] for name in ("sinks", "alibi") if name in options)]
+    leaves = [torch.from_numpy(x.astype("float64")).requires_grad_() for x in given]
+    q, k, v, *by_head = leaves
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
     scores = q @ k.mT * options.get("scale", q.shape[-1] ** -0.5)
     if "softcap" in options:
         scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-    n_q, n_k = scores.shape[-2:]
-    seen = torch.ones(n_q, n_k, dtype=torch.bool)
-    if options.get("is_causal"):
-        seen = seen.tril(0 if options.get("causal_align") == "top_left" else n_k - n_q)
+    align = options.get("causal_align") or "top_left"
+    names = ("window", "lengths_q", "lengths_k")
+    structure = [options.get(name) for name in names]
+    structure = places(tuple(scores.shape), options.get("is_causal"), align, *structure)
+    seen, distance = map(torch.from_numpy, structure)
+    if "alibi" in options:
+        scores = scores - by_head[-1][..., None, None] * distance
     if mask is not None and mask.dtype == bool:
         seen = seen & torch.from_numpy(mask)
     elif mask is not None:
         scores = scores + torch.from_numpy(mask)
+    if "sinks" in options:
+        sinks = by_head[0][..., None, None].expand(*scores.shape[:-1], 1)
+        seen = seen.expand(scores.shape)
+        scores, seen = torch.cat([scores, sinks], -1), torch.cat([seen, sinks == sinks], -1)
+        v = torch.cat([v, torch.zeros_like(v[..., :1, :])], -2)
     some = seen.any(-1)
     # Rows without keys contribute nothing: give them any key and then no weight.
     scores = torch.where(seen | ~some[..., None], scores, -torch.inf)
@@ -48,6 +57,7 @@ def torch_gradients(arrays, grad_out, grad_lse, *, mask=None, enable_gqa=False, 
 
 
 def gradients(xp, arrays, grad_out, grad_lse, *, mask=None, **options):
+    options = structure_to_xp(xp, options)
     q, k, v, grad_out, grad_lse = (to_xp(xp, x) for x in (*arrays, grad_out, grad_lse))
     if mask is not None:
         options["mask"] = to_xp(xp, mask)
@@ -76,6 +86,39 @@ def test_vjp_equals_autograd(xp, enable_gqa, options, kind):
     options = options | {"mask": masks[kind], "enable_gqa": enable_gqa}
     expected = torch_gradients(arrays, grad_out, grad_lse, **options)
     assert_close(gradients(xp, arrays, grad_out, grad_lse, **options), expected, 1e-10)
+
+
+@pytest.mark.parametrize("options", STRUCTURES.values(), ids=STRUCTURES)
+def test_vjp_with_windows_sequences_sinks_and_slopes(xp, options):
+    arrays = qkv((2, 4, 7, 4), (2, 2, 7, 4), 3)
+    rng = np.random.default_rng(1)
+    grad_out, grad_lse = rng.standard_normal((2, 4, 7, 3)), rng.standard_normal((2, 4, 7))
+    options = {**options, "mask": rng.random((7, 7)) < 0.7, "enable_gqa": True}
+    expected = torch_gradients(arrays, grad_out, grad_lse, **options)
+    assert_close(gradients(xp, arrays, grad_out, grad_lse, **options), expected, 1e-10)
+    for name in ("lengths_q", "lengths_k"):
+        if options.get(name) is not None:
+            options[name] = np.asarray(options[name])
+    assert_close(gradients(xp, arrays, grad_out, grad_lse, **options), expected, 1e-10)
+
+
+@pytest.mark.parametrize("options", STRUCTURES.values(), ids=STRUCTURES)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_torch_differentiates_windows_sequences_sinks_and_slopes(options, return_lse):
+    torch = pytest.importorskip("torch")
+    arrays = qkv((2, 4, 7, 4), (2, 4, 7, 4), 3)
+    grad_out = np.random.default_rng(1).standard_normal((2, 4, 7, 3))
+    expected = torch_gradients(arrays, grad_out, np.zeros((2, 4, 7)), **options)
+    leaves = [torch.from_numpy(x).requires_grad_() for x in arrays]
+    by_head = {
+        name: torch.from_numpy(options[name]).requires_grad_()
+        for name in ("sinks", "alibi")
+        if name in options
+    }
+    out = slra.attention(*leaves, return_lse=return_lse, **{**options, **by_head})
+    out = out[0] if return_lse else out
+    total = (out * torch.from_numpy(grad_out)).sum()
+    assert_close(torch.autograd.grad(total, [*leaves, *by_head.values()]), expected, 1e-10)
 
 
 def test_vjp_in_single_and_half_precision(xp):

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -287,25 +288,50 @@ def test_the_child_of_a_fork_gets_its_threads_back(limits):
         assert set(now()) == {1}
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+@pytest.fixture
+def alarm_interrupts():
+    """An alarm is Ctrl-C. Not in garbage collection, whose callbacks, JAX's among them, may lose it."""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("no timers here")
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    gc.disable()
+    yield
+    gc.enable()
+    signal.signal(signal.SIGALRM, before)
+
+
+# In the callback of a weak reference to a thread it is lost too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("alarm_interrupts")
 def test_limits_are_put_back_after_ctrl_c(limits):
     """At moments spread over the call, and over what comes before and after."""
     arguments = big()
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     start = time.perf_counter()
     slra.attention(*arguments)
     seconds = time.perf_counter() - start
-    try:
-        for moment in np.linspace(1e-5, 1.2 * seconds, 60):
-            # An interrupt of `Thread.start` may come out as "release unlocked lock".
-            with contextlib.suppress(KeyboardInterrupt, RuntimeError):
-                signal.setitimer(signal.ITIMER_REAL, moment)
-                slra.attention(*arguments)
-                time.sleep(10 * seconds + 1)
-            assert now() == limits
-            assert not blas_threads._lowered.callers
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    for moment in np.linspace(1e-5, 1.2 * seconds, 60):
+        # An interrupt of `Thread.start` may come out as "release unlocked lock".
+        with contextlib.suppress(KeyboardInterrupt, RuntimeError):
+            signal.setitimer(signal.ITIMER_REAL, moment)
+            slra.attention(*arguments)
+            time.sleep(10 * seconds + 1)
+        assert now() == limits
+        assert not blas_threads._lowered.callers
+
+
+@pytest.mark.usefixtures("alarm_interrupts")
+def test_ctrl_c_is_not_lost_while_loaded_libraries_are_counted():
+    """What a callback of ctypes raises is printed and forgotten."""
+
+    def count_for_long(moment):
+        signal.setitimer(signal.ITIMER_REAL, moment)
+        end = time.perf_counter() + 5
+        while time.perf_counter() < end:
+            blas_threads._n_loaded()
+
+    for moment in np.linspace(1e-5, 2e-4, 300):
+        with pytest.raises(KeyboardInterrupt):
+            count_for_long(moment)
 
 
 def test_a_library_that_does_not_obey(limits, monkeypatch):

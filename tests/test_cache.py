@@ -13,7 +13,7 @@ import slra
 from slra._backends import backend_of
 from slra._backends.standard.rows import runs
 from slra.cache import kv_cache as module
-from tests.backends import to_numpy, to_xp
+from tests.backends import structure_to_xp, to_numpy, to_xp
 from tests.naive_attention import decaying, naive_attention
 
 
@@ -46,7 +46,8 @@ def moved(basis, xp):
         name: to_xp(xp, np.ascontiguousarray(getattr(basis, name)))
         for name in ("wq", "wk", "wv", "uv", "c", "mu", "error")
     }
-    return slra.AttentionBasis(**arrays, ranks=basis.ranks)
+    coding = type(basis.coding)(*(to_xp(xp, np.ascontiguousarray(x)) for x in basis.coding))
+    return slra.AttentionBasis(**arrays, ranks=basis.ranks, coding=coding)
 
 
 def rotated(x, frequencies=FREQUENCIES):
@@ -126,6 +127,53 @@ def test_it_is_attention_to_what_it_stands_for(xp, case):
     np.testing.assert_allclose(to_numpy(out), right, atol=1e-12)
     np.testing.assert_allclose(to_numpy(lse), right_lse, atol=1e-12)
     assert compat.array_namespace(out) is compat.array_namespace(rows)
+
+
+STEPS = {
+    "window": {"window": (9, 0)},
+    "both sides": {"window": (3, 1), "is_causal": False},
+    "sinks": {"sinks": np.asarray([0.5, -1.0, 2.0, 0.0])},
+    "alibi": {"alibi": np.asarray([0.5, 0.25, 0.1, 1.0])},
+    "everything": {
+        "window": (12, None),
+        "sinks": np.asarray([[0.5, -1.0, 2.0, 0.0], [0.0, 0.1, 0.2, 0.3]]),
+        "alibi": np.asarray([0.5, 0.25, 0.1, 1.0]),
+        "mask": np.arange(40) % 3 > 0,
+    },
+}
+
+
+@EAGER
+@pytest.mark.parametrize("case", list(STEPS))
+def test_steps_with_windows_sinks_and_slopes(xp, case):
+    """At full rank, of a cache with exact tokens and segments, a softcap, and one dtype or a narrower one."""
+    skip_most_on_jax(xp, case, kept="everything")
+    q, k, v = tokens(batch=(2,))
+    step = {"is_causal": True, **STEPS[case]}
+    if "mask" in step:
+        step["mask"] = np.broadcast_to(step["mask"], (3, 40)).copy()
+    right, right_lse = naive_attention(
+        q[..., -3:, :], k, v, enable_gqa=True, softcap=2.0, causal_align="bottom_right", **step
+    )
+    basis = moved(basis_of((D, DV)), xp)
+    for options in ({}, {"window": 5, "n_sink": 2}, {"n_sparse": 2, "capacity": 40}):
+        cache = slra.KVCache(basis, batch=(2,), softcap=2.0, **options)
+        cache = appended(cache, to_xp(xp, k), to_xp(xp, v), [30, 10])
+        given = structure_to_xp(xp, step)
+        out, lse = cache.attend(to_xp(xp, q[..., -3:, :]), return_lse=True, **given)
+        np.testing.assert_allclose(to_numpy(out), right, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(to_numpy(lse), right_lse, rtol=0, atol=1e-9)
+
+
+def test_a_window_over_tokens_in_bits_is_its_mask():
+    """Rows before the window are not read, and those in bits come in blocks."""
+    q, k, v = tokens(100)
+    cache = slra.KVCache(slra.fit_attention(q, k, v, 4, enable_gqa=True), bits=4)
+    cache = cache.append(k, v)
+    for left in (0, 20, 37, 99):
+        mask = np.arange(100) >= np.asarray([98, 99])[:, None] - left
+        out = cache.attend(q[:, -2:], window=(left, 0))
+        np.testing.assert_allclose(out, cache.attend(q[:, -2:], mask=mask), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["svd", "scores"])
@@ -541,6 +589,206 @@ def test_segments_meet_in_one_softmax():
     np.testing.assert_allclose(cache.attend(q[:, -3:]), right, atol=1e-10)
 
 
+# Bits
+
+BITS = {
+    "plain": {},
+    "window and sinks": {"window": 7, "n_sink": 3},
+    "softcap": {"window": 4, "softcap": 2.0, "scale": 0.5},
+    "rotary": {"n_sink": 2, "rotary": FREQUENCIES},
+}
+
+
+@EAGER
+def test_integers_come_back_from_their_planes(xp):
+    """Whatever their widths; and the bytes are those that the definition gives, on every backend."""
+    rng = np.random.default_rng(0)
+    widths = rng.integers(0, 15, (5, 2, 3))
+    widths[1] = 0
+    low = np.where(widths == 0, 0, -(2.0 ** (widths - 1)))[..., None]
+    codes = np.rint(low + rng.random((5, 2, 3, 16)) * np.maximum(-2 * low - 1, 0))
+    codes[..., 0], codes[..., 1] = low[..., 0], np.maximum(-low[..., 0] - 1, 0)
+    table = backend_of(xp)
+    heap = table.pack_tiles(to_xp(xp, codes.reshape(-1, 16)), widths.reshape(-1))
+    as_bits = [
+        [(int(number) >> plane) & 1 for plane in range(width) for number in tile]
+        for tile, width in zip(codes.reshape(-1, 16), widths.reshape(-1), strict=True)
+    ]
+    expected_bytes = np.packbits(np.concatenate(as_bits).astype(bool), bitorder="little")
+    np.testing.assert_array_equal(to_numpy(heap), expected_bytes)
+    back = table.unpack_blocks(heap, widths.astype("uint8"), xp.float32)
+    np.testing.assert_array_equal(to_numpy(back), codes.transpose(1, 0, 3, 2).reshape(2, 80, 3))
+
+
+@EAGER
+@pytest.mark.parametrize("case", list(BITS))
+def test_in_bits_it_is_attention_to_what_it_stands_for(xp, case):
+    skip_most_on_jax(xp, case)
+    options = BITS[case]
+    q, k, v = tokens(70)
+    caches = []
+    for sizes in ([70], [20, 1, 0, 9, 1, 30, 9]):
+        cache = slra.KVCache(moved(basis_of((4, 3)), xp), bits=(3, 4), **options)
+        caches.append(appended(cache, to_xp(xp, k), to_xp(xp, v), sizes))
+    whole, cache = caches
+    low_k, low_v = (to_numpy(x) for x in cache.decode())
+    for one, other in zip(whole.decode(), (low_k, low_v), strict=True):
+        np.testing.assert_allclose(to_numpy(one), other, atol=1e-12)
+    exact = slice(70 - options.get("window", 0), 70)
+    np.testing.assert_array_equal(low_k[:, exact], k[:, exact])
+    for low, right, bound in zip((low_k, low_v), (k, v), cache.error_bound, strict=True):
+        error = np.linalg.norm(low - right, axis=-1)
+        assert np.all(error <= to_numpy(bound)[:, None])
+        assert np.max(error) > 0.1 * np.max(to_numpy(bound))
+    given = {name: x for name, x in options.items() if name in ("softcap", "scale")}
+    rows = q[:, -9:]
+    if "rotary" in options:
+        rows, low_k = rotated(q)[:, -9:], rotated(low_k)
+    right, _ = naive_attention(rows, low_k, low_v, is_causal=True, enable_gqa=True, **given)
+    out = cache.attend(to_xp(xp, q[:, -9:]))
+    np.testing.assert_allclose(to_numpy(out), right, atol=1e-11)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 999),
+    st.sampled_from(["float32", "float64"]),
+    st.floats(0.6, 9.5) | st.none(),
+    st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    st.sampled_from([0, 1e-30, 1e-3, 1e3]),
+)
+def test_the_error_bound_holds_for_each_token(seed, dtype, bits, sizes, outlier):
+    """Whatever the text: of another scale than the fit's, far off its mean, with outliers."""
+    rng = np.random.default_rng(seed)
+    q, k, v = tokens(60, seed=seed, dtype=dtype)
+    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True)
+    other = [
+        (rng.standard_normal((HK, sum(sizes), d)) * 4 ** rng.standard_normal(d)).astype(dtype)
+        for d in (D, DV)
+    ]
+    if sum(sizes):
+        other[0][:, sum(sizes) // 2, 1] *= outlier
+    asked = {"rtol": 0.1} if bits is None else {"bits": bits}
+    cache = appended(slra.KVCache(basis, **asked), *other, sizes)
+    for came, low, bound in zip(other, cache.decode(), cache.error_bound, strict=True):
+        assert np.all(np.linalg.norm(low - came, axis=-1) <= bound[:, None])
+
+
+def test_rtol_bounds_the_coordinates_and_bits_are_those_asked_for():
+    q, k, v = tokens(2000)
+    basis = slra.fit_attention(q[:, :400], k[:, :400], v[:, :400], 3, enable_gqa=True)
+    for bits in (2.5, (3, 5)):
+        cache = slra.KVCache(basis, bits=bits).append(k, v)
+        np.testing.assert_allclose(
+            cache.bits, np.mean(np.repeat(bits, 2 // np.size(bits)) * [8, 6]) * 2 / 14, rtol=0.02
+        )
+        # All that is held but the maps, and the room that is left.
+        numbers = HK * 2000 * (D + DV)
+        held = cache.nbytes - slra.KVCache(basis, bits=bits).nbytes
+        assert numbers * cache.bits / 8 <= held + 1 <= 1.3 * numbers * cache.bits / 8
+    cache = slra.KVCache(basis, rtol=0.05).append(k, v)
+    coding = basis.coding
+    low_k, low_v = cache.decode()
+    for error, to, importance in (
+        (low_k - k, coding.wk, coding.importance_k),
+        (low_v - v, coding.wv, coding.importance_v),
+    ):
+        size = np.sqrt(np.sum(importance, axis=-1))[:, None]
+        worst = np.linalg.norm(error @ to, axis=-1) / size
+        assert np.max(worst) <= 0.05 * (1 + 1e-9)
+        assert np.max(worst) > 0.02
+
+
+def test_a_prefix_in_bits_needs_no_rank():
+    q, k, v = tokens(300)
+    cache = slra.KVCache.from_prefix(q, k, v, bits=4, window=3)
+    np.testing.assert_allclose(cache.bits, 4, rtol=0.02)
+    with pytest.raises(ValueError, match="rtol must be None with bits"):
+        slra.KVCache.from_prefix(q, k, v, rtol=0.1, bits=4)
+
+
+def _without_coding(basis):
+    names = ("wq", "wk", "wv", "uv", "c", "mu", "ranks", "error")
+    return slra.AttentionBasis(*(getattr(basis, name) for name in names))
+
+
+def test_a_basis_without_coding_stores_no_bits():
+    with pytest.raises(ValueError, match="basis must have its coding to store bits"):
+        slra.KVCache(_without_coding(basis_of(3)), bits=4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda named: named["segments.0.rows.k.headers"].__iadd__(1),
+        lambda named: named["segments.0.rows.v.used"].__iadd__(2),
+        lambda named: named["segments.0.rows.filled"].__iadd__(16),
+        lambda named: named["segments.0.rows.filled"].__imul__(-1),
+        lambda named: named["segments.0.rows.k.widest"].__iadd__(1),
+        lambda named: named.update(
+            {"segments.0.rows.k.heap": named["segments.0.rows.k.heap"][:, :, :-1]}
+        ),
+        lambda named: named.update(lengths=named["lengths"] + 16),
+    ],
+    ids=["headers", "used", "filled", "negative", "widest", "heap", "lengths"],
+)
+def test_a_tampered_file_of_bits_is_one_clear_error(change, tmp_path):
+    _, k, v = tokens()
+    path = tmp_path / "cache"
+    slra.KVCache(basis_of((4, 3)), bits=3, n_sink=1).append(k, v).save(path)
+    slra.KVCache.load(path)
+    _rewritten(path, lambda named, meta: change(named))
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path)
+
+
+def test_a_tile_that_is_not_finite_or_too_wide_stays_as_it_is():
+    _, k, v = tokens(48)
+    k[0, 20, 3], v[1, 5, 2], k[1, 40] = np.nan, np.inf, 1e12
+    cache = slra.KVCache(basis_of((4, 3)), bits=3).append(k, v)
+    low_k, low_v = cache.decode()
+    np.testing.assert_allclose(low_k[1, 40], k[1, 40], rtol=1e-9)
+    assert np.all(np.isfinite(low_k[1]))
+    assert np.isnan(low_k[0, 20]).any()
+    assert not np.isfinite(low_v[1, 5]).all()
+    assert np.all(np.isfinite(np.delete(low_k[0], 20, axis=0)))
+
+
+@EAGER
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 4}, {"bits": 4, "window": 5, "n_sink": 2}], ids=str
+)
+def test_a_cropped_cache_goes_on_from_there(xp, options):
+    skip_most_on_jax(xp, len(options), 3)
+    _, k, v = (to_xp(xp, x) for x in tokens(60, batch=(2,)))
+    cache = slra.KVCache(moved(basis_of((4, 3)), xp), batch=(2,), **options).append(k, v)
+    before = [to_numpy(x)[..., :39, :].copy() for x in cache.decode()]
+    cache = cache.crop(100).crop(39)
+    np.testing.assert_array_equal(to_numpy(cache.lengths), [39, 39])
+    cropped = [to_numpy(x).copy() for x in cache.decode()]
+    # And again what it stood for, where the rest comes back.
+    back = cache.append(*(x[..., 39:, :] for x in (k, v)))
+    for one, other, whole in zip(before, cropped, back.decode(), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-12)
+        np.testing.assert_allclose(to_numpy(whole)[..., :39, :], one, atol=1e-12)
+    assert to_numpy(back.crop(0).lengths).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="n must be 0 or more"):
+        cache.crop(-1)
+
+
+def test_under_jit_a_number_is_a_byte():
+    jnp = pytest.importorskip("jax.numpy")
+    q, k, v = tokens(15)
+    cache = slra.KVCache(moved(basis_of((4, 3)), jnp), capacity=17, bits=6, window=3, n_sink=1)
+    assert cache.bits == (8 * 14 + 2 * 64) / 14
+    cache, outs = jitted(cache, q, k, v, [10, 1, 1, 1, 1, 1])
+    low_k, low_v = (np.asarray(x)[:, :15] for x in cache.decode())
+    right, _ = naive_attention(q[:, -1:], low_k, low_v, enable_gqa=True)
+    np.testing.assert_allclose(outs[-1], right, atol=1e-12)
+    for low, came, bound in zip((low_k, low_v), (k, v), cache.error_bound, strict=True):
+        assert np.all(np.linalg.norm(low - came, axis=-1) <= np.asarray(bound)[:, None])
+
+
 # Prefix and error budget
 
 
@@ -582,7 +830,7 @@ def test_a_prefix_by_rank_is_a_fit_and_an_append():
 
 @EAGER
 @pytest.mark.parametrize(
-    "case", ["window and sinks", "sparse, softcap", "half", "drift", "capacity"]
+    "case", ["window and sinks", "sparse, softcap", "half", "drift", "capacity", "bits"]
 )
 def test_a_saved_cache_goes_on_where_it_was(xp, case, tmp_path):
     skip_most_on_jax(xp, case, "capacity")
@@ -593,6 +841,8 @@ def test_a_saved_cache_goes_on_where_it_was(xp, case, tmp_path):
         options = {"drift_bound": 0.01, "window": 8}
     if case == "capacity":
         options = {"capacity": 41, "n_sink": 1}
+    if case == "bits":
+        options = {"bits": 2.5, "window": 3, "n_sink": 1, "softcap": 3.0}
     arrays = [to_xp(xp, x) for x in tokens(41)]
     q, k, v = arrays
     cache = appended(slra.KVCache(moved(basis_of((4, 3)), xp), **options), k, v, [20, 9, 10], q)
@@ -702,6 +952,10 @@ WRONG = {
     "batch must be a tuple": {"batch": 3},
     "softcap must be finite": {"softcap": 0.0},
     "method must be one of": {"method": "best"},
+    "bits must be between 0.5 and 10": {"bits": (4, 12)},
+    "bits must be a number or a pair": {"bits": (1, 2, 3)},
+    "bits or rtol must be None": {"bits": 4, "rtol": 0.1},
+    "n_sparse must be 0 with bits": {"bits": 4, "n_sparse": 1},
 }
 
 

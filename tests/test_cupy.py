@@ -99,6 +99,12 @@ def differentiate(**options):
     return slra.attention_vjp(X, X, X, X, row, X, **options)
 
 
+def cached():
+    k = np.random.default_rng(0).standard_normal((1, 32, 6))
+    return slra.KVCache(FITTED, bits=4).append(k, k)
+
+
+FITTED = slra.fit_attention(*np.random.default_rng(0).standard_normal((3, 1, 32, 6)), 6)
 # A public call, and the kernels that must run in it.
 CALLS = {
     "soft_threshold": (lambda: slra.soft_threshold(X, 0.5), {"soft_threshold"}),
@@ -166,6 +172,7 @@ CALLS = {
         lambda: attend(mask=np.eye(4)),
         {"biased_scores", "row_sums", "join", "weights", "rescale"},
     ),
+    "KVCache in bits": (lambda: cached().decode(), {"unpack"}),
     "attention_vjp": (differentiate, {"gradients"}),
     "attention_vjp, added mask": (lambda: differentiate(mask=np.eye(4)), {"biased_gradients"}),
 }
@@ -367,6 +374,8 @@ CLIP = "x - (x < -tau ? -tau : x > tau ? tau : x)"
 SHORTER = "x * (shrunk / (size == R(0) ? R(1) : size))"
 BOUND = "column <= limit ?"
 MUTANTS = {
+    "no sign": Mutant("unpack", "float32", "code - (1 << width)", "code", "unpack_blocks"),
+    "the other byte": Mutant("unpack", "float64", "(token >> 3)", "0", "unpack_blocks"),
     "sign flipped": Mutant("soft_threshold", "float32", "x - (x <", "x + (x <"),
     "clipped to one sign": Mutant("soft_threshold", "float64", "x < -tau ? -tau", "x < -tau ? tau"),
     "NaN dropped": Mutant(

@@ -445,6 +445,19 @@ def test_dense_outlier_rows_need_entries_counted_over_the_matrix(density):
         assert error < plain
 
 
+@pytest.mark.eager_only("nothing is said in a traced function")
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_compress_tells_bytes_and_warns_where_they_are_more(xp, dtype):
+    x = to_xp(xp, np.random.default_rng(0).standard_normal((30, 20)).astype(dtype))
+    small = slra.compress(x, 3, 0.1)
+    itemsize = np.dtype(dtype).itemsize
+    assert small.nbytes < small.nbytes_exact == 600 * itemsize
+    assert f"nbytes={small.nbytes} of {small.nbytes_exact}" in repr(small)
+    with pytest.warns(UserWarning, match="more than the"):
+        large = slra.compress(x, 15, 0.1)
+    assert large.nbytes > large.nbytes_exact
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_bfloat16_is_saved_as_single(tmp_path, suffix):
     torch = pytest.importorskip("torch")

@@ -10,17 +10,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
-from benchmarks import digits_numpy  # noqa: E402
 from examples import train_digits_numpy as example  # noqa: E402
+from tests import digits_in_torch  # noqa: E402
 
 
-@pytest.mark.parametrize("name", digits_numpy.CONFIGS)
+@pytest.mark.parametrize("name", digits_in_torch.CONFIGS)
 def test_the_loss_curve_is_that_of_torch(name):
-    config = digits_numpy.CONFIGS[name]._replace(epochs=1, batch=16)
+    config = digits_in_torch.CONFIGS[name]._replace(epochs=1, batch=16)
     training, _ = example.digits()
     few = example.Batch(training.images[:80], training.labels[:80])
     params, losses = example.train(example.init(), few, config)
-    model, expected = digits_numpy.train_in_torch(example.init(), few, config)
+    model, expected = digits_in_torch.train_in_torch(example.init(), few, config)
     assert len(losses) == 5
     # Each of 5 steps adds rounding to sums of about a thousand terms, and passes on what came before, little amplified.
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-10)

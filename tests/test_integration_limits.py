@@ -127,7 +127,6 @@ TRANSFORMERS = {
     "output_attentions must be False": lambda: encoder()(tokens(0, 1, 9), output_attentions=True),
     "attribute is not supported when using the": output_attentions_in_the_configuration,
     "position_bias must be None": lambda: layer(position_bias=1),
-    "s_aux must be None": lambda: layer(s_aux=1),
     "indices must be None": lambda: layer(indices=1),
     "predicts tokens, and a basis fitted to this call would see later ones": lambda: using(
         decoder("llama")

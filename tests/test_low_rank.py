@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import slra
-from tests.backends import to_numpy, to_xp
-from tests.naive_attention import decaying, frobenius, naive_attention
+from tests.backends import structure_to_xp, to_numpy, to_xp
+from tests.naive_attention import STRUCTURES, decaying, frobenius, naive_attention, places
 
 EPS = {"float32": np.finfo("float32").eps, "float64": np.finfo("float64").eps}
 SCALE = 8**-0.5
@@ -146,20 +146,60 @@ def test_grouped_heads_share_the_basis_of_their_key_head(xp, method):
         whole = slra.fit_attention(stacked, k, v, (3, 2), method=method)
         expected = whole.attend(stacked, k, v).reshape(4, 40, 6)
     np.testing.assert_allclose(out, expected, atol=1e-10)
-    expected, _ = naive_attention(q, k, v, enable_gqa=True)
-    error = frobenius(out - expected) / frobenius(expected)
-    np.testing.assert_allclose(to_numpy(basis.error), error, rtol=1e-9)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_error_is_that_of_the_output_where_all_rows_are_looked_at(xp, options):
+def test_error_is_of_queries_that_were_held_out(xp, options):
+    """Fit to the first half, test on the second."""
     q, k, v = decaying(batch=(2,))
+    basis = slra.fit_attention(*(to_xp(xp, x) for x in (q, k, v)), (3, 4), **options)
+    assert basis.is_held_out
+    first, second = ({**options, "causal_align": 10 + start} for start in (0, 20))
+    half = slra.fit_attention(q[..., :20, :], k, v, (3, 4), **first)
+    expected, _ = naive_attention(q[..., 20:, :], k, v, **second)
+    error = frobenius(half.attend(q[..., 20:, :], k, v, **second) - expected) / frobenius(expected)
+    np.testing.assert_allclose(to_numpy(basis.error), error, rtol=1e-8)
+
+
+def test_error_of_a_single_query_is_in_sample(xp):
+    q, k, v = decaying(n_q=1)
     arrays = [to_xp(xp, x) for x in (q, k, v)]
-    basis = slra.fit_attention(*arrays, (3, 4), **options)
-    expected, _ = naive_attention(q, k, v, **options)
-    out = to_numpy(basis.attend(*arrays, **options))
-    error = frobenius(out - expected) / frobenius(expected)
+    basis = slra.fit_attention(*arrays, (3, 4), method="svd")
+    assert not basis.is_held_out
+    expected, _ = naive_attention(q, k, v)
+    error = frobenius(to_numpy(basis.attend(*arrays)) - expected) / frobenius(expected)
     np.testing.assert_allclose(to_numpy(basis.error), error, rtol=1e-9)
+
+
+HIDING = {
+    "mask": {},
+    "mask-and-causal": {"is_causal": True},
+    "additive": {},
+}
+
+
+@pytest.mark.parametrize("method", ["svd", "scores", "output"])
+@pytest.mark.parametrize("name", HIDING)
+def test_a_fit_does_not_see_what_is_hidden(xp, name, method):
+    """Not even white noise, or NaN; under jit values are not looked at, and ranks are the same."""
+    q, k, v = decaying(n_q=40, n_k=40)
+    rng, options = np.random.default_rng(1), HIDING[name]
+    mask = np.zeros((60, 60), dtype=bool)
+    mask[10:50, 10:50] = True
+    if name == "additive":
+        mask = np.where(mask, 0.0, -np.inf)
+    right = slra.fit_attention(q, k, v, (3, 2), method=method, **options)
+    expected = right.attend(q, k, v, **options)
+    for fill in (10.0, np.nan):
+        wide = []
+        for x in (q, k, v):
+            wide.append(fill * rng.standard_normal((*x.shape[:-2], 60, x.shape[-1])))
+            wide[-1][..., 10:50, :] = x
+        arrays = [to_xp(xp, x) for x in (*wide, mask)]
+        basis = slra.fit_attention(*arrays[:3], (3, 2), method=method, mask=arrays[3], **options)
+        out = to_numpy(basis.attend(*arrays[:3], mask=arrays[3], **options))
+        np.testing.assert_allclose(out[..., 10:50, :], expected, atol=1e-9)
+        np.testing.assert_allclose(to_numpy(basis.error), right.error, rtol=1e-7)
 
 
 @pytest.mark.parametrize("method", ["svd", "scores", "output"])
@@ -293,7 +333,7 @@ def test_a_basis_is_a_pytree_with_static_ranks():
 
 WRONG = {
     "method": ({"rank": 3, "method": "best"}, "method must be one of 'svd', 'scores', 'output'"),
-    "rank": ({"rank": 9}, r"rank must be between 1 and 8 \(min of Nq, Nk and D\), got 9"),
+    "rank": ({"rank": 9}, r"rank must be between 1 and 8 \(min of Nk and D\), got 9"),
     "rank_v": ({"rank": (8, 7)}, r"rank must be between 1 and 6 \(min of Nk and Dv\), got 7"),
     "l1": ({"rank": 3, "l1": 0.1}, 'l1 must be 0 unless method is "svd"'),
     "negative": ({"rank": 3, "l1": -0.1, "method": "svd"}, "l1 must be finite and 0 or more"),
@@ -332,3 +372,55 @@ def test_infinite_input_is_refused(xp):
     k[0, 0, 0] = np.inf
     with pytest.raises(ValueError, match="k must be finite"):
         slra.fit_attention(*(to_xp(xp, x) for x in (q, k, v)), 3)
+
+
+@pytest.mark.parametrize("options", STRUCTURES.values(), ids=STRUCTURES)
+def test_svd_with_windows_sequences_sinks_and_slopes_is_the_formula(xp, options):
+    q, k, v = decaying(heads=4, heads_k=4, n_q=7, n_k=7, batch=(2,))
+    given = structure_to_xp(xp, options)
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    out, lse = slra.low_rank_attention(*arrays, (3, 2), method="svd", return_lse=True, **given)
+    # Padding takes no part in the fit.
+    names = ("is_causal", "causal_align", "window", "lengths_q", "lengths_k")
+    given = [options.get(name) for name in names]
+    given[1] = given[1] or "top_left"
+    seen, _ = places((2, 4, 7, 7), *given)
+    q = q * seen.any(-1)[..., None]
+    k, v = (x * seen.any(-2)[..., None] for x in (k, v))
+    hats = (truncated(x, r) for x, r in ((q, 3), (k, 3), (v, 2)))
+    for got, right in zip((out, lse), naive_attention(*hats, **options), strict=True):
+        np.testing.assert_allclose(to_numpy(got), right, rtol=0, atol=1000 * EPS["float64"])
+
+
+@pytest.mark.parametrize("options", STRUCTURES.values(), ids=STRUCTURES)
+def test_at_full_rank_windows_sequences_sinks_and_slopes_are_exact(xp, options):
+    """With an output and a gradient that are those of exact attention, with keys that stay exact and without."""
+    q, k, v = (to_xp(xp, x) for x in decaying(heads=4, n_q=7, n_k=7, d=4, d_v=3, batch=(2,)))
+    options = {**structure_to_xp(xp, options), "enable_gqa": True}
+    exact = slra.attention(q, k, v, return_lse=True, **options)
+    basis = slra.fit_attention(q, k, v, (4, 3), **options)
+    grads = slra.attention_vjp(q, k, v, *exact, exact[0], **options)
+    for n_exact in (0, 2):
+        own = {"basis": basis, "n_exact": n_exact, **options}
+        found = slra.low_rank_attention(q, k, v, return_lse=True, **own)
+        if not n_exact or "alibi" not in options:
+            found += slra.low_rank_attention_vjp(q, k, v, *exact, exact[0], **own)
+        for got, right in zip(found, (*exact, *grads), strict=False):
+            # A key that hardly any query sees is fitted to sqrt(eps) only.
+            np.testing.assert_allclose(to_numpy(got), to_numpy(right), rtol=0, atol=1e-6)
+
+
+def test_what_a_window_hides_takes_no_part_in_a_fit():
+    """Nor does padding: neither moves the basis, whatever it holds."""
+    q, k, v = decaying(n_q=40, n_k=60, d=8)
+    options = {"window": (8, 0), "causal_align": "top_left"}
+    basis = slra.fit_attention(q, k, v, 4, **options)
+    k[:, 40:], v[:, 40:] = 1e3, -1e3
+    other = slra.fit_attention(q, k, v, 4, **options)
+    np.testing.assert_allclose(other.attend(q, k, v, **options), basis.attend(q, k, v, **options))
+    padded = slra.fit_attention(q, k, v, 4, lengths_k=40)
+    k[:, 40:], v[:, 40:] = -7.0, 5.0
+    other = slra.fit_attention(q, k, v, 4, lengths_k=40)
+    np.testing.assert_allclose(
+        other.attend(q, k, v, lengths_k=40), padded.attend(q, k, v, lengths_k=40)
+    )

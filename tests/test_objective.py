@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import slra
-from benchmarks import objective_toy
+from tests import objective_toy
 from tests.backends import to_numpy, to_xp
 
 L1 = (0.5, 0.0, 2.0)

@@ -18,7 +18,7 @@ from tests.matrices import make
 
 
 def checks():
-    for settings in ({}, {"rtol": 0.1}, {"center": True}):
+    for settings in ({}, {"rtol": 0.1}, {"center": True}, {"missing": "impute"}):
         yield from estimator_checks_generator(LowRank(**settings), mark="skip")
 
 
@@ -168,3 +168,49 @@ def test_what_is_transformed_back_is_checked():
         model.inverse_transform(np.ones((4, 2)))
     with pytest.raises(ValueError, match="NaN"):
         model.inverse_transform(np.full((4, 3), np.nan))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("center", [False, True])
+def test_gaps_are_imputed(dtype, center):
+    rng = np.random.default_rng(0)
+    exact = rng.standard_normal((400, 4)) @ rng.standard_normal((4, 25)) + 5 * center
+    noisy = (exact + 0.1 * rng.standard_normal(exact.shape)).astype(dtype)
+    gaps = rng.random(exact.shape) < 0.2
+    X = np.where(gaps, np.nan, noisy).astype(dtype)
+    model = LowRank(4, center=center, missing="impute", random_state=0)
+    scores = model.fit_transform(X)
+    assert scores.dtype == dtype
+    # 25 entries determine 4 scores, and 400 rows the axes: half of the noise or so is left.
+    filled = model.inverse_transform(scores)
+    assert np.sqrt(np.mean((filled - exact)[gaps] ** 2)) < 0.1
+    assert 0.08 < np.sqrt(model.noise_variance_) < 0.11
+    np.testing.assert_allclose(model.transform(X), scores, rtol=1e-5)
+    # The posterior mean of probabilistic PCA, row by row.
+    mean = model.mean_ if center else 0.0
+    prior = np.diag(model.noise_variance_ / (model.singular_values_.astype(float) ** 2 / 400))
+    for row in range(5):
+        seen = ~gaps[row]
+        axes = model.components_[:, seen].astype(float)
+        x = (X[row] - mean)[seen]
+        expected = np.linalg.solve(axes @ axes.T + prior, axes @ x)
+        np.testing.assert_allclose(
+            scores[row], expected, atol=1e3 * np.finfo(dtype).eps * np.abs(expected).max()
+        )
+
+
+def test_without_gaps_imputing_changes_nothing():
+    X = data("dense")
+    plain = LowRank(5, random_state=0).fit_transform(X)
+    scores = LowRank(5, missing="impute", random_state=0).fit_transform(X)
+    np.testing.assert_array_equal(scores, plain)
+
+
+def test_what_missing_must_be():
+    X = np.ones((5, 4))
+    with pytest.raises(ValueError, match="missing must be"):
+        LowRank(missing="mean").fit(X)
+    with pytest.raises(ValueError, match="infinity"):
+        LowRank(missing="impute").fit(X * np.inf)
+    with pytest.raises(TypeError, match="[Ss]parse"):
+        LowRank(missing="impute").fit(scipy.sparse.csr_array(X))

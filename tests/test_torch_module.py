@@ -98,6 +98,26 @@ def test_causal_with_and_without_the_mask(need_weights):
             assert_close(weights, right_weights)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_no_sequences(rank):
+    reference = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    x = torch.zeros(0, N_Q, WIDTH)
+    for basis in ("layer", "sequence"):
+        found = layer(rank=rank, basis_per=basis)(x, x, x)
+        assert [y.shape for y in found] == [y.shape for y in reference(x, x, x)]
+
+
+def test_another_mask_than_the_causal_one_counts_beside_it():
+    reference = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    ours, x = layer(reference), data()
+    steps = torch.arange(N_Q)
+    far = (steps[:, None] - steps).abs() > 1
+    right = reference(x, x, x, attn_mask=far | (steps > steps[:, None]))
+    out = ours(x, x, x, attn_mask=far, is_causal=True)
+    for one, other in zip(out, right, strict=True):
+        assert_close(one, other)
+
+
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_lengths_first_other_widths_and_no_bias(ndim):
     options = {"bias": False, "kdim": 5, "vdim": 6}
@@ -453,10 +473,11 @@ def test_padding_is_not_fitted_to(method, basis):
     padding = torch.zeros(BATCH, N_Q, dtype=torch.bool)
     padding[0, -3:] = padding[1, :2] = True
     outs = []
-    for hidden in (1.0, 50.0):
+    for hidden in (1.0, 50.0, torch.nan):
         given = x.masked_fill(padding[..., None], hidden)
         outs.append(copy.deepcopy(module)(given, given, given, key_padding_mask=padding)[0])
-    assert torch.equal(outs[0][~padding], outs[1][~padding])
-    if method != "output" and basis == "sequence":
+    for out in outs[1:]:
+        assert torch.equal(outs[0][~padding], out[~padding])
+    if basis == "sequence":
         real = x[:1, :-3]
         assert_close(outs[0][:1, :-3], module(real, real, real)[0], 1e-12)

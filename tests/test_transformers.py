@@ -138,6 +138,37 @@ def test_a_decoder_at_full_rank_is_the_eager_one(hf, kind, side, dtype):
         np.testing.assert_allclose(real(got, kept), real(right, kept), rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "gemma2"])
+def test_windows_and_sinks_are_the_eager_ones(hf, kind, monkeypatch):
+    """Without a mask where nothing is padding, at full rank, with keys in a cache and without."""
+    import torch
+    from transformers import AttentionInterface
+
+    model, batch = decoder(kind), padded("left")
+    ids, mask = tokens(1, 2, 14), batch["attention_mask"]
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if name.endswith("sinks"):
+                x.copy_(torch.linspace(-1, 2, len(x)))
+        expected = [model(ids).logits, model(**batch).logits]
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        steps = model.generate(**batch, **options)
+        calibrated(hf, model, WIDTH)
+        seen, layer = [], AttentionInterface()["slra"]
+        monkeypatch.setitem(
+            AttentionInterface._global_mapping,
+            "slra",
+            lambda *args, **others: seen.append(args[4]) or layer(*args, **others),
+        )
+        whole = model(ids).logits
+        assert seen == [None, None]
+        atol = 1e-5 * float(expected[0].abs().max())
+        torch.testing.assert_close(whole, expected[0], rtol=0, atol=atol)
+        out = real(model(**batch).logits, mask)
+        np.testing.assert_allclose(out, real(expected[1], mask), rtol=0, atol=atol)
+        assert model.generate(**batch, **options).tolist() == steps.tolist()
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_generation_from_left_padded_prompts_is_the_eager_one(hf, kind):
     model, batch = decoder(kind), padded("left")

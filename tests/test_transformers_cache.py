@@ -147,6 +147,59 @@ def test_half_precision_is_stored_as_such():
     assert "dtype=torch.bfloat16" in repr(default.layers[0].cache)
 
 
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"num_beams": 2}], ids=str)
+def test_in_ten_bits_generate_gives_the_same_tokens(model, options):
+    prompt = torch.arange(2, 50)[None, :] % 12 + 2
+    options |= {"max_new_tokens": 12, "do_sample": False}
+    exact = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    cache = LowRankCache(bases(3), bits=10, window=3, n_sink=2)
+    mask = torch.ones_like(prompt)
+    assert torch.equal(model.generate(prompt, attention_mask=mask, cache=cache, **options), exact)
+    assert 5 < cache.bits < 14
+
+
+def test_cropping_takes_tokens_off():
+    cache = LowRankCache(bases(3), bits=4)
+    k, v = torch.randn(2, 2, 2, 40, WIDTH, dtype=torch.float64)
+    for layer in range(LAYERS):
+        cache.update(k, v, layer)
+    before = cache.layers[1].cache.decode()[0][..., :33, :].clone()
+    cache.crop(-7)
+    assert cache.get_seq_length() == 33
+    assert torch.equal(cache.layers[1].cache.decode()[0], before)
+
+
+def test_a_sliding_window_is_all_that_such_layers_keep():
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=40,
+        sliding_window=8,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=1,
+    )
+    mistral = transformers.MistralForCausalLM(config).double().eval()
+    cache = LowRankCache(bases(3), config=config)
+    assert torch.equal(generated(mistral, cache), generated(mistral, None))
+    assert cache.nbytes <= LAYERS * 2 * (2 * 2 * 7 * WIDTH * 8 + 8)
+
+
+def test_a_cache_that_saves_nothing_says_so():
+    k, v = torch.randn(2, 1, 2, 600, WIDTH, dtype=torch.bfloat16)
+    cache = LowRankCache(bases(WIDTH)[:1], dtype="float64")
+    with pytest.warns(UserWarning, match="bytes where exact keys and values take"):
+        cache.update(k, v, 0)
+    assert cache.nbytes > cache.nbytes_exact == k.nbytes + v.nbytes
+    cache = LowRankCache(bases(WIDTH)[:1], bits=4)
+    cache.update(k, v, 0)
+    assert cache.nbytes < cache.nbytes_exact
+
+
 def test_options_that_need_queries_are_refused():
     with pytest.raises(TypeError, match="options must be those of a cache with a fixed basis"):
         LowRankCache(bases(3), drift_bound=0.1)

@@ -189,7 +189,7 @@ def _setter(controller: Any) -> Callable[[int], Any]:
 
 
 class _LoadedObject(ctypes.Structure):
-    """``struct dl_phdr_info``."""
+    """``struct dl_phdr_info``, and room for what later systems append."""
 
     _fields_ = [
         ("address", ctypes.c_void_p),
@@ -197,31 +197,28 @@ class _LoadedObject(ctypes.Structure):
         ("headers", ctypes.c_void_p),
         ("n_headers", ctypes.c_uint16),
         ("n_added", ctypes.c_ulonglong),
+        ("later", ctypes.c_char * 256),
     ]
 
 
 def _n_loaded() -> int:
     """Count the shared objects ever loaded, where the system tells; a library may come without any module."""
-    counts = [0]
-
-    def note(loaded: Any, size: int, _: Any) -> int:
-        counts[0] = loaded.contents.n_added
-        return 1
-
-    iterate = _iterate_loaded()
-    if iterate is not None:
-        visit = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.POINTER(_LoadedObject), ctypes.c_size_t, ctypes.c_void_p
-        )
-        iterate(visit(note), None)
-    return counts[0]
+    iterate, callback = _iterate_loaded()
+    if iterate is None:
+        return 0
+    loaded = _LoadedObject()
+    # The callback has no Python code of its own: there, Ctrl-C would be lost. Not zero, it ends the iteration.
+    iterate(callback(functools.partial(ctypes.memmove, ctypes.byref(loaded))), None)
+    return int(loaded.n_added)
 
 
 @functools.cache
-def _iterate_loaded() -> Any:
+def _iterate_loaded() -> tuple[Any, Any]:
+    """Return ``dl_iterate_phdr``, where the system has it, and the type of its callback: (object, size, data)."""
     if sys.platform != "linux":
-        return None
-    return getattr(ctypes.CDLL(None), "dl_iterate_phdr", None)
+        return None, None
+    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    return getattr(ctypes.CDLL(None), "dl_iterate_phdr", None), callback
 
 
 _here = threading.local()

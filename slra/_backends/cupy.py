@@ -1,6 +1,6 @@
 """CuPy: kernels that read and write each array once.
 
-Needs: cupy (``pip install "slra[cupy]"``) and, to allocate anything, a CUDA device.
+Needs: cupy (extra ``cupy``) and, to allocate anything, a CUDA device.
 """
 
 import math
@@ -10,10 +10,11 @@ import cupy
 import cupyx
 import numpy as np
 
-from slra._backends.cupy_kernels import kernel
+from slra._backends.cupy_kernels import KERNELS, kernel
 from slra._backends.gram_svd import gram_svd
 from slra._backends.standard import Backend
 from slra._backends.standard.attention import SoftmaxState, TileBounds
+from slra._backends.standard.bits import PLANE, TOKENS, WHOLE
 from slra._typing import Array
 
 __all__ = ["CupyBackend"]
@@ -156,8 +157,12 @@ class CupyBackend(Backend):
 
     def tile_scores(self, products: Array, bounds: TileBounds) -> Array:
         """Softcap, mask and causal bound in one pass, or none where there is nothing to do."""
-        if bounds.mask is None and bounds.options.softcap is None and not bounds.is_cut:
+        options = bounds.options
+        is_plain = bounds.mask is None and options.softcap is None and options.alibi is None
+        if is_plain and not bounds.is_cut:
             return products
+        if bounds.tile.is_left_of(options.first):  # the kernels know no left end of a window
+            return super().tile_scores(products, bounds)
         prefix, arguments = self._bounds(products, bounds)
         return kernel(f"{prefix}scores", products)(products, *arguments)
 
@@ -176,6 +181,8 @@ class CupyBackend(Backend):
         self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array
     ) -> tuple[Array, Array]:
         """Weights and gradient in one pass over the two products."""
+        if bounds.tile.is_left_of(bounds.options.first):
+            return super().tile_gradients(products, grad_weights, bounds, lse, delta)
         prefix, arguments = self._bounds(products, bounds)
         weights, gradient = kernel(f"{prefix}gradients", products)(
             products, grad_weights, *arguments, lse, delta
@@ -187,16 +194,31 @@ class CupyBackend(Backend):
     ) -> tuple[str, tuple[Any, Any, Any, float]]:
         """Prefix of a kernel's name, and what it is told: mask, column, last column of the row, softcap."""
         xp = self.xp
-        mask, options, tile, diagonal = bounds
-        prefix, part, column, limit = "", True, 0, 0
-        if bounds.is_cut:
+        _, options, tile, diagonal = bounds
+        prefix, column, limit = "", 0, 0
+        part = bounds.additive(xp, products.dtype, None)
+        if options.is_causal and tile.crosses(diagonal):
             column = xp.arange(tile.left, tile.right, dtype=xp.int32)
             limit = xp.arange(tile.top + diagonal, tile.bottom + diagonal, dtype=xp.int32)[:, None]
-        if mask is not None:
-            part = tile.of(mask)
-            if not xp.isdtype(mask.dtype, "bool"):
-                prefix, part = "biased_", xp.astype(part, products.dtype)
+        if part is None:
+            part = True
+        elif not xp.isdtype(part.dtype, "bool"):
+            prefix, part = "biased_", xp.astype(part, products.dtype)
         return prefix, (part, column, limit, options.softcap or 0.0)
+
+    def unpack_blocks(self, heap: Array, widths: np.ndarray[Any, Any], dtype: Any) -> Array:
+        """Read the planes of each integer where they are, straight into the result."""
+        xp, (n_blocks, n_heads, d) = self.xp, widths.shape
+        if not widths.size:
+            return super().unpack_blocks(heap, widths, dtype)
+        narrow = np.where(widths < WHOLE, widths, 0)
+        width = self.from_numpy(narrow[:, None, :, :], heap, xp.int32)
+        starts = PLANE * (np.cumsum(narrow, dtype=np.int64).reshape(widths.shape) - narrow)
+        start = self.from_numpy(starts[:, None, :, :], heap, xp.int64)
+        token = xp.arange(TOKENS, dtype=xp.int32)[:, None, None]
+        out = KERNELS["unpack", np.dtype(dtype).name](heap, width, start, token)
+        out = xp.permute_dims(out, (2, 0, 1, 3))
+        return xp.reshape(out, (n_heads, n_blocks * TOKENS, d))
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Fetch the values from the device."""

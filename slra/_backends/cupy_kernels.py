@@ -84,6 +84,15 @@ template <typename R> __device__ slra_row<R> slra_join(slra_row<R> a, slra_row<R
     return {top.peak, top.total + low.total * slra_weight(low.peak, top.peak)};
 }
 
+// An integer in two's complement from its planes, each two bytes of one bit a token.
+template <typename H> __device__ int slra_integer(const H& heap, long long start, int width, int token) {
+    int code = 0;
+    for (int plane = 0; plane < width; plane++) {
+        code |= (heap[start + 2 * plane + (token >> 3)] >> (token & 7) & 1) << plane;
+    }
+    return width > 0 && code >> (width - 1) ? code - (1 << width) : code;
+}
+
 template <typename R> __device__ R slra_slope(R weight, R capped, R softcap) {
     const R ratio = softcap == R(0) ? R(0) : capped / softcap;
     return weight * (R(1) - ratio * ratio);
@@ -217,6 +226,12 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
     ),
     "rescale": Elementwise(
         REAL, "{T} total, {T} decay, {T} part", "{T} sum", "sum = total * decay + part"
+    ),
+    "unpack": Elementwise(
+        REAL,
+        "raw uint8 heap, int32 width, int64 start, int32 token",
+        "{T} y",
+        "y = slra_integer(heap, start, width, token)",
     ),
     "gradients": Elementwise(
         REAL,

@@ -14,15 +14,17 @@ from functools import partial
 from graphlib import TopologicalSorter
 from typing import Any
 
+import array_api_compat.numpy
 import dask
 import dask.array as da
 import numpy as np
 from dask import delayed
 from dask.graph_manipulation import bind, clone
 
-from slra._backends import numpy_attention
 from slra._backends.gaussian import GaussianBlock, gaussian_blocks
+from slra._backends.numpy import NumpyBackend
 from slra._backends.standard import Backend, ScoreOptions
+from slra._backends.standard.hidden import Attend
 from slra._typing import Array
 
 __all__ = ["DaskBackend"]
@@ -250,6 +252,19 @@ class DaskBackend(Backend):
 
         return _by_matrix(select, "(n)->(k)", x, dtypes=[x.dtype], k=1)
 
+    def takes_rows_to_numpy(self, x: Array, levels: Array) -> bool:
+        """Say yes: when a block is computed its values are known."""
+        return True
+
+    def rows_by_numpy(self, function: Callable[..., Any], x: Array, levels: Array) -> Array:
+        """Apply it to blocks in which the last axis is whole."""
+
+        def rows(x: Any, levels: Any) -> Any:
+            return function(x, levels).astype(x.dtype)
+
+        whole = [a.rechunk({a.ndim - 1: -1}) for a in (x, levels)]
+        return da.apply_gufunc(rows, "(n),(m)->(n)", *whole, output_dtypes=x.dtype)
+
     def gather_rows(self, x: Array, indices: Array) -> Array:
         """Gather on one worker, each matrix whole."""
 
@@ -273,19 +288,38 @@ class DaskBackend(Backend):
         ]
         return da.concatenate(blocks, axis=-2)
 
+    def heeded(
+        self,
+        attend: Attend,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+    ) -> tuple[Array, Any]:
+        """Leave it to the blocks."""
+        return attend(q, k, v, mask, options)
+
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
     ) -> tuple[Array, Array]:
         """NumPy's kernel on each block of batches and heads, in which the lengths are whole."""
         numbers = {"scale": options.scale, "softcap": options.softcap}
         lazy = {n: x.reshape(1, 1) for n, x in numbers.items() if not isinstance(x, float | None)}
+        if options.alibi is not None:
+            lazy["alibi"] = options.alibi
         signature = "(q,d),(k,d),(k,e)" + ",(s,t)" * len(lazy) + ("" if mask is None else ",(m,n)")
         arrays = (q, k, v, *lazy.values()) if mask is None else (q, k, v, *lazy.values(), mask)
 
         def block(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
-            known: dict[str, Any] = {name: x.item() for name, x in zip(lazy, rest, strict=False)}
+            known: dict[str, Any] = {
+                name: x if name == "alibi" else x.item()
+                for name, x in zip(lazy, rest, strict=False)
+            }
             mask = rest[len(lazy)] if len(rest) > len(lazy) else None
-            return numpy_attention.attention(q, k, v, mask, options._replace(**known))
+            # Values are known here, so this is where NaN is looked for.
+            backend = NumpyBackend(array_api_compat.numpy)
+            return backend.heeded(backend.attention, q, k, v, mask, options._replace(**known))
 
         out, lse = _by_matrix(block, f"{signature}->(q,e),(q)", *arrays, dtypes=[q.dtype] * 2)
         return out, lse

@@ -3,6 +3,7 @@
 Needs: jax. Under jit, grad and vmap nothing here looks at a value.
 """
 
+import functools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 
 from slra._backends.jax_attention import scanned_attention
 from slra._backends.standard import Backend, ScoreOptions
+from slra._backends.standard.hidden import Attend, finite_parts, is_same_for_all, marks
 from slra._backends.standard.sparse import index_dtype
 from slra._backends.standard.spectral import ShrunkSpectrum
 from slra._typing import Array
@@ -29,6 +31,20 @@ def _register(kind: type, arrays: tuple[str, ...], static: tuple[str, ...]) -> N
 
 
 _reshape = jax.jit(jax.numpy.reshape, static_argnums=1)
+
+
+@jax.custom_batching.custom_vmap  # type: ignore[untyped-decorator]
+def _all_finite(arrays: tuple[Array, ...]) -> Array:
+    found = [jax.numpy.all(jax.numpy.isfinite(x)) for x in arrays]
+    return functools.reduce(jax.numpy.logical_and, found)
+
+
+@_all_finite.def_vmap  # type: ignore[untyped-decorator]
+def _all_finite_in_batch(
+    size: int, is_batched: Any, arrays: tuple[Array, ...]
+) -> tuple[Array, bool]:
+    """One answer for the batch: of one for each, jax.vmap would make both branches of a condition."""
+    return _all_finite(arrays), False
 
 
 class JaxBackend(Backend):
@@ -117,6 +133,37 @@ class JaxBackend(Backend):
 
         shrink.defjvp(rule)
         return shrink(x, tau)
+
+    @property
+    def place_dtype(self) -> Any:
+        """Without 64-bit numbers, 32 bits."""
+        return jax.numpy.int64 if jax.config.jax_enable_x64 else jax.numpy.int32
+
+    def heeded(
+        self,
+        attend: Attend,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+    ) -> tuple[Array, Any]:
+        """Traced under a mask with rows and columns, look for NaN where not all is finite."""
+        arrays = (q, k, v)
+        if is_same_for_all(mask) or all(map(self.is_eager, arrays)):
+            return super().heeded(attend, q, k, v, mask, options)
+        out, lse = attend(*finite_parts(self, *arrays), mask, options)
+        q, k, v, mask = jax.tree.map(jax.lax.stop_gradient, (*arrays, mask))
+
+        def mark() -> tuple[Array, Array]:
+            return marks(self, q, k, v, mask, options)
+
+        def leave() -> tuple[Array, Array]:
+            out, lse = (jax.numpy.zeros(x.shape, x.dtype) for x in jax.eval_shape(mark))
+            return out, lse
+
+        added, added_lse = jax.lax.cond(_all_finite((q, k, v)), leave, mark)
+        return out + added, None if lse is None else lse + added_lse
 
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions

@@ -37,19 +37,20 @@ def scanned_attention(
 ) -> tuple[Array, Array]:
     """Exact attention and its log-sum-exp."""
     # Operands: as constants, each new number would be compiled for, and what was compiled kept.
-    numbers = options.scale, options.softcap
-    plain = options._replace(scale=1.0, softcap=None)
+    numbers = options.scale, options.softcap, options.alibi
+    plain = options._replace(scale=1.0, softcap=None, alibi=None)
     out, lse = _scanned(q, k, v, mask, numbers, options=plain)
     return out, lse
 
 
 @functools.partial(jax.jit, static_argnames="options")
 def _scanned(
-    q: Array, k: Array, v: Array, mask: Array | None, numbers: tuple[Any, Any], *, options: Any
+    q: Array, k: Array, v: Array, mask: Array | None, numbers: tuple[Any, ...], *, options: Any
 ) -> tuple[Array, Array]:
-    options = options._replace(scale=numbers[0], softcap=numbers[1])
+    scale, softcap, alibi = numbers
+    options = options._replace(scale=scale, softcap=softcap, alibi=alibi)
     n_queries = q.shape[-2]
-    n_tiles, height = _even(n_queries, QUERY_TILE)
+    n_tiles, height = _even(n_queries, options.tile_height(QUERY_TILE, n_queries, k.shape[-2]))
     if n_tiles == 1:
         return _rows(q, k, v, mask, 0, height, options)
 
@@ -86,35 +87,51 @@ def _rows(
     options: ScoreOptions,
 ) -> tuple[Array, Array]:
     """Attention of one tile of queries, by online softmax over the tiles of keys."""
-    diagonal = options.diagonal(q.shape[-2], k.shape[-2])
-    n_tiles, width = _even(k.shape[-2], KEY_TILE)
+    n_keys = k.shape[-2]
+    diagonal, first = options.diagonal(q.shape[-2], n_keys), options.first
+    base: Any = 0
+    if first is not None and options.is_causal:
+        # So many keys are all that this tile of queries sees.
+        n_keys = max(1, min(n_keys, height + diagonal - first))
+        base = jnp.clip(top + first, 0, k.shape[-2] - n_keys)
+    n_tiles, width = _even(n_keys, KEY_TILE)
     shape = (*scores_batch_shape(q, k, v, mask), height)
     q = lax.dynamic_slice_in_dim(q, top, height, axis=q.ndim - 2) * options.scale
 
     def add(state: SoftmaxState, start: Any) -> SoftmaxState:
-        left = jnp.minimum(start, k.shape[-2] - width)
+        left = jnp.minimum(start, base + n_keys - width)
         keys, values = (lax.dynamic_slice_in_dim(x, left, width, axis=x.ndim - 2) for x in (k, v))
         scores = capped(jnp, q @ jnp.matrix_transpose(keys), options.softcap)
         part = None if mask is None else _tile(mask, top, left, height, width)
         # The last tile begins before the one to its left ends: what that has seen is not counted twice.
         columns = left + jnp.arange(width)
+        rows = (top + jnp.arange(height))[:, None]
         seen = columns >= start
         if options.is_causal:
-            seen = seen & (columns <= (top + jnp.arange(height))[:, None] + diagonal)
+            seen = seen & (columns <= rows + diagonal)
+        if first is not None:
+            seen = seen & (columns >= rows + first)
+        if options.alibi is not None:
+            distances = jnp.abs(rows + options.position - columns).astype(scores.dtype)
+            scores = scores - options.alibi * distances
         return state.add(jnp, hide(jnp, scores, part, seen), values, lax.stop_gradient)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(state: SoftmaxState, start: Array) -> tuple[SoftmaxState, None]:
-        if not options.is_causal:
+        is_seen: Any = True
+        if options.is_causal:
+            is_seen = start <= top + height - 1 + diagonal
+        if first is not None:
+            is_seen = is_seen & (start + width - 1 >= top + first)
+        if is_seen is True:
             return add(state, start), None
-        is_seen = start <= top + height - 1 + diagonal
         return lax.cond(is_seen, add, lambda state, _: state, state, start), None
 
     state = SoftmaxState.empty(jnp, shape, v.shape[-1], dtype=q.dtype)
     if n_tiles == 1:
-        state = add(state, 0)
+        state = add(state, base)
     else:
-        state, _ = lax.scan(step, state, jnp.arange(n_tiles) * width)
+        state, _ = lax.scan(step, state, base + jnp.arange(n_tiles) * width)
     return state.result(jnp)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slra._backends import numpy_attention
+from slra._backends import numpy_attention, numpy_bits
 from slra._backends.blas_threads import workers
 from slra._backends.numpy_decode import (
     FEW_QUERIES,
@@ -189,6 +189,14 @@ class NumpyBackend(Backend):
             if np.count_nonzero(is_kept) * n == k * x.size:
                 return x * is_kept
         return super().keep_largest(x, k)
+
+    def pack_tiles(self, x: Array, widths: Array) -> Array:
+        """Pack tiles of one width together."""
+        return numpy_bits.pack_tiles(x, widths)
+
+    def unpack_blocks(self, heap: Array, widths: Array, dtype: DType) -> Array:
+        """Look up 8 integers for each byte."""
+        return numpy_bits.unpack_blocks(heap, widths, dtype)
 
     def scatter_rows(self, values: Array, indices: Array, n: int) -> Array:
         """Write the entries where they belong."""

@@ -72,24 +72,36 @@ class Arguments(NamedTuple):
         is_additive = self.mask is not None and self.mask.dtype != bool
         return NATURAL if is_additive else _fastest()
 
+    def tops(self) -> range:
+        """Where the tiles of queries begin."""
+        n_queries, n_keys = self.q.shape[-2], self.k.shape[-2]
+        return range(0, n_queries, self.options.tile_height(QUERY_TILE, n_queries, n_keys))
+
     def rows(self, top: int) -> list[Tile]:
         """Tiles of the keys that a tile of queries attends to."""
         n_queries, n_keys = self.q.shape[-2], self.k.shape[-2]
-        bottom = min(top + QUERY_TILE, n_queries)
+        bottom = min(top + self.tops().step, n_queries)
         end = self.options.last_key(bottom, n_queries, n_keys)
-        lefts = range(0, end, KEY_TILE)
+        lefts = range(self.options.first_key(top, n_keys), end, KEY_TILE)
         return [Tile(top, bottom, left, min(left + KEY_TILE, end)) for left in lefts]
 
     def n_scores(self) -> int:
-        """Count the scores, seen or not."""
-        return math.prod((*self.batch, self.q.shape[-2], self.k.shape[-2]))
+        """Count the scores of all tiles, were they as long as the one in the middle, or all keys."""
+        n_queries, n_keys = self.q.shape[-2], self.k.shape[-2]
+        if self.options.first is not None:
+            tops = self.tops()
+            n_keys = sum(tile.right - tile.left for tile in self.rows(tops[len(tops) // 2]))
+        return math.prod((*self.batch, n_queries, n_keys))
 
 
 def head(arguments: Arguments, index: tuple[int, ...]) -> Arguments:
     """One head of each array."""
     q, k, v = (at(x, index) for x in (arguments.q, arguments.k, arguments.v))
     mask = None if arguments.mask is None else at(arguments.mask, index)
-    return arguments._replace(q=q, k=k, v=v, mask=mask, batch=())
+    options = arguments.options
+    if options.alibi is not None:
+        options = options._replace(alibi=at(options.alibi, index))
+    return Arguments(q, k, v, mask, options, ())
 
 
 def at(x: Array, index: tuple[int, ...]) -> Array:
@@ -192,7 +204,7 @@ def attention(
     lse = np.full((*batch, q.shape[-2]), -np.inf, q.dtype)
 
     # Under a causal mask the last tiles are the longest: they go first, so that no thread ends late.
-    tops = range(0, q.shape[-2], QUERY_TILE)[::-1]
+    tops = arguments.tops()[::-1]
 
     def run(task: Any, buffers: Buffers) -> None:
         index, top = task
@@ -267,7 +279,12 @@ def cap(scores: Array, options: ScoreOptions, per_nat: float) -> None:
 
 
 def hide(one: Arguments, scores: Array, tile: Tile) -> None:
-    """Apply the mask and the causal bound to a tile of scores, shape (keys, queries), in place."""
+    """Apply slopes, the mask, the causal bound and the window to a tile of scores, (keys, queries), in place."""
+    if one.options.alibi is not None:
+        rows = np.arange(tile.top, tile.bottom) + one.options.position
+        distances = np.abs(np.arange(tile.left, tile.right)[:, None] - rows)
+        slope = one.options.alibi[0, 0] * scores.dtype.type(one.power().per_nat)
+        scores -= slope * distances.astype(scores.dtype)
     if one.mask is not None:
         part = tile.of(one.mask).T
         if part.dtype == bool:
@@ -280,6 +297,12 @@ def hide(one: Arguments, scores: Array, tile: Tile) -> None:
         first = max(tile.left, tile.top + diagonal + 1)
         hidden = np.arange(first, tile.right)[:, None] > np.arange(tile.top, tile.bottom) + diagonal
         np.copyto(scores[first - tile.left :], -np.inf, where=hidden)
+    start = one.options.first
+    if start is not None and tile.is_left_of(start):
+        # Keys from the first one of the last query on are seen by every query of the tile.
+        end = min(tile.right, tile.bottom - 1 + start)
+        hidden = np.arange(tile.left, end)[:, None] < np.arange(tile.top, tile.bottom) + start
+        np.copyto(scores[: end - tile.left], -np.inf, where=hidden)
 
 
 def attention_vjp(
@@ -307,7 +330,7 @@ def attention_vjp(
         np.zeros((n_parts, *k.shape), q.dtype),
         np.zeros((n_parts, *v.shape), q.dtype),
     )
-    tops = range(0, q.shape[-2], QUERY_TILE)
+    tops = arguments.tops()
     rest = [1 if alone == whole else whole for alone, whole in zip(apart, batch, strict=True)]
 
     def run(task: Any, buffers: Buffers) -> None:

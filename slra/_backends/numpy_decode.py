@@ -19,7 +19,8 @@ from slra._backends.numpy_attention import (
     hide,
     in_threads,
 )
-from slra._backends.standard.attention import ScoreOptions, Tile, scores_batch_shape
+from slra._backends.standard.attention import ScoreOptions, Tile, TileBounds, scores_batch_shape
+from slra._backends.standard.attention import hide as hide_scores
 from slra._typing import Array
 
 __all__ = ["FEW_QUERIES", "FEW_SCORES", "few_queries_attention", "few_scores_attention"]
@@ -72,7 +73,8 @@ def _few_scores(arguments: Arguments, index: tuple[int, ...], scores: Array) -> 
         for query, target in zip(q, scores, strict=True):
             np.matmul(k[chunk], query, out=target[chunk])
     cap(scores, options, per_nat)
-    if arguments.mask is not None or options.is_causal:
+    is_plain = arguments.mask is None and options.alibi is None
+    if not is_plain or not options.sees_all(len(q), len(k)):
         hide(head(arguments, index), scores.T, Tile(0, len(q), 0, end))
 
 
@@ -94,14 +96,11 @@ def few_scores_attention(
     scores = q * q.dtype.type(options.scale) @ k.swapaxes(-1, -2)
     if options.softcap is not None:
         scores = np.tanh(scores / q.dtype.type(options.softcap)) * q.dtype.type(options.softcap)
-    if mask is not None and mask.dtype != bool:
-        scores = scores + mask.astype(scores.dtype, copy=False)
-    if options.is_causal:
-        n_queries, n_keys = scores.shape[-2:]
-        seen = np.tri(n_queries, n_keys, options.diagonal(n_queries, n_keys), dtype=bool)
-        mask = seen if mask is None or mask.dtype != bool else mask & seen
-    if mask is not None and mask.dtype == bool:
-        scores = np.where(mask, scores, scores.dtype.type(-np.inf))
+    n_queries, n_keys = scores.shape[-2:]
+    diagonal = options.diagonal(n_queries, n_keys)
+    bounds = TileBounds(mask, options, Tile(0, n_queries, 0, n_keys), diagonal)
+    part, seen = bounds.additive(np, scores.dtype, None), bounds.seen(np, None)
+    scores = hide_scores(np, scores, part, seen)
     shift = scores.max(axis=-1, keepdims=True)
     shift[shift == -np.inf] = 0
     scores -= shift

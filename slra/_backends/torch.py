@@ -13,7 +13,7 @@ import torch
 import torch.utils.checkpoint
 from torch.autograd import forward_ad as _forward_mode
 
-from slra._backends import numpy_attention
+from slra._backends import numpy_attention, numpy_bits
 from slra._backends.gaussian import gaussian
 from slra._backends.standard import Backend, ScoreOptions
 from slra._backends.standard.elementwise import FloatFormat
@@ -78,6 +78,10 @@ def _as_numpy(**xs: Array | None) -> dict[str, Any]:
     keep = torch.bool, torch.float32, torch.float64
     wide = {n: x if x is None or x.dtype in keep else x.float() for n, x in xs.items()}
     return {n: x if x is None else x.detach().numpy() for n, x in wide.items()}
+
+
+def _on_numpy(options: ScoreOptions) -> ScoreOptions:
+    return options._replace(**_as_numpy(alibi=options.alibi))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -276,9 +280,9 @@ class TorchBackend(Backend):
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
     ) -> Array:
         """Torch's fused kernel, where it knows the options and the derivatives."""
-        arrays = [x for x in (q, k, v, mask) if x is not None]
+        arrays = [x for x in (q, k, v, mask, options.alibi) if x is not None]
         has_numbers = isinstance(options.scale, float) and options.softcap is None
-        if not has_numbers or _needs_formula(*arrays) or _is_recorded(mask):
+        if not has_numbers or _needs_formula(*arrays) or _is_recorded(mask, options.alibi):
             return self.attention(q, k, v, mask, options)[0]
         if _is_plain(*arrays) and _is_recorded(*arrays):
             return self.attention(q, k, v, mask, options)[0]
@@ -288,13 +292,14 @@ class TorchBackend(Backend):
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
     ) -> tuple[Array, Array]:
         """On a CPU torch's own kernel, or NumPy's; elsewhere, and for derivatives of all kinds, tiles of torch."""
-        arrays = [x for x in (q, k, v, mask) if x is not None]
+        arrays = [x for x in (q, k, v, mask, options.alibi) if x is not None]
         if not isinstance(options.scale, float):
             q, options = self._widened(q) * options.scale, options._replace(scale=1.0)
             k, v = self._widened(k), self._widened(v)
         is_formula = _needs_formula(*arrays)
         has_numbers = isinstance(options.softcap, float | None)
-        if not is_formula and has_numbers and _is_plain(*arrays) and not _is_recorded(mask):
+        is_constant = has_numbers and not _is_recorded(mask, options.alibi)
+        if not is_formula and is_constant and _is_plain(*arrays):
             if _is_recorded(*arrays):
                 found: tuple[Array, Array] = _Recorded.apply(q, k, v, mask, options, self)
                 return found
@@ -317,7 +322,9 @@ class TorchBackend(Backend):
             return out.to(dtype), lse
         by_name = _as_numpy(q=q, k=k, v=v, mask=mask)
         threads = torch.get_num_threads()
-        out, lse = numpy_attention.attention(**by_name, options=options, most_threads=threads)
+        out, lse = numpy_attention.attention(
+            **by_name, options=_on_numpy(options), most_threads=threads
+        )
         return torch.from_numpy(out).to(dtype), torch.from_numpy(lse)
 
     def attention_vjp(
@@ -332,7 +339,8 @@ class TorchBackend(Backend):
         grad_out: Array,
     ) -> tuple[Array, Array, Array]:
         """As `attention`."""
-        arrays = [x for x in (q, k, v, mask, lse, delta, grad_out) if x is not None]
+        given = (q, k, v, mask, options.alibi, lse, delta, grad_out)
+        arrays = [x for x in given if x is not None]
         numbers = options.scale, options.softcap
         is_constant = all(isinstance(x, float | None) for x in numbers) and _is_plain(*arrays)
         if not is_constant or _needs_formula(*arrays) or _is_recorded(*arrays):
@@ -344,7 +352,7 @@ class TorchBackend(Backend):
                 return found
         by_name = _as_numpy(q=q, k=k, v=v, mask=mask, lse=lse, delta=delta, grad_out=grad_out)
         dq, dk, dv = numpy_attention.attention_vjp(
-            **by_name, options=options, most_threads=torch.get_num_threads()
+            **by_name, options=_on_numpy(options), most_threads=torch.get_num_threads()
         )
         return torch.from_numpy(dq), torch.from_numpy(dk), torch.from_numpy(dv)
 
@@ -358,6 +366,19 @@ class TorchBackend(Backend):
         area = max(1 << 14, (1 << 19) // max(1, n_matrices))
         width = min(1024, max(256, 1 << (area.bit_length() // 2)))
         return area // width, width
+
+    def pack_tiles(self, x: Array, widths: np.ndarray[Any, Any]) -> Array:
+        """Let NumPy do it where memory is shared with it."""
+        if x.device.type != "cpu":
+            return super().pack_tiles(x, widths)
+        return torch.from_numpy(numpy_bits.pack_tiles(x.numpy(), widths))
+
+    def unpack_blocks(self, heap: Array, widths: np.ndarray[Any, Any], dtype: Any) -> Array:
+        """Let NumPy look up 8 integers for each byte where memory is shared with it."""
+        if heap.device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+            return super().unpack_blocks(heap, widths, dtype)
+        kind = np.float32 if dtype == torch.float32 else np.float64
+        return torch.from_numpy(numpy_bits.unpack_blocks(heap.numpy(), widths, kind))
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Fetch the values from the device."""

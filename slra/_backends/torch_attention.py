@@ -14,6 +14,7 @@ from torch.nn import functional
 from slra._backends.standard.attention import (
     ScoreOptions,
     Tile,
+    TileBounds,
     combine_masks,
     scores_batch_shape,
     sum_to,
@@ -71,10 +72,10 @@ def _keeps_nan() -> bool:
 
 
 class _Part(NamedTuple):
-    """Some queries, how many keys they see from the first, and what the kernel is told about the rest."""
+    """Some queries, the keys from the first to the last that they see, and what the kernel is told about the rest."""
 
     rows: slice
-    n_keys: int
+    keys: slice
     mask: Array | None
     is_causal: bool
 
@@ -82,26 +83,27 @@ class _Part(NamedTuple):
 def _parts(q: Array, k: Array, mask: Array | None, options: ScoreOptions) -> Iterator[_Part]:
     """Cut the queries so that no mask that has to be written out is large."""
     n_queries, n_keys = q.shape[-2], k.shape[-2]
-    diagonal = options.diagonal(n_queries, n_keys)
-    is_causal = options.is_causal and diagonal < n_keys - 1
-    if mask is None and not is_causal:
-        yield _Part(slice(0, n_queries), n_keys, None, False)
+    diagonal, sees_all = options.diagonal(n_queries, n_keys), options.sees_all(n_queries, n_keys)
+    rows, keys = slice(0, n_queries), slice(0, n_keys)
+    is_plain = mask is None and options.alibi is None
+    if is_plain and sees_all:
+        yield _Part(rows, keys, None, False)
         return
-    if mask is None and diagonal == 0:
-        yield _Part(slice(0, n_queries), n_keys, None, True)
+    if is_plain and diagonal == 0 and options.is_causal and options.first is None:
+        yield _Part(rows, keys, None, True)
         return
-    if not is_causal and mask is not None and mask.shape[-2] == 1:
-        yield _Part(slice(0, n_queries), n_keys, mask, False)
+    if sees_all and mask is not None and mask.shape[-2] == 1 and options.alibi is None:
+        yield _Part(rows, keys, mask, False)
         return
-    for top in range(0, n_queries, QUERY_TILE):
-        bottom = min(top + QUERY_TILE, n_queries)
-        tile = Tile(top, bottom, 0, options.last_key(bottom, n_queries, n_keys))
-        part = None if mask is None else tile.of(mask)
-        if options.is_causal and tile.crosses(diagonal):
-            rows = torch.arange(top, bottom, device=q.device)[:, None]
-            seen = torch.arange(tile.right, device=q.device) <= rows + diagonal
-            part = combine_masks(torch, part, seen)
-        yield _Part(slice(top, bottom), tile.right, part, False)
+    height = options.tile_height(QUERY_TILE, n_queries, n_keys)
+    for top in range(0, n_queries, height):
+        bottom = min(top + height, n_queries)
+        left, right = options.first_key(top, n_keys), options.last_key(bottom, n_queries, n_keys)
+        tile = Tile(top, bottom, left, max(left, right))
+        bounds = TileBounds(mask, options, tile, diagonal)
+        part, seen = bounds.additive(torch, q.dtype, q.device), bounds.seen(torch, q.device)
+        part = part if seen is None else combine_masks(torch, part, seen)
+        yield _Part(slice(top, bottom), slice(tile.left, tile.right), part, False)
 
 
 class _Layout:
@@ -196,7 +198,7 @@ def _joined(
         q, options = q * options.scale, options._replace(scale=1.0)
     parts = []
     for part in _parts(q, k, mask, options):
-        if part.n_keys == 0:
+        if part.keys.start == part.keys.stop:
             shape = (*scores_batch_shape(q, k, v, mask), part.rows.stop - part.rows.start)
             like = {"dtype": q.dtype, "device": q.device}
             out = torch.zeros((*shape, v.shape[-1]), **like)
@@ -213,8 +215,8 @@ def _joined(
 def _cut(q: Array, k: Array, v: Array, part: _Part) -> tuple[Array, Array, Array]:
     if part.rows.stop - part.rows.start < q.shape[-2]:
         q = q[..., part.rows, :]
-    if part.n_keys < k.shape[-2]:
-        k, v = k[..., : part.n_keys, :], v[..., : part.n_keys, :]
+    if part.keys.stop - part.keys.start < k.shape[-2]:
+        k, v = k[..., part.keys, :], v[..., part.keys, :]
     return q, k, v
 
 
@@ -299,7 +301,7 @@ def kernel_gradients(
     lse = torch.where(lse == -torch.inf, 0.0, lse)
     dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
     for part in _parts(q, k, mask, options):
-        if part.n_keys == 0:
+        if part.keys.start == part.keys.stop:
             dq.append(torch.zeros_like(q[..., part.rows, :]))
             continue
         rows = [x[..., part.rows, :] for x in (grad_out, out, lse.unsqueeze(-1))]
@@ -307,9 +309,8 @@ def kernel_gradients(
         if found is None:
             return None
         dq.append(found[0])
-        keys = slice(0, part.n_keys)
-        dk[..., keys, :] += found[1]
-        dv[..., keys, :] += found[2]
+        dk[..., part.keys, :] += found[1]
+        dv[..., part.keys, :] += found[2]
     dq = dq[0] if len(dq) == 1 else torch.cat(dq, dim=-2)
     return (dq if factor == 1.0 else dq * factor), dk, dv
 

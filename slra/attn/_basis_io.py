@@ -8,11 +8,14 @@ import numpy as np
 from slra._files import Arrays, File, npz, write_file
 from slra._npz import read_npz
 from slra._validate import resolve
+from slra.attn.coding import STEPS, Coding
 
-__all__ = ["MAPS", "NAMES", "read_bases", "shapes_of", "write_bases"]
+__all__ = ["CODING", "MAPS", "NAMES", "read_bases", "shapes_of", "write_bases"]
 
 MAPS = ("wq", "wk", "wv", "uv", "c", "mu")
 NAMES = (*MAPS, "error")
+# The parts of `slra.attn.coding.Coding`, which a basis may lack.
+CODING = tuple(f"coding_{name}" for name in Coding._fields)
 
 
 def write_bases(path: File, bases: Mapping[str, Any], *, layered: bool) -> None:
@@ -28,7 +31,11 @@ def write_bases(path: File, bases: Mapping[str, Any], *, layered: bool) -> None:
 def _arrays_of(basis: Any) -> Arrays:
     backend = resolve(basis=basis.wq)
     arrays: Arrays = {name: backend.to_numpy(getattr(basis, name)) for name in NAMES}
-    return {**arrays, "ranks": np.asarray(basis.ranks, dtype=np.int64)}
+    if basis.coding is not None:
+        coded = zip(CODING, basis.coding, strict=True)
+        arrays |= {name: backend.to_numpy(x) for name, x in coded}
+    ranks = np.asarray(basis.ranks, dtype=np.int64)
+    return {**arrays, "ranks": ranks, "is_held_out": np.asarray(bool(basis.is_held_out))}
 
 
 def read_bases(path: File, writer: str, *, layered: bool) -> dict[str, Arrays]:
@@ -62,23 +69,35 @@ def _by_layer(arrays: Arrays, *, layered: bool) -> dict[str, Arrays]:
 
 def _check_shapes(arrays: Arrays) -> None:
     """Raise ValueError unless names, dtypes and shapes belong together."""
-    if set(arrays) != {*NAMES, "ranks"}:
+    coded = CODING if any(name in arrays for name in CODING) else ()
+    if set(arrays) != {*NAMES, *coded, "ranks", "is_held_out"}:
         raise ValueError(f"it holds {sorted(arrays)}")
-    floating = [arrays[name] for name in NAMES]
+    floating = [arrays[name] for name in (*NAMES, *coded)]
     if any(x.dtype != floating[0].dtype for x in floating) or floating[0].dtype.kind != "f":
         raise ValueError("its arrays are not of one real floating dtype")
     expected = shapes_of(arrays["wq"], arrays["wk"], arrays["wv"])
-    expected["ranks"] = (*expected.pop("ranks"), 2)
+    expected["ranks"], expected["is_held_out"] = (*expected.pop("ranks"), 2), ()
+    if coded:
+        expected |= _shapes_of_coding(arrays["wk"], arrays["wv"])
     for name, shape in expected.items():
         if arrays[name].shape != shape:
             raise ValueError(f"its {name} has shape {arrays[name].shape}, not {shape}")
     if arrays["ranks"].dtype.kind != "i":
         raise ValueError(f"its ranks are {arrays['ranks'].dtype}, not integers")
+    if arrays["is_held_out"].dtype.kind != "b":
+        raise ValueError(f"its is_held_out is {arrays['is_held_out'].dtype}, not boolean")
+
+
+def _shapes_of_coding(wk: Any, wv: Any) -> dict[str, tuple[int, ...]]:
+    lead, d, d_v, n = tuple(wk.shape[:-2]), wk.shape[-2], wv.shape[-2], len(STEPS)
+    last = ((d, d), (d, d), (d_v, d_v), (1, d), (1, d_v), (d,), (d_v,), (n,), (n,))
+    return {name: (*lead, *shape) for name, shape in zip(CODING, last, strict=True)}
 
 
 def _check_values(arrays: Arrays) -> None:
     """Raise ValueError unless all is finite, and no rank beyond the width of its map."""
-    if not all(bool(np.all(np.isfinite(arrays[name]))) for name in NAMES):
+    named = [x for name, x in arrays.items() if name not in ("ranks", "is_held_out")]
+    if not all(bool(np.all(np.isfinite(x))) for x in named):
         raise ValueError("it holds NaN or infinity")
     ranks, most = arrays["ranks"], (arrays["wk"].shape[-1], arrays["wv"].shape[-1])
     if np.any(ranks < 1) or np.any(ranks > most):

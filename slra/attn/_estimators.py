@@ -9,8 +9,8 @@ from typing import NamedTuple
 from slra._backends import Backend
 from slra._typing import Array, Namespace
 from slra.attn.maps import Maps
-from slra.attn.problem import AttentionProblem
-from slra.attn.rows import row_weights, sample_rows, take_rows
+from slra.attn.problem import AttentionProblem, Seen
+from slra.attn.rows import Rows, row_weights, sample_seen_rows, take_rows
 from slra.svd.truncated import thin_svd
 
 __all__ = ["METHODS", "Factors", "RowSample", "fit_output", "fit_scores", "fit_svd"]
@@ -23,9 +23,10 @@ N_MOMENT_ROWS = 1024
 class RowSample(NamedTuple):
     """What a fit uses: rows of the attention matrix, and the keys that are not left to exact scores."""
 
-    rows: list[int]
+    rows: Rows
     pool_batch: bool = False
     keep: Array | None = None  # (..., H, Nk): False for keys that stay exact
+    seen: Seen = Seen(None, None)  # what takes part; the rest of the problem is zero
 
 
 class Factors(NamedTuple):
@@ -69,14 +70,13 @@ def fit_scores(problem: AttentionProblem, sample: RowSample) -> Factors:
     backend, xp = problem.backend, problem.xp
     q = _pooled(_of_key_heads(problem.q, xp), sample, xp)
     q = _triangle(q / _peak(q, xp), backend)
-    k, v = _pooled(problem.k, sample, xp), _pooled(problem.v, sample, xp)
-    c, mu = xp.mean(k, axis=-2, keepdims=True), xp.mean(v, axis=-2, keepdims=True)
+    (k, c), (v, mu) = (_centred(x, sample, xp) for x in (problem.k, problem.v))
     # Scales of Q and K do not matter: what one map is multiplied by, the other is divided by.
-    _, S, Vh = backend.small_svd(_triangle((k - c) / _peak(k, xp), backend))
+    _, S, Vh = backend.small_svd(_square(_triangle(k / _peak(k, xp), backend), backend))
     root = _floored(S, k.shape[-1] * xp.finfo(k.dtype).eps, xp)[..., None, :]
     V = xp.matrix_transpose(Vh)
-    Y = xp.matrix_transpose(thin_svd(q @ (V * root), backend)[2])
-    wv = _right_vectors(v - mu, backend)
+    Y = _right_vectors(q @ (V * root), backend)
+    wv = _right_vectors(v, backend)
     return Factors((V * root) @ Y, (V / root) @ Y, wv, c, mu)
 
 
@@ -89,6 +89,9 @@ def fit_output(problem: AttentionProblem, sample: RowSample) -> Factors:
     """
     backend, xp = problem.backend, problem.xp
     rows = row_weights(problem, take_rows(problem.q, sample.rows, backend), problem.k, sample.rows)
+    if sample.seen.queries is not None and isinstance(sample.rows, list):
+        # All rows: those that take no part may still see something.
+        rows = rows * xp.astype(sample.seen.queries, rows.dtype)[..., None]
     rows = _of_key_heads(rows, xp)
     if sample.keep is not None:
         rows = rows * xp.astype(sample.keep, rows.dtype)[..., None, None, :]
@@ -133,9 +136,23 @@ def _pooled(x: Array, sample: RowSample, xp: Namespace) -> Array:
     return xp.reshape(x, (*x.shape[:2], -1, x.shape[-1]))
 
 
+def _centred(x: Array, sample: RowSample, xp: Namespace) -> tuple[Array, Array]:
+    """Keys or values less their mean, over those that are seen, and the mean."""
+    pooled = _pooled(x, sample, xp)
+    if sample.seen.keys is None:
+        mean = xp.mean(pooled, axis=-2, keepdims=True)
+        return pooled - mean, mean
+    seen = _pooled(xp.astype(sample.seen.keys, x.dtype)[..., None], sample, xp)
+    mean = xp.sum(pooled, axis=-2, keepdims=True) / _positive(
+        xp.sum(seen, axis=-2, keepdims=True), xp
+    )
+    return (pooled - mean) * seen, mean
+
+
 def _some_queries(problem: AttentionProblem, sample: RowSample) -> Array:
     """Take queries that stand for all, (..., H, 1, rows, D)."""
-    rows = sample_rows(problem.q.shape[-2], N_MOMENT_ROWS, None)
+    backend, n = problem.backend, problem.q.shape[-2]
+    rows = sample_seen_rows(sample.seen.queries, n, N_MOMENT_ROWS, None, backend)
     q = _of_key_heads(take_rows(problem.q, rows, problem.backend), problem.xp)
     return _pooled(q, sample, problem.xp)
 
@@ -146,14 +163,15 @@ def _triangle(x: Array, backend: Backend) -> Array:
 
 
 def _right_vectors(x: Array, backend: Backend) -> Array:
-    """Right singular vectors, as columns; the scale does not matter, but squares are to stay in range."""
-    return backend.xp.matrix_transpose(thin_svd(x / _peak(x, backend.xp), backend)[2])
+    """All right singular vectors, as columns; the scale does not matter, but squares are to stay in range."""
+    x = _square(x / _peak(x, backend.xp), backend)
+    return backend.xp.matrix_transpose(thin_svd(x, backend)[2])
 
 
 def _square(x: Array, backend: Backend) -> Array:
     """Append rows of zeros to a wide matrix: its singular value decomposition then has all right vectors."""
     n_missing = x.shape[-1] - x.shape[-2]
-    if n_missing == 0:
+    if n_missing <= 0:
         return x
     shape, device = (*x.shape[:-2], n_missing, x.shape[-1]), backend.creation_device(x)
     return backend.xp.concat([x, backend.xp.zeros(shape, dtype=x.dtype, device=device)], axis=-2)

@@ -12,7 +12,7 @@ from slra.attn.exact import (
 )
 from slra.attn.maps import Maps, mapped_output
 from slra.attn.problem import AttentionProblem, Three
-from slra.attn.rows import row_weights, take_rows
+from slra.attn.rows import Rows, row_weights, take_rows
 
 __all__ = [
     "ExactKeys",
@@ -30,7 +30,7 @@ class ExactKeys(NamedTuple):
     keep: Array  # (..., H, Nk), False for keys that stay exact: they are not left to the low rank
 
 
-def find_exact_keys(problem: AttentionProblem, rows: list[int], n_exact: int) -> ExactKeys:
+def find_exact_keys(problem: AttentionProblem, rows: Rows, n_exact: int) -> ExactKeys:
     """Take the keys that receive most attention from these rows, over the query heads that share them."""
     backend, xp = problem.backend, problem.xp
     weights = row_weights(problem, take_rows(problem.q, rows, backend), problem.k, rows)

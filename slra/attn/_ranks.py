@@ -8,7 +8,7 @@ from slra._typing import Array, Namespace
 from slra.attn._estimators import Factors
 from slra.attn.maps import Maps, carry_shift
 from slra.attn.problem import AttentionProblem
-from slra.attn.rows import row_weights, take_rows
+from slra.attn.rows import Rows, row_weights, take_rows
 
 __all__ = ["Ranks", "choose_ranks", "mask_ranks", "output_error"]
 
@@ -21,7 +21,7 @@ N_TRIALS = 64
 class ExactRows(NamedTuple):
     """Sampled rows, with what their errors are relative to."""
 
-    rows: list[int]
+    rows: Rows
     q: Array  # (..., H, G, S, D)
     centred: Array  # output less mu, over the norm of the output, (..., H, G, S, Dv)
     norm: Array  # (..., H, G, 1, 1)
@@ -29,18 +29,26 @@ class ExactRows(NamedTuple):
 
 
 def output_error(
-    problem: AttentionProblem, maps: Maps, rows: list[int], *, pool_batch: bool
+    problem: AttentionProblem,
+    maps: Maps,
+    rows: Rows,
+    counted: Array | None = None,
+    *,
+    pool_batch: bool,
 ) -> Array:
-    """Relative Frobenius error of these rows of the output, (..., H, G)."""
-    exact = _exact_rows(problem, maps.mu, rows, pool_batch=pool_batch)
-    error = _approximate_rows(problem, maps, exact) @ maps.uv - exact.centred
+    """Relative Frobenius error of these rows of the output, or of those ``counted`` (..., H, G, S), (..., H, G)."""
+    exact = _exact_rows(problem, maps.mu, rows, counted, pool_batch=pool_batch)
+    error = _approximate_rows(problem, maps, exact) @ maps.uv
+    if counted is not None:
+        error = error * problem.xp.astype(counted, error.dtype)[..., None]
+    error = error - exact.centred
     return problem.xp.sqrt(problem.xp.sum(error * error, axis=exact.axes))
 
 
 def choose_ranks(
     problem: AttentionProblem,
     factors: Factors,
-    rows: list[int],
+    rows: Rows,
     rtol: float,
     limits: tuple[int, int],
     *,
@@ -68,7 +76,9 @@ def mask_ranks(factors: Factors, ranks: Ranks, problem: AttentionProblem) -> Fac
     xp, backend = problem.xp, problem.backend
 
     def mask(x: Array, which: int) -> Array:
-        numbers = backend.from_numpy(np.asarray([pair[which] for pair in ranks]), x, xp.int64)
+        numbers = backend.from_numpy(
+            np.asarray([pair[which] for pair in ranks]), x, backend.place_dtype
+        )
         columns = xp.arange(x.shape[-1], device=backend.creation_device(x))
         return x * xp.astype(columns < numbers[:, None], x.dtype)[:, None, None, :]
 
@@ -78,11 +88,18 @@ def mask_ranks(factors: Factors, ranks: Ranks, problem: AttentionProblem) -> Fac
 
 
 def _exact_rows(
-    problem: AttentionProblem, mu: Array, rows: list[int], *, pool_batch: bool
+    problem: AttentionProblem,
+    mu: Array,
+    rows: Rows,
+    counted: Array | None = None,
+    *,
+    pool_batch: bool,
 ) -> ExactRows:
     """Compute some rows of the output; pooled over the batch, the error is that of the whole batch."""
     q = take_rows(problem.q, rows, problem.backend)
     weights = row_weights(problem, q, problem.k, rows)
+    if counted is not None:
+        weights = weights * problem.xp.astype(counted, weights.dtype)[..., None]
     axes = (*range(q.ndim - 4), -2, -1) if pool_batch else (-2, -1)
     norm = _norm(weights @ problem.v, axes, problem.xp)
     centred = weights @ (problem.v - mu) / norm
@@ -120,7 +137,7 @@ def _errors(problem: AttentionProblem, factors: Factors, exact: ExactRows, rank_
 def _first_within(errors: Array, rtol: float, xp: Namespace) -> list[int]:
     """Return for each key head the first rank at which all its errors are within ``rtol``; 0 if there is none."""
     within = xp.all(errors <= rtol, axis=(*range(errors.ndim - 3), -2))
-    first = xp.argmax(xp.astype(within, xp.int64), axis=-1) + 1
+    first = xp.argmax(xp.astype(within, xp.int32), axis=-1) + 1
     first = xp.where(xp.any(within, axis=-1), first, 0)
     return [int(first[head]) for head in range(first.shape[0])]
 

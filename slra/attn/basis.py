@@ -9,7 +9,8 @@ from slra._backends.ambient import isolated
 from slra._files import File
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
 from slra._validate import check_flag, check_rank, promote, resolve, shown
-from slra.attn._basis_io import MAPS, NAMES, read_bases, shapes_of, write_bases
+from slra.attn._basis_io import CODING, MAPS, NAMES, read_bases, shapes_of, write_bases
+from slra.attn.coding import Coding
 from slra.attn.maps import Maps, mapped_output
 from slra.attn.problem import AttentionProblem, make_problem
 
@@ -82,7 +83,12 @@ class AttentionBasis:
     ranks : tuple of (int, int)
         Rank of queries and keys, and rank of values, for each key head. Columns beyond a head's rank are zero.
     error : array, shape (..., Hq)
-        Predicted relative Frobenius error of the output, on the data of the fit.
+        Predicted relative Frobenius error of the output, see `fit_attention`.
+    is_held_out : bool
+        Whether ``error`` is of queries that the fit behind it has not seen.
+    coding : Coding, or None
+        Coordinates of all dimensions in which `KVCache` rounds to bits, and the importance of each. None where the
+        arrays of the fit were lazy or traced.
 
     Notes
     -----
@@ -111,6 +117,8 @@ class AttentionBasis:
     mu: Array
     ranks: tuple[tuple[int, int], ...]
     error: Array
+    is_held_out: bool = False
+    coding: Coding | None = None
 
     def __repr__(self) -> str:
         """Shapes, ranks, dtype, bytes and, where it is concrete, the error, on three lines."""
@@ -160,6 +168,11 @@ class AttentionBasis:
         mask: AnyArray | None = None,
         is_causal: bool = False,
         causal_align: CausalAlign | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        lengths_q: Any = None,
+        lengths_k: Any = None,
+        sinks: AnyArray | None = None,
+        alibi: AnyArray | None = None,
         scale: float | AnyArray | None = None,
         enable_gqa: bool = False,
         softcap: float | AnyArray | None = None,
@@ -171,7 +184,8 @@ class AttentionBasis:
         ----------
         q, k, v : array
             As in `attention`, with the heads and widths the basis was fitted on; any lengths.
-        mask, is_causal, causal_align, scale, enable_gqa, softcap, return_lse
+        mask, is_causal, causal_align, window, lengths_q, lengths_k, sinks, alibi, scale, enable_gqa, softcap
+        return_lse
             As in `attention`. The default scale is ``1/sqrt(D)`` of the original D.
 
         Returns
@@ -193,14 +207,23 @@ class AttentionBasis:
             mask=mask,
             is_causal=is_causal,
             causal_align=causal_align,
+            window=window,
+            lengths_q=lengths_q,
+            lengths_k=lengths_k,
+            sinks=sinks,
+            alibi=alibi,
             scale=scale,
             enable_gqa=enable_gqa,
             softcap=softcap,
+            may_be_empty=True,
         )
         problem = check_basis(self, problem)
         check_flag(return_lse, "return_lse")
         with (same_bits := problem.backend.same_bits()), same_bits:
-            small, lse = mapped_output(problem, Maps.of(self, problem), with_lse=return_lse)
+            with_lse = return_lse or sinks is not None
+            small, lse = mapped_output(problem, Maps.of(self, problem), with_lse=with_lse)
+            if lse is not None:
+                small, lse = problem.with_sinks(small, lse)
             out: ArrayT = problem.answer(small)
         return (out, problem.answer_lse(lse)) if return_lse else out
 
@@ -226,7 +249,7 @@ class AttentionBasis:
             As in `attend`.
         """
         has_shared_heads = _n_heads(self.wq) != _n_heads(self.wk)
-        problem = make_problem(q, k, v, enable_gqa=has_shared_heads)
+        problem = make_problem(q, k, v, enable_gqa=has_shared_heads, may_be_empty=True)
         problem = check_basis(self, problem)
         with problem.backend.ignore_overflow():
             small = Maps.of(self, problem).project(problem)
@@ -322,7 +345,8 @@ class AttentionBasis:
         ----------
         path : str, path-like or file opened for bytes
         like : array, optional
-            Whose library, device and dtype the arrays get; NumPy, and the dtype saved, by default.
+            Whose library, device and dtype the arrays get, float32 for half precision; NumPy, and the dtype saved, by
+            default.
 
         Returns
         -------
@@ -352,14 +376,24 @@ def load_bases(
 
 
 def _basis_from(arrays: Mapping[str, Any], like: Array | None) -> AttentionBasis:
-    """Make a basis of the arrays that were stored, in the library, dtype and device of ``like``."""
+    """Make a basis of the arrays that were stored, in the library, dtype and device of ``like``.
+
+    No narrower than float32, as a fit to half precision has it: problems in half precision are computed in that.
+    """
     named = dict(arrays)
-    ranks = tuple((int(qk), int(v)) for qk, v in named.pop("ranks"))
+    static: dict[str, Any] = {
+        "ranks": tuple((int(qk), int(v)) for qk, v in named.pop("ranks")),
+        "is_held_out": bool(named.pop("is_held_out")),
+    }
+    if like is not None:
+        backend = resolve(like=like)
+        dtype = promote(backend, allow_complex=False, like=like).arrays[0].dtype
+        named = {name: backend.from_numpy(x, like, dtype) for name, x in named.items()}
+    coded = {name: named.pop(name) for name in CODING if name in named}
+    named["coding"] = Coding(**{name[7:]: x for name, x in coded.items()}) if coded else None
     if like is None:
-        return AttentionBasis(**named, ranks=ranks)
-    backend = resolve(like=like)
-    named = {name: backend.from_numpy(x, like) for name, x in named.items()}
-    basis: AttentionBasis = backend.make_dataclass(AttentionBasis, named, {"ranks": ranks})
+        return AttentionBasis(**named, **static)
+    basis: AttentionBasis = backend.make_dataclass(AttentionBasis, named, static)
     return basis
 
 
@@ -437,7 +471,8 @@ def _size(basis: AttentionBasis) -> str:
         return f"{dtype}, {n_bytes:,} bytes"
     low, high = (float(f(basis.error)) for f in (backend.xp.min, backend.xp.max))
     error = f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
-    return f"{dtype}, {n_bytes:,} bytes, error {error}"
+    kind = "held out" if basis.is_held_out else "in sample"
+    return f"{dtype}, {n_bytes:,} bytes, error {error} {kind}"
 
 
 def _ranks(ranks: Any) -> str:

@@ -1,17 +1,28 @@
 """Exact attention in memory linear in the length of the sequence, its gradient, and the merge of its parts."""
 
+import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from slra._backends.ambient import isolated
+from slra._backends.standard.attention import scores_batch_shape, sum_to
+from slra._backends.standard.hidden import finite_gradients
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign, Namespace
 from slra._validate import check_flag, promote, resolve
 from slra.attn.problem import AttentionProblem, Three, make_problem
+from slra.attn.sequences import (
+    OutputGradient,
+    by_sequence,
+    gradients_by_sequence,
+    put_rows,
+    slope_gradient_by_sequence,
+)
 
 __all__ = [
     "OutputGradient",
     "attention",
     "attention_vjp",
+    "by_head_gradients",
     "exact_gradients",
     "exact_output",
     "exact_output_and_lse",
@@ -57,6 +68,11 @@ def attention(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    lengths_q: Any = None,
+    lengths_k: Any = None,
+    sinks: AnyArray | None = None,
+    alibi: AnyArray | None = None,
     scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
@@ -79,6 +95,21 @@ def attention(
     causal_align : {"bottom_right", "top_left"} or int, optional
         Which key a query sees last: whether the last query meets the last key, or the first the first, or at which
         key the first query stands. Must be given where ``is_causal`` and Nq is not Nk; elsewhere both are one.
+    window : (int or None, int or None), optional
+        How many keys a query sees before and after its own, None (or -1) for all: query i, at key p = i plus what
+        ``causal_align`` says, sees keys p - left to p + right, and with ``is_causal`` none after p. What is outside is
+        not computed.
+    lengths_q, lengths_k : sequence or array of int, optional
+        Lengths of sequences. Of shape (...), one number for each element of the batch (the axes before the heads): what
+        is behind is padding, whose keys are hidden and whose queries get 0. Of shape (..., S), or (S,) where there is
+        one row: S sequences are packed in a row, one after another, each of which attends to itself; then both must be
+        given, and add up to Nq and Nk. ``causal_align`` counts in each sequence by itself, and "bottom_right" puts its
+        last query at its last key. Known values (a list, say) let each sequence take the time it takes alone.
+    sinks : array, shape (..., Hq), optional
+        One more score for each query head, of a key whose value is 0: it takes its share of the softmax. It is neither
+        scaled nor capped, and counts in the log-sum-exp.
+    alibi : array, shape (..., Hq), optional
+        Slopes: a score loses slope times the distance of its key from the query's place p, after the softcap.
     scale : float or 0-d array, optional
         Factor on the products of queries and keys, ``1/sqrt(D)`` by default. An array may be traced or learned: its
         gradient is that of any other argument, and its values are not looked at.
@@ -101,13 +132,19 @@ def attention(
     TypeError
         If an array is not real floating, or they come from different libraries.
     ValueError
-        If shapes do not fit, an axis is empty, arrays are on different devices, or ``causal_align`` is missing.
+        If shapes do not fit, D is 0, arrays are on different devices, lengths do not add up, or
+        ``causal_align`` is missing: with a window or slopes too it must be given where Nq is not Nk.
 
     Notes
     -----
     .. math:: \operatorname{softmax}(s Q K^T + M) V
 
-    NaN and infinities in the input propagate. Scores, and sums of values over the keys, have to be in the range of the
+    NaN and infinities in the input propagate, but for those that a mask (boolean, or -inf) or causality hides: a hidden
+    key or value does not matter, whatever it holds, and neither does a query that sees nothing. Under a mask or
+    causality a query that sees an infinite key gets NaN. (In a function that torch compiles or transforms, under a mask
+    that differs from query to query, this holds for what is hidden from all queries.) Without keys the output is 0.
+
+    Scores, and sums of values over the keys, have to be in the range of the
     dtype computed in: where they are not, the output is NaN or infinite too.
 
     References
@@ -130,30 +167,61 @@ def attention(
         mask=mask,
         is_causal=is_causal,
         causal_align=causal_align,
+        window=window,
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+        sinks=sinks,
+        alibi=alibi,
         scale=scale,
         enable_gqa=enable_gqa,
         softcap=softcap,
-        keep_half=True,
+        keep_half=return_lse is False,
+        may_be_empty=True,
     )
     out: ArrayT
-    if not check_flag(return_lse, "return_lse"):
+    if not check_flag(return_lse, "return_lse") and sinks is None:
         out = problem.answer(exact_output(problem))
         return out
-    found, lse = exact_output_and_lse(problem)
+    found, lse = problem.with_sinks(*exact_output_and_lse(problem))
     out = problem.answer(found)
-    return out, problem.answer_lse(lse)
+    return (out, problem.answer_lse(lse)) if return_lse else out
 
 
 def exact_output_and_lse(problem: AttentionProblem) -> tuple[Array, Array]:
-    """Attention and its log-sum-exp, laid out as the problem is, in the dtype computed in."""
-    q, k, v, mask, options, backend, *_ = problem
-    return backend.attention(q, k, v, mask, options)
+    """Attention without sinks and its log-sum-exp, laid out as the problem is, in the dtype computed in."""
+    if problem.is_empty:
+        return _empty_output(problem)
+    if problem.lengths is not None:
+        out, lse = by_sequence(problem, exact_output_and_lse)
+        return out, lse
+    backend, (small, _) = problem.backend, problem.without_unseen_keys()
+    out, lse = backend.heeded(backend.attention, *small[:5])
+    return out, lse
 
 
 def exact_output(problem: AttentionProblem) -> Array:
-    """Attention where nobody asks for the log-sum-exp: some libraries are faster then."""
-    q, k, v, mask, options, backend, *_ = problem
-    return backend.attention_output(q, k, v, mask, options)
+    """Attention without sinks where nobody asks for the log-sum-exp: some libraries are faster then."""
+    if problem.is_empty:
+        return _empty_output(problem)[0]
+    if problem.lengths is not None:
+        out, *_ = by_sequence(problem, lambda part: (exact_output(part),))
+        return out
+    backend, (small, _) = problem.backend, problem.without_unseen_keys()
+
+    def attend(*given: Any) -> tuple[Array, None]:
+        return backend.attention_output(*given), None
+
+    return backend.heeded(attend, *small[:5])[0]
+
+
+def _empty_output(problem: AttentionProblem) -> tuple[Array, Array]:
+    """Zeros and -inf, to which gradients lead all the same."""
+    xp, q, v = problem.xp, problem.q, problem.v
+    shape = (*scores_batch_shape(q, problem.k, v, problem.mask), q.shape[-2])
+    like = {"dtype": q.dtype, "device": problem.backend.creation_device(q)}
+    zero = sum(xp.sum(x[..., :0, :]) for x in problem[:3])
+    out = xp.zeros((*shape, v.shape[-1]), **like) + zero
+    return out, xp.full(shape, -math.inf, **like) + zero
 
 
 @isolated
@@ -169,10 +237,15 @@ def attention_vjp(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    lengths_q: Any = None,
+    lengths_k: Any = None,
+    sinks: AnyArray | None = None,
+    alibi: AnyArray | None = None,
     scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
-) -> tuple[ArrayT, ArrayT, ArrayT]:
+) -> tuple[ArrayT, ...]:
     r"""Vector-Jacobian product of `attention`: gradients for q, k and v, without the matrix of weights.
 
     Parameters
@@ -191,20 +264,22 @@ def attention_vjp(
         Gradient of a scalar with respect to ``out``.
     grad_lse : array, shape (..., Hq, Nq), optional
         Gradient of the scalar with respect to ``lse``; zero by default.
-    mask, is_causal, causal_align, scale, enable_gqa, softcap
+    mask, is_causal, causal_align, window, lengths_q, lengths_k, sinks, alibi, scale, enable_gqa, softcap
         As they were given to `attention`. The mask is treated as a constant.
 
     Returns
     -------
     dq, dk, dv : array
         In the shapes of q, k and v (summed over axes that were broadcast) and their common dtype.
+    dsinks, dalibi : array
+        After these, each where ``sinks`` or ``alibi`` is given: in its shape, and the dtype computed in.
 
     Raises
     ------
     TypeError
         If an array is not real floating, or they come from different libraries.
     ValueError
-        If shapes do not fit, an axis is empty, or arrays are on different devices.
+        If shapes do not fit, D is 0, or arrays are on different devices.
 
     Notes
     -----
@@ -240,25 +315,21 @@ def attention_vjp(
         mask=mask,
         is_causal=is_causal,
         causal_align=causal_align,
+        window=window,
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+        sinks=sinks,
+        alibi=alibi,
         scale=scale,
         enable_gqa=enable_gqa,
         softcap=softcap,
+        may_be_empty=True,
     )
     with problem.backend.ignore_overflow():
         given = output_gradient(problem, problem.lse_shape(), out, lse, grad_out, grad_lse)
-        dq: ArrayT
-        dk: ArrayT
-        dv: ArrayT
-        dq, dk, dv = problem.answer_inputs(exact_gradients(problem, given))
-    return dq, dk, dv
-
-
-class OutputGradient(NamedTuple):
-    """What the gradient needs to know of the output, laid out as the problem is, in the dtype computed in."""
-
-    lse: Array
-    delta: Array  # rowsum(grad_out * out) - grad_lse
-    grad_out: Array
+        grads: tuple[ArrayT, ...] = problem.answer_inputs(exact_gradients(problem, given))
+        grads += by_head_gradients(problem, given, sinks, alibi)
+    return grads
 
 
 def output_gradient(
@@ -288,9 +359,46 @@ def output_gradient(
 
 
 def exact_gradients(problem: AttentionProblem, given: OutputGradient) -> Three:
-    """Gradients of exact attention, laid out as the problem is."""
-    q, k, v, mask, options, backend, *_ = problem
-    return backend.attention_vjp(q, k, v, mask, options, *given)
+    """Gradients of exact attention, laid out as the problem is; the log-sum-exp that is given may count sinks."""
+    if problem.is_empty:
+        dq, dk, dv = map(problem.xp.zeros_like, problem[:3])
+        return dq, dk, dv
+    if problem.lengths is not None:
+        return gradients_by_sequence(problem, given, exact_gradients)
+    small, start = problem.without_unseen_keys()
+    dq, dk, dv = finite_gradients(problem.backend, *small[:5], *given)
+    n_keys = problem.k.shape[-2]
+    if dk.shape[-2] == n_keys:
+        return dq, dk, dv
+    keys = slice(start, start + dk.shape[-2])
+    dk, dv = (put_rows([(keys, x)], n_keys, x, problem) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def by_head_gradients(
+    problem: AttentionProblem, given: OutputGradient, sinks: Any, alibi: Any
+) -> tuple[Any, ...]:
+    """Gradients with respect to those numbers of each head that there are, in their shapes."""
+    xp, grads = problem.xp, []
+    if problem.sinks is not None:
+        # A key with this score and a value of 0.
+        weights = xp.exp(problem.sinks[..., None] - given.lse)
+        # A row without keys has a log-sum-exp only where it has a sink.
+        gradient = -xp.sum(weights * given.delta, axis=-1)
+        grads.append((sinks, sum_to(gradient, problem.sinks.shape, xp)))
+    if problem.options.alibi is not None:
+        grads.append((alibi, _slope_gradient(problem, given)))
+    return tuple(xp.reshape(gradient, tuple(x.shape)) for x, gradient in grads)
+
+
+def _slope_gradient(problem: AttentionProblem, given: OutputGradient) -> Array:
+    if problem.lengths is not None:
+        return slope_gradient_by_sequence(problem, given, _slope_gradient)
+    if problem.is_empty:
+        return problem.xp.zeros_like(problem.options.alibi)
+    small, _ = problem.without_unseen_keys()
+    hidden_zeroed = small.without_hidden()
+    return problem.backend.attention_slope_gradient(*hidden_zeroed[:5], *given)
 
 
 @isolated
@@ -302,7 +410,8 @@ def merge_attention(outs: Sequence[ArrayT], lses: Sequence[ArrayT]) -> tuple[Arr
     outs : sequence of arrays, each of shape (..., Hq, Nq, Dv)
         Outputs of attention of the same queries on disjoint sets of keys, real floating.
     lses : sequence of arrays, each of shape (..., Hq, Nq)
-        Their log-sum-exps, real floating, in the same order.
+        Their log-sum-exps, real floating, in the same order. Where one is -inf, or +inf as in FlashAttention 2, the
+        query attended to nothing, and the output of this part does not matter.
 
     Returns
     -------
@@ -359,6 +468,7 @@ def merge_attention(outs: Sequence[ArrayT], lses: Sequence[ArrayT]) -> tuple[Arr
 
 def _merged(outs: Sequence[Array], lses: Array, xp: Namespace) -> tuple[Any, Any]:
     """Merge outputs whose log-sum-exps are stacked."""
+    lses = xp.where(lses == xp.inf, xp.full_like(lses, -math.inf), lses)
     peak = xp.max(lses, axis=0)
     # Where no part attends to anything the peak is -inf, and -inf - -inf would be NaN.
     shift = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
@@ -367,6 +477,8 @@ def _merged(outs: Sequence[Array], lses: Array, xp: Namespace) -> tuple[Any, Any
     empty = total == 0
     total = xp.where(empty, xp.ones_like(total), total)
     weights = xp.astype(weights / total, outs[0].dtype)
+    is_empty = (lses == -math.inf)[..., None]
+    outs = [xp.where(is_empty[i, ...], xp.zeros_like(x), x) for i, x in enumerate(outs)]
     out = sum(weights[i, ..., None] * shard for i, shard in enumerate(outs))
     return out, xp.where(empty, peak, shift + xp.log(total))
 

@@ -7,18 +7,26 @@ import numpy as np
 
 from slra._backends.ambient import isolated
 from slra._typing import RNG, AnyArray, Array, ArrayT, CausalAlign
-from slra._validate import check_choice, check_flag, check_positive, check_rank, check_rng
+from slra._validate import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_positive,
+    check_rank,
+    check_rng,
+)
 from slra.attn._estimators import METHODS, Factors, RowSample
 from slra.attn._ranks import Ranks, choose_ranks, mask_ranks, output_error
 from slra.attn.basis import AttentionBasis
+from slra.attn.coding import fit_coding
 from slra.attn.maps import Maps
-from slra.attn.problem import AttentionProblem, make_problem, ungroup_heads
-from slra.attn.rows import sample_rows
+from slra.attn.problem import AttentionProblem, Seen, make_problem, ungroup_heads
+from slra.attn.rows import Rows, sample_rows, sample_seen_rows
 
 __all__ = ["METHODS", "N_ROWS", "Fitted", "Ranks", "fit_attention", "fit_problem"]
 
-# Rows of the attention matrix that a fit samples, at least, over the query heads that share a key head: some head
-# dimensions have 128 directions, and fewer rows than directions would leave some without data.
+# Rows of the attention matrix that a fit samples, at least, of each query head: some head dimensions have 128
+# directions, and fewer rows than directions would leave some without data.
 N_ROWS = 128
 # The same where the rank is to be chosen, and rows that ranks are chosen by.
 N_TEST_ROWS = 512
@@ -34,10 +42,16 @@ def fit_attention(
     rtol: float | None = None,
     method: str = "output",
     pool_batch: bool = False,
+    n_rows: int | None = None,
     rng: RNG = None,
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    lengths_q: Any = None,
+    lengths_k: Any = None,
+    sinks: AnyArray | None = None,
+    alibi: AnyArray | None = None,
     scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
@@ -63,10 +77,14 @@ def fit_attention(
     pool_batch : bool
         Whether to fit one basis to all leading axes before the head axis, as a calibration set needs; otherwise each
         batch element gets its own.
+    n_rows : int, optional
+        Rows of the attention matrix to look at, of each query head; by default 128, or four times the rank if that is
+        more (with ``rtol`` 512). More of them lower the error, and cost as much as attention of as many queries: for a
+        calibration set take all. Methods other than "output" look at all queries, keys and values in any case.
     rng : int, numpy.random.Generator or None
         Which rows of the attention matrix are sampled: one from each of equal strata of the queries, drawn from this
         generator, or chosen deterministically (by the golden ratio) with None.
-    mask, is_causal, causal_align, scale, enable_gqa, softcap
+    mask, is_causal, causal_align, window, lengths_q, lengths_k, sinks, alibi, scale, enable_gqa, softcap
         As in `attention`: "output" weights keys by the attention they get under these.
 
     Returns
@@ -85,16 +103,24 @@ def fit_attention(
 
     Notes
     -----
+    Whatever the method and the rank, where arrays are concrete the basis also records ``coding``: maps to all D
+    dimensions, in units in which an error costs the same in each, and what each is worth. `KVCache` rounds in these.
+
     "svd" takes the right singular vectors of Q, K and V. "scores" takes the best rank of :math:`Q (K - 1 c^T)^T`, by QR
     of both and the SVD of the small core; the shift c, the mean key, changes no softmax weight. "output" replaces the
     Frobenius norm of the scores by one in which a key counts by the attention it receives, and projects V on the
-    leading right singular vectors of the output; both are estimated from at least 128 rows of the attention matrix,
-    and from at least twice the rank.
+    leading right singular vectors of the output; both are estimated from ``n_rows`` rows of the attention matrix.
 
-    With ``rtol`` the errors of all pairs of ranks are computed on up to 512 rows, others than those of the fit where
-    there are as many. Where that is not all, but S of them, the target is lowered by the factor 1 + 2/sqrt(S), as the
-    error of all rows may exceed that of a sample; ``error`` holds what is predicted. Where no pair of ranks is within
-    ``rtol``, the largest is taken.
+    Keys that no query sees, and queries that see nothing, take no part, whatever they hold.
+
+    ``error`` is held out: it is that of a basis of the same ranks, fitted to the first half of the queries (under
+    causality with the keys that these see), on rows of the second half. On the data of the fit the error is smaller,
+    for text 2 to 4 times. A single query has no other to be judged by: ``is_held_out`` is False then.
+
+    With ``rtol`` the errors of all pairs of ranks on the data given are computed on up to 512 rows, others than those
+    of the fit where there are as many. Where that is not all, but S of them, the target is lowered by the factor
+    1 + 2/sqrt(S), as the error of all rows may exceed that of a sample. Where no pair of ranks is within ``rtol``,
+    the largest is taken.
 
     A basis fitted on a whole sequence has seen all of it: under a causal mask fit on a prefix, or on other data, if
     no output may depend on later tokens.
@@ -119,6 +145,11 @@ def fit_attention(
         mask=mask,
         is_causal=is_causal,
         causal_align=causal_align,
+        window=window,
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+        sinks=sinks,
+        alibi=alibi,
         scale=scale,
         enable_gqa=enable_gqa,
         softcap=softcap,
@@ -131,11 +162,18 @@ def fit_attention(
             rtol=rtol,
             method=method,
             pool_batch=pool_batch,
+            n_rows=n_rows,
             rng=None if rng is None else check_rng(rng),
         )
-        arrays = {**fitted.maps.by_head(problem), "error": _predicted_error(fitted)}
+        error, is_held_out = predicted_error(fitted)
+        arrays = {**fitted.maps.by_head(problem), "error": error}
+        # Its steps are chosen by values.
+        is_concrete = problem.backend.is_eager(problem.q)
+        arrays["coding"] = (
+            fit_coding(fitted.problem, pool_batch=pool_batch) if is_concrete else None
+        )
     basis: AttentionBasis = problem.backend.make_dataclass(
-        AttentionBasis, arrays, {"ranks": fitted.ranks}
+        AttentionBasis, arrays, {"ranks": fitted.ranks, "is_held_out": is_held_out}
     )
     return basis
 
@@ -143,11 +181,14 @@ def fit_attention(
 class Fitted(NamedTuple):
     """Maps for the ranks of each key head, and what they were made of and are judged by."""
 
-    problem: AttentionProblem
+    problem: AttentionProblem  # without what is hidden
+    seen: Seen
+    method: str
+    n_rows: int
+    pool_batch: bool
+    rng: np.random.Generator | None
     factors: Factors
     maps: Maps
-    test_rows: list[int]
-    pool_batch: bool
 
     @property
     def ranks(self) -> Ranks:
@@ -162,34 +203,50 @@ def fit_problem(
     rtol: float | None,
     method: str,
     pool_batch: bool = False,
+    n_rows: int | None = None,
     rng: np.random.Generator | None = None,
     keep: Array | None = None,
 ) -> Fitted:
-    """Fit a problem, to the keys that are to be kept, (..., H, Nk); raise where rank or rtol is wrong."""
+    """Fit a problem, to the keys that are to be kept, (..., H, Nk); raise where rank, rtol or n_rows is wrong."""
     limits = _check_ranks(problem, rank, rtol)
     rtol = None if rtol is None else check_positive(rtol, "rtol")
-    problem = problem.constant().broadcast()
-    n_queries = problem.q.shape[-2]
-    # Fewer rows than the rank would leave directions without data; twice as many still determine the last of them.
-    n_rows = max(N_ROWS if rtol is None else N_TEST_ROWS, 2 * max(limits))
-    n_rows = -(-n_rows // problem.n_shared)
-    rows = sample_rows(n_queries, n_rows, rng)
-    test_rows = sample_rows(n_queries, n_rows, rng, offset=0.5)
-    factors = METHODS[method](problem, RowSample(rows, pool_batch, keep))
+    if n_rows is None:
+        # Fewer rows than the rank would leave directions without data; four times as many determine the last of them.
+        n_rows = max(N_ROWS if rtol is None else N_TEST_ROWS, 4 * max(limits))
+    elif (n_rows := check_count(n_rows, "n_rows")) == 0:
+        raise ValueError("n_rows must be 1 or more, got 0")
+    problem = problem.constant().with_lengths_written_out().broadcast()
+    seen = problem.seen()
+    problem = problem.keep(seen)
+    rows = _sample(problem, seen.queries, n_rows, rng)
+    factors = METHODS[method](problem, RowSample(rows, pool_batch, keep, seen))
     if rtol is None:
         ranks: Ranks = (limits,) * factors.wk.shape[-4]
     else:
+        test_rows = _sample(problem, seen.queries, n_rows, rng, offset=0.5)
         # A norm over some of the rows is not that over all of them: leave room where not all are seen.
-        is_sample = len(test_rows) < n_queries
-        target = rtol / (1 + 2 / math.sqrt(len(test_rows))) if is_sample else rtol
+        is_sample = n_rows < problem.q.shape[-2]
+        target = rtol / (1 + 2 / math.sqrt(n_rows)) if is_sample else rtol
         ranks = choose_ranks(problem, factors, test_rows, target, limits, pool_batch=pool_batch)
         factors = mask_ranks(factors, ranks, problem)
-    return Fitted(problem, factors, factors.maps(ranks, problem.xp), test_rows, pool_batch)
+    maps = factors.maps(ranks, problem.xp)
+    return Fitted(problem, seen, method, n_rows, pool_batch, rng, factors, maps)
+
+
+def _sample(
+    problem: AttentionProblem,
+    seen: Array | None,
+    n_rows: int,
+    rng: np.random.Generator | None,
+    offset: float = 0.0,
+) -> Rows:
+    n_queries = problem.q.shape[-2]
+    return sample_seen_rows(seen, n_queries, n_rows, rng, problem.backend, offset=offset)
 
 
 def _check_ranks(problem: AttentionProblem, rank: Any, rtol: Any = None) -> tuple[int, int]:
     """Return the rank of queries and keys, and that of values: the largest, where rtol is to choose."""
-    limit_qk = min(problem.q.shape[-2], problem.k.shape[-2], problem.q.shape[-1])
+    limit_qk = min(problem.k.shape[-2:])
     limit_v = min(problem.v.shape[-2:])
     if rtol is not None:
         check_positive(rtol, "rtol")
@@ -203,13 +260,65 @@ def _check_ranks(problem: AttentionProblem, rank: Any, rtol: Any = None) -> tupl
     if len(pair) != 2:
         raise TypeError(f"rank must be an int or a pair (rank_qk, rank_v), got {rank!r}")
     return (
-        check_rank(pair[0], limit_qk, limit_is="min of Nq, Nk and D"),
+        check_rank(pair[0], limit_qk, limit_is="min of Nk and D"),
         check_rank(pair[1], limit_v, limit_is="min of Nk and Dv"),
     )
 
 
-def _predicted_error(fitted: Fitted) -> Array:
-    """Relative error of the output on rows other than those of the fit, (..., Hq)."""
+class Held(NamedTuple):
+    """A problem in two parts: of the first queries, to fit to, and rows of the others, to test on."""
+
+    first: AttentionProblem
+    seen: Seen
+    test_rows: Rows
+    counted: Array | None = None  # which of the rows are of the others; None for all
+
+
+def predicted_error(fitted: Fitted) -> tuple[Array, bool]:
+    """Relative error of the output to expect of other queries, (..., Hq), and whether it could be held out.
+
+    It is that of maps of the same ranks, fitted to the first half of the queries that see something, on the others.
+    Under causality the first half sees the first keys only. A single query is judged by the fit to it.
+    """
+    problem, pooled = fitted.problem, fitted.pool_batch
+    held = _held_out(fitted)
+    if held is None:
+        rows = _sample(problem, fitted.seen.queries, fitted.n_rows, fitted.rng, offset=0.5)
+        maps, counted = fitted.maps, None
+    else:
+        rows, counted = held.test_rows, held.counted
+        fit_rows = _sample(held.first, held.seen.queries, fitted.n_rows, fitted.rng)
+        sample = RowSample(fit_rows, pooled, None, held.seen)
+        factors = METHODS[fitted.method](held.first, sample)
+        if len(set(fitted.ranks)) > 1:
+            factors = mask_ranks(factors, fitted.ranks, problem)
+        maps = factors.maps(fitted.ranks, problem.xp)
+    error = output_error(problem, maps, rows, counted, pool_batch=pooled)
+    error = ungroup_heads(error, any(problem.with_heads), problem.backend, n_trailing=0)
+    return error, held is not None
+
+
+def _held_out(fitted: Fitted) -> Held | None:
+    """Cut the queries in two; None where there is only one."""
     problem = fitted.problem
-    error = output_error(problem, fitted.maps, fitted.test_rows, pool_batch=fitted.pool_batch)
-    return ungroup_heads(error, any(problem.with_heads), problem.backend, n_trailing=0)
+    n_queries, n_keys = problem.q.shape[-2], problem.k.shape[-2]
+    half = n_queries // 2
+    if half == 0:
+        return None
+    queries = fitted.seen.queries
+    if queries is None:
+        options, mask = problem.options, problem.mask
+        first = problem._replace(
+            q=problem.q[..., :half, :],
+            mask=mask if mask is None or mask.shape[-2] == 1 else mask[..., :half, :],
+            options=options._replace(causal_align=options.diagonal(n_queries, n_keys)),
+        )
+        seen = first.seen()
+        late = sample_rows(n_queries - half, fitted.n_rows, fitted.rng, offset=0.5)
+        return Held(first.keep(seen), seen, [half + row for row in late])
+    xp = problem.xp
+    counts = xp.cumulative_sum(xp.astype(queries, xp.float32), axis=-1)
+    is_first = queries & (2 * counts <= counts[..., -1:])
+    seen, others = problem.seen(is_first), queries & ~is_first
+    late = _sample(problem, others, fitted.n_rows, fitted.rng, offset=0.5)
+    return Held(problem.keep(seen), seen, late, others if isinstance(late, list) else None)

@@ -15,12 +15,18 @@ from slra.attn._exact_keys import (
     without_exact_keys,
 )
 from slra.attn.basis import AttentionBasis, check_basis
-from slra.attn.exact import exact_gradients, exact_output_and_lse, output_gradient
+from slra.attn.exact import (
+    OutputGradient,
+    by_head_gradients,
+    exact_gradients,
+    exact_output_and_lse,
+    output_gradient,
+)
 from slra.attn.fit import N_ROWS, fit_problem
-from slra.attn.maps import Maps, mapped_gradients, mapped_output, mapped_problem
+from slra.attn.maps import Maps, mapped_given, mapped_gradients, mapped_output, mapped_problem
 from slra.attn.problem import AttentionProblem, Three, make_problem
 from slra.attn.projections import Projections, project_all
-from slra.attn.rows import sample_rows
+from slra.attn.rows import sample_seen_rows
 
 __all__ = ["low_rank_attention", "low_rank_attention_vjp"]
 
@@ -86,6 +92,11 @@ def low_rank_attention(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    lengths_q: Any = None,
+    lengths_k: Any = None,
+    sinks: AnyArray | None = None,
+    alibi: AnyArray | None = None,
     scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
@@ -116,7 +127,7 @@ def low_rank_attention(
         left out of the fit, and both parts meet in one softmax. Not with ``rtol`` or ``l1``.
     basis : AttentionBasis, optional
         A basis fitted before, instead of ``rank`` and ``method``.
-    mask, is_causal, causal_align, scale, enable_gqa, softcap, return_lse
+    mask, is_causal, causal_align, window, lengths_q, lengths_k, sinks, alibi, scale, enable_gqa, softcap, return_lse
         As in `attention`. The default scale is ``1/sqrt(D)`` of the original D.
 
     Returns
@@ -165,6 +176,11 @@ def low_rank_attention(
         mask=mask,
         is_causal=is_causal,
         causal_align=causal_align,
+        window=window,
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+        sinks=sinks,
+        alibi=alibi,
         scale=scale,
         enable_gqa=enable_gqa,
         softcap=softcap,
@@ -178,9 +194,12 @@ def low_rank_attention(
         if isinstance(chosen, ThresholdedProjections):
             small, lse = exact_output_and_lse(chosen.replace(problem))
         elif chosen.keys is None:
-            small, lse = mapped_output(problem, chosen.maps, with_lse=return_lse)
+            with_lse = return_lse or sinks is not None
+            small, lse = mapped_output(problem, chosen.maps, with_lse=with_lse)
         else:
             small, lse = output_with_exact_keys(problem, chosen.maps, chosen.keys)
+        if lse is not None:
+            small, lse = problem.with_sinks(small, lse)
         out: ArrayT = problem.answer(small)
     return (out, problem.answer_lse(lse)) if return_lse else out
 
@@ -204,10 +223,15 @@ def low_rank_attention_vjp(
     mask: AnyArray | None = None,
     is_causal: bool = False,
     causal_align: CausalAlign | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    lengths_q: Any = None,
+    lengths_k: Any = None,
+    sinks: AnyArray | None = None,
+    alibi: AnyArray | None = None,
     scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
-) -> tuple[ArrayT, ArrayT, ArrayT]:
+) -> tuple[ArrayT, ...]:
     r"""Vector-Jacobian product of `low_rank_attention`, its basis being constant.
 
     Parameters
@@ -229,7 +253,7 @@ def low_rank_attention_vjp(
         `fit_attention` and give ``basis`` to both.
     grad_lse : array, shape (..., Hq, Nq), optional
         Gradient of the scalar with respect to ``lse``; zero by default.
-    mask, is_causal, causal_align, scale, enable_gqa, softcap
+    mask, is_causal, causal_align, window, lengths_q, lengths_k, sinks, alibi, scale, enable_gqa, softcap
         As they were given to `low_rank_attention`. The mask is treated as a constant.
 
     Returns
@@ -284,23 +308,29 @@ def low_rank_attention_vjp(
         mask=mask,
         is_causal=is_causal,
         causal_align=causal_align,
+        window=window,
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+        sinks=sinks,
+        alibi=alibi,
         scale=scale,
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
     thresholds, n_exact = _check_options(problem, method, rtol, l1, n_exact)
+    if n_exact and alibi is not None:
+        raise ValueError(f"n_exact must be 0 with alibi in low_rank_attention_vjp, got {n_exact}")
     given = (out, lse, grad_out, grad_lse)
     with (same_bits := problem.backend.same_bits()), same_bits:
         answered, chosen = _approximate(problem, rank, rtol, method, thresholds, n_exact, basis)
         if isinstance(chosen, ThresholdedProjections):
-            grads = _through_threshold(answered, chosen, given)
+            through = _through_threshold(answered, chosen, given)
         else:
-            grads = _through_maps(answered, chosen, given)
-        dq: ArrayT
-        dk: ArrayT
-        dv: ArrayT
-        dq, dk, dv = problem.answer_inputs(problem.sum_to_inputs(grads))
-    return dq, dk, dv
+            through = _through_maps(answered, chosen, given)
+        inputs = problem.sum_to_inputs(through.grads)
+        grads: tuple[ArrayT, ...] = problem.answer_inputs(inputs)
+        grads += by_head_gradients(through.attended, through.of_output, sinks, alibi)
+    return grads
 
 
 class MapsAndKeys(NamedTuple):
@@ -363,6 +393,10 @@ def _approximate(
             )
         fitted = fit_problem(problem, rank, rtol=None, method=method)
         return problem, ThresholdedProjections(project_all(fitted), thresholds)
+    options, has_rows = problem.options, problem.lengths is not None
+    if n_exact and (has_rows or options.first is not None or options.alibi is not None):
+        # The keys that stay exact are not in a row: what goes by places is in the mask for them.
+        problem = problem.with_options_written_out()
     keys = _most_attended_keys(problem, n_exact) if n_exact else None
     if basis is not None:
         return problem, MapsAndKeys(Maps.of(basis, problem), keys)
@@ -373,27 +407,37 @@ def _approximate(
 
 def _most_attended_keys(problem: AttentionProblem, n_exact: int) -> ExactKeys:
     problem = problem.constant().broadcast()
-    rows = sample_rows(problem.q.shape[-2], -(-N_ROWS // problem.n_shared), None)
+    seen, n_queries = problem.seen(), problem.q.shape[-2]
+    rows = sample_seen_rows(seen.queries, n_queries, N_ROWS, None, problem.backend)
     return find_exact_keys(problem, rows, n_exact)
 
 
 Given: TypeAlias = tuple[Array, Array, Array, Array | None]
 
 
+class Through(NamedTuple):
+    """Gradients for q, k and v, and what they went through: attention, and its output."""
+
+    grads: Three
+    attended: AttentionProblem
+    of_output: OutputGradient
+
+
 def _through_threshold(
     problem: AttentionProblem, chosen: ThresholdedProjections, given: Given
-) -> Three:
+) -> Through:
     """Gradient through exact attention, soft thresholds and projections."""
     xp, hats = problem.xp, chosen.replace(problem)
-    grads = exact_gradients(hats, output_gradient(problem, hats.lse_shape(), *given))
+    of_output = output_gradient(problem, hats.lse_shape(), *given)
+    grads = exact_gradients(hats, of_output)
     passed = (
         xp.where(x != 0, gradient, xp.zeros_like(gradient)) if tau else gradient
         for gradient, x, tau in zip(grads, hats[:3], chosen.thresholds, strict=True)
     )
-    return chosen.projections.pull_back(*passed)
+    return Through(chosen.projections.pull_back(*passed), hats, of_output)
 
 
-def _through_maps(problem: AttentionProblem, chosen: MapsAndKeys, given: Given) -> Three:
+def _through_maps(problem: AttentionProblem, chosen: MapsAndKeys, given: Given) -> Through:
     """Gradient through attention in few dimensions, and the keys beside it that stay exact.
 
     Both see the same log-sum-exp and output, as the shards of the keys do.
@@ -405,10 +449,10 @@ def _through_maps(problem: AttentionProblem, chosen: MapsAndKeys, given: Given) 
     of_output = output_gradient(problem, small.lse_shape(), *given)
     grads = mapped_gradients(small, maps, of_output)
     if keys is None:
-        return grads
+        return Through(grads, small, mapped_given(maps, of_output, problem.xp))
     grads, exact = (
         problem.sum_to_inputs(part)
         for part in (grads, exact_key_gradients(problem, keys, of_output))
     )
     dq, dk, dv = map(operator.add, grads, exact)
-    return dq, dk, dv
+    return Through((dq, dk, dv), small, of_output)

@@ -15,7 +15,14 @@ from slra.attn.exact import (
 )
 from slra.attn.problem import AttentionProblem, Three, group_heads, ungroup_heads
 
-__all__ = ["Maps", "carry_shift", "mapped_gradients", "mapped_output", "mapped_problem"]
+__all__ = [
+    "Maps",
+    "carry_shift",
+    "mapped_given",
+    "mapped_gradients",
+    "mapped_output",
+    "mapped_problem",
+]
 
 # Heads whose ranks round up to the same multiple of this run together: a kernel's register holds as many numbers.
 RANK_STEP = 8
@@ -105,7 +112,7 @@ def mapped_output(
         outs.append(out)
         lses.append(lse)
         order += heads
-    back = backend.from_numpy(np.argsort(order), problem.q, xp.int64)
+    back = backend.from_numpy(np.argsort(order), problem.q, backend.place_dtype)
     out = xp.take(xp.concat(outs, axis=-4), back, axis=-4)
     return out, xp.take(xp.concat(lses, axis=-3), back, axis=-3) if with_lse else None
 
@@ -129,7 +136,7 @@ def _take_heads(
 ) -> tuple[Maps, AttentionProblem]:
     """Cut some key heads, and the query heads that share them, out of maps and a problem."""
     xp = problem.xp
-    indices = problem.backend.from_numpy(np.asarray(heads), problem.q, xp.int64)
+    indices = problem.backend.from_numpy(np.asarray(heads), problem.q, problem.backend.place_dtype)
 
     def take(x: Any) -> Any:
         is_of_all = x is None or x.ndim < 4 or x.shape[-4] == 1
@@ -159,7 +166,9 @@ def _one_rank_output(
     if with_lse:
         out, lse = exact_output_and_lse(small)
         if options.softcap is None:
-            lse = lse + options.scale * (problem.q @ xp.matrix_transpose(maps.c))[..., 0]
+            shift = options.scale * (problem.q @ xp.matrix_transpose(maps.c))[..., 0]
+            # A query that sees nothing may hold NaN.
+            lse = xp.where(lse == -math.inf, lse, lse + shift)
     else:
         out, lse = exact_output(small), None
     return out @ uv if counts else out @ uv + maps.mu, lse
@@ -173,13 +182,19 @@ def mapped_problem(problem: AttentionProblem, maps: Maps) -> AttentionProblem:
     return problem._replace(q=q, k=k, v=xp.concat([v, xp.ones_like(v[..., :1])], axis=-1))
 
 
+def mapped_given(maps: Maps, given: OutputGradient, xp: Namespace) -> OutputGradient:
+    """Gradient for the output of what `mapped_problem` returned, from that for the output of the maps."""
+    uv = xp.concat([maps.uv, maps.mu], axis=-2)
+    return given._replace(grad_out=given.grad_out @ xp.matrix_transpose(uv))
+
+
 def mapped_gradients(small: AttentionProblem, maps: Maps, given: OutputGradient) -> Three:
     """Gradients for q, k and v under maps, from that of the output; ``small`` is what `mapped_problem` returned."""
     xp = small.xp
     transposed = xp.matrix_transpose
     c = xp.broadcast_to(transposed(maps.c), (*maps.wq.shape[:-1], 1))
-    wq, uv = xp.concat([maps.wq, c], axis=-1), xp.concat([maps.uv, maps.mu], axis=-2)
-    dq, dk, dv = exact_gradients(small, given._replace(grad_out=given.grad_out @ transposed(uv)))
+    wq = xp.concat([maps.wq, c], axis=-1)
+    dq, dk, dv = exact_gradients(small, mapped_given(maps, given, xp))
     return (
         dq @ transposed(wq),
         dk[..., :-1] @ transposed(maps.wk),

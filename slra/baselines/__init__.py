@@ -4,8 +4,9 @@ Each takes what `slra.attention` takes, as far as its paper defines it, and a si
 """
 
 from slra.baselines._favor import favor
+from slra.baselines._kivi import kivi
 from slra.baselines._linformer import linformer
 from slra.baselines._nystrom import nystrom
 from slra.baselines._topk import topk
 
-__all__ = ["favor", "linformer", "nystrom", "topk"]
+__all__ = ["favor", "kivi", "linformer", "nystrom", "topk"]

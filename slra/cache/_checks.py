@@ -20,12 +20,16 @@ from slra._validate import (
 )
 from slra.attn.basis import AttentionBasis, check_parts
 from slra.attn.fit import METHODS
-from slra.attn.problem import check_scale
+from slra.attn.problem import check_by_head, check_scale, check_window
 from slra.cache._contents import Contents
 from slra.cache._layout import Layout, on_host
 from slra.cache._queries import Queries
 
 __all__ = [
+    "MOST",
+    "check_bits",
+    "check_crop",
+    "check_heads",
     "check_lengths",
     "check_options",
     "check_queries",
@@ -36,6 +40,8 @@ __all__ = [
 
 # Of tokens, or of sequences: what a position in 32 bits can count.
 MOST = 2**31 - 1
+# A header alone takes a quarter of a bit a number, and no integer more than 14.
+LEAST_BITS, MOST_BITS = 0.5, 10
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -53,6 +59,8 @@ def check_options(
     n_sink: Any,
     n_sparse: Any,
     capacity: Any,
+    bits: Any = None,
+    rtol: Any = None,
 ) -> Layout:
     """Check what a cache is made with; raise on the first that is wrong."""
     check_parts(basis)
@@ -75,13 +83,15 @@ def check_options(
         n_shared=basis.wq.shape[-3] // n_heads,
         width=width,
         width_v=width_v,
-        rank=(rank_qk, rank_v),
+        rank=(rank_qk, rank_v) if bits is None and rtol is None else (width, width_v),
         pool_batch=not own,
         window=check_count(window, "window", most=MOST),
         n_sink=check_count(n_sink, "n_sink", most=MOST),
         n_sparse=_check_n_sparse(n_sparse, min(width, width_v)),
         capacity=None if capacity is None else check_count(capacity, "capacity", most=MOST),
         dtype=None if dtype is None else _check_dtype(dtype, backend),
+        bits=None if bits is None else check_bits(bits),
+        rtol=None if rtol is None else check_positive(rtol, "rtol"),
         score_options=ScoreOptions(
             scale=width**-0.5 if scale is None else check_scale(scale, limits),
             softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
@@ -92,6 +102,8 @@ def check_options(
     )
     check_choice(method, tuple(METHODS), "method")
     _check_together(layout)
+    if layout.is_coded:
+        _check_coded(layout, basis)
     return layout
 
 
@@ -112,6 +124,29 @@ def _check_together(layout: Layout) -> None:
         raise ValueError(
             f"drift_bound must be None with a capacity, as a new basis takes more room, got {layout.drift_bound}"
         )
+
+
+def _check_coded(layout: Layout, basis: AttentionBasis) -> None:
+    """Raise where what goes with floats does not go with bits."""
+    if layout.bits is not None and layout.rtol is not None:
+        raise ValueError(f"bits or rtol must be None, got {layout.bits} and {layout.rtol}")
+    if basis.coding is None:
+        raise ValueError(
+            "basis must have its coding to store bits: fit it to concrete arrays by fit_attention"
+        )
+    if layout.n_sparse:
+        raise ValueError(f"n_sparse must be 0 with bits or rtol, got {layout.n_sparse}")
+
+
+def check_bits(bits: Any) -> tuple[float, float]:
+    """Return the average bits of a number of the keys, and of the values."""
+    pair = bits if isinstance(bits, (tuple, list)) else (bits, bits)
+    if len(pair) != 2:
+        raise TypeError(f"bits must be a number or a pair (keys, values), got {shown(bits)}")
+    both = tuple(check_positive(one, "bits") for one in pair)
+    if not all(LEAST_BITS <= one <= MOST_BITS for one in both):
+        raise ValueError(f"bits must be between {LEAST_BITS} and {MOST_BITS}, got {shown(bits)}")
+    return both[0], both[1]
 
 
 def _check_batch(batch: Any, own: tuple[int, ...]) -> tuple[int, ...]:
@@ -209,11 +244,17 @@ def _prepared(x: Array, contents: Contents) -> Array:
 
 
 def check_queries(
-    q: Array, mask: Array | None, lengths: Array | None, is_causal: Any, contents: Contents
+    q: Array,
+    mask: Array | None,
+    lengths: Array | None,
+    is_causal: Any,
+    window: Any,
+    alibi: Array | None,
+    contents: Contents,
 ) -> Queries:
     """Return queries (B, H * shared, M, D) in the dtype to compute in, and a mask by key heads, placed."""
     layout = contents.layout
-    resolve(basis=contents.like, q=q, optional={"mask": mask})
+    resolve(basis=contents.like, q=q, optional={"mask": mask, "alibi": alibi})
     promote(layout.backend, allow_complex=False, q=q)
     is_causal = check_flag(is_causal, "is_causal")
     n_rows = q.shape[-2] if q.ndim > 1 else 0
@@ -224,8 +265,32 @@ def check_queries(
         mask = _check_mask(mask, (*q.shape[:-1], contents.n_tokens), layout)
     counts = check_lengths(lengths, n_rows, contents)
     work = layout.batched(layout.xp.astype(q, contents.like.dtype, copy=False))
-    queries = Queries.at_the_end(layout, work, contents.lengths, counts, is_causal=is_causal)
-    return queries._replace(mask=mask)
+    queries = Queries.at_the_end(
+        layout,
+        work,
+        contents.lengths,
+        counts,
+        is_causal=is_causal,
+        window=check_window(window),
+    )
+    slopes = check_heads(alibi, "alibi", contents)
+    if slopes is not None:
+        shape = (slopes.shape[0], layout.n_heads, layout.n_shared)
+        slopes = layout.xp.reshape(slopes, shape)
+    return queries._replace(mask=mask, slopes=slopes)
+
+
+def check_heads(x: Array | None, name: str, contents: Contents) -> Array | None:
+    """Return numbers for each query head, (B or 1, Hq), in the dtype to compute in."""
+    if x is None:
+        return None
+    layout, like = contents.layout, contents.like
+    resolve(basis=like, **{name: x})
+    x = check_by_head(layout.backend, x, name, (*layout.batch, layout.n_query_heads), like)
+    lead = layout.batch if x.ndim > 1 else ()
+    x = layout.xp.broadcast_to(x, (*lead, layout.n_query_heads))
+    x = layout.backend.stop_gradient(x)
+    return layout.xp.reshape(x, (layout.n_batch if lead else 1, layout.n_query_heads))
 
 
 def _check_mask(mask: Array, scores: tuple[int, ...], layout: Layout) -> Array:
@@ -266,6 +331,24 @@ def _check_traced(lengths: Array, n_rows: int, contents: Contents) -> Array:
     if tuple(counts.shape) != layout.batch:
         raise ValueError(f"lengths must have shape {layout.batch}, got {tuple(counts.shape)}")
     return xp.clip(xp.astype(xp.reshape(counts, (-1,)), contents.lengths.dtype), 0, n_rows)
+
+
+def check_crop(n: Any, contents: Contents) -> Array:
+    """Return how many tokens each sequence keeps at most, (B,), beside the lengths of the cache."""
+    layout, lengths = contents.layout, contents.lengths
+    if not on_host(lengths) and compat.is_array_api_obj(n) and not isinstance(n, np.ndarray):
+        return _check_traced(n, MOST, contents)
+    given = _host_integers(n, "n")
+    if given.shape not in ((), layout.batch) or np.any(given < 0):
+        raise ValueError(
+            f"n must be 0 or more, one number or of shape {layout.batch}, got {shown(n)}"
+        )
+    if layout.drift_bound is not None and len(np.unique(given)) > 1:
+        raise ValueError("n must be one number with drift_bound")
+    kept = np.broadcast_to(given, layout.batch).reshape(-1).astype(np.int64)
+    if on_host(lengths):
+        return kept
+    return layout.backend.from_numpy(np.minimum(kept, MOST), lengths, lengths.dtype)
 
 
 def check_selection(indices: Any, layout: Layout) -> np.ndarray[Any, Any]:

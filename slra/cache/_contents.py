@@ -107,7 +107,7 @@ class Contents(NamedTuple):
         if dtype == self.exact.k.dtype:
             return self
         if self.layout.dtype is None:
-            last = last._replace(rows=last.rows.astype(dtype))
+            last = last._replace(rows=last.rows.astype(dtype))  # type: ignore[union-attr]
         return self._replace(segments=(*older, last), exact=self.exact.astype(dtype))
 
     def _refit_if_drifted(self) -> "Contents":
@@ -191,6 +191,38 @@ class Contents(NamedTuple):
             k, v = put_rows(k, self.exact.k, places), put_rows(v, self.exact.v, places)
         return k, v
 
+    def crop(self, lengths: Array) -> "Contents":
+        """Keep the first tokens, (B,), of each sequence.
+
+        Tokens that come into the window again, as the window moves back, are what the cache stands for.
+        """
+        layout, xp = self.layout, compat.array_namespace(self.lengths)
+        if on_host(self.lengths) and np.all(lengths >= self.lengths):
+            return self
+        lengths = xp.minimum(lengths, self.lengths)
+        exact = self.exact
+        if layout.window and self.n_tokens and (not on_host(lengths) or np.any(lengths)):
+            # The ring as it is to be: rows from the old one or, where that has lost them, decoded.
+            k, v = self.decode()
+            positions = exact.window_positions(lengths)
+            is_known = (positions >= layout.n_sink) & (positions < lengths[:, None])
+            places = xp.where(is_known, positions, 0 * positions)
+            each = layout.arange(layout.n_sink, layout.n_exact, lengths) + 0 * places
+            each = xp.where(is_known, each, 0 * each - 1)
+            if on_host(places):
+                places = layout.backend.from_numpy(places, k, layout.xp.int64)
+            k, v = (layout.backend.gather_rows(x, places[:, None, :]) for x in (k, v))
+            put_rows = layout.backend.put_rows
+            exact = exact._replace(k=put_rows(exact.k, k, each), v=put_rows(exact.v, v, each))
+        segments = [segment.cropped(lengths) for segment in self.segments]
+        while len(segments) > 1 and bool(np.all(segments[-1].start >= lengths)):
+            segments.pop()
+        recent = self.recent
+        if recent is not None:
+            q = recent.q[..., : max(0, recent.q.shape[-2] - int(np.max(self.lengths - lengths))), :]
+            recent = recent._replace(q=q, since_check=np.asarray(0))
+        return self._replace(lengths=lengths, exact=exact, segments=tuple(segments), recent=recent)
+
     def select(self, indices: np.ndarray[Any, Any]) -> "Contents":
         """Take elements of the one batch axis."""
         layout, taken = self.layout, named_arrays(self)
@@ -203,7 +235,7 @@ class Contents(NamedTuple):
             if on_host(x):
                 taken[name] = x[indices]
             else:
-                at = layout.backend.from_numpy(indices, x, layout.xp.int64)
+                at = layout.backend.from_numpy(indices, x, layout.backend.place_dtype)
                 taken[name] = layout.xp.take(x, at, axis=0)
         layout = dataclasses.replace(layout, batch=(len(indices),))
         return with_arrays(self, taken, layout)

@@ -9,16 +9,24 @@ import numpy as np
 from slra._backends import Backend
 from slra._files import Arrays, File, read_safetensors, write_safetensors
 from slra._typing import Array
+from slra._validate import check_rank
+from slra.attn._basis_io import MAPS
 from slra.attn.basis import AttentionBasis
 from slra.attn.maps import Maps
-from slra.cache._checks import check_options
+from slra.cache._bits import BitRows, ByteRows
+from slra.cache._checks import MOST, check_bits, check_options
 from slra.cache._contents import Contents
 from slra.cache._layout import Layout, map_arrays, named_arrays, on_host, with_arrays
-from slra.cache._segment import FloatRows, maps_of
+from slra.cache._segment import FloatRows, laid_out
 
 __all__ = ["load_contents", "save_contents"]
 
-FORMAT = "slra.KVCache 2"
+FORMAT = "slra.KVCache 3"
+# Arrays that are NumPy's, unless shapes are static.
+POSITIONS = (
+    *("lengths", "start", "since_check"),
+    *("filled", "headers", "widest", "used", "largest"),
+)
 
 
 def save_contents(path: File, contents: Contents) -> None:
@@ -82,8 +90,11 @@ def load_contents(path: File, like: Array, backend: Backend) -> Contents:
     contents = with_arrays(template, named, layout)
     segments = []
     for segment in contents.segments:
-        # Keys lie in memory as the library likes them best.
         held = segment.rows
+        if not isinstance(held, FloatRows):
+            segments.append(segment)
+            continue
+        # Keys lie in memory as the library likes them best.
         n_rows = held.n_rows if layout.capacity is None else layout.capacity - layout.n_sink
         rows = FloatRows.empty(layout, n_rows, segment.maps.wk, held.v.dtype).filled(held)
         segments.append(segment._replace(rows=rows))
@@ -99,6 +110,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     given = json.loads(described)
     bases = [_basis(named, i, given) for i in range(n_segments)]
     names = ("batch", "window", "n_sink", "n_sparse", "rotary", "drift_bound", "method")
+    is_coded = given["bits"] is not None or given["rtol"] is not None
     options = {name: given[name] for name in names} | given["score_options"]
     options = {name: options[name] for name in (*names, "scale", "softcap")}
     # NumPy, by which this is checked, has no bfloat16.
@@ -107,6 +119,9 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
         check_options(basis, **options, capacity=given["capacity"], dtype=stored) for basis in bases
     }
     layout = layouts.pop()
+    if is_coded:
+        bits = None if given["bits"] is None else check_bits(given["bits"])
+        layout = dataclasses.replace(layout, bits=bits, rtol=given["rtol"])
     described_now = _described(dataclasses.replace(layout, dtype=given["dtype"]))
     n_exact = layout.n_batch * layout.n_heads * layout.n_exact * layout.width
     # Sizes first: settings that are not those of the arrays might ask for any amount of memory.
@@ -117,9 +132,14 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     error = None if "error" not in named else bases[0].error
     if error is not None and named["error"].ndim == 1:
         error = error[(0,) * (error.ndim - 1)]
-    template = Contents.empty(layout, maps_of(bases[0], layout), error)._replace(turns=None)
+    maps = [laid_out(basis, layout) for basis in bases]
+    if is_coded:
+        maps = [one._replace(wq=one.wq[:, :, :1]) for one in maps]
+    template = Contents.empty(layout, maps[0], error)._replace(turns=None)
     (segment,) = template.segments
-    segments = tuple(segment._replace(maps=maps_of(basis, layout)) for basis in bases)
+    if "segments.0.rows.step_k" in named:
+        segment = segment._replace(rows=ByteRows.empty(layout, 0, maps[0].wk))
+    segments = tuple(segment._replace(maps=one) for one in maps)
     layout = dataclasses.replace(layout, capacity=given["capacity"], dtype=given["dtype"])
     template = template._replace(segments=segments)
     return map_arrays(lambda x: x, template, layout=layout)
@@ -127,15 +147,20 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
 
 def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
     """Make the basis of a segment."""
-    maps = {name: named[f"segments.{i}.maps.{name}"] for name in Maps._fields[:-1]}
+    maps: dict[str, Any] = {name: named[f"segments.{i}.maps.{name}"] for name in Maps._fields[:-1]}
     if any(0 in x.shape or x.dtype not in (np.float32, np.float64) for x in maps.values()):
         raise ValueError(f"its maps of segment {i} are empty, or not in single or double precision")
     own = () if given["pool_batch"] else tuple(given["batch"])
     # By head, as a basis has them.
     maps = {name: x.reshape(*own, -1, *x.shape[3:]) for name, x in maps.items()}
+    if given["bits"] is not None or given["rtol"] is not None:
+        # The query heads share a map: how many they are is not in its shape.
+        maps["wq"] = np.repeat(maps["wq"], check_rank(given["n_shared"], MOST), axis=-3)
     rank = (maps["wk"].shape[-1], maps["wv"].shape[-1])
     error = np.broadcast_to(maps["wk"].dtype.type(0), maps["wq"].shape[:-2])
-    return AttentionBasis(**maps, ranks=(rank,) * maps["wk"].shape[-3], error=error)
+    ranks = (rank,) * maps["wk"].shape[-3]
+    wq, wk, wv, uv, c, mu = (maps[name] for name in MAPS)
+    return AttentionBasis(wq, wk, wv, uv, c, mu, ranks, error)
 
 
 def _check_arrays(named: Arrays, template: Contents) -> None:
@@ -145,13 +170,17 @@ def _check_arrays(named: Arrays, template: Contents) -> None:
         raise ValueError(f"it lacks or has too many of its arrays: {set(named) ^ set(expected)}")
     for name, right in expected.items():
         x, shape, (held, _, field) = named[name], list(right.shape), name.rpartition(".")
-        at, is_row, _ = name.partition(".rows.")
-        if is_row:
+        at, is_row, part = name.partition(".rows.")
+        if is_row and part.startswith(("k.", "v.")):
+            axis = {"heap": 2, "whole": 2, "headers": 1}.get(field)
+            if axis is not None:
+                shape[axis] = x.shape[axis]
+        elif is_row and part != "filled":
             shape[2] = named[f"{at}.rows.v"].shape[2]
         elif name == "recent.q":
             shape[2] = min(layout.window, x.shape[2])
         # Keys and values beside each other have one dtype, no wider than the maps.
-        same = named[f"{held}.v"] if field == "k" else x
+        same = named[f"{held}.v"] if field == "k" and not layout.is_coded else x
         is_kind = x.dtype.kind == right.dtype.kind and x.dtype == same.dtype
         if list(x.shape) != shape or not is_kind or x.dtype.itemsize > right.dtype.itemsize:
             raise ValueError(
@@ -163,6 +192,9 @@ def _check_arrays(named: Arrays, template: Contents) -> None:
                 raise ValueError(f"its {name} are not between 0 and {width - 1}")
     lengths, n_segments = named["lengths"], len(template.segments)
     starts = [named[f"segments.{i}.start"] for i in range(n_segments)]
+    if layout.is_coded and "segments.0.rows.filled" in named:
+        _check_bits(with_arrays(template, named, layout), lengths, starts)
+        return
     rooms = [named[f"segments.{i}.rows.v"].shape[2] for i in range(n_segments)]
     if np.any(lengths < 0) or np.any(starts[0] != layout.n_sink):
         raise ValueError("its lengths are negative, or its first segment is not after the sinks")
@@ -173,6 +205,17 @@ def _check_arrays(named: Arrays, template: Contents) -> None:
         raise ValueError("its segments hold more tokens than its capacity")
 
 
+def _check_bits(contents: Contents, lengths: Array, starts: list[Array]) -> None:
+    """Raise ValueError where packed rows do not hold what positions say."""
+    for segment, start, end in zip(contents.segments, starts, [*starts[1:], lengths], strict=True):
+        rows = segment.rows
+        if not isinstance(rows, BitRows) or np.any(rows.filled < np.maximum(end - start, 0)):
+            raise ValueError("its segments hold fewer tokens than its lengths say")
+        if np.any(rows.filled < 0):
+            raise ValueError("its segments hold fewer tokens than none")
+        rows.check()
+
+
 def _is_position(name: str) -> bool:
     """Whether an array counts tokens, which is done by NumPy unless shapes are static."""
-    return name.rpartition(".")[2] in ("lengths", "start", "since_check")
+    return name.rpartition(".")[2] in POSITIONS

@@ -40,6 +40,8 @@ class Layout:
     n_sparse: int
     capacity: int | None
     dtype: str | None
+    bits: tuple[float, float] | None  # average of a number of the keys, and of the values
+    rtol: float | None
     score_options: ScoreOptions
     rotary: tuple[float, ...] | None
     drift_bound: float | None
@@ -69,6 +71,11 @@ class Layout:
     def is_static(self) -> bool:
         """Whether shapes and dtypes never change, and positions may be traced."""
         return self.capacity is not None and self.backend.is_functional
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether coordinates are stored in bits."""
+        return self.bits is not None or self.rtol is not None
 
     @property
     def carries_shift(self) -> bool:

@@ -5,15 +5,33 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slra._backends.standard.bits import TOKENS
 from slra._typing import Array, DType
 from slra._validate import promote
 from slra.attn.basis import AttentionBasis
 from slra.attn.maps import Maps
+from slra.cache._bits import (
+    LEAST_FOR_STEPS,
+    ROUNDINGS,
+    BitRows,
+    ByteRows,
+    coding_maps,
+    fitted_steps,
+    scaled_maps,
+)
 from slra.cache._layout import Layout, map_arrays, on_host
 from slra.cache._queries import Queries
 from slra.cache._rotary import rotate, turns_at
 
-__all__ = ["CHUNK_ROWS", "FloatRows", "Segment", "SparseEntries", "maps_of"]
+__all__ = [
+    "CHUNK_ROWS",
+    "FloatRows",
+    "Segment",
+    "SparseEntries",
+    "empty_rows",
+    "laid_out",
+    "maps_of",
+]
 
 # Rows that are brought to the dtype and the dimensions they are computed in at once.
 CHUNK_ROWS = 4096
@@ -145,8 +163,24 @@ class FloatRows(NamedTuple):
         return map_arrays(lambda x: self.layout.backend.rows_like(x, n_rows), self)
 
 
+def empty_rows(
+    layout: Layout, n_rows: int, like: Array, dtype: DType
+) -> FloatRows | BitRows | ByteRows:
+    """Room for so many tokens, stored as the layout says."""
+    if not layout.is_coded:
+        return FloatRows.empty(layout, n_rows, like, dtype)
+    if layout.is_static:
+        return ByteRows.empty(layout, n_rows, like)
+    return BitRows.empty(layout, like)
+
+
 def maps_of(basis: AttentionBasis, layout: Layout) -> Maps:
     """Lay the maps of a basis out with one batch axis, of length one where all elements share them."""
+    return coding_maps(basis, layout) if layout.is_coded else laid_out(basis, layout)
+
+
+def laid_out(basis: AttentionBasis, layout: Layout) -> Maps:
+    """Lay its own maps out, whatever is stored."""
     xp, lead = layout.xp, 1 if layout.pool_batch else layout.n_batch
     named = {name: getattr(basis, name) for name in Maps._fields[:-1]}
     wq, *others = promote(layout.backend, allow_complex=False, **named).arrays
@@ -163,17 +197,19 @@ class Segment(NamedTuple):
     layout: Layout
     maps: Maps
     start: Array
-    rows: FloatRows
+    rows: FloatRows | BitRows | ByteRows
 
     @classmethod
     def empty(
         cls, layout: Layout, maps: Maps, start: Array, n_rows: int, dtype: DType
     ) -> "Segment":
         """Room for ``n_rows`` tokens from ``start`` on."""
-        return cls(layout, maps, start, FloatRows.empty(layout, n_rows, maps.wk, dtype))
+        return cls(layout, maps, start, empty_rows(layout, n_rows, maps.wk, dtype))
 
     def put(self, k: Array, v: Array, places: Array) -> "Segment":
         """Write tokens (B, H, m, .) at places (B, m), counted from the start; negative ones are left out."""
+        if not isinstance(self.rows, FloatRows):
+            return self._put_bits(self.rows, k, v, places)
         maps, rest = self._key_head_maps(), None
         small_k = self.rows.rounded(k @ maps.wk - maps.c @ maps.wk)
         small_v = self.rows.rounded(v @ maps.wv - maps.mu @ maps.wv)
@@ -182,6 +218,25 @@ class Segment(NamedTuple):
             hat_k = self._decoded_keys(astype(small_k, k.dtype))
             rest = (k - hat_k, v - (astype(small_v, v.dtype) @ maps.uv + maps.mu))
         return self._replace(rows=self.rows.put(small_k, small_v, rest, places))
+
+    def _put_bits(self, rows: BitRows | ByteRows, k: Array, v: Array, places: Array) -> "Segment":
+        """Write tokens in bits; the first ones may fix the steps."""
+        maps, bits = self._key_head_maps(), self.layout.bits
+        # Shifted first: a difference of large products would be off by more than a step.
+        small = (k - maps.c) @ maps.wk, (v - maps.mu) @ maps.wv
+        if isinstance(rows, ByteRows):
+            return self._replace(rows=rows.put(*small, None, places))
+        # The sinks, which are left out, come first.
+        used = slice(int(np.sum(places[0] < 0)), None)
+        n_used = min(np.sum(row >= 0) if np.all(row[used] >= 0) else 0 for row in places)
+        if bits is None or rows.filled.any() or n_used < LEAST_FOR_STEPS:
+            return self._replace(rows=rows.put(*small, None, places))
+        first = (x[:, :, used, :] for x in small)
+        steps = [fitted_steps(x, n, self.layout) for x, n in zip(first, bits, strict=True)]
+        scaled = self._replace(maps=scaled_maps(self.maps, steps, self.layout))
+        maps = scaled._key_head_maps()
+        small = (k - maps.c) @ maps.wk, (v - maps.mu) @ maps.wv
+        return scaled._replace(rows=rows.put(*small, None, places))
 
     def read(self, rows: slice) -> tuple[Array, Array]:
         """Keys and values (B, H, rows, .) that the segment stands for, as they were appended."""
@@ -211,7 +266,9 @@ class Segment(NamedTuple):
             n_rows = min(n_rows, int(np.max(end - self.start)))
         is_whole = turns is None and self.rows.is_read_as_is(queries.q.dtype)
         step = max(1, n_rows if is_whole else CHUNK_ROWS)
-        chunks = [slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step)]
+        first = queries.first_row(self.start, n_rows)
+        firsts = range(first - first % TOKENS, n_rows, step)  # bits are read by whole blocks
+        chunks = [slice(first, min(first + step, n_rows)) for first in firsts]
         return [self._attend(queries, end, rows, turns) for rows in chunks]
 
     def _attend(
@@ -247,8 +304,12 @@ class Segment(NamedTuple):
         """
         xp, stack = self.layout.xp, self.layout.stack_heads
         wq, whole = self.maps.wq, stack(queries.q)
-        wq = xp.reshape(wq, (wq.shape[0], self.layout.n_query_heads, *wq.shape[-2:]))
-        q, shift = stack(queries.q @ wq), whole @ xp.matrix_transpose(c)
+        if wq.shape[2] == 1:
+            q = whole @ wq[:, :, 0, ...]
+        else:
+            wq = xp.reshape(wq, (wq.shape[0], self.layout.n_query_heads, *wq.shape[-2:]))
+            q = stack(queries.q @ wq)
+        shift = whole @ xp.matrix_transpose(c)
         if self.layout.carries_shift:
             q = xp.concat([q, shift], axis=-1)
         if corrections is not None:
@@ -283,6 +344,29 @@ class Segment(NamedTuple):
         out, _ = layout.attend(q, low_k, (v - maps.mu) @ maps.wv, None)
         outs = (layout.unstack_heads(x) for x in (out @ maps.uv + maps.mu, exact))
         return float(layout.xp.max(layout.relative_error(*outs)))
+
+    def error_bound(self) -> tuple[Array, Array]:
+        """How far a key and a value may be from what came, (B, H), in Euclidean norm."""
+        assert not isinstance(self.rows, FloatRows)
+        xp, maps, bounds = self.layout.xp, self._key_head_maps(), []
+        backs = (xp.mean(maps.wq, axis=2), maps.wk, maps.c), (maps.uv, maps.wv, maps.mu)
+        rounding = ROUNDINGS * float(xp.finfo(maps.wk.dtype).eps)
+        for half, (back, to, shift) in zip(self.rows.half_steps(), backs, strict=True):
+            d = back.shape[-1]
+            if on_host(half) and not on_host(back):
+                half = self.layout.backend.from_numpy(half, back)
+            half = half + rounding * d * xp.max(xp.abs(shift) @ xp.abs(to), axis=(-2, -1))
+            largest = xp.max(self.layout.backend.singular_values(back), axis=-1)
+            bounds.append(half * largest * d**0.5)
+        shape = (self.layout.n_batch, self.layout.n_heads)
+        keys, values = (xp.broadcast_to(x, shape) for x in bounds)
+        return keys, values
+
+    def cropped(self, lengths: Array) -> "Segment":
+        """Keep tokens before these lengths; rows of floats beyond them are written again."""
+        if not isinstance(self.rows, BitRows):
+            return self
+        return self._replace(rows=self.rows.cropped(lengths - self.start))
 
     def trimmed(self, n_rows: int) -> "Segment":
         """Give back what it will not need: it is complete."""

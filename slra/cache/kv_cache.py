@@ -1,7 +1,9 @@
 """The public cache: keys and values appended token by token, attended to in r dimensions."""
 
+import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +13,10 @@ from slra._files import File
 from slra._typing import RNG, Array, DType
 from slra._validate import check_flag, resolve
 from slra.attn.basis import AttentionBasis
+from slra.attn.problem import add_sinks
 from slra.cache._checks import (
+    check_crop,
+    check_heads,
     check_lengths,
     check_options,
     check_queries,
@@ -23,10 +28,35 @@ from slra.cache._contents import Contents
 from slra.cache._files import load_contents, save_contents
 from slra.cache._layout import named_arrays, on_host, register
 from slra.cache._prefix import fit_prefix
-from slra.cache._segment import maps_of
+from slra.cache._segment import FloatRows, maps_of
 from slra.decompose._sparse_low_rank_matrix import size_in_bytes
 
-__all__ = ["KVCache"]
+__all__ = ["ErrorBound", "KVCache"]
+
+
+class ErrorBound(NamedTuple):
+    """How far tokens of a cache in bits may be from what came, in Euclidean norm.
+
+    Attributes
+    ----------
+    keys : array, shape (..., Hkv)
+        Of each key before any rotation; a score ``scale * q @ k`` is off by at most ``scale * norm(q)`` times that.
+    values : array, shape (..., Hkv)
+        Of each value.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slra
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 50, 8))
+    >>> cache = slra.KVCache(slra.fit_attention(q, k, v, 8), bits=4).append(k, v)
+    >>> keys, values = cache.decode()
+    >>> bool(np.all(np.linalg.norm(keys - k, axis=-1) <= cache.error_bound.keys[:, None]))
+    True
+    """
+
+    keys: Array
+    values: Array
 
 
 class KVCache:
@@ -48,6 +78,14 @@ class KVCache:
         How many of the first tokens are exact for good.
     n_sparse : int
         How many entries of each key and each value are stored beside the low rank: the largest of what it leaves.
+    bits : float or (float, float), optional
+        Average bits, 0.5 to 10, that a number of the keys and values (of D + Dv a token) takes, headers counted; a
+        pair for keys and for values. Then coordinates of the basis' ``coding`` are stored, all of them whatever its
+        rank, rounded to integers of as many bits as each block of 16 tokens needs. The first append fixes the steps,
+        if it brings 256 tokens, and otherwise the fit; ``bits`` of the cache says what came of it. None: floats.
+    rtol : float, optional
+        Instead of ``bits``: the largest error of a token's coordinates, keys and values each, relative to the root
+        mean square of those of the fit.
     capacity : int, optional
         Tokens to make room for; not with ``drift_bound``. Then memory does not grow, and more tokens are an error. On
         JAX it makes the cache a pytree of static shapes, to be used under ``jax.jit``, where tokens beyond it make
@@ -79,6 +117,11 @@ class KVCache:
         Bytes that the keys and values of the tokens held would take as they came.
     n_segments : int
         Bases in use.
+    bits : float
+        Bits that a number of the keys and values takes, of those that are neither sinks nor wait for their block to be
+        full; NaN where there is none. Maps, and room that is left, are not counted here but in ``nbytes``.
+    error_bound : ErrorBound
+        With ``bits`` or ``rtol``: how far any key and any value may be from what came.
     error : array, shape (..., Hq), or None
         What `AttentionBasis` predicted, or `from_prefix` measured.
 
@@ -96,6 +139,10 @@ class KVCache:
     but not time: half precision is widened, and sparse entries are computed with as D more features. So does
     ``rotary``: all keys are decoded to D features at every step. Keys that were rotated before they were appended
     cost r, but a basis of the same rank fits them less well.
+
+    In bits every coordinate of every token is within half a step, whatever the text: nothing saturates, and what does
+    not fit in 14 bits, or is not finite, stays as it came. Integers are decoded at each step to all D dimensions. On
+    JAX with ``capacity``, where shapes are static, each number takes a byte, and each token has a step of its own.
 
     Query heads that share a key head but not a basis (method "svd") see the sparse entries, and the decoded keys of
     ``rotary`` and `decode`, through the mean of their maps.
@@ -130,6 +177,8 @@ class KVCache:
         window: int = 0,
         n_sink: int = 0,
         n_sparse: int = 0,
+        bits: float | tuple[float, float] | None = None,
+        rtol: float | None = None,
         capacity: int | None = None,
         dtype: str | DType | None = None,
         scale: float | None = None,
@@ -144,6 +193,8 @@ class KVCache:
             window=window,
             n_sink=n_sink,
             n_sparse=n_sparse,
+            bits=bits,
+            rtol=rtol,
             capacity=capacity,
             dtype=dtype,
             scale=scale,
@@ -179,7 +230,7 @@ class KVCache:
         k : array, shape (..., Hkv, n, D)
         v : array, shape (..., Hkv, n, Dv)
         rank : int or (int, int), optional
-            As in `fit_attention`.
+            As in `fit_attention`. With ``bits`` it plays no part, nor is there ``rtol``.
         rtol : float, optional
             Relative error of the output to stay within, for every query head. It is checked on up to 64 steps of
             the prefix, the last one among them, against exact keys and values, with all that the cache does to
@@ -211,6 +262,12 @@ class KVCache:
         """
         if "batch" in options:
             raise TypeError("batch must be left out of from_prefix: it is that of k")
+        if options.get("bits") is not None:
+            if rtol is not None:
+                raise ValueError(
+                    f"rtol must be None with bits, which ranks do not change, got {rtol}"
+                )
+            rank = 1
         fit: dict[str, Any] = {"rtol": rtol, "method": method, "pool_batch": pool_batch, "rng": rng}
         fit |= {name: options[name] for name in ("scale", "softcap") if name in options}
         fit |= {"is_causal": True, "enable_gqa": True}
@@ -270,6 +327,9 @@ class KVCache:
         *,
         mask: Array | None = None,
         is_causal: bool = True,
+        window: tuple[int | None, int | None] | None = None,
+        sinks: Array | None = None,
+        alibi: Array | None = None,
         lengths: Array | None = None,
         return_lse: bool = False,
     ) -> Array | tuple[Array, Array]:
@@ -284,6 +344,11 @@ class KVCache:
             token j. Boolean: True attends. Floating: added to the scaled scores.
         is_causal : bool
             Whether a query sees no token after its own; otherwise it sees all. No difference for one query.
+        window : (int or None, int or None), optional
+            How many tokens a query sees before and after its own, as in `attention`; not the ``window`` of the cache,
+            which says what is exact. Tokens before it stay in the cache and are not read.
+        sinks, alibi : array, shape (..., Hq), optional
+            As in `attention`.
         lengths : array of int, shape (...,), optional
             How many of the ``m`` queries each sequence has, the first ones: as given to `append`. The others get 0.
         return_lse : bool
@@ -310,10 +375,13 @@ class KVCache:
         """
         held = self._contents
         check_flag(return_lse, "return_lse")
-        queries = check_queries(q, mask, lengths, is_causal, held)
+        queries = check_queries(q, mask, lengths, is_causal, window, alibi, held)
+        sinks = check_heads(sinks, "sinks", held)
         xp = held.layout.xp
         with (same_bits := held.layout.backend.same_bits()), same_bits:
             out, lse = held.attend(queries)
+            if sinks is not None:
+                out, lse = add_sinks(xp, out, lse, sinks)
             out = xp.reshape(out, (*q.shape[:-1], held.layout.width_v))
             out = xp.astype(out, q.dtype, copy=False)
         return (out, xp.reshape(lse, q.shape[:-1])) if return_lse else out
@@ -356,6 +424,37 @@ class KVCache:
             If the cache does not have one batch axis, or an index is out of range.
         """
         return _made(self._contents.select(check_selection(indices, self._contents.layout)))
+
+    @isolated
+    def crop(self, n: int | Array) -> "KVCache":
+        """Forget all but the first tokens, as speculative decoding does with those that were refused.
+
+        Parameters
+        ----------
+        n : int or array of int, shape (...,)
+            Tokens that each sequence keeps, at most; it keeps all where it has no more.
+
+        Returns
+        -------
+        KVCache
+            As `append` does: where arrays can be written to the same object. Tokens that are in the window again are
+            what the cache stands for, not what came.
+
+        Raises
+        ------
+        TypeError
+            If ``n`` is not an int or integers.
+        ValueError
+            If it is negative, of a wrong shape, or differs between sequences with ``drift_bound``.
+        """
+        held = self._contents
+        lengths = check_crop(n, held)
+        with (same_bits := held.layout.backend.same_bits()), same_bits:
+            held = held.crop(lengths)
+        if held.layout.backend.is_functional:
+            return _made(held)
+        self._contents = held
+        return self
 
     def save(self, path: File) -> None:
         """Write the cache to a file, with a checksum (needs the package safetensors).
@@ -431,6 +530,31 @@ class KVCache:
         return len(self._contents.segments)
 
     @property
+    def bits(self) -> float:
+        """Bits that a stored number of the keys and values takes, on average."""
+        layout = self._contents.layout
+        if not layout.is_coded:
+            bits = layout.xp.finfo(self._contents.segments[-1].rows.dtype).bits
+            return float(bits * sum(layout.rank) / (layout.width + layout.width_v))
+        rows = [segment.rows for segment in self._contents.segments]
+        counted = [one.counted() for one in rows if not isinstance(one, FloatRows)]
+        bits, numbers = (sum(column) for column in zip(*counted, strict=True))
+        return bits / numbers if numbers else math.nan
+
+    @property
+    def error_bound(self) -> "ErrorBound":
+        """How far any key, and any value, may be from what came."""
+        held, xp = self._contents, self._contents.layout.xp
+        if not held.layout.is_coded:
+            raise AttributeError(
+                "error_bound is that of a cache with bits or rtol: ranks have none"
+            )
+        bounds = [segment.error_bound() for segment in held.segments]
+        keys, values = (functools.reduce(xp.maximum, one) for one in zip(*bounds, strict=True))
+        shape = (*held.layout.batch, held.layout.n_heads)
+        return ErrorBound(xp.reshape(keys, shape), xp.reshape(values, shape))
+
+    @property
     def error(self) -> Array | None:
         """Relative error of the output on the data of the fit, shape (..., Hq)."""
         return self._contents.error
@@ -438,10 +562,11 @@ class KVCache:
     def __repr__(self) -> str:
         layout, held = self._contents.layout, self._contents
         heads = f"{layout.n_query_heads} on {layout.n_heads}"
+        stored = f"bits={self.bits:.3g}" if layout.is_coded else f"rank={layout.rank}"
         return (
             f"KVCache(batch={layout.batch}, n_tokens={held.n_tokens}, heads={heads}, "
             f"D={layout.width}, Dv={layout.width_v},\n"
-            f"        rank={layout.rank}, window={layout.window}, n_sink={layout.n_sink}, "
+            f"        {stored}, window={layout.window}, n_sink={layout.n_sink}, "
             f"n_sparse={layout.n_sparse}, n_segments={self.n_segments},\n"
             f"        dtype={held.segments[-1].rows.dtype}, nbytes={self.nbytes}, nbytes_exact={self.nbytes_exact})"
         )

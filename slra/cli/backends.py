@@ -35,7 +35,7 @@ def open_backend(name: str) -> Backend:
         return openers[name]()
     except ImportError as error:
         raise BackendUnavailableError(
-            f'backend {name} cannot be imported ({error}): pip install "slra[{name}]"'
+            f'backend {name} cannot be imported ({error}): pip install ".[{name}]" in a clone of slra'
         ) from error
 
 

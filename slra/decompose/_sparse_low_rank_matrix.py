@@ -75,6 +75,14 @@ class LowRankPlusSparse(_Parts):
         return sum(size_in_bytes(backend, x) for x in self)
 
     @property
+    def nbytes_exact(self) -> int:
+        """Bytes of the dense matrix in the same dtype."""
+        size = _itemsize(resolve(left=self.left), self.left)
+        for n in self.shape:
+            size *= n
+        return size
+
+    @property
     def T(self) -> "LowRankPlusSparse":
         """The transpose, whose sparse entries are counted over the whole matrix."""
         backend = resolve(left=self.left)
@@ -113,7 +121,7 @@ class LowRankPlusSparse(_Parts):
         n_entries, rank = self.values.shape[-1], self.left.shape[-1]
         return (
             f"LowRankPlusSparse(shape={self.shape}, rank={rank}, "
-            f"sparse={n_entries} a {self.per}, dtype={self.dtype}, nbytes={self.nbytes})"
+            f"sparse={n_entries} a {self.per}, dtype={self.dtype}, nbytes={self.nbytes} of {self.nbytes_exact})"
         )
 
     def _sparse(self, backend: Backend) -> Array:
@@ -235,12 +243,18 @@ def _check_factor(backend: Backend, other: Array) -> None:
 
 def size_in_bytes(backend: Backend, x: Array) -> int:
     """Bytes of the entries of a floating or integer array."""
-    xp, count = backend.xp, 1
+    size = _itemsize(backend, x)
     for n in x.shape:
-        count *= n
+        size *= n
+    return size
+
+
+def _itemsize(backend: Backend, x: Array) -> int:
+    """Bytes of an entry."""
+    xp = backend.xp
     if xp.isdtype(x.dtype, "integral"):
-        return count * int(xp.iinfo(x.dtype).bits) // 8
-    return count * int(xp.finfo(x.dtype).bits) // 8 * (2 if backend.is_complex(x) else 1)
+        return int(xp.iinfo(x.dtype).bits) // 8
+    return int(xp.finfo(x.dtype).bits) // 8 * (2 if backend.is_complex(x) else 1)
 
 
 def _suffix(path: File) -> str:

@@ -1,6 +1,7 @@
 """Compression of a matrix to low rank plus a few entries, in every row or anywhere."""
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -90,6 +91,11 @@ def compress(
         If ``x`` has fewer than two axes, an empty axis, or NaN or infinity where values can be looked at; if an
         option is out of range, or ``density`` is "auto" for a batch or for values that cannot be looked at.
 
+    Warns
+    -----
+    UserWarning
+        If the result takes more bytes than ``x``, where its values can be looked at.
+
     Notes
     -----
     .. math:: \min \|x - L - S\|_F \quad \text{subject to} \quad \operatorname{rank}(L) \le r, \
@@ -150,7 +156,14 @@ def compress(
         best = _Alternation(work, budget, _leading_rows(work, budget, backend), backend).run(n_iter)
     left, values = (scaled_back(part, exponent, backend) for part in (best.left, best.values))
     left, right, values = promoted.cast_back(backend, left, best.right, values)
-    return LowRankPlusSparse(left, right, values, best.indices)
+    result = LowRankPlusSparse(left, right, values, best.indices)
+    if backend.is_eager(x) and result.nbytes > result.nbytes_exact:
+        warnings.warn(
+            f"the result takes {result.nbytes} bytes, more than the {result.nbytes_exact} of x: lower rank or density",
+            UserWarning,
+            stacklevel=3,  # 2 is `isolated`
+        )
+    return result
 
 
 def _leading_rows(x: Array, budget: _Budget, backend: Backend) -> Array:

@@ -3,6 +3,8 @@
 Needs: torch. What the layer runs on hangs on its module: a basis, or, during calibration, a function that records.
 """
 
+from __future__ import annotations  # the documentation is built without the framework
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ __all__ = ["BASIS", "RECORD", "LayerBasis", "Settings", "implementation", "is_im
 # Attributes on the attention modules of the caller's model.
 BASIS, RECORD = "slra_basis", "_slra_record"
 # What some models pass that changes the scores; each has a meaning that low-rank attention does not know.
-NOT_TAKEN = ("position_bias", "s_aux", "sinks", "indices", "block_indices")
+NOT_TAKEN = ("position_bias", "indices", "block_indices")
 
 
 class Settings(NamedTuple):
@@ -64,6 +66,8 @@ def _attention(
         "is_causal": causal and attention_mask is None and query.shape[2] > 1,
         # Without a mask nothing is in the cache yet: keys beyond the queries are the free room of a static one.
         "causal_align": "top_left",
+        "window": None if attention_mask is not None else _window(query, key, others),
+        "sinks": others.get("s_aux"),
         "scale": scaling,
         "softcap": softcap,
         "enable_gqa": query.shape[1] != key.shape[1],
@@ -79,6 +83,16 @@ def _attention(
         _check_fit_per_call(module, causal, options, settings, query.shape[2] == key.shape[2])
         out = _fit_and_attend(query, key, value, options, settings)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _window(
+    query: torch.Tensor, key: torch.Tensor, others: dict[str, Any]
+) -> tuple[int, int | None] | None:
+    """Return the window of a layer to which `make_mask` gave no mask: as many tokens as it says, its own the last."""
+    size = others.get("sliding_window")
+    if size is None or query.shape[2] != key.shape[2] or size >= key.shape[2]:
+        return None
+    return size - 1, None
 
 
 def _refuse(dropout: float, others: dict[str, Any]) -> None:
@@ -177,13 +191,13 @@ def _fitted(
     settings: Settings,
 ) -> Callable[..., Any]:
     """Fit, and return how to attend: exactly where there are so few tokens that it takes no more dimensions."""
-    rank, n_queries, n_keys = settings.rank, q.shape[-2], k.shape[-2]
+    rank, n_keys = settings.rank, k.shape[-2]
     if n_keys == 0:
         return slra.attention
     if rank is not None:
         pair = rank if isinstance(rank, Sequence) else (rank, rank)
-        rank = min(pair[0], n_queries, n_keys), min(pair[1], n_keys)
-        if rank == (min(n_queries, n_keys), n_keys):
+        rank = min(pair[0], n_keys), min(pair[1], n_keys)
+        if rank == (n_keys, n_keys):
             return slra.attention
     fit = {"rtol": settings.rtol, "method": settings.method, **options}
     return slra.fit_attention(q, k, v, rank, **fit).attend
@@ -194,12 +208,11 @@ class LayerBasis(torch.nn.Module):
 
     def __init__(self, basis: AttentionBasis, device: torch.device) -> None:
         super().__init__()
-        self.ranks = basis.ranks
+        self.ranks, self.is_held_out = basis.ranks, basis.is_held_out
         for name in ("wq", "wk", "wv", "uv", "c", "mu", "error"):
             self.register_buffer(name, getattr(basis, name).to(device), persistent=False)
 
     def forward(self) -> AttentionBasis:
         """Return the basis where the model is now."""
-        return AttentionBasis(
-            self.wq, self.wk, self.wv, self.uv, self.c, self.mu, self.ranks, self.error
-        )
+        maps = self.wq, self.wk, self.wv, self.uv, self.c, self.mu
+        return AttentionBasis(*maps, self.ranks, self.error, is_held_out=self.is_held_out)

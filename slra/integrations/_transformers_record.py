@@ -3,6 +3,8 @@
 Needs: torch.
 """
 
+from __future__ import annotations  # the documentation is built without the framework
+
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,6 +107,8 @@ def _block_masks(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> t
     if mask is None:
         mask = torch.ones((1, 1, q.shape[-2], k.shape[-2]), dtype=torch.bool, device=q.device)
         mask = torch.tril(mask) if options["is_causal"] else mask
+        if options["window"] is not None:
+            mask = torch.triu(mask, -options["window"][0])
     if mask.dtype != torch.bool:
         raise ValueError(f"attention_mask must be boolean to calibrate, got {mask.dtype}")
     return mask.expand(q.shape[0], -1, q.shape[-2], k.shape[-2])

@@ -15,7 +15,7 @@ from sklearn.utils.sparsefuncs import mean_variance_axis
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 import slra
-from slra._validate import check_rank
+from slra._validate import check_choice, check_rank
 
 __all__ = ["LowRank"]
 
@@ -39,6 +39,10 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         As in `slra.randomized_svd`.
     center : bool
         Whether to subtract the means of the columns: PCA, also of sparse matrices, which stay sparse.
+    missing : {"error", "impute"}
+        What NaN in dense data is. "impute": a gap; `slra.complete` fills those of the training data, with a rank that
+        it chooses on entries held out, and `transform` gives a row with gaps the scores that are to be expected from
+        what was observed of it.
     random_state : int, numpy.random.RandomState or None
         As everywhere in scikit-learn.
 
@@ -54,7 +58,9 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         The same over the variance of all features.
     mean_ : numpy.ndarray, shape (n_features,)
         Means of the features, accumulated in float64; only with ``center``.
-    n_features_in_ : int
+    noise_variance_ : float
+        Mean square of what the components leave of the observed entries; only with ``missing="impute"``.
+    n_features_in_, n_samples_ : int
     feature_names_in_ : numpy.ndarray of str
         Only where the training data had names.
 
@@ -73,6 +79,14 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     (1, 3)
     >>> bool(np.allclose(model.inverse_transform(model.transform(X)), X))
     True
+
+    With a gap, where 12 was:
+
+    >>> X = np.outer(np.arange(1.0, 41.0), np.arange(1.0, 11.0))
+    >>> X[3, 2] = np.nan
+    >>> model = LowRank(1, missing="impute", random_state=0)
+    >>> bool(np.isclose(model.inverse_transform(model.fit_transform(X))[3, 2], 12.0, rtol=1e-3))
+    True
     """
 
     def __init__(
@@ -84,6 +98,7 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         n_iter: int | Literal["auto"] = "auto",
         method: Literal["auto", "krylov", "subspace", "gram"] = "auto",
         center: bool = False,
+        missing: Literal["error", "impute"] = "error",
         random_state: Any = None,
     ) -> None:
         self.n_components = n_components
@@ -92,6 +107,7 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.n_iter = n_iter
         self.method = method
         self.center = center
+        self.missing = missing
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> "LowRank":
@@ -122,8 +138,14 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         -------
         numpy.ndarray, shape (n_samples, n_components)
         """
-        X = self._checked(X, reset=True)
+        check_choice(self.missing, ("error", "impute"), "missing")
+        given = X = self._checked(X, reset=True)
         rank, rtol, share = self._wanted(X.shape)
+        seeds = check_random_state(self.random_state)
+        gaps = self._gaps(X)
+        if gaps.any():
+            result = slra.complete(X, center=self.center, rng=int(seeds.randint(_SEEDS)))
+            X = np.where(gaps, result.to_dense(), X)
         U, S, Vh = slra.randomized_svd(
             X,
             rank,
@@ -132,7 +154,7 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             n_iter=self.n_iter,
             method=self.method,
             center=self.center,
-            rng=int(check_random_state(self.random_state).randint(_SEEDS)),
+            rng=int(seeds.randint(_SEEDS)),
         )
         U, Vh = svd_flip(U, Vh, u_based_decision=False)
         mean, variance = _moments(X)
@@ -143,7 +165,7 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             n_kept = 1 + int(np.searchsorted(explained[:-1], share, side="right"))
             U, S, Vh = U[:, :n_kept], S[:n_kept], Vh[:n_kept]
         scores: np.ndarray[Any, Any] = U * S
-        self.components_, self.singular_values_ = Vh, S
+        self.components_, self.singular_values_, self.n_samples_ = Vh, S, X.shape[0]
         if self.center:
             self.mean_ = mean
             # Not of the scores: their means are zero but for rounding.
@@ -153,7 +175,10 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             self.explained_variance_ = np.var(scores, axis=0)
         ratio = self.explained_variance_ / (total if total > 0 else 1)
         self.explained_variance_ratio_ = ratio.astype(S.dtype, copy=False)
-        return scores
+        if self.missing == "impute":
+            left = (X - (scores @ Vh + (mean if self.center else 0)))[~gaps]
+            self.noise_variance_ = float(np.mean(np.square(left, dtype=np.float64)))
+        return self._scores(given, gaps) if gaps.any() else scores
 
     def _wanted(self, shape: tuple[int, int]) -> tuple[int | None, float | None, float | None]:
         """Rank, tolerance and share of the variance, of which at least one is given."""
@@ -187,6 +212,9 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X = self._checked(X, reset=False)
+        gaps = self._gaps(X)
+        if gaps.any():
+            return self._scores(X, gaps)
         if not self.center:
             return safe_sparse_dot(X, self.components_.T)
         # In float64: what is left of a large mean would be rounding errors.
@@ -216,7 +244,40 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return (data + self.mean_).astype(data.dtype, copy=False) if self.center else data
 
     def _checked(self, X: Any, *, reset: bool) -> Any:
-        return validate_data(self, X, reset=reset, dtype=_DTYPES, accept_sparse=("csr", "csc"))
+        imputes = self.missing == "impute"
+        return validate_data(
+            self,
+            X,
+            reset=reset,
+            dtype=_DTYPES,
+            accept_sparse=False if imputes else ("csr", "csc"),
+            ensure_all_finite="allow-nan" if imputes else True,
+        )
+
+    def _gaps(self, X: Any) -> np.ndarray[Any, Any]:
+        return np.isnan(X) if self.missing == "impute" else np.zeros((), dtype=bool)
+
+    def _scores(self, X: np.ndarray[Any, Any], gaps: np.ndarray[Any, Any]) -> Any:
+        """Return expected scores given what was observed, as probabilistic PCA has them; projections without gaps."""
+        axes = self.components_.T.astype(np.float64)
+        n_features, n_axes = axes.shape
+        x = np.where(gaps, 0.0, X - (self.mean_ if self.center else 0.0))
+        scores = x @ axes
+        pairs = (axes[:, :, None] * axes[:, None, :]).reshape(n_features, -1)
+        # Second moments of the scores; an axis that explains nothing keeps its scores at 0.
+        spread = np.square(self.singular_values_, dtype=np.float64) / self.n_samples_
+        least = np.finfo(np.float64).eps * spread[:1]
+        prior = np.diag(
+            self.noise_variance_ / np.maximum(spread, least + np.finfo(np.float64).tiny)
+        )
+        rows = np.flatnonzero(gaps.any(axis=1))
+        for top in range(0, len(rows), _SLAB_ROWS):
+            some = rows[top : top + _SLAB_ROWS]
+            gram = ((~gaps[some]) @ pairs).reshape(-1, n_axes, n_axes) + prior
+            scores[some] = np.einsum(
+                "ijk,ik->ij", np.linalg.pinv(gram, hermitian=True), scores[some]
+            )
+        return scores.astype(X.dtype, copy=False)
 
     @property
     def _n_features_out(self) -> int:
@@ -224,7 +285,8 @@ class LowRank(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
+        tags.input_tags.sparse = self.missing != "impute"
+        tags.input_tags.allow_nan = self.missing == "impute"
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 

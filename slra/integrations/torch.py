@@ -3,6 +3,8 @@
 Needs: torch.
 """
 
+from __future__ import annotations  # the documentation is built without the framework
+
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -244,7 +246,7 @@ class LowRankAttention(nn.MultiheadAttention):
         average_attn_weights : bool
             Whether weights are averaged over heads.
         is_causal : bool
-            That ``attn_mask`` is the causal mask, which is then not looked at, and need not be given.
+            Whether a query attends only to keys that are not after it, besides what ``attn_mask`` hides.
 
         Returns
         -------
@@ -258,16 +260,19 @@ class LowRankAttention(nn.MultiheadAttention):
         is_batched, is_self = query.ndim == 3, query is key
         query, key, value = (self._batch_first(x) for x in (query, key, value))
         q, k, v = self._heads(query, key, value)
-        mask = _mask(key_padding_mask, None if is_causal else attn_mask, q, k)
-        data = q, k, v
+        mask = _mask(key_padding_mask, attn_mask, q, k)
+        fit_mask = mask
         if self.basis_per == "sequence" or (self.training and self.refit_every):
-            data = self._without_padding(q, k, v, key_padding_mask, is_self=is_self)
-        given = Approximation(self._projections(*data, mask, is_causal), q, k, v)
+            fit_mask = _without_padding(mask, key_padding_mask, is_self=is_self)
+        is_empty = 0 in (*q.shape, *k.shape)
+        projections = None if is_empty else self._projections(q, k, v, fit_mask, is_causal)
+        given = Approximation(projections, q, k, v)
         out, self._last = attend(
             given, self._ranks, l1=self.l1, l1_form=self.l1_form, mask=mask, is_causal=is_causal
         )
         out = self.out_proj(out.transpose(1, 2).flatten(2))
-        self._count_call(*data, mask, is_causal)
+        if not is_empty:
+            self._count_call(q, k, v, fit_mask, is_causal)
         weights = _weights(self._last, mask, is_causal) if need_weights else None
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
@@ -349,9 +354,9 @@ class LowRankAttention(nn.MultiheadAttention):
             raise ValueError('fit_basis needs basis_per="layer", and a rank or rtol')
         with torch.no_grad():
             q, k, v = self._heads(*(self._batch_first(x) for x in (query, key, value)))
-        mask = _mask(key_padding_mask, None if is_causal else attn_mask, q, k)
-        data = self._without_padding(q, k, v, key_padding_mask, is_self=query is key)
-        self._fit(*data, mask, is_causal)
+        mask = _mask(key_padding_mask, attn_mask, q, k)
+        mask = _without_padding(mask, key_padding_mask, is_self=query is key)
+        self._fit(q, k, v, mask, is_causal)
 
     def _batch_first(self, x: Tensor) -> Tensor:
         if x.ndim == 2:
@@ -367,26 +372,6 @@ class LowRankAttention(nn.MultiheadAttention):
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         projected = map(functional.linear, (query, key, value), weights, biases)
         return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected]
-
-    def _without_padding(
-        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, *, is_self: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Put what a fit does not notice in the place of hidden tokens: means, which centring takes off, or zeros."""
-        if key_padding_mask is None or not self._is_low_rank:
-            return q, k, v
-        hidden = key_padding_mask
-        if hidden.dtype != torch.bool:
-            hidden = torch.isneginf(hidden)
-        hidden = hidden.reshape(-1, 1, k.shape[-2], 1)
-        q = q.masked_fill(hidden, 0) if is_self else q
-        zeroed = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-        if self.method == "svd":
-            return q, *zeroed
-        # One basis for the batch has one centre.
-        axes = (0, 2) if self.basis_per == "layer" else (2,)
-        n_real = (~hidden).expand(k.shape[0], -1, -1, -1).sum(axes, keepdim=True).clamp(min=1)
-        k, v = (torch.where(hidden, x.sum(axes, keepdim=True) / n_real, x) for x in zeroed)
-        return q, k, v
 
     def _projections(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
@@ -520,6 +505,19 @@ def _mask(
         return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
     masks = [_additive(mask, q.dtype) for mask in masks]
     return masks[0] if len(masks) == 1 else masks[0] + masks[1]
+
+
+def _without_padding(
+    mask: Tensor | None, key_padding_mask: Tensor | None, *, is_self: bool
+) -> Tensor | None:
+    """Hide everything from the padding that asks, too, which a fit then does not see."""
+    if key_padding_mask is None or mask is None or not is_self:
+        return mask
+    hidden = key_padding_mask
+    if hidden.dtype != torch.bool:
+        hidden = torch.isneginf(hidden)
+    hidden = hidden.reshape(-1, 1, hidden.shape[-1], 1)
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -torch.inf)
 
 
 def _check_mask(mask: Tensor, name: str, right: Sequence[tuple[int, ...]]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 import slra
 from slra._files import File
@@ -22,6 +21,7 @@ from slra.integrations._transformers_layer import (
     implementation,
     is_implementation,
 )
+from slra.integrations._transformers_mask import make_mask
 from slra.integrations._transformers_record import RecordedLayer, record
 
 __all__ = ["attach", "calibrate", "detach", "load", "register", "save"]
@@ -75,8 +75,8 @@ def register(
     if rtol is not None:
         check_positive(rtol, "rtol")
     AttentionInterface.register(name, implementation(Settings(name, rank, rtol, method)))
-    # Boolean masks, None where causality says all: just what slra.attention takes.
-    AttentionMaskInterface.register(name, sdpa_mask)
+    # Boolean masks, None where causality or a window says all: just what slra.attention takes.
+    AttentionMaskInterface.register(name, make_mask)
 
 
 def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, AttentionBasis]:
@@ -147,7 +147,7 @@ def _fit_layer(layer: RecordedLayer) -> AttentionBasis:
         bottom, right = row + one.mask.shape[-2], column + one.mask.shape[-1]
         mask[:, row:bottom, column:right] = one.mask
         row, column = bottom, right
-    options = {**layer.options, "mask": mask, "is_causal": False}
+    options = {**layer.options, "mask": mask, "is_causal": False, "window": None}
     settings = layer.settings
     return slra.fit_attention(
         q, k, v, settings.rank, rtol=settings.rtol, method=settings.method, **options

@@ -4,17 +4,22 @@ Needs: transformers, torch. Between steps each layer holds a `slra.KVCache`; for
 to all dimensions, because that is what a model's attention takes. It saves memory, not time.
 """
 
+import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from slra.attn.basis import AttentionBasis
 from slra.cache import KVCache
 
 __all__ = ["LowRankCache"]
+
+# Below so many tokens maps may well be most of the bytes.
+LONG = 512
 
 
 class LowRankCache(Cache):
@@ -27,13 +32,20 @@ class LowRankCache(Cache):
         last number in a name says which layer it is. Layers without a basis (left out of a mapping, None in a sequence)
         keep exact keys and values. Of torch tensors on the layer's device, fitted with ``pool_batch=True`` to queries,
         keys and values as attention gets them, after any rotary embedding.
+    config : transformers.PreTrainedConfig, optional
+        That of the model. Layers that attend within a sliding window then keep the window only, exact, and layers of
+        another kind than attention what is theirs, whatever basis they have.
     **options
-        As for `slra.KVCache`: ``window``, ``n_sink``, ``n_sparse``, ``dtype``.
+        As for `slra.KVCache`: ``window``, ``n_sink``, ``n_sparse``, ``dtype``, ``bits``, ``rtol``.
 
     Attributes
     ----------
     nbytes : int
         Bytes of all layers, bases and exact tokens among them.
+    nbytes_exact : int
+        Bytes that the keys and values held would take as they came.
+    bits : float
+        Average bits of a number in layers with a basis, see `slra.KVCache`.
 
     Raises
     ------
@@ -47,8 +59,11 @@ class LowRankCache(Cache):
     ``past_key_values``.
 
     The tokens of one call (a prompt, a chunk of it, a turn of a chat) attend to each other exactly; those of later
-    calls attend to what is left of them. Beam search works; cropping (assisted generation) does not, and layers with a
-    sliding window are not known.
+    calls attend to what is left of them. Beam search works, and so does cropping, which assisted generation and prompt
+    look-up need; ``n_sink`` counts padding on the left as tokens.
+
+    Keys and values are stored in the dtype that they come in, unless ``dtype`` says otherwise. Where the cache takes
+    more bytes than exact keys and values would, for more than a few hundred tokens, it warns once.
 
     Examples
     --------
@@ -67,28 +82,40 @@ class LowRankCache(Cache):
     """
 
     def __init__(
-        self, bases: Sequence[AttentionBasis] | Mapping[str, AttentionBasis], **options: Any
+        self,
+        bases: Sequence[AttentionBasis] | Mapping[str, AttentionBasis],
+        *,
+        config: Any = None,
+        **options: Any,
     ) -> None:
-        if unknown := set(options) - {"window", "n_sink", "n_sparse", "dtype"}:
+        if unknown := set(options) - {"window", "n_sink", "n_sparse", "dtype", "bits", "rtol"}:
             raise TypeError(f"options must be those of a cache with a fixed basis, got {unknown}")
         self._may_miss_layers = isinstance(bases, Mapping)
         ordered = _by_layer(bases) if isinstance(bases, Mapping) else bases
-        super().__init__(
-            layers=[
-                DynamicLayer() if basis is None else _Layer(basis, options) for basis in ordered
-            ]
-        )
+        layers = [] if config is None else DynamicCache(config=config).layers
+        layers += [DynamicLayer() for _ in range(len(ordered) - len(layers))]
+        for i, basis in enumerate(ordered):
+            # Of a sliding window, and of what is not attention, all is needed and there is little.
+            if basis is not None and type(layers[i]) is DynamicLayer:
+                layers[i] = _Layer(basis, options)
+        super().__init__(layers=layers)
+        self._has_warned = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
-        held = (layer for layer in self.layers if layer.is_initialized)
-        return sum(
-            layer.cache.nbytes
-            if isinstance(layer, _Layer) and layer.cache is not None
-            else layer.keys.nbytes + layer.values.nbytes
-            for layer in held
-        )
+        return sum(_bytes(layer, "nbytes") for layer in self.layers)
+
+    @property
+    def nbytes_exact(self) -> int:
+        """Bytes that the keys and values held would take as they came."""
+        return sum(_bytes(layer, "nbytes_exact") for layer in self.layers)
+
+    @property
+    def bits(self) -> float:
+        """Average bits of a number in layers with a basis."""
+        held = [x.cache.bits for x in self.layers if isinstance(x, _Layer) and x.cache is not None]
+        return sum(held) / len(held) if held else math.nan
 
     def update(
         self,
@@ -108,7 +135,29 @@ class LowRankCache(Cache):
         answer: tuple[torch.Tensor, torch.Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
+        if layer_idx == len(self.layers) - 1 and not self._has_warned:
+            self._warn()
         return answer
+
+    def _warn(self) -> None:
+        """Say so where the cache saves nothing, though there are tokens enough to."""
+        held = [x.cache for x in self.layers if isinstance(x, _Layer) and x.cache is not None]
+        is_long = any(int(cache.lengths.max()) >= LONG for cache in held)
+        if is_long and self.nbytes > self.nbytes_exact:
+            self._has_warned = True
+            warnings.warn(
+                f"this cache takes {self.nbytes} bytes where exact keys and values take {self.nbytes_exact}: "
+                "use fewer bits, a smaller rank or window, or a narrower dtype",
+                stacklevel=3,
+            )
+
+
+def _bytes(layer: CacheLayerMixin, kind: str) -> int:
+    """Bytes of a layer, one of `_Layer` as its cache counts them."""
+    if isinstance(layer, _Layer):
+        return 0 if layer.cache is None else int(getattr(layer.cache, kind))
+    held = (x for x in vars(layer).values() if isinstance(x, torch.Tensor))
+    return sum(x.nbytes for x in held)
 
 
 def _by_layer(bases: Mapping[str, AttentionBasis]) -> list[AttentionBasis | None]:
@@ -128,6 +177,7 @@ class _Layer(CacheLayerMixin):
     """One layer: the methods that transformers calls."""
 
     is_sliding = False
+    is_croppable = True
     supports_early_init = False
 
     def __init__(self, basis: AttentionBasis, options: dict[str, Any]) -> None:
@@ -165,6 +215,13 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; transformers gives their number as a negative one."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
+        if self.cache is not None and tokens_to_remove:
+            self.cache = self.cache.crop(max(0, self.get_seq_length() + tokens_to_remove))
 
     def reset(self) -> None:
         self.cache, self.is_initialized = None, False

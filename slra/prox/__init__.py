@@ -90,3 +90,7 @@ __all__ = [
     "soft_threshold",
     "translate",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -74,11 +74,14 @@ def prox_slope(x: Array, tau: float | Array, *, weights: Sequence[float], axis: 
             tau = xp.broadcast_to(tau, tuple(1 if a == along else n for a, n in enumerate(x.shape)))
             tau = xp.moveaxis(tau, along, -1)
         modulus = backend.modulus(moved)
-        order = xp.argsort(modulus, axis=-1, descending=True)
-        back = xp.argsort(order, axis=-1)
-        z = xp.take_along_axis(modulus, order, axis=-1)
-        z = z - tau * backend.from_numpy(lam, x, backend.real_dtype(x.dtype))
-        fit = xp.take_along_axis(backend.at_least(_falling(z, backend), 0.0), back, axis=-1)
+        levels = tau * backend.from_numpy(lam, x, backend.real_dtype(x.dtype))
+        if backend.takes_rows_to_numpy(modulus, levels):
+            fit = backend.rows_by_numpy(_by_regression, modulus, levels)
+        else:
+            order = xp.argsort(modulus, axis=-1, descending=True)
+            falling = _by_means(xp.take_along_axis(modulus, order, axis=-1) - levels, backend)
+            back = xp.argsort(order, axis=-1)
+            fit = xp.take_along_axis(backend.at_least(falling, 0.0), back, axis=-1)
         gain = fit / xp.where(modulus == 0, xp.ones_like(modulus), modulus)
         return promoted.cast_back(backend, xp.moveaxis(moved * gain, -1, along))[0]
 
@@ -137,21 +140,24 @@ def _checked(weights: Any, n: int) -> np.ndarray[Any, Any]:
     return lam
 
 
-def _falling(z: Array, backend: Backend) -> Array:
-    """Nearest sequences that never rise, along the last axis."""
-    if not backend.is_eager(z) or backend.is_differentiated(z):
-        return _by_means(z, backend)
+def _by_regression(
+    modulus: np.ndarray[Any, Any], levels: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """Shrink vectors along the last axis."""
     from scipy.optimize import isotonic_regression
 
-    rows = backend.to_numpy(z).reshape(-1, z.shape[-1])
-    fits = [
-        isotonic_regression(row, increasing=False).x if np.all(np.isfinite(row)) else row * np.nan
-        for row in rows
-    ]
-    return backend.from_numpy(np.asarray(fits).reshape(z.shape), z)
+    order = np.argsort(-modulus, axis=-1, stable=True)
+    z: np.ndarray[Any, Any] = np.take_along_axis(modulus, order, axis=-1) - levels
+    fit = np.empty_like(z)
+    for place in np.ndindex(z.shape[:-1]):
+        is_finite = np.all(np.isfinite(z[place]))
+        fit[place] = isotonic_regression(z[place], increasing=False).x if is_finite else np.nan
+    np.put_along_axis(z, order, np.maximum(fit, 0), axis=-1)
+    return z
 
 
 def _by_means(z: Array, backend: Backend) -> Array:
+    """Nearest sequences that never rise, along the last axis, where values cannot be looked at."""
     xp, n = backend.xp, z.shape[-1]
     device = backend.creation_device(z)
     sums = xp.cumulative_sum(z, axis=-1, include_initial=True)

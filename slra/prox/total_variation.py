@@ -28,8 +28,8 @@ def prox_tv(x: Array, tau: float | Array, *, axis: Axes = -1, n_iter: int = 200)
     axis : int or tuple of int
         The axes of one signal, image or volume; the others are a batch.
     n_iter : int
-        Steps where the answer is not exact: several axes, complex numbers, values that cannot be looked at, or a
-        derivative that may be asked for.
+        Steps where the answer is not exact: several axes, complex numbers, traced values, or a derivative that may be
+        asked for.
 
     Returns
     -------
@@ -73,7 +73,7 @@ def prox_tv(x: Array, tau: float | Array, *, axis: Axes = -1, n_iter: int = 200)
     n_iter = check_count(n_iter, "n_iter")
     is_exact = len(axes) == 1 and not backend.is_complex(x)
     with backend.ignore_overflow():
-        if is_exact and backend.is_eager(x) and not backend.is_differentiated(x):
+        if is_exact and backend.takes_rows_to_numpy(x, x if isinstance(tau, float) else tau):
             return promoted.cast_back(backend, _exact(x, tau, axes[0], backend))[0]
         return promoted.cast_back(backend, _iterated(x, tau, axes, n_iter, backend))[0]
 
@@ -174,18 +174,21 @@ def _iterated(
 
 def _exact(x: Array, tau: float | Array, axis: int, backend: Backend) -> Array:
     xp = backend.xp
-    shape = tuple(1 if a == axis else n for a, n in enumerate(x.shape))
-    levels = np.broadcast_to(
-        np.asarray(tau) if isinstance(tau, float) else backend.to_numpy(tau), shape
-    )
-    moved = backend.to_numpy(xp.moveaxis(x, axis, -1))
-    rows = moved.reshape(-1, moved.shape[-1])
-    flat = [
-        _taut_string(row, float(level))
-        for row, level in zip(rows, np.moveaxis(levels, axis, -1).ravel(), strict=True)
-    ]
-    result = np.asarray(flat).reshape(moved.shape)
-    return xp.moveaxis(backend.from_numpy(result, x), -1, axis)
+    rows = xp.moveaxis(x, axis, -1)
+    if isinstance(tau, float):
+        levels = backend.from_numpy(np.asarray([tau]), x)
+    else:
+        # Of length one along the axis, unless it does not have it.
+        levels = xp.moveaxis(xp.reshape(tau, (1,) * (x.ndim - tau.ndim) + tau.shape), axis, -1)
+    return xp.moveaxis(backend.rows_by_numpy(_taut_strings, rows, levels), -1, axis)
+
+
+def _taut_strings(rows: np.ndarray[Any, Any], levels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    result = np.empty_like(rows)
+    levels = np.broadcast_to(levels[..., 0], rows.shape[:-1])
+    for place in np.ndindex(levels.shape):
+        result[place] = _taut_string(rows[place], float(levels[place]))
+    return result
 
 
 def _taut_string(row: np.ndarray[Any, Any], tau: float) -> np.ndarray[Any, Any]:

@@ -89,12 +89,15 @@ def masks(dtype):
 
 
 def bounds(dtype):
-    """The diagonal cuts the tile, or does not."""
+    """The diagonal cuts the tile, or does not; so does the left end of a window, where there is one."""
     options = st.builds(
         ScoreOptions,
         scale=st.just(1.0),
         is_causal=st.booleans(),
+        causal_align=st.just("bottom_right"),
         softcap=st.none() | st.sampled_from([0.5, 30.0]),
+        first=st.none() | st.sampled_from([-9, -2, 2]),
+        alibi=st.none() | arrays(dtype, 0.0, 2.0, shape=(2, 1, 1)),
     )
     diagonals = st.sampled_from([-9, -2, 0, 4])
     return st.builds(TileBounds, masks(dtype), options, st.just(TILE), diagonals)
@@ -130,6 +133,13 @@ def gradient_arguments(dtype):
     )
 
 
+def packed(dtype):
+    """Planes that hold anything, widths of 2 blocks of 3 tiles, and the dtype to answer in."""
+    widths = hnp.arrays(np.uint8, (2, 1, 3), elements=st.integers(0, 15))
+    heaps = hnp.arrays(np.uint8, 2 * 14 * 6, elements=st.integers(0, 255))
+    return st.tuples(heaps, widths, st.just(np.dtype(dtype)))
+
+
 FLOATING = ["float32", "float64", "complex64", "complex128"]
 REAL, HALF = FLOATING[:2], ["float16"]
 # What each primitive with kernels is given: dtypes, and a strategy for its arguments.
@@ -162,6 +172,7 @@ ARGUMENTS = {
         lambda t: st.tuples(states(t), moderate(t), arrays(t, -8.0, 8.0, shape=(2, 5, 3))),
     ),
     "tile_gradients": (REAL, gradient_arguments),
+    "unpack_blocks": (REAL, packed),
 }
 
 

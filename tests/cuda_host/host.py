@@ -29,7 +29,9 @@ __all__ = ["CompileError", "HostCupy", "cupy_on_host", "namespace", "why_not"]
 
 C_TYPES = {
     "bool": "bool",
+    "uint8": "unsigned char",
     "int32": "int",
+    "int64": "long long",
     "float16": "float16",
     "float32": "float",
     "float64": "double",
@@ -52,7 +54,9 @@ class Parameter:
     """One parameter of a kernel, written as CuPy has it: a type and a name."""
 
     def __init__(self, text: str) -> None:
-        type_name, self.name = text.split()
+        *raw, type_name, self.name = text.split()
+        # Not broadcast: the kernel reads it where it likes.
+        self.is_raw = raw == ["raw"]
         self.dtype = np.dtype(type_name)
         self.c_type = C_TYPES[type_name]
 
@@ -125,15 +129,23 @@ class HostElementwise(HostKernel):
         self.operation = operation
 
     def body(self) -> str:
-        names = [f"const {p.c_type}& {p.name} = _{p.name}[i];" for p in self.inputs]
+        names = [
+            f"const {p.c_type}* {p.name} = _{p.name};"
+            if p.is_raw
+            else f"const {p.c_type}& {p.name} = _{p.name}[i];"
+            for p in self.inputs
+        ]
         names += [f"{p.c_type}& {p.name} = _{p.name}[i];" for p in self.outputs]
         return f"for (ptrdiff_t i = 0; i < n; i++) {{ {' '.join(names)} {self.operation}; }}"
 
     def __call__(self, *args: Any) -> Any:
         """Broadcast, allocate the outputs, run."""
         arrays = self.as_arrays(args)
-        shape = np.broadcast_shapes(*(a.shape for a in arrays))
-        arrays = [np.ascontiguousarray(np.broadcast_to(a, shape)) for a in arrays]
+        pairs = list(zip(arrays, self.inputs, strict=True))
+        shape = np.broadcast_shapes(*(a.shape for a, p in pairs if not p.is_raw))
+        arrays = [
+            np.ascontiguousarray(a if p.is_raw else np.broadcast_to(a, shape)) for a, p in pairs
+        ]
         results = [np.empty(shape, dtype=p.dtype) for p in self.outputs]
         self.run(results[0].size, 1, arrays + results)
         return results[0] if len(results) == 1 else tuple(results)

@@ -231,7 +231,6 @@ def _add_with_options(name: str) -> None:
         st.fixed_dictionaries({"x": arrays(square, dtypes=FLOATS), **fixed}),
         _check_dtype,
         requests=("n_iter",),
-        works_on_dask="slope" not in name,
     )
 
 

@@ -12,7 +12,9 @@ import array_api_compat as compat
 import numpy as np
 
 from slra._backends.gaussian import gaussian
+from slra._backends.standard import hidden
 from slra._backends.standard.attention import Attention, ScoreOptions
+from slra._backends.standard.bits import Bits
 from slra._backends.standard.linalg import LinearAlgebra, matrix_h
 from slra._backends.standard.rows import Rows
 from slra._backends.standard.sparse import SparseRows
@@ -21,7 +23,7 @@ from slra._typing import Array, DType, Namespace
 __all__ = ["Backend", "ScoreOptions", "matrix_h"]
 
 
-class Backend(Attention, LinearAlgebra, SparseRows, Rows):
+class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     """Primitives for one namespace, ``xp``."""
 
     # Whether an array cannot be written to: a function then returns a new one.
@@ -71,6 +73,14 @@ class Backend(Attention, LinearAlgebra, SparseRows, Rows):
         """Bring an array to NumPy; lazy ones are computed."""
         return np.asarray(x)
 
+    def takes_rows_to_numpy(self, x: Array, levels: Array) -> bool:
+        """Whether `rows_by_numpy` can be had: values that are known when it runs, and no derivative."""
+        return all(self.is_eager(a) and not self.is_differentiated(a) for a in (x, levels))
+
+    def rows_by_numpy(self, function: Callable[..., Any], x: Array, levels: Array) -> Array:
+        """Apply a NumPy function of ``x`` (..., n) and ``levels`` (..., m) that treats each last axis by itself."""
+        return self.from_numpy(function(self.to_numpy(x), self.to_numpy(levels)), x)
+
     def ignore_overflow(self) -> contextlib.AbstractContextManager[Any]:
         """Let numbers leave the range of their dtype without NumPy's warnings, which other libraries do not have."""
         return np.errstate(all="ignore")
@@ -91,6 +101,23 @@ class Backend(Attention, LinearAlgebra, SparseRows, Rows):
     def copied(self, x: Array) -> Array:
         """Return a copy that shares no memory with ``x``; ``x`` itself where arrays cannot be written to."""
         return self.xp.asarray(x, copy=True, device=self.creation_device(x))
+
+    @property
+    def place_dtype(self) -> DType:
+        """Dtype of places in an array, wide enough for any."""
+        return self.xp.int64
+
+    def heeded(
+        self,
+        attend: hidden.Attend,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+    ) -> tuple[Array, Any]:
+        """Attend such that what is hidden does not matter, whatever it holds."""
+        return hidden.heeded(self, attend, q, k, v, mask, options)
 
     # Control flow
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slra._typing import Array, CausalAlign, Namespace
+from slra._typing import Array, CausalAlign, DType, Namespace
 
 __all__ = [
     "Attention",
@@ -27,18 +27,28 @@ __all__ = [
 ]
 
 
+# Lower tiles take longer to start than to compute.
+LEAST_HEIGHT = 64
+
+
 class ScoreOptions(NamedTuple):
     """What is done to a score between the product of query and key and the softmax.
 
-    Plain values, which hash: JAX compiles a function for each, but for the two numbers, which are its operands. Those
-    may also be 0-d arrays, of libraries that trace or differentiate. What has an entry for each head or sequence is
-    an argument beside the mask instead.
+    Plain values, which hash: JAX compiles a function for each, but for the two numbers and the slopes, which are its
+    operands. The numbers may also be 0-d arrays, of libraries that trace or differentiate.
     """
 
     scale: Any
+    # Also where a window has a right end: then the diagonal lies that much further to the right.
     is_causal: bool = False
     causal_align: CausalAlign = "bottom_right"
     softcap: Any = None
+    # Query i may attend to keys from i + this on, where a window has a left end.
+    first: int | None = None
+    # Slopes by head, broadcastable to the scores: query i is at key i + position, and a score loses the slope times
+    # the distance.
+    alibi: Array | None = None
+    position: int = 0
 
     def diagonal(self, n_queries: int, n_keys: int) -> int:
         """Query i may attend to keys up to and including i + this, where attention is causal."""
@@ -51,6 +61,25 @@ class ScoreOptions(NamedTuple):
         if not self.is_causal:
             return n_keys
         return max(0, min(n_keys, bottom + self.diagonal(n_queries, n_keys)))
+
+    def first_key(self, top: int, n_keys: int) -> int:
+        """Return the first key that queries from ``top`` on attend to."""
+        return 0 if self.first is None else max(0, min(n_keys, top + self.first))
+
+    def tile_height(self, largest: int, n_queries: int, n_keys: int) -> int:
+        """Height of a tile: half as high as a window is wide, where there is one.
+
+        So many queries then read one and a half times the keys that each attends to.
+        """
+        if self.first is None or not self.is_causal:
+            return largest
+        width = self.diagonal(n_queries, n_keys) - self.first + 1
+        return min(largest, max(LEAST_HEIGHT, width // 2))
+
+    def sees_all(self, n_queries: int, n_keys: int) -> bool:
+        """Whether neither causality nor a window hides anything."""
+        is_cut = self.is_causal and self.diagonal(n_queries, n_keys) < n_keys - 1
+        return not is_cut and (self.first is None or n_queries - 1 + self.first <= 0)
 
 
 class Tile(NamedTuple):
@@ -71,6 +100,10 @@ class Tile(NamedTuple):
         """Whether part of this tile is after the causal diagonal."""
         return self.right - 1 > self.top + diagonal
 
+    def is_left_of(self, first: int | None) -> bool:
+        """Whether part of this tile is before the first key of its last query."""
+        return first is not None and self.left < self.bottom - 1 + first
+
 
 class TileBounds(NamedTuple):
     """What decides which scores of one tile count."""
@@ -83,8 +116,40 @@ class TileBounds(NamedTuple):
 
     @property
     def is_cut(self) -> bool:
-        """Whether the causal bound passes through the tile."""
-        return self.options.is_causal and self.tile.crosses(self.diagonal)
+        """Whether the causal bound, or the left end of a window, passes through the tile."""
+        is_late = self.options.is_causal and self.tile.crosses(self.diagonal)
+        return is_late or self.tile.is_left_of(self.options.first)
+
+    def seen(self, xp: Namespace, device: Any) -> Array | None:
+        """Return what causality and a window show of the tile, or None where that is all."""
+        if not self.is_cut:
+            return None
+        tile, first = self.tile, self.options.first
+        rows = xp.arange(tile.top, tile.bottom, device=device)[:, None]
+        columns = xp.arange(tile.left, tile.right, device=device)[None, :]
+        if not self.options.is_causal:
+            return columns >= rows + first
+        seen = columns <= rows + self.diagonal
+        return seen if first is None else seen & (columns >= rows + first)
+
+    def distances(self, xp: Namespace, dtype: DType, device: Any) -> Array:
+        """Distance of each query of the tile from each key."""
+        tile, like = self.tile, {"dtype": dtype, "device": device}
+        start = tile.top + self.options.position
+        rows = xp.arange(start, start + tile.bottom - tile.top, **like)[:, None]
+        return xp.abs(rows - xp.arange(tile.left, tile.right, **like)[None, :])
+
+    def additive(self, xp: Namespace, dtype: DType, device: Any) -> Array | None:
+        """Cut the mask to the tile; where slopes are given too, it is what is added to the scores."""
+        part, slopes = None if self.mask is None else self.tile.of(self.mask), self.options.alibi
+        if slopes is None:
+            return part
+        bias = -slopes * self.distances(xp, dtype, device)
+        if part is None:
+            return bias
+        if part.dtype != xp.bool:
+            return part + bias
+        return xp.where(part, bias, xp.full_like(bias, -math.inf))
 
 
 class Tiling(NamedTuple):
@@ -112,8 +177,9 @@ class Tiling(NamedTuple):
     def row(self, queries: slice) -> list[Tile]:
         """Tiles of the keys that these queries attend to."""
         end = self.options.last_key(queries.stop, self.n_queries, self.n_keys)
-        row = (queries.start, queries.stop)
-        return [Tile(*row, keys.start, keys.stop) for keys in self.columns() if keys.start < end]
+        start = self.options.first_key(queries.start, self.n_keys)
+        row, columns = (queries.start, queries.stop), self.columns()
+        return [Tile(*row, x.start, x.stop) for x in columns if x.start < end and x.stop > start]
 
 
 def _slices(n: int, size: int) -> list[slice]:
@@ -244,7 +310,8 @@ class Attention:
         for rows in tiling.rows():
             q_rows, grad_rows = q[..., rows, :] * options.scale, grad_out[..., rows, :]
             dq_rows = xp.zeros_like(q_rows)
-            for i, tile in enumerate(tiling.row(rows)):
+            for tile in tiling.row(rows):
+                i = tile.left // tiling.width
                 k_tile = k[..., tile.left : tile.right, :]
                 v_tile = v[..., tile.left : tile.right, :]
                 weights, grad_scores = self.tile_gradients(
@@ -260,11 +327,46 @@ class Attention:
             dq.append(dq_rows * options.scale)
         return xp.concat(dq, axis=-2), xp.concat(dk, axis=-2), xp.concat(dv, axis=-2)
 
+    def attention_slope_gradient(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        lse: Array,
+        delta: Array,
+        grad_out: Array,
+    ) -> Array:
+        """Gradient with respect to the slopes of ``options``: what a score gets, times minus the distance."""
+        xp, alibi = self.xp, options.alibi
+        if alibi is None:
+            raise AssertionError("there are slopes")
+        total = xp.zeros_like(alibi)
+        tiling, device = self._tiling(q, k, v, mask, options), self.creation_device(q)
+        for rows in tiling.rows():
+            q_rows, grad_rows = q[..., rows, :] * options.scale, grad_out[..., rows, :]
+            for tile in tiling.row(rows):
+                k_tile, v_tile = (x[..., tile.left : tile.right, :] for x in (k, v))
+                bounds = tiling.bounds(mask, tile)
+                grad_weights = grad_rows @ xp.matrix_transpose(v_tile)
+                products = q_rows @ xp.matrix_transpose(k_tile)
+                sums = lse[..., rows, None], delta[..., rows, None]
+                weights, _ = self.tile_gradients(products, grad_weights, bounds, *sums)
+                grad_scores = weights * (grad_weights - sums[1])
+                grad_slopes = -grad_scores * bounds.distances(xp, q.dtype, device)
+                total = total + sum_to(grad_slopes, alibi.shape, xp)
+        return total
+
     def _tiling(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
     ) -> Tiling:
-        n_matrices = math.prod(scores_batch_shape(q, k, v, mask))
-        return Tiling(*self.tile_shape(n_matrices, q), q.shape[-2], k.shape[-2], options)
+        n_matrices, lengths = (
+            math.prod(scores_batch_shape(q, k, v, mask)),
+            (q.shape[-2], k.shape[-2]),
+        )
+        height, width = self.tile_shape(n_matrices, q)
+        return Tiling(options.tile_height(height, *lengths), width, *lengths, options)
 
     def _attention_rows(
         self, q: Array, k: Array, v: Array, mask: Array | None, tiling: Tiling, queries: slice
@@ -315,13 +417,9 @@ class Attention:
 
     def _hidden(self, scores: Array, bounds: TileBounds) -> Array:
         """Apply the mask and the causal bound to one tile of scores."""
-        xp, tile, seen = self.xp, bounds.tile, None
-        if bounds.is_cut:
-            device = self.creation_device(scores)
-            rows = xp.arange(tile.top, tile.bottom, device=device)[:, None]
-            columns = xp.arange(tile.left, tile.right, device=device)[None, :]
-            seen = columns <= rows + bounds.diagonal
-        return hide(xp, scores, None if bounds.mask is None else tile.of(bounds.mask), seen)
+        xp, device = self.xp, self.creation_device(scores)
+        part = bounds.additive(xp, scores.dtype, device)
+        return hide(xp, scores, part, bounds.seen(xp, device))
 
     def stop_gradient(self, x: Array) -> Array:
         """Return ``x``, through which no gradient passes."""

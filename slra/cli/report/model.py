@@ -80,7 +80,7 @@ def _import(folder: Path) -> None:
     except ImportError as error:
         raise ValueError(
             f"the model in {folder} needs torch and transformers ({error}): "
-            'pip install "slra[transformers]"'
+            'pip install ".[transformers]" in a clone of slra'
         ) from error
 
 
@@ -180,6 +180,9 @@ def _layer(name: str, recorded: Any, source: str) -> Layer:
     (sequence,) = recorded.sequences
     stored = {key: _stored(getattr(sequence, key)) for key in "qkv"}
     given = {key: recorded.options[key] for key in ("scale", "softcap")}
+    sinks = recorded.options["sinks"]
+    if sinks is not None:
+        given["sinks"] = sinks.detach().float().numpy()
     return checked_layer(name, stored, source)._replace(options={**given, **_mask(sequence)})
 
 

@@ -1,0 +1,101 @@
+"""Integers in few bits, packed by blocks, in the array API standard alone.
+
+A *tile* is one coordinate of TOKENS tokens: integers in two's complement, as wide as the largest of them needs, stored
+as bit planes of one bit a token. Tiles follow each other in a *heap* of bytes, two for each plane. Widths are headers
+of 3 bits: by how much the width of a coordinate changes from block to block (`slra.cache._headers`).
+
+Source: the frame of reference of column stores, see M. Zukowski et al., Super-scalar RAM-CPU cache compression,
+ICDE 2006.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from slra._typing import Array, DType, Namespace
+
+__all__ = ["HEADER", "TOKENS", "WHOLE", "Bits", "bits_of_widths", "widths_of"]
+
+TOKENS = 16
+HEADER = 3
+# The width that says: not packed. A tile that would be this wide, or is not finite, is kept in floats.
+WHOLE = 15
+# Bits of a token in the bytes of a plane, and bytes of a plane.
+BYTE, PLANE = 8, TOKENS // 8
+
+
+def widths_of(low: Array, high: Array, xp: Namespace) -> Array:
+    """Bits that integers from ``low`` to ``high``, floats, need in two's complement: 0 for zeros, at most WHOLE."""
+    largest = xp.maximum(high, -low - 1)
+    width = xp.astype((low != 0) | (high != 0), xp.uint8)
+    for plane in range(WHOLE - 1):
+        width = width + xp.astype(largest >= 2**plane, xp.uint8)
+    # NaN compares as false.
+    is_in_range = largest < 2 ** (WHOLE - 2)
+    return xp.where(is_in_range, width, xp.full_like(width, WHOLE))
+
+
+def bits_of_widths(low: Array, high: Array, xp: Namespace) -> Array:
+    """Bits that a number takes in tiles of such integers, header and all."""
+    widths = xp.astype(widths_of(low, high, xp), xp.float32)
+    return xp.where(widths == WHOLE, 0 * widths + 32, widths) + HEADER / TOKENS
+
+
+class Bits:
+    """What a library's backend can do better with packed integers."""
+
+    xp: Any
+
+    def creation_device(self, like: Array) -> Any:
+        """Device to create an array on that is to meet ``like``."""
+        raise NotImplementedError
+
+    def from_numpy(self, a: np.ndarray[Any, Any], like: Array, dtype: DType | None = None) -> Array:
+        """Bring a small NumPy array to the library, device and (unless given) dtype of ``like``."""
+        raise NotImplementedError
+
+    def pack_tiles(self, x: Array, widths: np.ndarray[Any, Any]) -> Array:
+        """Pack integers, floats (n, TOKENS), in so many bits each tile, (n,); none in WHOLE. Returns bytes, (m,)."""
+        xp = self.xp
+        most = int(np.max(widths[widths < WHOLE], initial=0))
+        widths = np.where(widths < WHOLE, widths, 0)
+        is_used = np.arange(most) < widths[:, None]
+        # Tiles that are not packed may hold anything.
+        x = xp.where(self.from_numpy(widths > 0, x, xp.bool)[:, None], x, xp.zeros_like(x))
+        codes = xp.reshape(xp.astype(x, xp.int32), (-1, PLANE, BYTE))
+        planes = [
+            xp.sum(((codes >> plane) & 1) << self._places(codes), axis=-1) for plane in range(most)
+        ]
+        if not planes or not is_used.any():
+            return xp.zeros((0,), dtype=xp.uint8, device=self.creation_device(x))
+        stacked = xp.reshape(xp.stack(planes, axis=1), (-1, PLANE))
+        (kept,) = np.nonzero(is_used.reshape(-1))
+        taken = xp.take(stacked, self.from_numpy(kept, x, xp.int64), axis=0)
+        return xp.astype(xp.reshape(taken, (-1,)), xp.uint8)
+
+    def unpack_blocks(self, heap: Array, widths: np.ndarray[Any, Any], dtype: DType) -> Array:
+        """Undo `pack_tiles` from the beginning of ``heap``, by widths (blocks, H, d): integers as floats (H, n, d).
+
+        Tiles that were not packed are zeros.
+        """
+        xp, (n_blocks, n_heads, d) = self.xp, widths.shape
+        narrow = np.where(widths < WHOLE, widths, 0).reshape(-1).astype(np.int64)
+        starts = PLANE * (np.cumsum(narrow) - narrow)
+        codes = xp.zeros(
+            (narrow.size, PLANE, BYTE), dtype=xp.int32, device=self.creation_device(heap)
+        )
+        for plane in range(int(np.max(narrow, initial=0))):
+            is_used = plane < narrow
+            at = np.where(is_used, starts + PLANE * plane, 0)[:, None] + np.arange(PLANE)
+            read = xp.take(heap, self.from_numpy(at.reshape(-1), heap, xp.int64), axis=0)
+            read = xp.reshape(xp.astype(read, xp.int32), (-1, PLANE, 1))
+            # The last plane is the sign.
+            worth = np.where(is_used, 2**plane, 0) * np.where(plane == narrow - 1, -1, 1)
+            worth = self.from_numpy(worth[:, None, None], heap, xp.int32)
+            codes = codes + ((read >> self._places(read)) & 1) * worth
+        tiles = xp.reshape(xp.astype(codes, dtype), (n_blocks, n_heads, d, TOKENS))
+        tiles = xp.permute_dims(tiles, (1, 0, 3, 2))
+        return xp.reshape(tiles, (n_heads, n_blocks * TOKENS, d))
+
+    def _places(self, like: Array) -> Array:
+        return self.from_numpy(np.arange(BYTE), like, self.xp.int32)
