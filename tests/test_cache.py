@@ -699,6 +699,49 @@ def test_rtol_bounds_the_coordinates_and_bits_are_those_asked_for():
         assert np.max(worst) > 0.02
 
 
+def test_a_prefix_in_bits_needs_no_rank():
+    q, k, v = tokens(300)
+    cache = slra.KVCache.from_prefix(q, k, v, bits=4, window=3)
+    np.testing.assert_allclose(cache.bits, 4, rtol=0.02)
+    with pytest.raises(ValueError, match="rtol must be None with bits"):
+        slra.KVCache.from_prefix(q, k, v, rtol=0.1, bits=4)
+
+
+def _without_coding(basis):
+    names = ("wq", "wk", "wv", "uv", "c", "mu", "ranks", "error")
+    return slra.AttentionBasis(*(getattr(basis, name) for name in names))
+
+
+def test_a_basis_without_coding_stores_no_bits():
+    with pytest.raises(ValueError, match="basis must have its coding to store bits"):
+        slra.KVCache(_without_coding(basis_of(3)), bits=4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda named: named["segments.0.rows.k.headers"].__iadd__(1),
+        lambda named: named["segments.0.rows.v.used"].__iadd__(2),
+        lambda named: named["segments.0.rows.filled"].__iadd__(16),
+        lambda named: named["segments.0.rows.filled"].__imul__(-1),
+        lambda named: named["segments.0.rows.k.widest"].__iadd__(1),
+        lambda named: named.update(
+            {"segments.0.rows.k.heap": named["segments.0.rows.k.heap"][:, :, :-1]}
+        ),
+        lambda named: named.update(lengths=named["lengths"] + 16),
+    ],
+    ids=["headers", "used", "filled", "negative", "widest", "heap", "lengths"],
+)
+def test_a_tampered_file_of_bits_is_one_clear_error(change, tmp_path):
+    _, k, v = tokens()
+    path = tmp_path / "cache"
+    slra.KVCache(basis_of((4, 3)), bits=3, n_sink=1).append(k, v).save(path)
+    slra.KVCache.load(path)
+    _rewritten(path, lambda named, meta: change(named))
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path)
+
+
 def test_a_tile_that_is_not_finite_or_too_wide_stays_as_it_is():
     _, k, v = tokens(48)
     k[0, 20, 3], v[1, 5, 2], k[1, 40] = np.nan, np.inf, 1e12

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slra._backends.standard.attention import Attention, ScoreOptions
+from slra._backends.standard.attention import Attention, ScoreOptions, Tile, TileBounds
 from slra._typing import Array
 
 __all__ = [
@@ -283,6 +283,7 @@ def _between(backend: Any, x: Array, start: Any, end: Any) -> Array:
     """Sum the rows of ``x`` (..., n, w) from ``start`` up to ``end``, for each pair of them."""
     xp, n = backend.xp, x.shape[-2]
     start, end = (np.clip(places, 0, n) for places in (start, end))
+    end = np.maximum(start, end)
     if np.all(start == 0) and np.all(end == n):
         total = xp.sum(x, axis=-2, keepdims=True)
         return xp.broadcast_to(total, (*total.shape[:-2], len(end), total.shape[-1]))
@@ -307,17 +308,13 @@ def _tiles(
     xp = backend.xp
     height = max(1, TILE_SIZE // max(1, math.prod(mask.shape[:-2]) * n_keys))
     height = max(height, -(-n_queries // N_TILES))
-    like = {"dtype": backend.place_dtype, "device": backend.creation_device(mask)}
+    device, diagonal = backend.creation_device(mask), options.diagonal(n_queries, n_keys)
     for top in range(0, n_queries, height):
         bottom = min(top + height, n_queries)
-        seen = _shows(mask[..., top:bottom, :], xp)
-        if options.is_causal:
-            first = top + options.diagonal(n_queries, n_keys)
-            last = xp.arange(first, first + bottom - top, **like)[:, None]
-            seen = seen & (xp.arange(n_keys, **like)[None, :] <= last)
-        if options.first is not None:
-            first = xp.arange(top + options.first, bottom + options.first, **like)[:, None]
-            seen = seen & (xp.arange(n_keys, **like)[None, :] >= first)
+        tile = Tile(top, bottom, 0, n_keys)
+        seen = _shows(tile.of(mask), xp)
+        within = TileBounds(None, options, tile, diagonal).seen(xp, device)
+        seen = seen if within is None else seen & within
         yield None if among is None else among[..., top:bottom, None], seen
 
 
