@@ -165,6 +165,17 @@ def test_steps_with_windows_sinks_and_slopes(xp, case):
         np.testing.assert_allclose(to_numpy(lse), right_lse, rtol=0, atol=1e-9)
 
 
+def test_a_window_over_tokens_in_bits_is_its_mask():
+    """Rows before the window are not read, and those in bits come in blocks."""
+    q, k, v = tokens(100)
+    cache = slra.KVCache(slra.fit_attention(q, k, v, 4, enable_gqa=True), bits=4)
+    cache = cache.append(k, v)
+    for left in (0, 20, 37, 99):
+        mask = np.arange(100) >= np.asarray([98, 99])[:, None] - left
+        out = cache.attend(q[:, -2:], window=(left, 0))
+        np.testing.assert_allclose(out, cache.attend(q[:, -2:], mask=mask), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["svd", "scores"])
 def test_query_heads_may_have_maps_of_their_own(method):
     q, k, v = tokens()

@@ -61,6 +61,22 @@ def test_demo_table(finished, method):
     assert (ms > 0).all()
 
 
+def test_demo_shows_where_it_pays(finished):
+    done, directory = finished
+    below = done.stdout.partition("Where it pays")[2]
+    rows = re.findall(r"│ ([\d.]+) │ +([\d.]*) │ +([\d.e+-]+) │$", below, flags=re.MULTILINE)
+    # A batch of decompositions, three lengths with the fit and without, and a step from a cache.
+    assert len(rows) == 8
+    times, shares, errors = zip(*rows, strict=True)
+    assert all(float(time) > 0 for time in times)
+    assert [float(share) for share in shares if share] == pytest.approx(
+        [0.25] * 3 + [0.26], abs=0.01
+    )
+    assert float(errors[0]) < 1e-5
+    assert all(0.01 < float(error) < 0.3 for error in errors[1:])
+    assert "Where it pays" in (directory / "demo.html").read_text(encoding="utf-8")
+
+
 def test_demo_says_whether_it_was_faster(finished):
     rows = [table_rows(finished[0].stdout, method) for method in METHODS]
     ratios = [cells[-1] for each in rows for cells in each.values()]

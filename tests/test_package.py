@@ -275,7 +275,9 @@ def test_adapters_have_examples():
 
 def test_readme_example_prints_what_it_says(capsys):
     text = (PACKAGE.parent / "README.md").read_text()
-    code, printed = re.search(r"^```python\n(.*?)^```\n+^```text\n(.*?)^```$", text, re.M | re.S).groups()
+    code, printed = re.search(
+        r"^```python\n(.*?)^```\n+^```text\n(.*?)^```$", text, re.M | re.S
+    ).groups()
     exec(code, {})
     assert capsys.readouterr().out == printed
 

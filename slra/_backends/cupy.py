@@ -13,7 +13,7 @@ import numpy as np
 from slra._backends.cupy_kernels import KERNELS, kernel
 from slra._backends.gram_svd import gram_svd
 from slra._backends.standard import Backend
-from slra._backends.standard.attention import SoftmaxState, TileBounds, combine_masks
+from slra._backends.standard.attention import SoftmaxState, TileBounds
 from slra._backends.standard.bits import PLANE, TOKENS, WHOLE
 from slra._typing import Array
 
@@ -161,6 +161,8 @@ class CupyBackend(Backend):
         is_plain = bounds.mask is None and options.softcap is None and options.alibi is None
         if is_plain and not bounds.is_cut:
             return products
+        if bounds.tile.is_left_of(options.first):  # the kernels know no left end of a window
+            return super().tile_scores(products, bounds)
         prefix, arguments = self._bounds(products, bounds)
         return kernel(f"{prefix}scores", products)(products, *arguments)
 
@@ -179,6 +181,8 @@ class CupyBackend(Backend):
         self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array
     ) -> tuple[Array, Array]:
         """Weights and gradient in one pass over the two products."""
+        if bounds.tile.is_left_of(bounds.options.first):
+            return super().tile_gradients(products, grad_weights, bounds, lse, delta)
         prefix, arguments = self._bounds(products, bounds)
         weights, gradient = kernel(f"{prefix}gradients", products)(
             products, grad_weights, *arguments, lse, delta
@@ -193,11 +197,7 @@ class CupyBackend(Backend):
         _, options, tile, diagonal = bounds
         prefix, column, limit = "", 0, 0
         part = bounds.additive(xp, products.dtype, None)
-        if options.first is not None:
-            # The kernels know no left end: it is rare that one passes through a tile.
-            seen = bounds.seen(xp, None)
-            part = part if seen is None else combine_masks(xp, part, seen)
-        elif bounds.is_cut:
+        if options.is_causal and tile.crosses(diagonal):
             column = xp.arange(tile.left, tile.right, dtype=xp.int32)
             limit = xp.arange(tile.top + diagonal, tile.bottom + diagonal, dtype=xp.int32)[:, None]
         if part is None:

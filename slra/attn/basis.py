@@ -215,6 +215,7 @@ class AttentionBasis:
             scale=scale,
             enable_gqa=enable_gqa,
             softcap=softcap,
+            may_be_empty=True,
         )
         problem = check_basis(self, problem)
         check_flag(return_lse, "return_lse")
@@ -248,7 +249,7 @@ class AttentionBasis:
             As in `attend`.
         """
         has_shared_heads = _n_heads(self.wq) != _n_heads(self.wk)
-        problem = make_problem(q, k, v, enable_gqa=has_shared_heads)
+        problem = make_problem(q, k, v, enable_gqa=has_shared_heads, may_be_empty=True)
         problem = check_basis(self, problem)
         with problem.backend.ignore_overflow():
             small = Maps.of(self, problem).project(problem)

@@ -1,0 +1,133 @@
+"""Where approximation pays and where it does not: the second half of ``python -m slra demo``."""
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace
+from rich.table import Table
+
+import slra
+from slra.cli.backends import Backend
+from slra.cli.bench.problems import attention_inputs, sigma_error
+from slra.cli.demo import relative_errors
+from slra.cli.timing import rounds
+
+__all__ = ["CAPTION", "HEADERS", "TITLE", "Pay", "cells", "count_calls", "measure", "table"]
+
+N_ROUNDS = 3
+LENGTHS = (512, 2048, 8192)
+HEADS, WIDTH, RANK = 2, 128, 32
+# So many matrices of so many rows and columns.
+BATCH, BATCH_RANK = (96, 512, 64), 16
+
+TITLE = "Where it pays"
+HEADERS = ("what", "beside", "time", "bytes", "error")
+CAPTION = (
+    f"time and bytes: slra's over the other's, below 1 where it pays; medians of {N_ROUNDS} interleaved. Attention: "
+    f"{HEADS} heads, d = {WIDTH}, made data whose singular values fall as 1/i; rank {RANK}, fitted to these tokens. "
+    "Where spectra are flat nothing here pays."
+)
+
+
+class Pay(NamedTuple):
+    """One comparison."""
+
+    what: str
+    beside: str
+    time: float  # over the other's
+    n_bytes: float | None  # over the other's
+    error: float
+
+
+def count_calls() -> int:
+    """How often `measure` calls `advance`."""
+    return 2 + len(LENGTHS)
+
+
+def measure(backend: Backend, advance: Callable[[], object]) -> list[Pay]:
+    """Compare a batch of decompositions, attention by length, and a step from a cache."""
+    found = [_svd(backend)]
+    advance()
+    for n in LENGTHS:
+        q, k, v = map(backend.from_numpy, attention_inputs(1 / np.arange(1.0, WIDTH + 1), n, HEADS))
+        basis = slra.fit_attention(q, k, v, RANK)
+        exact = partial(slra.attention, q, k, v)
+        for name, ours in (
+            ("with its fit", partial(slra.low_rank_attention, q, k, v, RANK)),
+            ("fitted before", partial(basis.attend, q, k, v)),
+        ):
+            time, out, right = _pair(backend, ours, exact)
+            error = float(relative_errors(out, right).max())
+            share = None if "with" in name else RANK / WIDTH
+            found.append(
+                Pay(f"attention, {n} tokens, {name}", "exact attention", time, share, error)
+            )
+        advance()
+    found.append(_cache(backend, q, k, v, basis))
+    advance()
+    return found
+
+
+def _pair(backend: Backend, ours: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
+    """Ratio of the medians, and both answers in double precision."""
+    # These calls also compile and warm up what the timings should not see.
+    out, right = (backend.to_numpy(call()).astype(np.float64) for call in (ours, theirs))
+    mine, others = (median(one) for one in rounds([ours, theirs], N_ROUNDS, backend.wait))
+    return mine / others, out, right
+
+
+def _svd(backend: Backend) -> Pay:
+    x = np.random.default_rng(0).standard_normal(BATCH, dtype=np.float32)
+    given = backend.from_numpy(x)
+    time, S, right = _pair(
+        backend,
+        lambda: slra.randomized_svd(given, BATCH_RANK, rng=0).S,
+        lambda: np.linalg.svd(x, full_matrices=False)[1][:, :BATCH_RANK],
+    )
+    what = f"SVD of {BATCH[0]} matrices, {BATCH[1]} x {BATCH[2]}, rank {BATCH_RANK}"
+    return Pay(what, "numpy.linalg.svd", time, None, sigma_error(S, right))
+
+
+def _cache(backend: Backend, q: Any, k: Any, v: Any, basis: slra.AttentionBasis) -> Pay:
+    """One query to all tokens, as in decoding."""
+    cache = slra.KVCache(basis).append(k, v)
+    query = q[:, -1:]
+    time, out, right = _pair(backend, partial(cache.attend, query), partial(_formula, query, k, v))
+    what = f"a step of decoding from a cache, {LENGTHS[-1]} tokens"
+    share = cache.nbytes / cache.nbytes_exact
+    return Pay(what, "the formula", time, share, float(relative_errors(out, right).max()))
+
+
+def _formula(q: Any, k: Any, v: Any) -> Any:
+    """Exact attention of one query, for which nothing need be clever."""
+    xp = array_namespace(q)
+    scores = q @ xp.matrix_transpose(k) * WIDTH**-0.5
+    weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
+    return weights / xp.sum(weights, axis=-1, keepdims=True) @ v
+
+
+def cells(found: list[Pay]) -> list[list[str]]:
+    """Return the cells under `HEADERS`."""
+    return [
+        [
+            one.what,
+            one.beside,
+            f"{one.time:.2f}",
+            "" if one.n_bytes is None else f"{one.n_bytes:.2f}",
+            f"{one.error:.2g}",
+        ]
+        for one in found
+    ]
+
+
+def table(found: list[Pay]) -> Table:
+    """Return the table for the terminal."""
+    drawn = Table(title=TITLE, caption=CAPTION, caption_justify="left")
+    for i, header in enumerate(HEADERS):
+        drawn.add_column(header, justify="left" if i < 2 else "right")
+    for row in cells(found):
+        drawn.add_row(*row)
+    return drawn
