@@ -34,8 +34,8 @@ GROWTH = 1.25
 # The first append fixes the steps, where it brings as many tokens as this; otherwise the fit does.
 LEAST_FOR_STEPS = 256
 # A sum of d products is off by sqrt(d) units in the last place of the sum of their moduli, times this, with
-# probability 0.9997 (N. Higham and T. Mary, A new approach to probabilistic rounding error analysis, SIAM J. Sci. Comput.
-# 41, 2019).
+# probability 0.9997 (N. Higham and T. Mary, A new approach to probabilistic rounding error analysis, SIAM J. Sci.
+# Comput. 41, 2019).
 ROUNDINGS = 4
 
 
