@@ -107,7 +107,7 @@ class Contents(NamedTuple):
         if dtype == self.exact.k.dtype:
             return self
         if self.layout.dtype is None:
-            last = last._replace(rows=last.rows.astype(dtype))  # type: ignore[union-attr]
+            last = last._replace(rows=last.rows.astype(dtype))
         return self._replace(segments=(*older, last), exact=self.exact.astype(dtype))
 
     def _refit_if_drifted(self) -> "Contents":
@@ -129,7 +129,8 @@ class Contents(NamedTuple):
             layout.unbatched(recent.q),
             layout.unbatched(k),
             layout.unbatched(v),
-            layout.rank,
+            # In bits all dimensions are stored, whatever the rank.
+            1 if layout.is_coded else layout.rank,
             method=layout.method,
             pool_batch=layout.pool_batch,
             scale=layout.score_options.scale,
