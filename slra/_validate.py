@@ -185,14 +185,15 @@ def is_kind(xp: Any, dtype: DType, *kinds: str) -> bool:
         return False
 
 
-def check_matrix(x: Array, name: str) -> None:
-    """Raise ValueError unless ``x`` has two axes or more and none of them is empty."""
+def check_matrix(x: Array, name: str, *, may_be_empty: bool = False) -> None:
+    """Raise ValueError unless ``x`` has two axes or more and no empty one, or none but before the last."""
     if x.ndim < 2:
         raise ValueError(
             f"{name} must have at least 2 dimensions, (..., m, n), got shape {tuple(x.shape)}"
         )
-    if 0 in x.shape:
-        raise ValueError(f"{name} must have no empty axis, got shape {tuple(x.shape)}")
+    if 0 in (x.shape[-1:] if may_be_empty else x.shape):
+        which = "a last axis that is not empty" if may_be_empty else "no empty axis"
+        raise ValueError(f"{name} must have {which}, got shape {tuple(x.shape)}")
 
 
 def check_operator(backend: Backend, shape: Any, like: Array, name: str = "x") -> None:

@@ -37,6 +37,7 @@ THOROUGH = {
     "test_jax_transforms.py::test_another_number_compiles_nothing": "compiles for long",
     "test_jax_transforms.py::test_decompositions_in_single_precision_warn_of_nothing": "compiles for long",
     "test_jax_transforms.py::test_mapped_over_a_batch": "compiles for long",
+    "test_jax_transforms.py::test_strict_modes_change_nothing": "compiles every function once more",
     "test_low_rank_vjp.py::test_equals_jax": "compiles for long; PyTorch's gradients are compared with",
     "test_objective.py::test_both_forms_descend_monotonically_to_one_optimum": "thousands of steps",
     "test_objective.py::test_one_common_step_stalls_at_the_kinks": "thousands of steps",

@@ -219,7 +219,18 @@ def test_a_saved_basis_comes_back(xp, tmp_path):
         one, other = to_numpy(getattr(back, name)), to_numpy(getattr(basis, name))
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
+    assert back.is_held_out == basis.is_held_out
     assert back.attend(*arrays).shape == basis.attend(*arrays).shape
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_basis_is_not_rounded_to_half_precision(dtype, tmp_path):
+    torch = pytest.importorskip("torch")
+    basis = slra.fit_attention(*(x.astype("float32") for x in decaying()), 3)
+    basis.save(tmp_path / "basis")
+    like = torch.zeros(1, dtype=getattr(torch, dtype))
+    back = slra.AttentionBasis.load(tmp_path / "basis", like=like)
+    np.testing.assert_array_equal(back.wq.numpy(), basis.wq)
 
 
 TAMPERED = {

@@ -80,8 +80,9 @@ def test_empty_axes(xp, shape):
         with pytest.raises(ValueError, match="x must have no empty axis, got shape"):
             call(name, xp, x)
     for name in ATTENTION:
-        with pytest.raises(ValueError, match="q must have no empty axis"):
-            call(name, xp, x, x, x)
+        if name != "attention" or x.shape[-1] == 0:
+            with pytest.raises(ValueError, match="q must have (no empty|a last) axis"):
+                call(name, xp, x, x, x)
 
 
 @pytest.mark.eager_only("values cannot be checked here")

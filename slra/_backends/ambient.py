@@ -20,6 +20,18 @@ R = TypeVar("R")
 # Kinds of device that torch.autocast knows apart, each with a switch of its own.
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
+# Names of JAX's contexts that raise, with what they are where they do not. NaN marks, among others, a Cholesky factor
+# that does not exist; shapes and dtypes broadcast and promote as the array API has it.
+_JAX_CHECKS = {
+    "debug_nans": False,
+    "debug_infs": False,
+    "numpy_rank_promotion": "allow",
+    "numpy_dtype_promotion": "standard",
+    "transfer_guard_host_to_device": "allow",
+    "transfer_guard_device_to_device": "allow",
+    "transfer_guard_device_to_host": "allow",
+}
+
 # What NumPy did about floating-point errors where the outermost call came from; None outside of all.
 _callers_errors: ContextVar[Any] = ContextVar("callers_errors", default=None)
 
@@ -27,7 +39,7 @@ _callers_errors: ContextVar[Any] = ContextVar("callers_errors", default=None)
 def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """Run a public function outside the caller's contexts: every one of them is decorated with this.
 
-    Within it ``torch.autocast`` and ``jax.debug_nans`` are off, and NumPy neither warns nor raises on underflow and
+    Within it ``torch.autocast`` and JAX's strict modes are off, and NumPy neither warns nor raises on underflow and
     overflow, which are harmless here: what matters is looked at. Threads and the caller see no change.
     """
 
@@ -57,11 +69,21 @@ def _outside(torch: Any) -> Iterator[None]:
             for device in _AUTOCAST_DEVICES:
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
-        jax: Any = sys.modules.get("jax")
-        if jax is not None and getattr(jax.config, "jax_debug_nans", False):
-            # NaN marks, among others, a Cholesky factor that does not exist.
-            stack.enter_context(jax.debug_nans(False))
+        for context in _jax_contexts():
+            stack.enter_context(context)
         yield
+
+
+def _jax_contexts() -> list[contextlib.AbstractContextManager[Any]]:
+    """List what switches off JAX's checks of its user's code that are on."""
+    jax: Any = sys.modules.get("jax")
+    if jax is None:
+        return []
+    return [
+        getattr(jax, name)(lenient)
+        for name, lenient in _JAX_CHECKS.items()
+        if getattr(jax.config, f"jax_{name}", None) not in (None, lenient)
+    ]
 
 
 def with_callers_errors(function: Callable[..., Any]) -> Callable[..., Any]:

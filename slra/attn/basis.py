@@ -9,9 +9,9 @@ from slra._backends.ambient import isolated
 from slra._files import File
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
 from slra._validate import check_flag, check_rank, promote, resolve, shown
-from slra.attn._basis_io import CODING, MAPS, NAMES, read_bases, shapes_of, write_bases
+from slra.attn._basis_io import CODING, NAMES, read_bases, shapes_of, write_bases
 from slra.attn.coding import Coding
-from slra.attn.maps import Maps, mapped_output
+from slra.attn.maps import NAMES_OF_MAPS, Maps, mapped_output
 from slra.attn.problem import AttentionProblem, make_problem
 
 __all__ = [
@@ -122,7 +122,7 @@ class AttentionBasis:
 
     def __repr__(self) -> str:
         """Shapes, ranks, dtype, bytes and, where it is concrete, the error, on three lines."""
-        shapes = ", ".join(f"{name} {_shape(getattr(self, name))}" for name in MAPS)
+        shapes = ", ".join(f"{name} {_shape(getattr(self, name))}" for name in NAMES_OF_MAPS)
         return f"AttentionBasis({_size(self)},\n  {shapes},\n  {_ranks(self.ranks)})"
 
     @overload
@@ -215,6 +215,7 @@ class AttentionBasis:
             scale=scale,
             enable_gqa=enable_gqa,
             softcap=softcap,
+            may_be_empty=True,
         )
         problem = check_basis(self, problem)
         check_flag(return_lse, "return_lse")
@@ -248,7 +249,7 @@ class AttentionBasis:
             As in `attend`.
         """
         has_shared_heads = _n_heads(self.wq) != _n_heads(self.wk)
-        problem = make_problem(q, k, v, enable_gqa=has_shared_heads)
+        problem = make_problem(q, k, v, enable_gqa=has_shared_heads, may_be_empty=True)
         problem = check_basis(self, problem)
         with problem.backend.ignore_overflow():
             small = Maps.of(self, problem).project(problem)
@@ -316,7 +317,7 @@ class AttentionBasis:
         True
         """
         return _fold(
-            {name: getattr(self, name) for name in MAPS},
+            {name: getattr(self, name) for name in NAMES_OF_MAPS},
             {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o},
             {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o},
         )

@@ -16,6 +16,7 @@ from slra.attn.exact import (
 from slra.attn.problem import AttentionProblem, Three, group_heads, ungroup_heads
 
 __all__ = [
+    "NAMES_OF_MAPS",
     "Maps",
     "carry_shift",
     "mapped_given",
@@ -23,6 +24,9 @@ __all__ = [
     "mapped_output",
     "mapped_problem",
 ]
+
+# The arrays of a basis, by which files and messages name them.
+NAMES_OF_MAPS = ("wq", "wk", "wv", "uv", "c", "mu")
 
 # Heads whose ranks round up to the same multiple of this run together: a kernel's register holds as many numbers.
 RANK_STEP = 8

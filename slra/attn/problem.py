@@ -101,10 +101,15 @@ class AttentionProblem(NamedTuple):
         return int(self.q.shape[-3])
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to attend with or to."""
+        return 0 in (*self.q.shape, *self.k.shape, *self.v.shape)
+
+    @property
     def may_leave_query_without_keys(self) -> bool:
         """Whether the mask or causality may hide all keys from a query."""
         n_queries, n_keys, options = self.q.shape[-2], self.k.shape[-2], self.options
-        if self.mask is not None or self.lengths is not None:
+        if self.mask is not None or self.lengths is not None or n_keys == 0:
             return True
         is_before_keys = options.is_causal and options.diagonal(n_queries, n_keys) < 0
         is_after_keys = options.first is not None and n_queries - 1 + options.first >= n_keys
@@ -386,11 +391,15 @@ def make_problem(
     scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
+    may_be_empty: bool = False,
 ) -> AttentionProblem:
-    """Check what all attention functions share, and lay it out; raise on the first argument that is wrong."""
+    """Check what all attention functions share, and lay it out; raise on the first argument that is wrong.
+
+    Without queries, keys or anything at all there is something to answer, where the caller says so, but nothing to fit.
+    """
     backend = resolve(q=q, k=k, v=v, optional={"mask": mask, "sinks": sinks, "alibi": alibi})
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_matrix(x, name)
+        check_matrix(x, name, may_be_empty=may_be_empty)
     _check_lengths(q, k, v)
     batch = _check_batch(q, k, v, enable_gqa=enable_gqa)
     if mask is not None:
@@ -421,7 +430,7 @@ def make_problem(
         else check_factor(backend, scale, "scale", work_q),
         softcap=None if softcap is None else check_factor(backend, softcap, "softcap", work_q),
     )
-    n_shared = q.shape[-3] // k.shape[-3] if enable_gqa else 1
+    n_shared = q.shape[-3] // max(1, k.shape[-3]) if enable_gqa else 1
     laid_out = {
         name: group_heads(x, n_shared if x.shape[-1] > 1 else 1, backend, n_trailing=0)
         for name, x in by_head.items()
@@ -552,7 +561,7 @@ def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> tuple[int
         if min(map(len, shapes)) < 1:
             raise ValueError("q, k and v must have a head axis, (..., H, N, D), with enable_gqa")
         heads_q, heads_k, heads_v = (shape[-1] for shape in shapes)
-        if heads_k != heads_v or heads_q % heads_k:
+        if heads_k != heads_v or heads_q % max(1, heads_k):
             raise ValueError(
                 f"the heads of q must be a multiple of those of k and v with enable_gqa, "
                 f"got {heads_q}, {heads_k} and {heads_v}"

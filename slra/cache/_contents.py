@@ -235,7 +235,7 @@ class Contents(NamedTuple):
             if on_host(x):
                 taken[name] = x[indices]
             else:
-                at = layout.backend.from_numpy(indices, x, layout.xp.int64)
+                at = layout.backend.from_numpy(indices, x, layout.backend.place_dtype)
                 taken[name] = layout.xp.take(x, at, axis=0)
         layout = dataclasses.replace(layout, batch=(len(indices),))
         return with_arrays(self, taken, layout)

@@ -10,9 +10,8 @@ from slra._backends import Backend
 from slra._files import Arrays, File, read_safetensors, write_safetensors
 from slra._typing import Array
 from slra._validate import check_rank
-from slra.attn._basis_io import MAPS
 from slra.attn.basis import AttentionBasis
-from slra.attn.maps import Maps
+from slra.attn.maps import NAMES_OF_MAPS, Maps
 from slra.cache._bits import BitRows, ByteRows
 from slra.cache._checks import MOST, check_bits, check_options
 from slra.cache._contents import Contents
@@ -159,7 +158,7 @@ def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
     rank = (maps["wk"].shape[-1], maps["wv"].shape[-1])
     error = np.broadcast_to(maps["wk"].dtype.type(0), maps["wq"].shape[:-2])
     ranks = (rank,) * maps["wk"].shape[-3]
-    wq, wk, wv, uv, c, mu = (maps[name] for name in MAPS)
+    wq, wk, wv, uv, c, mu = (maps[name] for name in NAMES_OF_MAPS)
     return AttentionBasis(wq, wk, wv, uv, c, mu, ranks, error)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slra._backends.standard.bits import TOKENS
 from slra._typing import Array, DType
 from slra._validate import promote
 from slra.attn.basis import AttentionBasis
@@ -265,7 +266,8 @@ class Segment(NamedTuple):
             n_rows = min(n_rows, int(np.max(end - self.start)))
         is_whole = turns is None and self.rows.is_read_as_is(queries.q.dtype)
         step = max(1, n_rows if is_whole else CHUNK_ROWS)
-        firsts = range(queries.first_row(self.start, n_rows), n_rows, step)
+        first = queries.first_row(self.start, n_rows)
+        firsts = range(first - first % TOKENS, n_rows, step)  # bits are read by whole blocks
         chunks = [slice(first, min(first + step, n_rows)) for first in firsts]
         return [self._attend(queries, end, rows, turns) for rows in chunks]
 

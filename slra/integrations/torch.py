@@ -264,12 +264,15 @@ class LowRankAttention(nn.MultiheadAttention):
         fit_mask = mask
         if self.basis_per == "sequence" or (self.training and self.refit_every):
             fit_mask = _without_padding(mask, key_padding_mask, is_self=is_self)
-        given = Approximation(self._projections(q, k, v, fit_mask, is_causal), q, k, v)
+        is_empty = 0 in (*q.shape, *k.shape)
+        projections = None if is_empty else self._projections(q, k, v, fit_mask, is_causal)
+        given = Approximation(projections, q, k, v)
         out, self._last = attend(
             given, self._ranks, l1=self.l1, l1_form=self.l1_form, mask=mask, is_causal=is_causal
         )
         out = self.out_proj(out.transpose(1, 2).flatten(2))
-        self._count_call(q, k, v, fit_mask, is_causal)
+        if not is_empty:
+            self._count_call(q, k, v, fit_mask, is_causal)
         weights = _weights(self._last, mask, is_causal) if need_weights else None
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)

@@ -312,12 +312,13 @@ def _add_attention() -> None:
         "nystrom": {"n_landmarks": st.integers(1, 6)},
         "linformer": {"n_combinations": st.integers(1, 6)},
         "favor": {"n_features": st.integers(1, 6)},
+        "kivi": {"bits": st.integers(1, 16), "group_size": st.integers(1, 9)},
     }
     for name, own in sizes.items():
         add(
             f"baselines.{name}",
             public(name, slra.baselines),
-            {**qkv, **dict.fromkeys(own, 2)},
+            {**qkv, **dict.fromkeys(own, 2)} | ({"n_exact": 1} if name == "kivi" else {}),
             st.fixed_dictionaries({**own, **fixed_qkv()}),
             _finite_attention,
             requests=("n_features",),

@@ -22,7 +22,9 @@ def _add_cache() -> None:
         "batch": None,
         "window": 2,
         "n_sink": 1,
-        "n_sparse": 1,
+        "n_sparse": 0,
+        "bits": None,
+        "rtol": None,
         "capacity": None,
         "dtype": None,
         "scale": None,
@@ -78,6 +80,16 @@ def _add_cache() -> None:
         works_on_dask=False,
     )
     add(
+        "KVCache.crop",
+        lambda xp, **args: (
+            _cache(xp, bits=4).append(*(to_xp(xp, x) for x in (k, v))).crop(**args).decode()
+        ),
+        {"n": 2},
+        st.fixed_dictionaries({"n": st.integers(0, 9)}),
+        all_finite,
+        works_on_dask=False,
+    )
+    add(
         "KVCache.decode",
         lambda xp: _cache(xp).append(*(to_xp(xp, x) for x in (k, v))).decode(),
         {},
@@ -118,6 +130,8 @@ def _cache_options(draw: Any) -> dict[str, Any]:
     args["window"] = draw(st.integers(0, 8))
     args["n_sink"] = draw(st.integers(0, 3))
     args["n_sparse"] = draw(st.integers(0, 4))
+    if not args["n_sparse"]:
+        args["bits"] = draw(st.sampled_from([None, 0.5, 3, (2, 7.5)]))
     args["capacity"] = draw(st.sampled_from([None, 8, 20]))
     args["dtype"] = draw(st.sampled_from([None, "float16", "float32", "float64"]))
     args["scale"] = draw(st.sampled_from([None, 0, -0.5, 2.0]))
