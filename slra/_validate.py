@@ -47,6 +47,7 @@ __all__ = [
     "check_sum_axis",
     "check_tau",
     "check_tol",
+    "dtype_limits",
     "is_kind",
     "on_host",
     "promote",
@@ -159,7 +160,7 @@ def promote(
     except Exception as error:
         named = " and ".join(f"{name} ({x.dtype})" for name, x in given.items())
         raise TypeError(f"{named} must have a common floating dtype: {error}") from error
-    is_half = xp.finfo(dtype).bits == _HALF_BITS and not keep_half
+    is_half = dtype_limits(xp, dtype).bits == _HALF_BITS and not keep_half
     work = xp.float32 if is_half else dtype
     cast = [x if x is None or x.dtype == work else xp.astype(x, work) for x in arrays.values()]
     return Promoted(cast, dtype if is_half else None)
@@ -170,7 +171,7 @@ def _check_floating(xp: Any, x: Array, name: str, *, allow_complex: bool) -> Non
     known = "floating" if allow_complex else "real floating"
     if not is_kind(xp, x.dtype, *kinds):
         raise TypeError(f"{name} must have a {known} dtype, got {x.dtype}; convert it first")
-    bits = xp.finfo(x.dtype).bits
+    bits = dtype_limits(xp, x.dtype).bits
     if not _HALF_BITS <= bits <= _WIDEST_BITS:
         raise TypeError(
             f"{name} must have {_HALF_BITS} to {_WIDEST_BITS} bits a component, got {x.dtype}"
@@ -178,11 +179,27 @@ def _check_floating(xp: Any, x: Array, name: str, *, allow_complex: bool) -> Non
 
 
 def is_kind(xp: Any, dtype: DType, *kinds: str) -> bool:
-    """Whether a dtype is of one of these kinds of the standard; not so for a dtype outside of it."""
+    """Whether a dtype is of one of these kinds of the standard, or bfloat16; not so for others outside of it."""
+    if _is_bfloat16(dtype):
+        return "real floating" in kinds
     try:
         return bool(xp.isdtype(dtype, kinds))
     except TypeError:  # such as NumPy's strings and records
         return False
+
+
+def _is_bfloat16(dtype: DType) -> bool:
+    """Whether it is the dtype that ml_dtypes adds to NumPy's."""
+    return isinstance(dtype, np.dtype) and dtype.name == "bfloat16"
+
+
+def dtype_limits(xp: Any, dtype: DType) -> Any:
+    """Return what ``finfo`` says, also of a dtype that NumPy's does not know."""
+    if not _is_bfloat16(dtype):
+        return xp.finfo(dtype)
+    import ml_dtypes  # which the dtype comes from
+
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
 def check_matrix(x: Array, name: str, *, may_be_empty: bool = False) -> None:
@@ -205,7 +222,7 @@ def check_operator(backend: Backend, shape: Any, like: Array, name: str = "x") -
             f"{name} must have 2 dimensions, (m, n), and no empty axis, got shape {shown(shape)}"
         )
     _check_floating(backend.xp, like, name, allow_complex=True)
-    if backend.xp.finfo(like.dtype).bits == _HALF_BITS:
+    if dtype_limits(backend.xp, like.dtype).bits == _HALF_BITS:
         raise TypeError(
             f"{name} must have 32 or 64 bits a component where it is not a dense array, got {like.dtype}"
         )
@@ -245,7 +262,7 @@ def check_hermitian(
     ``skew`` is the largest modulus in the matrix less its conjugate transpose, ``largest`` that in the matrix.
     """
     xp = backend.xp
-    limits = xp.finfo(dtype)
+    limits = dtype_limits(xp, dtype)
     # 100 eps of half precision would be most of an entry.
     allowed = (8 if limits.bits == _HALF_BITS else 100) * float(limits.eps) * largest
     if not bool(xp.all(skew <= allowed)):
@@ -465,7 +482,7 @@ def check_rtol(
     eps = float(backend.xp.finfo(x.dtype).eps)
     least = 16 * (math.sqrt(eps * max(1.0, lost)) if by_products else eps)
     # Both factors are off by half of eps, entry by entry, and so is their product by eps, in norm.
-    rounding = 0.0 if narrow is None else float(backend.xp.finfo(narrow).eps)
+    rounding = 0.0 if narrow is None else float(dtype_limits(backend.xp, narrow).eps)
     least = max(least, 2 * rounding)
     if least >= 1:
         raise ValueError(
@@ -487,7 +504,7 @@ def check_rtol(
 def check_tol(backend: Backend, x: Array, tol: Any, narrow: DType | None) -> float:
     """Return a tolerance of singular triplets between what rounding allows and 1; ``narrow`` as in `check_rtol`."""
     value = check_positive(tol, "tol")
-    rounding = 0.0 if narrow is None else float(backend.xp.finfo(narrow).eps)
+    rounding = 0.0 if narrow is None else float(dtype_limits(backend.xp, narrow).eps)
     least = max(100 * float(backend.xp.finfo(x.dtype).eps), 2 * rounding)
     if not least <= value < 1:
         raise ValueError(
@@ -616,7 +633,7 @@ def check_bound(
 def _computed_in(backend: Backend, x: Array) -> DType:
     """Real dtype that ``x`` is computed in."""
     real = backend.real_dtype(x.dtype)
-    return backend.xp.float32 if backend.xp.finfo(real).bits == _HALF_BITS else real
+    return backend.xp.float32 if dtype_limits(backend.xp, real).bits == _HALF_BITS else real
 
 
 def check_draws(backend: Backend, like: Array, rng: Any) -> np.random.Generator | int | None:

@@ -411,6 +411,9 @@ def make_problem(
     if mask is not None:
         scores = (*batch, q.shape[-2], k.shape[-2])
         check_mask(backend, mask, scores, "(..., Hq, Nq, Nk)")
+        if isinstance(mask, np.ndarray) and mask.dtype.name == "bfloat16":
+            # Which NumPy's own functions do not know.
+            mask = mask.astype(np.float32)
     promoted = promote(backend, allow_complex=False, q=q, k=k, v=v)
     work_q, work_k, work_v = promoted.arrays
     by_head = {

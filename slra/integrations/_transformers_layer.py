@@ -191,7 +191,7 @@ def _fitted(
     settings: Settings,
 ) -> Callable[..., Any]:
     """Fit, and return how to attend: exactly where there are so few tokens that it takes no more dimensions."""
-    rank, n_queries, n_keys = settings.rank, q.shape[-2], k.shape[-2]
+    rank, n_keys = settings.rank, k.shape[-2]
     if n_keys == 0:
         return slra.attention
     if rank is not None:
