@@ -398,15 +398,17 @@ def make_problem(
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
     may_be_empty: bool = False,
+    key_width: int | None = None,
 ) -> AttentionProblem:
     """Check what all attention functions share, and lay it out; raise on the first argument that is wrong.
 
     Without queries, keys or anything at all there is something to answer, where the caller says so, but nothing to fit.
+    ``key_width`` is that of keys that have been mapped already, where they are not as wide as the queries.
     """
     backend = resolve(q=q, k=k, v=v, optional={"mask": mask, "sinks": sinks, "alibi": alibi})
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_matrix(x, name, may_be_empty=may_be_empty)
-    _check_lengths(q, k, v)
+    _check_lengths(q, k, v, key_width)
     batch = _check_batch(q, k, v, enable_gqa=enable_gqa)
     if mask is not None:
         scores = (*batch, q.shape[-2], k.shape[-2])
@@ -547,8 +549,12 @@ def _check_alignment(align: Any, q: Array, k: Array, depends: bool, is_square: b
     return choice
 
 
-def _check_lengths(q: Array, k: Array, v: Array) -> None:
-    if q.shape[-1] != k.shape[-1]:
+def _check_lengths(q: Array, k: Array, v: Array, key_width: int | None) -> None:
+    if key_width is not None and k.shape[-1] != key_width:
+        raise ValueError(
+            f"k must have the {key_width} columns that project_keys gives, got shape {tuple(k.shape)}"
+        )
+    if key_width is None and q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"q and k must have the same last axis, got shapes {tuple(q.shape)} and {tuple(k.shape)}"
         )
