@@ -7,6 +7,7 @@ import array_api_compat as compat
 import numpy as np
 
 from slra._typing import Array, DType
+from slra._validate import dtype_limits
 from slra.attn.exact import merge_attention
 from slra.attn.fit import fit_attention
 from slra.attn.maps import Maps
@@ -100,7 +101,7 @@ class Contents(NamedTuple):
         if self.layout.is_static:
             return self
         xp, (*older, last) = self.layout.xp, self.segments
-        if xp.finfo(dtype).bits >= xp.finfo(self.like.dtype).bits:
+        if dtype_limits(xp, dtype).bits >= xp.finfo(self.like.dtype).bits:
             dtype = self.like.dtype
         elif np.any(self.lengths):
             dtype = xp.result_type(dtype, self.exact.k.dtype)

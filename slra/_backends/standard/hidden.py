@@ -73,12 +73,12 @@ def heeded(
     if not _is_finite(backend, out):
         # Scores of keys that others see may be infinite even so: a kernel that adds its mask makes NaN of them.
         # In single precision, where a backend attends in half.
-        wide = [
-            x if not _is_half(backend, x) else backend.xp.astype(x, backend.xp.float32)
-            for x in finite
-        ]
-        out, lse = Attention.attention(backend, *wide, mask, options)
-        out = backend.xp.astype(out, q.dtype, copy=False)
+        xp = backend.xp
+        wide_q, wide_k, wide_v = (
+            xp.astype(x, xp.float32) if _is_half(backend, x) else x for x in finite
+        )
+        out, lse = Attention.attention(backend, wide_q, wide_k, wide_v, mask, options)
+        out = xp.astype(out, q.dtype, copy=False)
     mark, mark_lse = marks(backend, *arrays, mask, options)
     return out + mark, None if lse is None else lse + mark_lse
 
