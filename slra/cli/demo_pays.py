@@ -1,6 +1,6 @@
 """Where approximation pays and where it does not: the second half of ``python -m slra demo``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ def measure(backend: Backend, advance: Callable[[], object]) -> list[Pay]:
 
 
 def _beside(
-    backend: Backend, ours: list[Callable[[], Any]], theirs: Callable[[], Any]
+    backend: Backend, ours: Sequence[Callable[[], Any]], theirs: Callable[[], Any]
 ) -> list[tuple[float, float]]:
     """For each of ours: the ratio of the median times, and the error of the worst head."""
     calls = [theirs, *ours]

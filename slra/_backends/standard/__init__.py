@@ -30,6 +30,8 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     is_functional = False
     # Whether the thresholds and sums of moduli take half precision as it is, and convert as they read.
     takes_half = False
+    # Whether attention takes half precision as it is: it accumulates in single, and gives the log-sum-exp in it.
+    attends_in_half = False
 
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
