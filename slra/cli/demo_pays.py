@@ -17,7 +17,7 @@ from slra.cli.timing import rounds
 
 __all__ = ["CAPTION", "HEADERS", "TITLE", "Pay", "cells", "count_calls", "measure", "table"]
 
-N_ROUNDS = 3
+N_ROUNDS = 2
 LENGTHS = (512, 2048, 8192)
 HEADS, WIDTH, RANK, BITS = 2, 128, 32, 4
 # So many matrices of so many rows and columns.
