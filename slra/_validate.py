@@ -47,6 +47,7 @@ __all__ = [
     "check_sum_axis",
     "check_tau",
     "check_tol",
+    "dtype_limits",
     "is_array",
     "is_kind",
     "on_host",
@@ -176,7 +177,7 @@ def promote(
         except Exception as error:
             named = " and ".join(f"{name} ({x.dtype})" for name, x in given.items())
             raise TypeError(f"{named} must have a common floating dtype: {error}") from error
-        bits = xp.finfo(dtype).bits
+        bits = dtype_limits(xp, dtype).bits
     is_half = bits == _HALF_BITS and not keep_half
     work = xp.float32 if is_half else dtype
     cast = [x if x is None or x.dtype == work else xp.astype(x, work) for x in arrays.values()]
@@ -197,11 +198,27 @@ def _check_floating(backend: Backend, x: Array, name: str, *, allow_complex: boo
 
 
 def is_kind(xp: Any, dtype: DType, *kinds: str) -> bool:
-    """Whether a dtype is of one of these kinds of the standard; not so for a dtype outside of it."""
+    """Whether a dtype is of one of these kinds of the standard, or bfloat16; not so for others outside of it."""
+    if _is_bfloat16(dtype):
+        return "real floating" in kinds
     try:
         return bool(xp.isdtype(dtype, kinds))
     except TypeError:  # such as NumPy's strings and records
         return False
+
+
+def _is_bfloat16(dtype: DType) -> bool:
+    """Whether it is the dtype that ml_dtypes adds to NumPy's."""
+    return isinstance(dtype, np.dtype) and dtype.name == "bfloat16"
+
+
+def dtype_limits(xp: Any, dtype: DType) -> Any:
+    """Return what ``finfo`` says, also of a dtype that NumPy's does not know."""
+    if not _is_bfloat16(dtype):
+        return xp.finfo(dtype)
+    import ml_dtypes  # which the dtype comes from
+
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
 def check_matrix(x: Array, name: str, *, may_be_empty: bool = False) -> None:
@@ -223,8 +240,7 @@ def check_operator(backend: Backend, shape: Any, like: Array, name: str = "x") -
         raise ValueError(
             f"{name} must have 2 dimensions, (m, n), and no empty axis, got shape {shown(shape)}"
         )
-    _check_floating(backend, like, name, allow_complex=True)
-    if backend.xp.finfo(like.dtype).bits == _HALF_BITS:
+    if _check_floating(backend, like, name, allow_complex=True) == _HALF_BITS:
         raise TypeError(
             f"{name} must have 32 or 64 bits a component where it is not a dense array, got {like.dtype}"
         )
@@ -264,7 +280,7 @@ def check_hermitian(
     ``skew`` is the largest modulus in the matrix less its conjugate transpose, ``largest`` that in the matrix.
     """
     xp = backend.xp
-    limits = xp.finfo(dtype)
+    limits = dtype_limits(xp, dtype)
     # 100 eps of half precision would be most of an entry.
     allowed = (8 if limits.bits == _HALF_BITS else 100) * float(limits.eps) * largest
     if not bool(xp.all(skew <= allowed)):
@@ -486,7 +502,7 @@ def check_rtol(
     eps = float(backend.xp.finfo(x.dtype).eps)
     least = 16 * (math.sqrt(eps * max(1.0, lost)) if by_products else eps)
     # Both factors are off by half of eps, entry by entry, and so is their product by eps, in norm.
-    rounding = 0.0 if narrow is None else float(backend.xp.finfo(narrow).eps)
+    rounding = 0.0 if narrow is None else float(dtype_limits(backend.xp, narrow).eps)
     least = max(least, 2 * rounding)
     if least >= 1:
         raise ValueError(
@@ -508,7 +524,7 @@ def check_rtol(
 def check_tol(backend: Backend, x: Array, tol: Any, narrow: DType | None) -> float:
     """Return a tolerance of singular triplets between what rounding allows and 1; ``narrow`` as in `check_rtol`."""
     value = check_positive(tol, "tol")
-    rounding = 0.0 if narrow is None else float(backend.xp.finfo(narrow).eps)
+    rounding = 0.0 if narrow is None else float(dtype_limits(backend.xp, narrow).eps)
     least = max(100 * float(backend.xp.finfo(x.dtype).eps), 2 * rounding)
     if not least <= value < 1:
         raise ValueError(

@@ -53,11 +53,10 @@ class NumpyBackend(Backend):
         """Look at the kind, for the same reason."""
         if dtype.kind == "f":
             return FloatFormat(False, 8 * dtype.itemsize)
-        return (
-            FloatFormat(True, 4 * dtype.itemsize)
-            if dtype.kind == "c"
-            else super().float_format(dtype)
-        )
+        if dtype.kind == "c":
+            return FloatFormat(True, 4 * dtype.itemsize)
+        # Of ml_dtypes, which is not among NumPy's kinds.
+        return FloatFormat(False, 16) if dtype.name == "bfloat16" else super().float_format(dtype)
 
     def same_bits(self) -> contextlib.AbstractContextManager[Any]:
         """Limit BLAS as attention does, all the time: elsewhere it would be limited only while others attend."""

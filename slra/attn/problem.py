@@ -396,20 +396,25 @@ def make_problem(
     softcap: float | AnyArray | None = None,
     may_be_empty: bool = False,
     keep_half: bool = False,
+    key_width: int | None = None,
 ) -> AttentionProblem:
     """Check what all attention functions share, and lay it out; raise on the first argument that is wrong.
 
     Without queries, keys or anything at all there is something to answer, where the caller says so, but nothing to fit.
     With ``keep_half`` half precision stays as it is where the backend's attention takes it.
+    ``key_width`` is that of keys that have been mapped already, where they are not as wide as the queries.
     """
     backend = resolve(q=q, k=k, v=v, optional={"mask": mask, "sinks": sinks, "alibi": alibi})
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_matrix(x, name, may_be_empty=may_be_empty)
-    _check_lengths(q, k, v)
+    _check_lengths(q, k, v, key_width)
     batch = _check_batch(q, k, v, enable_gqa=enable_gqa)
     if mask is not None:
         scores = (*batch, q.shape[-2], k.shape[-2])
         check_mask(backend, mask, scores, "(..., Hq, Nq, Nk)")
+        if isinstance(mask, np.ndarray) and mask.dtype.name == "bfloat16":
+            # Which NumPy's own functions do not know.
+            mask = mask.astype(np.float32)
     # What is an array too, such as a learned scale, meets scores in single precision.
     others = (scale, softcap, sinks, alibi, lengths_q, lengths_k)
     keep_half = keep_half and backend.attends_in_half and not any(map(is_array, others))
@@ -548,8 +553,12 @@ def _check_alignment(align: Any, q: Array, k: Array, depends: bool, is_square: b
     return choice
 
 
-def _check_lengths(q: Array, k: Array, v: Array) -> None:
-    if q.shape[-1] != k.shape[-1]:
+def _check_lengths(q: Array, k: Array, v: Array, key_width: int | None) -> None:
+    if key_width is not None and k.shape[-1] != key_width:
+        raise ValueError(
+            f"k must have the {key_width} columns that project_keys gives, got shape {tuple(k.shape)}"
+        )
+    if key_width is None and q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"q and k must have the same last axis, got shapes {tuple(q.shape)} and {tuple(k.shape)}"
         )

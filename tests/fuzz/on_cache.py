@@ -72,7 +72,16 @@ def _add_cache() -> None:
     add(
         "KVCache.attend",
         lambda xp, **args: _cache(xp).append(*(to_xp(xp, x) for x in (k, v))).attend(**args),
-        {"q": q, "mask": None, "is_causal": True, "lengths": None, "return_lse": False},
+        {
+            "q": q,
+            "mask": None,
+            "is_causal": True,
+            "window": None,
+            "sinks": None,
+            "alibi": None,
+            "lengths": None,
+            "return_lse": False,
+        },
         st.fixed_dictionaries(
             {"q": fixed_qkv()["q"], "is_causal": st.booleans(), "return_lse": st.booleans()}
         ),
