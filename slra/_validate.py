@@ -80,7 +80,8 @@ def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Arr
     (first, one), *others = given.items()
     backend = _backend(one, first)
     for name, x in others:
-        if (other := _backend(x, name)) is not backend:
+        # Not the backends: torch.compile makes a new one each time.
+        if (other := _backend(x, name)).xp is not backend.xp:
             raise TypeError(
                 f"{first} and {name} must come from one array library, "
                 f"got {_title(backend.xp)} and {_title(other.xp)}"
