@@ -253,6 +253,21 @@ def test_nan_propagates_to_its_row_only(xp):
     assert np.all(np.isfinite(out[0, [0, 2]]))
 
 
+def test_numpy_takes_the_bfloat16_of_ml_dtypes():
+    dtype = pytest.importorskip("ml_dtypes").bfloat16
+    q, k, v = (x.astype(dtype) for x in qkv((2, 9, 4), (2, 9, 4), 5))
+    mask = np.where(np.tri(9, dtype=bool), 0.0, -np.inf).astype(dtype)
+    out, lse = slra.attention(q, k, v, mask=mask, return_lse=True)
+    assert (out.dtype, lse.dtype) == (dtype, np.float32)
+    expected, expected_lse = naive_attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(out.astype("float64"), expected, rtol=2.0**-8, atol=4e-6)
+    np.testing.assert_allclose(lse, expected_lse, atol=4e-6)
+    basis = slra.fit_attention(q, k, v, 2)
+    assert basis.attend(q, k, v).dtype == dtype
+    assert slra.randomized_svd(q[0], 2, rng=0).U.dtype == dtype
+    assert slra.prox.prox_nuclear(q[0], 0.1).dtype == dtype
+
+
 def test_half_precision_accumulates_in_single(xp):
     if not hasattr(xp, "float16"):
         pytest.skip("no float16 here")

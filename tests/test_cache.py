@@ -699,6 +699,24 @@ def test_rtol_bounds_the_coordinates_and_bits_are_those_asked_for():
         assert np.max(worst) > 0.02
 
 
+def test_in_bits_drift_starts_another_segment():
+    q, k, v = moving(200)
+    basis = slra.fit_attention(q[:, :50], k[:, :50], v[:, :50], 4, enable_gqa=True)
+    cache = slra.KVCache(basis, window=20, bits=2, drift_bound=0.1)
+    cache = appended(cache, k, v, [50, *[5] * 30], q)
+    assert cache.n_segments > 1
+    low_k, low_v = cache.decode()
+    for low, came, bound in zip((low_k, low_v), (k, v), cache.error_bound, strict=True):
+        assert np.all(np.linalg.norm(low - came, axis=-1) <= bound[:, None])
+    right, _ = naive_attention(q[:, -3:], low_k, low_v, is_causal=True, enable_gqa=True)
+    np.testing.assert_allclose(cache.attend(q[:, -3:]), right, atol=1e-10)
+    n_segments = cache.n_segments
+    cropped = [x[:, :30].copy() for x in cache.crop(30).decode()]
+    assert cache.n_segments < n_segments
+    for one, whole in zip(cropped, (low_k, low_v), strict=True):
+        np.testing.assert_allclose(one, whole[:, :30], atol=1e-12)
+
+
 def test_a_prefix_in_bits_needs_no_rank():
     q, k, v = tokens(300)
     cache = slra.KVCache.from_prefix(q, k, v, bits=4, window=3)

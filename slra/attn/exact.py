@@ -175,6 +175,7 @@ def attention(
         scale=scale,
         enable_gqa=enable_gqa,
         softcap=softcap,
+        keep_half=return_lse is False,
         may_be_empty=True,
     )
     out: ArrayT

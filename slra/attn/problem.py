@@ -16,6 +16,7 @@ from slra._backends.standard import ScoreOptions
 from slra._backends.standard.attention import (
     Tile,
     TileBounds,
+    broadcast_shapes,
     combine_masks,
     scores_batch_shape,
     sum_to,
@@ -32,6 +33,7 @@ from slra._validate import (
     check_matrix,
     check_positive,
     check_scalar,
+    is_array,
     is_kind,
     promote,
     resolve,
@@ -61,6 +63,7 @@ __all__ = [
 ]
 
 Three = tuple[Array, Array, Array]
+HALF_BITS = 16
 ALIGNMENTS = ("bottom_right", "top_left")
 
 
@@ -392,20 +395,30 @@ def make_problem(
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
     may_be_empty: bool = False,
+    keep_half: bool = False,
+    key_width: int | None = None,
 ) -> AttentionProblem:
     """Check what all attention functions share, and lay it out; raise on the first argument that is wrong.
 
     Without queries, keys or anything at all there is something to answer, where the caller says so, but nothing to fit.
+    With ``keep_half`` half precision stays as it is where the backend's attention takes it.
+    ``key_width`` is that of keys that have been mapped already, where they are not as wide as the queries.
     """
     backend = resolve(q=q, k=k, v=v, optional={"mask": mask, "sinks": sinks, "alibi": alibi})
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_matrix(x, name, may_be_empty=may_be_empty)
-    _check_lengths(q, k, v)
+    _check_lengths(q, k, v, key_width)
     batch = _check_batch(q, k, v, enable_gqa=enable_gqa)
     if mask is not None:
         scores = (*batch, q.shape[-2], k.shape[-2])
         check_mask(backend, mask, scores, "(..., Hq, Nq, Nk)")
-    promoted = promote(backend, allow_complex=False, q=q, k=k, v=v)
+        if isinstance(mask, np.ndarray) and mask.dtype.name == "bfloat16":
+            # Which NumPy's own functions do not know.
+            mask = mask.astype(np.float32)
+    # What is an array too, such as a learned scale, meets scores in single precision.
+    others = (scale, softcap, sinks, alibi, lengths_q, lengths_k)
+    keep_half = keep_half and backend.attends_in_half and not any(map(is_array, others))
+    promoted = promote(backend, allow_complex=False, keep_half=keep_half, q=q, k=k, v=v)
     work_q, work_k, work_v = promoted.arrays
     by_head = {
         name: check_by_head(backend, x, name, batch, work_q)
@@ -496,6 +509,8 @@ def check_factor(backend: Backend, value: Any, name: str, like: Array) -> Any:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]  # a number, whatever the library of the other arrays
     value, limits = check_scalar(backend, value, name), backend.xp.finfo(like.dtype)
+    if limits.bits == HALF_BITS:
+        limits = backend.xp.finfo(backend.xp.float32)
     if not isinstance(value, float):
         resolve(q=like, **{name: value})
         if backend.is_differentiated(value) or not backend.is_eager(value):
@@ -538,8 +553,12 @@ def _check_alignment(align: Any, q: Array, k: Array, depends: bool, is_square: b
     return choice
 
 
-def _check_lengths(q: Array, k: Array, v: Array) -> None:
-    if q.shape[-1] != k.shape[-1]:
+def _check_lengths(q: Array, k: Array, v: Array, key_width: int | None) -> None:
+    if key_width is not None and k.shape[-1] != key_width:
+        raise ValueError(
+            f"k must have the {key_width} columns that project_keys gives, got shape {tuple(k.shape)}"
+        )
+    if key_width is None and q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"q and k must have the same last axis, got shapes {tuple(q.shape)} and {tuple(k.shape)}"
         )
@@ -569,7 +588,7 @@ def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> tuple[int
         heads = (heads_q,)
         shapes = [shape[:-1] for shape in shapes]
     try:
-        return np.broadcast_shapes(*shapes) + heads
+        return broadcast_shapes(*shapes) + heads
     except ValueError:
         raise ValueError(
             f"the leading axes of q, k and v must broadcast, got shapes "

@@ -24,7 +24,7 @@ FORMAT = "slra.KVCache 3"
 # Arrays that are NumPy's, unless shapes are static.
 POSITIONS = (
     *("lengths", "start", "since_check"),
-    *("filled", "headers", "widest", "used", "largest"),
+    *("filled", "headers", "widest", "used"),
 )
 
 
@@ -174,7 +174,7 @@ def _check_arrays(named: Arrays, template: Contents) -> None:
             axis = {"heap": 2, "whole": 2, "headers": 1}.get(field)
             if axis is not None:
                 shape[axis] = x.shape[axis]
-        elif is_row and part != "filled":
+        elif is_row and len(shape) == 4:
             shape[2] = named[f"{at}.rows.v"].shape[2]
         elif name == "recent.q":
             shape[2] = min(layout.window, x.shape[2])

@@ -18,6 +18,7 @@ __all__ = [
     "SoftmaxState",
     "Tile",
     "TileBounds",
+    "broadcast_shapes",
     "capped",
     "combine_masks",
     "hide",
@@ -196,6 +197,13 @@ def _slices(n: int, size: int) -> list[slice]:
 def scores_batch_shape(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[int, ...]:
     """Shape of the leading axes of the result of attention."""
     shapes = [x.shape[:-2] for x in (q, k, v, mask) if x is not None]
+    return broadcast_shapes(*shapes)
+
+
+def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """Broadcast; where all shapes are equal without NumPy, which takes longer than attention of a few queries."""
+    if len({*map(tuple, shapes)}) == 1:
+        return tuple(shapes[0])
     return np.broadcast_shapes(*shapes)
 
 

@@ -72,14 +72,25 @@ def heeded(
     out, lse = attend(*finite, mask, options)
     if not _is_finite(backend, out):
         # Scores of keys that others see may be infinite even so: a kernel that adds its mask makes NaN of them.
-        out, lse = Attention.attention(backend, *finite, mask, options)
+        # In single precision, where a backend attends in half.
+        single = backend.xp.float32
+        q, k, v = (backend.xp.astype(x, single) if _is_half(backend, x) else x for x in finite)
+        out, lse = Attention.attention(backend, q, k, v, mask, options)
+        out = backend.xp.astype(out, arrays[0].dtype, copy=False)
     mark, mark_lse = marks(backend, *arrays, mask, options)
     return out + mark, None if lse is None else lse + mark_lse
 
 
 def _is_finite(backend: Any, x: Array) -> bool:
     """Look at the sum, in one pass; where only that overflows, all is done twice."""
-    return bool(backend.xp.isfinite(backend.xp.sum(x)))
+    xp = backend.xp
+    total = xp.sum(x, dtype=xp.float32) if _is_half(backend, x) else xp.sum(x)
+    return bool(xp.isfinite(total))
+
+
+def _is_half(backend: Any, x: Array) -> bool:
+    found = backend.float_format(x.dtype)
+    return found is not None and found.bits == 16
 
 
 def finite_parts(backend: Any, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
