@@ -52,12 +52,12 @@ def unpack_blocks(heap: Array, widths: Array, dtype: DType) -> Array:
 
 def _unpack(planes: Array, first: int, widths: Array, out: Array) -> int:
     """Unpack from one plane of the heap on, and say which is the first of the next tile."""
-    narrow = np.where(widths < WHOLE, widths, 0).reshape(len(widths), -1)
-    ends = np.cumsum(narrow, dtype=np.int64).reshape(narrow.shape)
+    by_block = np.where(widths < WHOLE, widths, 0).reshape(len(widths), -1)
+    ends = np.cumsum(by_block, dtype=np.int64).reshape(by_block.shape)
     end = first + int(ends[-1, -1])
     # In the order of the result, each coordinate by itself: it is then written in long runs.
-    starts = (ends - narrow + first).T.reshape(-1)
-    narrow = narrow.T.reshape(-1)
+    starts = (ends - by_block + first).T.reshape(-1)
+    narrow = by_block.T.reshape(-1)
     order = np.argsort(narrow, kind="stable")
     bounds = np.cumsum(np.bincount(narrow, minlength=WHOLE))
     words = np.zeros((len(narrow), PLANE), dtype=np.uint64)
