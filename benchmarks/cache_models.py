@@ -19,6 +19,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import array_api_compat.torch as torch_xp
 import numpy as np
 import torch
 from transformers import (
@@ -33,11 +34,11 @@ from transformers.masking_utils import sdpa_mask
 
 import slra
 from benchmarks.common import save, table
-from slra.baselines._kivi import GROUP_BITS, round_by_groups
+from slra.baselines._kivi import round_by_groups
 from slra.integrations.transformers_cache import LowRankCache
 
 LAYERS = (2, 8, 14, 20, 26)
-N_TOKENS, SPAN, WINDOW, N_SINK = 1024, slice(300, 428), 32, 4
+N_TOKENS, SPAN, WINDOW, N_SINK, GROUP_SIZE = 1024, slice(300, 428), 32, 4, 32
 COMPARED = ("numpy", "torch", "transformers")
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -103,7 +104,7 @@ def heads(layers: list[Layer]) -> list[dict[str, Any]]:
 def rounded(x: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
     """Keys or values as KIVI keeps them, but for sinks and window."""
     middle = x[..., N_SINK : x.shape[-2] - WINDOW, :]
-    parts = [x[..., :N_SINK, :], round_by_groups(middle, bits, axis, GROUP_BITS, torch)]
+    parts = [x[..., :N_SINK, :], round_by_groups(middle, bits, axis, GROUP_SIZE, torch_xp)]
     return torch.cat([*parts, x[..., x.shape[-2] - WINDOW :, :]], dim=-2)
 
 

@@ -8,9 +8,6 @@ from slra.attn.problem import make_problem
 
 __all__ = ["kivi", "round_by_groups"]
 
-# A zero point and a scale, in half precision.
-GROUP_BITS = 32
-
 
 @isolated
 def kivi(
