@@ -73,12 +73,10 @@ def heeded(
     if not _is_finite(backend, out):
         # Scores of keys that others see may be infinite even so: a kernel that adds its mask makes NaN of them.
         # In single precision, where a backend attends in half.
-        xp = backend.xp
-        wide_q, wide_k, wide_v = (
-            xp.astype(x, xp.float32) if _is_half(backend, x) else x for x in finite
-        )
-        out, lse = Attention.attention(backend, wide_q, wide_k, wide_v, mask, options)
-        out = xp.astype(out, q.dtype, copy=False)
+        single = backend.xp.float32
+        q, k, v = (backend.xp.astype(x, single) if _is_half(backend, x) else x for x in finite)
+        out, lse = Attention.attention(backend, q, k, v, mask, options)
+        out = backend.xp.astype(out, arrays[0].dtype, copy=False)
     mark, mark_lse = marks(backend, *arrays, mask, options)
     return out + mark, None if lse is None else lse + mark_lse
 
