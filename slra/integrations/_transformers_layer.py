@@ -3,8 +3,6 @@
 Needs: torch. What the layer runs on hangs on its module: a basis, or, during calibration, a function that records.
 """
 
-from __future__ import annotations  # the documentation is built without the framework
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
