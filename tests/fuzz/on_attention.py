@@ -363,6 +363,25 @@ def _add_attention() -> None:
         st.fixed_dictionaries(fixed),
         _finite_attention,
     )
+    add(
+        "AttentionBasis.project_keys",
+        _of_basis("project_keys"),
+        {"k": k, "v": v},
+        st.fixed_dictionaries({name: fixed[name] for name in "kv"}),
+        all_finite,
+    )
+    small = {"k": k[..., :2], "v": v[..., :2]}
+    narrow = {
+        name: arrays(x.shape, dtypes=("float32", "float64"), kinds=("normal", "zero", "tiny"))
+        for name, x in small.items()
+    }
+    add(
+        "AttentionBasis.attend_projected",
+        _of_basis("attend_projected"),
+        {"q": q, **small, **ATTENTION, "return_lse": False},
+        st.fixed_dictionaries({"q": fixed["q"], **narrow}),
+        all_finite,
+    )
     weights = {
         "w_q": normal(2, 3, 4),
         "w_k": normal(2, 3, 4),
