@@ -174,7 +174,7 @@ def promote(
     dtype = dtypes[0]
     if any(other != dtype for other in dtypes):
         try:
-            dtype = xp.result_type(*given.values())
+            dtype = backend.common_dtype(*given.values())
         except Exception as error:
             named = " and ".join(f"{name} ({x.dtype})" for name, x in given.items())
             raise TypeError(f"{named} must have a common floating dtype: {error}") from error
@@ -472,16 +472,34 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_l1(l1: Any, limits: Sequence[Any] = (None, None, None)) -> tuple[float, float, float]:
-    """Return the weights or thresholds of Q^, K^ and V^, given as one number or three; ``limits`` of each's dtype."""
+def check_l1(
+    l1: Any, limits: Sequence[Any] = (None, None, None), backend: Backend | None = None
+) -> tuple[Any, Any, Any]:
+    """Return the weights or thresholds of Q^, K^ and V^, given as one number or three; ``limits`` of each's dtype.
+
+    They are floats; with a ``backend``, 0-d arrays of its library where they are traced or learned.
+    """
     triple = l1 if isinstance(l1, (tuple, list)) else (l1, l1, l1)
     if len(triple) != 3:
         raise TypeError(f"l1 must be a number or a triple (l_q, l_k, l_v), got {shown(l1)}")
-    l_q, l_k, l_v = (
-        check_positive(one, "l1", allow_zero=True, limits=limit)
-        for one, limit in zip(triple, limits, strict=True)
-    )
+    l_q, l_k, l_v = [
+        _check_weight(one, limit, backend) for one, limit in zip(triple, limits, strict=True)
+    ]
     return l_q, l_k, l_v
+
+
+def _check_weight(value: Any, limits: Any, backend: Backend | None) -> Any:
+    if backend is not None and not isinstance(value, np.generic) and compat.is_array_api_obj(value):
+        if isinstance(value, np.ndarray) and value.ndim == 0:
+            value = value[()]  # a number, whatever the library of the other arrays
+        else:
+            value = check_scalar(backend, value, "l1")
+            if not backend.is_eager(value):
+                return value
+            number = float(backend.to_numpy(value))
+            check_positive(number, "l1", allow_zero=True, limits=limits)
+            return value if backend.is_differentiated(value) else number
+    return check_positive(value, "l1", allow_zero=True, limits=limits)
 
 
 def check_rtol(

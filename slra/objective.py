@@ -16,7 +16,7 @@ from slra.prox.l1 import norm_l1, prox_l1
 
 __all__ = ["combined_objective", "l1_penalty", "l1_penalty_grad", "l1_penalty_prox"]
 
-L1 = float | tuple[float, float, float]
+L1 = float | Array | tuple[float | Array, float | Array, float | Array]
 
 
 def __dir__() -> list[str]:
@@ -33,8 +33,9 @@ def combined_objective(task: Any, q: Array, k: Array, v: Array, l1: L1) -> Array
         Loss of the task, L_task.
     q, k, v : array
         Q^, K^ and V^; real floating, any shapes, of one library.
-    l1 : float or (float, float, float)
-        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
+    l1 : float, 0-d array, or three of them
+        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three. An array may be traced or
+        learned; its value is checked where it can be looked at.
 
     Returns
     -------
@@ -77,8 +78,9 @@ def l1_penalty(q: Array, k: Array, v: Array, l1: L1) -> Array:
     ----------
     q, k, v : array
         Q^, K^ and V^; real floating, any shapes, of one library.
-    l1 : float or (float, float, float)
-        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
+    l1 : float, 0-d array, or three of them
+        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three. An array may be traced or
+        learned; its value is checked where it can be looked at.
 
     Returns
     -------
@@ -107,7 +109,7 @@ def l1_penalty(q: Array, k: Array, v: Array, l1: L1) -> Array:
     4.0
     """
     backend = _check(q, k, v)
-    weights = check_l1(l1, _summed_in(backend, q, k, v))
+    weights = check_l1(l1, _summed_in(backend, q, k, v), backend)
     with backend.ignore_overflow():
         parts = [
             _weighted_norm(x, weight, backend) for x, weight in zip((q, k, v), weights, strict=True)
@@ -123,8 +125,9 @@ def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array,
     ----------
     q, k, v : array
         Q^, K^ and V^; real floating, any shapes, of one library.
-    l1 : float or (float, float, float)
-        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
+    l1 : float, 0-d array, or three of them
+        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three. An array may be traced or
+        learned; its value is checked where it can be looked at.
 
     Returns
     -------
@@ -154,10 +157,11 @@ def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array,
     [[-1.0, 0.0], [2.0], [0.5]]
     """
     backend = _check(q, k, v)
-    weights = check_l1(l1, [backend.xp.finfo(x.dtype) for x in (q, k, v)])
-    dq, dk, dv = (
-        weight * _sign(x, backend.xp) for x, weight in zip((q, k, v), weights, strict=True)
-    )
+    weights = check_l1(l1, [backend.xp.finfo(x.dtype) for x in (q, k, v)], backend)
+    dq, dk, dv = [
+        _in_dtype(weight, x, backend) * _sign(x, backend.xp)
+        for x, weight in zip((q, k, v), weights, strict=True)
+    ]
     return dq, dk, dv
 
 
@@ -171,8 +175,9 @@ def l1_penalty_prox(
     ----------
     q, k, v : array
         Q^, K^ and V^; real floating, any shapes, of one library.
-    l1 : float or (float, float, float)
-        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three.
+    l1 : float, 0-d array, or three of them
+        Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three. An array may be traced or
+        learned; its value is checked where it can be looked at.
     step : float
         Length of the gradient step before it, 0 or more; 1 makes ``l1`` the thresholds.
 
@@ -208,11 +213,11 @@ def l1_penalty_prox(
     backend = _check(q, k, v)
     step = check_positive(step, "step", allow_zero=True)
     limits = _summed_in(backend, q, k, v)
-    # A product beyond the largest number leaves nothing of any array, as does that number.
-    q, k, v = (
-        x if weight == 0 else prox_l1(x, min(step * weight, float(limit.max)))
-        for x, weight, limit in zip((q, k, v), check_l1(l1, limits), limits, strict=True)
-    )
+    weights = check_l1(l1, limits, backend)
+    q, k, v = [
+        _thresholded(x, step, weight, float(limit.max), backend)
+        for x, weight, limit in zip((q, k, v), weights, limits, strict=True)
+    ]
     return q, k, v
 
 
@@ -229,8 +234,26 @@ def _summed_in(backend: Backend, *arrays: Array) -> list[Any]:
     return [backend.xp.finfo(promote(backend, x=x).arrays[0].dtype) for x in arrays]
 
 
-def _weighted_norm(x: Array, weight: float, backend: Backend) -> Array:
+def _in_dtype(weight: Any, x: Array, backend: Backend) -> Any:
+    """Give a weight that is an array the dtype of ``x``: 0-d tensors promote otherwise than the standard says."""
+    return weight if isinstance(weight, float) else backend.xp.astype(weight, x.dtype, copy=False)
+
+
+def _thresholded(x: Array, step: float, weight: Any, largest: float, backend: Backend) -> Array:
+    """Soft-threshold by a product; beyond the largest number it leaves nothing, as does that number."""
+    if isinstance(weight, float):
+        return x if weight == 0 else prox_l1(x, min(step * weight, largest))
+    (wide,) = promote(backend, x=x).arrays
+    return prox_l1(x, backend.at_most(step * _in_dtype(weight, wide, backend), largest))
+
+
+def _weighted_norm(x: Array, weight: Any, backend: Backend) -> Array:
     """Product of the weight and the l1 norm; without a weight it is 0 for an infinite norm too."""
+    if not isinstance(weight, float):
+        norm = norm_l1(x)
+        weight = _in_dtype(weight, norm, backend)
+        is_nothing = (weight == 0) & ~backend.xp.isfinite(norm)
+        return weight * backend.xp.where(is_nothing, backend.xp.zeros_like(norm), norm)
     if weight >= float(_summed_in(backend, x)[0].smallest_normal):
         return weight * norm_l1(x)
     return norm_l1(backend.xp.reshape(x, (-1,))[:0])

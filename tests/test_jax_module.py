@@ -88,6 +88,88 @@ def test_maps_over_a_batch():
     np.testing.assert_allclose(penalties.mean(), penalty, rtol=ATOL)
 
 
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_a_schedule_of_l1_compiles_nothing_anew(l1_form):
+    _, _, params, y = pair()
+    projections = jax_layer.fit(params, y, y, y, 2, num_heads=HEADS)
+    traces = []
+
+    def run(l1):
+        traces.append(l1)
+        done = jax_layer.apply(
+            params, y, y, y, num_heads=HEADS, projections=projections, l1=l1, l1_form=l1_form
+        )
+        return done.out, done.penalty
+
+    compiled = jax.jit(run)
+    for l1 in (0.1, 0.2, 0.3):
+        got = compiled(l1)
+        for one, right in zip(got, run(l1), strict=True):
+            np.testing.assert_allclose(one, right, rtol=0, atol=10 * ATOL)
+    assert len(traces) == 4
+
+
+@pytest.mark.parametrize("least", [None, -np.inf, -1e9])
+def test_padding_takes_no_part(least):
+    _, _, params, y = pair()
+    hidden = np.arange(N) >= 4
+    mask = jax.numpy.asarray(~hidden if least is None else np.where(hidden, least, 0.0))[None, :]
+    padded = y.at[:, 4:].mul(50)
+    options = {"num_heads": HEADS}
+    right = jax_layer.fit(params, *(y[:, :4],) * 3, 2, **options)
+    got = jax_layer.fit(params, padded, padded, padded, 2, mask=mask, **options)
+    np.testing.assert_allclose(got.q_down @ got.q_up, right.q_down @ right.q_up, rtol=0, atol=1e-11)
+    options |= {"projections": right, "l1": 0.3, "l1_form": "prox"}
+    one = jax_layer.apply(params, *(y[:, :4],) * 3, **options)
+    other = jax_layer.apply(params, padded, padded, padded, mask=mask, **options)
+    np.testing.assert_allclose(other.out[:, :4], one.out, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(other.penalty, one.penalty, rtol=1e-11)
+
+
+def test_no_gradient_reaches_the_basis():
+    _, _, params, y = pair()
+    projections = jax_layer.fit(params, y, y, y, 2, num_heads=HEADS)
+
+    def loss(projections):
+        done = jax_layer.apply(
+            params, y, y, y, num_heads=HEADS, projections=projections, l1=0.1, l1_form="prox"
+        )
+        return (done.out**2).sum() + done.penalty
+
+    assert all(not x.any() for x in jax.grad(loss)(projections))
+
+
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_bfloat16_stays_and_scans(l1_form):
+    _, _, params, y = pair()
+    params, y = jax.tree.map(lambda x: x.astype("bfloat16"), (params, y))
+    projections = jax_layer.fit(params, y, y, y, 2, num_heads=HEADS)
+
+    def step(y, _):
+        done = jax_layer.apply(
+            params, y, y, y, num_heads=HEADS, projections=projections, l1=0.1, l1_form=l1_form
+        )
+        return y + done.out, done.penalty
+
+    out, _ = jax.lax.scan(step, y, length=2)
+    assert out.dtype == y.dtype
+
+
+def test_keys_and_values_of_other_widths():
+    reference = torch.nn.MultiheadAttention(
+        WIDTH, HEADS, kdim=5, vdim=6, batch_first=True, dtype=torch.float64
+    )
+    drawn = jax_layer.init(jax.random.key(0), WIDTH, kdim=5, vdim=6)
+    params = {n: jax.numpy.asarray(p.detach().numpy()) for n, p in reference.named_parameters()}
+    assert {n: x.shape for n, x in drawn.items()} == {n: x.shape for n, x in params.items()}
+    given = [torch.randn(BATCH, N, w, dtype=torch.float64) for w in (WIDTH, 5, 6)]
+    right, _ = reference(*given)
+    arrays = [jax.numpy.asarray(x.numpy()) for x in given]
+    out = jax_layer.apply(params, *arrays, num_heads=HEADS).out
+    np.testing.assert_allclose(out, right.detach(), rtol=0, atol=ATOL)
+    assert jax_layer.fit(params, *arrays, 2, num_heads=HEADS).k_down.shape == (HEADS, 4, 2)
+
+
 def test_a_fresh_layer_has_the_parameters_of_torch():
     for bias in (True, False):
         reference = torch.nn.MultiheadAttention(WIDTH, HEADS, bias=bias)

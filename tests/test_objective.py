@@ -185,3 +185,38 @@ def test_weights_beyond_the_dtype():
     q = np.ones(3, dtype="float16")
     with pytest.raises(ValueError, match="l1 must be from 0 to 6.6e.04 in 16 bits"):
         slra.objective.l1_penalty_grad(q, q, q, 1e5)
+
+
+@pytest.mark.parametrize("name", ["l1_penalty", "l1_penalty_grad", "l1_penalty_prox"])
+def test_weights_may_be_0d_arrays_traced_or_learned(name):
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    function, arrays = getattr(slra.objective, name), hats("float32")
+    expected = np.concatenate([np.ravel(x) for x in function(*arrays, L1)], axis=None)
+
+    def flat(found):
+        return np.concatenate([np.ravel(to_numpy(x)) for x in found], axis=None)
+
+    for dtype in ("float64", "float32"):
+        tensors = [torch.tensor(x) for x in arrays]
+        weights = [torch.tensor(x, dtype=getattr(torch, dtype)) for x in L1]
+        learned = [x.clone().requires_grad_() for x in weights]
+        for given in (weights, learned):
+            found = function(*tensors, given)
+            assert all(x.dtype == torch.float32 for x in found)
+            np.testing.assert_allclose(flat([x.detach() for x in found]), expected, rtol=1e-6)
+    compiled = jax.jit(lambda l1: function(*map(jax.numpy.asarray, arrays), l1))
+    found = compiled(tuple(map(jax.numpy.asarray, L1)))
+    np.testing.assert_allclose(flat(found), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="l1 must be finite and 0 or more"):
+        function(*tensors, torch.tensor(-1.0))
+    with pytest.raises(ValueError, match="l1 must have no dimensions"):
+        function(*tensors, torch.ones(3))
+
+
+def test_a_learned_weight_has_the_norm_as_its_gradient():
+    torch = pytest.importorskip("torch")
+    weights = [torch.tensor(x, requires_grad=True) for x in L1]
+    tensors = [torch.tensor(x) for x in hats()]
+    slra.objective.l1_penalty(*tensors, weights).backward()
+    for weight, x in zip(weights, tensors, strict=True):
+        assert float(weight.grad) == pytest.approx(float(x.abs().sum()), rel=1e-6)

@@ -209,6 +209,48 @@ def test_l1_follows_a_schedule():
     assert zeros[0] == 0 < zeros[-1]
 
 
+@pytest.mark.parametrize("precision", ["double", "bfloat16", "autocast"])
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+@pytest.mark.filterwarnings("ignore:Dynamo detected:UserWarning")
+def test_a_schedule_of_l1_is_followed_by_one_graph(l1_form, precision):
+    """From the eighth value on a number in a graph would be an old one."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    module, x = layer(rank=2, l1_form=l1_form, refit_every=0), data()
+    if precision != "double":
+        module, x = module.float(), x.float()
+    if precision == "bfloat16":
+        module, x = module.bfloat16(), x.bfloat16()
+    module.fit_basis(x, x, x)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=count)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        for i in range(10):
+            module.l1 = 0.02 * (i + 1)
+            out, _ = compiled(x, x, x, need_weights=False)
+            penalty = module.penalty()
+            right, _ = module(x, x, x, need_weights=False)
+            assert torch.equal(out, right)
+            assert torch.equal(penalty, module.penalty())
+    assert len(graphs) == 1
+
+
+def test_numbers_of_l1_keep_their_precision_and_are_no_state():
+    module = layer(l1=(0.1, 1e-300, 0.0)).half()
+    assert module.l1 == (0.1, 1e-300, 0.0)
+    assert not any("weights" in name for name in module.state_dict())
+    module.l1 = torch.tensor(0.3, dtype=torch.float64)
+    assert copy.deepcopy(module).l1 == 0.3
+    made = LowRankAttention(WIDTH, HEADS, l1=0.3, device="meta").to_empty(device="cpu")
+    assert made.l1 == 0.3
+    with pytest.raises(ValueError, match="l1 must not require a gradient"):
+        module.l1 = torch.tensor(0.3, requires_grad=True)
+
+
 def test_the_basis_is_fitted_every_so_often_and_frozen_in_eval():
     module = layer(rank=2, refit_every=2)
     bases = []
@@ -377,6 +419,76 @@ def test_a_basis_written_into_the_buffers_brings_its_ranks():
     assert_close(narrow(x, x, x)[0], wide(x, x, x)[0], 0)
 
 
+def test_ranks_follow_from_buffers_alone():
+    x = data(30)
+    trained = layer(rtol=0.3)
+    trained.fit_basis(x, x, x)
+    right, _ = trained.eval()(x, x, x)
+    for rtol in (0.3, 0.1):
+        copied, called = layer(rtol=rtol).eval(), layer(rtol=rtol).eval()
+        state = {**dict(trained.named_parameters()), **dict(trained.named_buffers())}
+        for name, one in [*copied.named_parameters(), *copied.named_buffers()]:
+            one.data.copy_(state[name].detach())
+        for out, _ in (copied(x, x, x), torch.func.functional_call(called, state, (x, x, x))):
+            assert_close(out, right)
+        assert torch.equal(copied.ranks, trained.ranks)
+    averaged = torch.optim.swa_utils.AveragedModel(layer(rtol=0.3))
+    averaged.update_parameters(trained)
+    assert_close(averaged.eval()(x, x, x)[0], right)
+
+
+@pytest.mark.parametrize("options", [{"rank": 1}, {"rank": (2, 3)}, {"rtol": 0.5}], ids=str)
+@pytest.mark.parametrize("method", ["svd", "scores", "output"])
+def test_an_averaged_basis_is_that_of_the_averaged_projections(method, options):
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    module = layer(method=method, refit_every=0, **options)
+    averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    x = data(30)
+    module.fit_basis(x, x, x)
+    averaged.update_parameters(module)
+    right, _ = module(x, x, x)
+    for flip in (-1, 1, -1):
+        # The same projections, in other factors.
+        for name in ("q_down", "q_up", "k_down", "k_up", "v_down", "v_up"):
+            setattr(module, name, flip * getattr(module, name))
+        averaged.update_parameters(module)
+        assert_close(averaged(x, x, x)[0], right, 1e-10)
+    before = copy.deepcopy(averaged.module)
+    x = x + 0.1 * data(30)
+    module.fit_basis(x, x, x)
+    averaged.update_parameters(module)
+    out, _ = averaged(x, x, x)
+    mean = (before.v_down @ before.v_up + module.v_down @ module.v_up) / 2
+    kept = averaged.module
+    if "rank" in options:
+        values = torch.linalg.svdvals(mean)
+        rank = kept.v_down.shape[-1]
+        found = torch.linalg.matrix_norm(mean - kept.v_down @ kept.v_up)
+        best = torch.sqrt((values[:, rank:] ** 2).sum(-1))
+        # A projection is off by 1 - sigma in what it keeps, too.
+        assert (found <= best + torch.sqrt(((1 - values[:, :rank]) ** 2).sum(-1)) + 1e-12).all()
+    assert bool(torch.isfinite(out).all())
+
+
+def test_under_vmap_a_basis_that_is_not_there_shows():
+    x = data()
+    modules = [layer(rank=2, refit_every=0).eval() for _ in range(2)]
+
+    def outputs():
+        states = torch.func.stack_module_state(modules)
+        return torch.func.vmap(
+            lambda state, x: torch.func.functional_call(modules[0], state, (x, x, x))[0],
+            in_dims=(0, None),
+        )(states, x)
+
+    assert bool(torch.isnan(outputs()).all())
+    for module in modules:
+        module.fit_basis(x, x, x)
+    for out, module in zip(outputs(), modules, strict=True):
+        assert_close(out, module(x, x, x)[0])
+
+
 def test_another_modules_parameters_leave_the_basis():
     module, x = layer(rank=2), data()
     module(x, x, x)
@@ -481,3 +593,44 @@ def test_padding_is_not_fitted_to(method, basis):
     if basis == "sequence":
         real = x[:1, :-3]
         assert_close(outs[0][:1, :-3], module(real, real, real)[0], 1e-12)
+
+
+def paddings(is_padding):
+    """Ways to hide tokens from all queries."""
+    n = is_padding.shape[-1]
+    square = is_padding[:, None, :].expand(-1, n, -1).repeat_interleave(HEADS, 0)
+    ways = {"padding": {"key_padding_mask": is_padding}, "mask": {"attn_mask": square}}
+    for name, least in (("infinite", -torch.inf), ("-1e9", -1e9), ("least", -3.4e38)):
+        for form, mask in (("key_padding_mask", is_padding), ("attn_mask", square)):
+            added = torch.zeros(mask.shape).masked_fill(mask, least)
+            ways[f"{name} {form}"] = {form: added}
+    return ways
+
+
+@pytest.mark.parametrize("way", paddings(torch.zeros(1, 2, dtype=torch.bool)))
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_however_padding_is_hidden_it_takes_no_part(way, l1_form):
+    module, x = layer(rank=2, l1=0.3, l1_form=l1_form, refit_every=0), data()
+    module.fit_basis(x[:, :4], x[:, :4], x[:, :4])
+    right, _ = module(x[:, :4], x[:, :4], x[:, :4])
+    penalty, zeros = module.penalty(), module.sparsity()
+    padded = torch.cat([x[:, :4], 50 * x[:, 4:]], dim=1)
+    hidden = (torch.arange(N_Q) >= 4).expand(BATCH, -1)
+    given = paddings(hidden)[way]
+    module.fit_basis(padded, padded, padded, **given)
+    out, _ = module(padded, padded, padded, **given)
+    assert_close(out[:, :4], right, 1e-11)
+    assert_close(module.penalty(), penalty, 1e-11)
+    assert module.sparsity() == pytest.approx(zeros)
+    whole = copy.deepcopy(module).train()
+    whole.basis_per = "sequence"
+    assert_close(
+        whole(
+            padded[:1],
+            padded[:1],
+            padded[:1],
+            **{k: v[: v.shape[0] // 2] for k, v in given.items()},
+        )[0][:, :4],
+        whole(x[:1, :4], x[:1, :4], x[:1, :4])[0],
+        1e-11,
+    )

@@ -182,6 +182,13 @@ class TorchBackend(Backend):
             )
         return None
 
+    def common_dtype(self, *arrays: Array) -> Any:
+        """By dtypes alone: torch.compile does not follow ``torch.result_type``, which half precision leads to."""
+        first, *others = [x.dtype for x in arrays]
+        for other in others:
+            first = torch.promote_types(first, other)
+        return first
+
     def ignore_overflow(self) -> contextlib.AbstractContextManager[Any]:
         """There is nothing to silence, and torch.compile does not follow NumPy's way to."""
         return contextlib.nullcontext()

@@ -10,13 +10,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slra._validate import check_choice, check_count, check_l1, check_positive, check_rank
+from slra._validate import (
+    check_choice,
+    check_count,
+    check_l1,
+    check_positive,
+    check_rank,
+    resolve,
+)
 from slra.attn.fit import METHODS, Ranks
 from slra.attn.projections import Projections, fit_projections
-from slra.integrations._layer import L1, Approximation, attend, check_form
-from slra.objective import l1_penalty
+from slra.integrations._layer import (
+    L1,
+    Approximation,
+    attend,
+    check_form,
+    mask_of_fit,
+    what_is_seen,
+)
 
 __all__ = ["LowRankAttention", "Sparsity"]
+
+# Buffers of each projection: a map down to r dimensions, one up, and their product.
+_FACTORS = [(f"{x}_down", f"{x}_up", f"{x}_map") for x in "qkv"]
+_MAPS = [product for _, _, product in _FACTORS]
 
 
 class Sparsity(NamedTuple):
@@ -25,7 +42,7 @@ class Sparsity(NamedTuple):
     Attributes
     ----------
     q, k, v : float
-        Of Q^, K^ and V^, over batch, heads, tokens and features.
+        Of Q^, K^ and V^, over batch, heads, tokens that are not hidden, and features.
 
     Examples
     --------
@@ -74,7 +91,8 @@ class LowRankAttention(nn.MultiheadAttention):
         "layer" only: in training mode fit anew after so many calls; 0 leaves it to `fit_basis`. The first call in
         training mode fits before it attends, later ones after: a batch is attended to with the basis of earlier ones.
     l1 : float or (float, float, float)
-        lambda_Q, lambda_K and lambda_V. May be set later, so that a schedule can.
+        lambda_Q, lambda_K and lambda_V; also 0-d tensors. May be set later, so that a schedule can: it is kept in a
+        buffer in double precision, which is no part of the state, and no compiled graph freezes it.
     l1_form : {"penalty", "prox"}
         "penalty": add `penalty` to the loss. "prox": soft-threshold Q^, K^ and V^ by ``l1``, in the units of their
         entries, before attention, which then runs in all dimensions; a loss that adds `penalty` as well counts the
@@ -103,11 +121,16 @@ class LowRankAttention(nn.MultiheadAttention):
     checkpointing, which would compute a call again after the fit that followed it (refused otherwise), and
     `torch.nn.DataParallel`, whose replicas lose what they fit.
 
+    The basis is in the buffers alone. Where these are averaged (`torch.optim.swa_utils.AveragedModel` with
+    ``use_buffers``), the projections are averaged, and factored anew at the next call or change of mode outside of a
+    compiled graph; inside one, and under ``vmap``, a basis that is not there or not factored anew makes everything NaN.
+
     Loading parameters without a basis, such as those of `torch.nn.MultiheadAttention`, drops the basis, which was
     fitted to others.
 
-    What ``key_padding_mask`` hides is left out of fits: keys, values, and in self-attention (``query is key``) the
-    queries of these tokens. "output" still looks at as many rows, with 0 in their place.
+    What a mask hides takes no part in fits, `penalty` and `sparsity`: keys and values that no query sees, queries that
+    see nothing, and in self-attention (``query is key``) the queries of tokens that no query of any head sees, which
+    are padding. An added -1e4 or less hides. "output" still looks at as many rows, with 0 in their place.
 
     Examples
     --------
@@ -121,6 +144,8 @@ class LowRankAttention(nn.MultiheadAttention):
     >>> layer.ranks.tolist()
     [[4, 4], [4, 4]]
     """
+
+    _weights: Tensor
 
     def __init__(
         self,
@@ -154,7 +179,6 @@ class LowRankAttention(nn.MultiheadAttention):
         check_choice(method, tuple(METHODS), "method")
         check_choice(basis_per, ("layer", "sequence"), "basis_per")
         check_form(l1_form)
-        check_l1(l1)
         if rtol is not None:
             check_positive(rtol, "rtol")
         super().__init__(
@@ -171,13 +195,36 @@ class LowRankAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = False
         self.rank, self.rtol, self.method, self.basis_per = rank, rtol, method, basis_per
         self.refit_every = check_count(refit_every, "refit_every")
-        self.l1, self.l1_form = l1, l1_form
+        # A number that was an attribute would be part of a compiled graph.
+        weights = _weights_of_l1(l1, self.out_proj.weight.device)
+        self.register_buffer("_weights", weights, persistent=False)
+        self.l1_form = l1_form
         self._calls = 0
-        self._ranks: Ranks | None = None
         self._last: Approximation | None = None
         widest = self._widest
         if self._keeps_basis:
             self._register_basis(*widest)
+
+    @property
+    def l1(self) -> float | tuple[float, float, float]:
+        """lambda_Q, lambda_K and lambda_V; one number where they are equal."""
+        l_q, l_k, l_v = self._weights.tolist()
+        return l_q if l_q == l_k == l_v else (l_q, l_k, l_v)
+
+    @l1.setter
+    def l1(self, l1: L1) -> None:
+        # Not in place: a backward pass may still need those of the last call.
+        self._weights = _weights_of_l1(l1, self._weights.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move and convert as any module, but for the numbers of l1: they keep their precision, and their values."""
+        before = self._weights
+        super()._apply(fn, recurse)
+        if self._weights.device.type != "meta":
+            self._weights = before.to(self._weights.device)
+        else:
+            self._weights = before
+        return self
 
     @property
     def _is_low_rank(self) -> bool:
@@ -215,8 +262,28 @@ class LowRankAttention(nn.MultiheadAttention):
         )
         for name, shape in shapes._asdict().items():
             self.register_buffer(name, torch.zeros((heads, *shape), **like))
-        ranks = torch.zeros((heads, 2), dtype=torch.int64, device=like["device"])
-        self.register_buffer("ranks", ranks)
+        # Factors cannot be averaged, as their signs and order are arbitrary; their products can.
+        for name in _MAPS:
+            self.register_buffer(name, torch.zeros((heads, width, width), **like))
+
+    @property
+    def ranks(self) -> Tensor:
+        """Ranks of Q^ and K^, and of V^, in each head, from the buffers."""
+        if not self._keeps_basis:
+            raise AttributeError('ranks are those of basis_per="layer", with a rank or rtol')
+        maps = self.k_map, self.v_map
+        if self.rtol is None:
+            counts = [
+                one.detach().flatten(1).any(1) * rank
+                for one, rank in zip(maps, self._widest, strict=True)
+            ]
+        else:
+            # The trace of a projection is its rank.
+            counts = [
+                one.detach().double().diagonal(dim1=-2, dim2=-1).sum(-1).round().clamp(0, rank)
+                for one, rank in zip(maps, self._widest, strict=True)
+            ]
+        return torch.stack(counts, dim=-1).to(torch.int64)
 
     def forward(
         self,
@@ -259,14 +326,20 @@ class LowRankAttention(nn.MultiheadAttention):
         query, key, value = (self._batch_first(x) for x in (query, key, value))
         q, k, v = self._heads(query, key, value)
         mask = _mask(key_padding_mask, attn_mask, q, k)
+        seen = what_is_seen(mask, is_self=is_self)
         fit_mask = mask
         if self.basis_per == "sequence" or (self.training and self.refit_every):
-            fit_mask = _without_padding(mask, key_padding_mask, is_self=is_self)
+            fit_mask = mask_of_fit(mask, seen)
         is_empty = 0 in (*q.shape, *k.shape)
-        projections = None if is_empty else self._projections(q, k, v, fit_mask, is_causal)
-        given = Approximation(projections, q, k, v)
+        fitted = (q, k, v, fit_mask, is_causal)
+        projections, ranks = (None, None) if is_empty else self._projections(*fitted)
         out, self._last = attend(
-            given, self._ranks, l1=self.l1, l1_form=self.l1_form, mask=mask, is_causal=is_causal
+            Approximation(projections, q, k, v, seen),
+            ranks,
+            l1=self._weights.unbind(),
+            l1_form=self.l1_form,
+            mask=mask,
+            is_causal=is_causal,
         )
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not is_empty:
@@ -284,17 +357,17 @@ class LowRankAttention(nn.MultiheadAttention):
         Returns
         -------
         tensor
-            0-d: lambda_Q ||Q^||_1 + lambda_K ||K^||_1 + lambda_V ||V^||_1, the norms summed over heads, tokens and
-            features and averaged over the batch. It carries a gradient. In the form "prox", where the threshold takes
-            its place, it is that of what came out of the threshold: to be reported, not added to the loss.
+            0-d: lambda_Q ||Q^||_1 + lambda_K ||K^||_1 + lambda_V ||V^||_1, the norms summed over heads, tokens that are
+            not hidden, and features, and averaged over the batch. It carries a gradient. In the form "prox", where the
+            threshold takes its place, it is that of what came out of the threshold: to be reported, not added to the
+            loss.
 
         Raises
         ------
         RuntimeError
             If there was no call, or copying or pickling dropped it.
         """
-        q, k, v = self.approximations()
-        return l1_penalty(q, k, v, self.l1) / q.shape[0]
+        return self._last_call().penalty(self._weights.unbind())
 
     def sparsity(self) -> Sparsity:
         """Return the fractions of exact zeros in Q^, K^ and V^ of the last call.
@@ -308,7 +381,7 @@ class LowRankAttention(nn.MultiheadAttention):
         RuntimeError
             As for `penalty`.
         """
-        return Sparsity(*(float((x == 0).double().mean()) for x in self.approximations()))
+        return Sparsity(*self._last_call().zeros())
 
     def approximations(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return Q^, K^ and V^ of the last call, (N, num_heads, length, head_dim), with their gradients.
@@ -323,9 +396,12 @@ class LowRankAttention(nn.MultiheadAttention):
         RuntimeError
             As for `penalty`.
         """
+        return self._last_call().arrays()
+
+    def _last_call(self) -> Approximation:
         if self._last is None:
             raise RuntimeError("call the layer first: there are no queries, keys and values yet")
-        return self._last.arrays()
+        return self._last
 
     def fit_basis(
         self,
@@ -350,10 +426,11 @@ class LowRankAttention(nn.MultiheadAttention):
         """
         if not self._keeps_basis:
             raise ValueError('fit_basis needs basis_per="layer", and a rank or rtol')
+        is_self = query is key
         with torch.no_grad():
             q, k, v = self._heads(*(self._batch_first(x) for x in (query, key, value)))
         mask = _mask(key_padding_mask, attn_mask, q, k)
-        mask = _without_padding(mask, key_padding_mask, is_self=query is key)
+        mask = mask_of_fit(mask, what_is_seen(mask, is_self=is_self))
         self._fit(q, k, v, mask, is_causal)
 
     def _batch_first(self, x: Tensor) -> Tensor:
@@ -373,28 +450,92 @@ class LowRankAttention(nn.MultiheadAttention):
 
     def _projections(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
-    ) -> Projections | None:
-        """Subspaces for this call; None for full rank."""
+    ) -> tuple[Projections | None, Ranks | None]:
+        """Subspaces for this call, and their ranks; None for full rank."""
         if not self._is_low_rank:
-            return None
+            return None, None
         if self.basis_per == "sequence":
             if is_causal:
                 raise ValueError(
                     'is_causal must be False with basis_per="sequence", which is fitted to the whole sequence: later '
                     'tokens would change earlier outputs; use basis_per="layer"'
                 )
-            projections, self._ranks = self._fitted(q, k, v, mask, is_causal)
-            return projections
-        if self.rtol is not None and not torch.compiler.is_compiling():
-            # DistributedDataParallel writes what the first process has fitted into the buffers of the others.
-            self._read_ranks()
-        if self._ranks is None:
-            if not (self.training and self.refit_every):
-                raise RuntimeError(
-                    "the layer has no basis yet: call it in training mode, call fit_basis, or load a state with one"
-                )
+            return self._fitted(q, k, v, mask, is_causal)
+        if self._can_look:
+            self._prepare(q, k, v, mask, is_causal)
+            return self._kept(), tuple((qk, v) for qk, v in self.ranks.tolist())
+        if self.training and self.refit_every:
+            self._prepare_outside(q, k, v, mask, is_causal)
+        # Nothing can be raised here: without a basis, or with one that was averaged, all is NaN.
+        is_right = torch.stack([self._is_whole(*names) for names in _FACTORS]).all()
+        kept = self._kept()
+        mark = torch.where(is_right & (self.ranks > 0).all(), 1.0, torch.nan).to(kept.mu.dtype)
+        ups = {name: getattr(kept, name) * mark for name in ("q_up", "k_up", "v_up")}
+        return kept._replace(**ups, mu=kept.mu * mark), (self._widest,) * self.num_heads
+
+    @property
+    def _can_look(self) -> bool:
+        """Whether the values of the buffers can be looked at."""
+        return not torch.jit.is_tracing() and resolve(x=self.v_map).is_eager(self.v_map)
+
+    def _prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> None:
+        """See to it that there is a basis, or raise."""
+        if bool((self.ranks > 0).all()):
+            self._factor_averages()
+        elif self.training and self.refit_every:
             self._fit(q, k, v, mask, is_causal)
+        else:
+            raise RuntimeError(
+                "the layer has no basis yet: call it in training mode, call fit_basis, or load a state with one"
+            )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _prepare_outside(self, *given: Any) -> None:
+        """Fit outside of a compiled graph."""
+        if self._can_look:
+            self._prepare(*given)
+
+    def _kept(self) -> Projections:
         return Projections(*(getattr(self, name) for name in Projections._fields))
+
+    def _is_whole(self, down: str, up: str, product: str) -> Tensor:
+        """Say whether two factors are those of a projection; the average of several pairs of them is not."""
+        given = getattr(self, down), getattr(self, up)
+        eps = torch.finfo(given[0].dtype).eps
+        down_map, up_map = (_wide(x) for x in given)
+        rank = self.ranks[:, int(product == "v_map")]
+        ones = torch.arange(up_map.shape[-2], device=rank.device) < rank[:, None]
+        error = (up_map @ down_map - torch.diag_embed(ones.to(up_map.dtype))).abs()
+        # Rounding as they were stored, and of the product.
+        most = 4 * eps + 64 * up_map.shape[-1] ** 0.5 * torch.finfo(up_map.dtype).eps
+        return (error <= most * (up_map.abs() @ down_map.abs()).amax()).all()
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _factor_averages(self) -> None:
+        """Factor the projections anew where the factors were averaged."""
+        for down, up, product in _FACTORS:
+            if bool(self._is_whole(down, up, product)):
+                continue
+            rank = self.ranks[:, int(product == "v_map")]
+            width = getattr(self, down).shape[-1]
+            left, _, right = torch.linalg.svd(_wide(getattr(self, product)))
+            keep = (torch.arange(width, device=rank.device) < rank[:, None])[:, None]
+            left, right = left[..., :width], right[..., :width, :]
+            # The projection with these rows and columns; it is oblique where they span different spaces.
+            core = (right @ left).masked_fill(~(keep & keep.mT), 0)
+            core = core + torch.diag_embed((~keep[:, 0]).to(core.dtype))
+            left = torch.linalg.solve(core, left, left=False).masked_fill(~keep, 0)
+            setattr(self, down, left.to(getattr(self, down).dtype))
+            setattr(self, up, right.masked_fill(~keep.mT, 0).to(getattr(self, up).dtype))
+
+    def train(self, mode: bool = True) -> "LowRankAttention":
+        """Set the mode; projections that were averaged are factored here, too, for compiled calls that follow."""
+        super().train(mode)
+        if self._keeps_basis and self._can_look and bool((self.ranks > 0).all()):
+            self._factor_averages()
+        return self
 
     def _count_call(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
@@ -424,13 +565,15 @@ class LowRankAttention(nn.MultiheadAttention):
 
     def _fit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> None:
         """Replace the buffers; not in place, as a backward pass may still need those of the last call."""
-        projections, self._ranks = self._fitted(q, k, v, mask, is_causal)
+        projections, _ = self._fitted(q, k, v, mask, is_causal)
         for name, fitted in projections._asdict().items():
             buffer = torch.zeros_like(getattr(self, name))
             # Ranks chosen by tolerance are padded with zeros to the largest there may be.
             buffer[..., : fitted.shape[-2], : fitted.shape[-1]] = fitted
             setattr(self, name, buffer)
-        self.ranks: Tensor = torch.tensor(self._ranks, dtype=torch.int64, device=self.ranks.device)
+        for down, up, product in _FACTORS:
+            fitted = getattr(projections, down) @ getattr(projections, up)
+            setattr(self, product, fitted.to(getattr(self, product).dtype))
 
     def _load_from_state_dict(
         self,
@@ -445,19 +588,14 @@ class LowRankAttention(nn.MultiheadAttention):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if not self._keeps_basis:
             return
-        names = [prefix + name for name in self._buffers]
+        names = [prefix + name for name in (*Projections._fields, *_MAPS)]
         if not any(name in state_dict for name in names):
             missing[:] = [name for name in missing if name not in names]
             if not any(name.startswith(prefix) for name in state_dict):
                 return
             # Other parameters make other queries and keys than those that the basis was fitted to.
-            self.ranks = torch.zeros_like(self.ranks)
-        self._read_ranks()
-
-    def _read_ranks(self) -> None:
-        """Take over the ranks of the buffer: shapes follow from them, so they are kept as plain ints beside it."""
-        ranks = tuple((qk, v) for qk, v in self.ranks.tolist())
-        self._ranks = ranks if all(map(all, ranks)) else None
+            for name in (*Projections._fields, *_MAPS):
+                setattr(self, name, torch.zeros_like(getattr(self, name)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the last call: tensors of a graph can be neither copied nor pickled."""
@@ -468,6 +606,25 @@ class LowRankAttention(nn.MultiheadAttention):
         names = ("embed_dim", "num_heads", "rank", "rtol", "method", "basis_per", "refit_every")
         shown = [f"{name}={getattr(self, name)!r}" for name in (*names, "l1", "l1_form")]
         return ", ".join(shown)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _weights_of_l1(l1: L1, device: Any) -> Tensor:
+    """Return the three numbers as a tensor, on the CPU where the layer has no data yet."""
+    given = l1 if isinstance(l1, (tuple, list)) else (l1,) * 3
+    if any(isinstance(one, Tensor) and one.requires_grad for one in given):
+        raise ValueError(
+            "l1 must not require a gradient: set it to l1.detach(), or weight the norms of approximations() by it"
+        )
+    numbers = check_l1(
+        [one.item() if isinstance(one, Tensor) and one.ndim == 0 else one for one in given]
+    )
+    device = torch.device("cpu" if device is None else device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.tensor(numbers, dtype=dtype, device="cpu" if device.type == "meta" else device)
 
 
 def _refuse_recomputation() -> None:
@@ -503,19 +660,6 @@ def _mask(
         return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
     masks = [_additive(mask, q.dtype) for mask in masks]
     return masks[0] if len(masks) == 1 else masks[0] + masks[1]
-
-
-def _without_padding(
-    mask: Tensor | None, key_padding_mask: Tensor | None, *, is_self: bool
-) -> Tensor | None:
-    """Hide everything from the padding that asks, too, which a fit then does not see."""
-    if key_padding_mask is None or mask is None or not is_self:
-        return mask
-    hidden = key_padding_mask
-    if hidden.dtype != torch.bool:
-        hidden = torch.isneginf(hidden)
-    hidden = hidden.reshape(-1, 1, hidden.shape[-1], 1)
-    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -torch.inf)
 
 
 def _check_mask(mask: Tensor, name: str, right: Sequence[tuple[int, ...]]) -> None:

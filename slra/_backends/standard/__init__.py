@@ -50,6 +50,10 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
         """Say what an array of this library must be and is not, or None."""
         return None
 
+    def common_dtype(self, *arrays: Array) -> DType:
+        """Dtype that these arrays are promoted to."""
+        return self.xp.result_type(*arrays)
+
     def device(self, x: Array) -> Any:
         """Device of ``x`` as a comparable value; None where it can be used beside any other."""
         return compat.device(x)
