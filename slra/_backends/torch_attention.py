@@ -84,7 +84,8 @@ def _parts(q: Array, k: Array, mask: Array | None, options: ScoreOptions) -> Ite
     """Cut the queries so that no mask that has to be written out is large."""
     n_queries, n_keys = q.shape[-2], k.shape[-2]
     diagonal, sees_all = options.diagonal(n_queries, n_keys), options.sees_all(n_queries, n_keys)
-    rows, keys = slice(0, n_queries), slice(0, n_keys)
+    # Without numbers, for which torch.compile would make a graph each.
+    rows, keys = slice(None), slice(None)
     is_plain = mask is None and options.alibi is None
     if is_plain and sees_all:
         yield _Part(rows, keys, None, False)
@@ -198,7 +199,7 @@ def _joined(
         q, options = q * options.scale, options._replace(scale=1.0)
     parts = []
     for part in _parts(q, k, mask, options):
-        if part.keys.start == part.keys.stop:
+        if part.keys.start is not None and part.keys.start == part.keys.stop:
             shape = (*scores_batch_shape(q, k, v, mask), part.rows.stop - part.rows.start)
             like = {"dtype": q.dtype, "device": q.device}
             out = torch.zeros((*shape, v.shape[-1]), **like)
@@ -213,9 +214,9 @@ def _joined(
 
 
 def _cut(q: Array, k: Array, v: Array, part: _Part) -> tuple[Array, Array, Array]:
-    if part.rows.stop - part.rows.start < q.shape[-2]:
+    if part.rows.start is not None:
         q = q[..., part.rows, :]
-    if part.keys.stop - part.keys.start < k.shape[-2]:
+    if part.keys.start is not None:
         k, v = k[..., part.keys, :], v[..., part.keys, :]
     return q, k, v
 
@@ -301,7 +302,7 @@ def kernel_gradients(
     lse = torch.where(lse == -torch.inf, 0.0, lse)
     dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
     for part in _parts(q, k, mask, options):
-        if part.keys.start == part.keys.stop:
+        if part.keys.start is not None and part.keys.start == part.keys.stop:
             dq.append(torch.zeros_like(q[..., part.rows, :]))
             continue
         rows = [x[..., part.rows, :] for x in (grad_out, out, lse.unsqueeze(-1))]
