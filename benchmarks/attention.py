@@ -1,6 +1,6 @@
 """Exact attention: time and memory against naive NumPy, torch SDPA and jax.nn.dot_product_attention.
 
-`python -m benchmarks.attention` takes about seven minutes on two cores and writes results/attention.json and
+`python -m benchmarks.attention` takes about nine minutes on two cores and writes results/attention.json and
 attention.png. Memory is the growth of the peak
 resident set over the call, in a process of its own, and for NumPy also what tracemalloc sees.
 """
@@ -25,6 +25,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 HEADS, WIDTH = 2, 64
 # Above this the matrices of the quadratic methods leave too little memory.
 LONGEST_QUADRATIC = 16384
+PARTS = ("lengths", "headline", "backward", "memory", "ratios")
 QUADRATIC = ("naive NumPy", "jax.nn.dot_product_attention")
 PARTS = ("seconds", "seconds_4_heads_8192_128", "seconds_vjp_8192", "bytes_16384")
 
@@ -90,6 +91,86 @@ def vjps(heads: int, n: int, width: int) -> dict[str, Callable[[], Any]]:
         "naive NumPy": lambda: naive_vjp(q, k, v, grad),
         "slra, NumPy": lambda: slra.attention_vjp(q, k, v, out, lse, grad),
     }
+
+
+def ratio_cases(heads: int) -> dict[str, dict[str, Callable[[], Any]]]:
+    """What scaled_dot_product_attention does, and the same by slra, which is to take so many times as long."""
+    import torch
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = (torch.from_numpy(x)[None] for x in inputs(heads, 1024, 64))
+    causal: Any = {"is_causal": True}
+    out, lse = slra.attention(q, k, v, return_lse=True, **causal)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    graph = sdpa(*leaves, **causal)
+    long_k, long_v = (torch.from_numpy(x)[None] for x in inputs(heads, 8192, 64)[:2])
+    one, shared = q[..., :1, :], max(1, heads // 4)
+    few = [x[:, :shared].contiguous() for x in (long_k, long_v)]
+    half = [x.bfloat16() for x in (one, long_k, long_v)]
+    batch = [x[0].unflatten(0, (-1, 1)).expand(-1, 4, -1, -1) for x in (long_k, long_v)]
+    batch = [x[..., :1024, :].unflatten(2, (8, 128)).transpose(1, 2).flatten(0, 1) for x in batch]
+    padded = torch.arange(128) < torch.arange(1, len(batch[0]) + 1)[:, None, None, None] % 128 + 1
+    last = batch[0][..., :1, :].contiguous()
+    return {
+        "return_lse, causal": {
+            "SDPA": lambda: sdpa(q, k, v, **causal),
+            "slra": lambda: slra.attention(q, k, v, return_lse=True, **causal),
+        },
+        "softcap, causal": {
+            "SDPA": lambda: sdpa(q, k, v, **causal),
+            "slra": lambda: slra.attention(q, k, v, softcap=20.0, **causal),
+        },
+        "attention_vjp, causal": {
+            "SDPA": lambda: torch.autograd.grad(graph, leaves, q, retain_graph=True),
+            "slra": lambda: slra.attention_vjp(q, k, v, out, lse, q, **causal),
+        },
+        "decode, 8192 keys": {
+            "SDPA": lambda: sdpa(one, long_k, long_v),
+            "slra": lambda: slra.attention(one, long_k, long_v),
+        },
+        "decode, shared heads": {
+            "SDPA": lambda: sdpa(one, *few, enable_gqa=True),
+            "slra": lambda: slra.attention(one, *few, enable_gqa=True),
+        },
+        "decode, padded batch": {
+            "SDPA": lambda: sdpa(last, *batch, padded),
+            "slra": lambda: slra.attention(last, *batch, mask=padded),
+        },
+        "decode, bfloat16": {
+            "SDPA": lambda: sdpa(*half),
+            "slra": lambda: slra.attention(*half),
+        },
+    }
+
+
+def small_cases() -> dict[str, dict[str, Callable[[], Any]]]:
+    """Calls of which starting takes all the time."""
+    import torch
+
+    arrays = inputs(4, 16, 8)
+    tensors = [torch.from_numpy(x) for x in arrays]
+    batched = [x[None] for x in tensors]
+    x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return {
+        "attention, 4 x 16 x 8": {
+            "SDPA": lambda: sdpa(*batched),
+            "slra, NumPy": lambda: slra.attention(*arrays),
+            "slra, torch": lambda: slra.attention(*tensors),
+        },
+        "soft_threshold, 1000 numbers": {
+            "NumPy": lambda: x - np.minimum(np.maximum(x, -0.5), 0.5),
+            "slra, NumPy": lambda: slra.soft_threshold(x, 0.5),
+        },
+    }
+
+
+def many(function: Callable[[], Any], n: int) -> Callable[[], None]:
+    def call() -> None:
+        for _ in range(n):
+            function()
+
+    return call
 
 
 MAKERS = {"forward": candidates, "backward": vjps}
@@ -248,10 +329,33 @@ def says(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def run_ratios() -> None:
+    """Medians of calls in turn, as ratios to the first of each case."""
+    import torch
+
+    found: dict[str, Any] = {}
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        for heads in (2, 16, 32):
+            for name, functions in ratio_cases(heads).items():
+                medians = [statistics.median(t) for t in interleaved(functions, 5).values()]
+                ratio = medians[1] / medians[0]
+                label = f"{n_threads} threads, {heads} heads"
+                found.setdefault(label, {})[name] = ratio
+                print(f"{label}, {name}: {ratio:.2f} of {1e3 * medians[0]:.2f} ms", flush=True)
+    torch.set_num_threads(1)
+    small: dict[str, Any] = {}
+    for name, functions in small_cases().items():
+        times = interleaved({key: many(f, 20) for key, f in functions.items()}, 31)
+        small[name] = {key: statistics.median(t) / 20 for key, t in times.items()}
+        print(name, {key: f"{1e6 * t:.1f} us" for key, t in small[name].items()}, flush=True)
+    update({"ratios_to_sdpa": found, "seconds_small": small})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=3, metavar=("DIRECTION", "NAME", "LENGTH"))
-    parser.add_argument("--parts", nargs="*", default=["lengths", "headline", "backward", "memory"])
+    parser.add_argument("--parts", nargs="*", default=[*PARTS])
     parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS)
     options = parser.parse_args()
     if options.one is not None:
@@ -263,6 +367,7 @@ def main() -> None:
         "headline": run_headline,
         "backward": run_backward,
         "memory": run_memory,
+        "ratios": run_ratios,
     }
     for part in options.parts:
         runs[part]()

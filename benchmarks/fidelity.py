@@ -1,4 +1,4 @@
-"""Error of every low-rank method against rank and against stored numbers; ranks chosen by tolerance against an oracle.
+"""Error of every low-rank method against rank and against stored numbers.
 
     python -m benchmarks.fidelity     about five minutes on two cores; writes results/fidelity.json and fidelity.png
 
@@ -91,55 +91,6 @@ def measure(data: Data) -> list[dict[str, Any]]:
     return rows
 
 
-def surface(data: Data, basis: slra.AttentionBasis) -> np.ndarray:
-    """True error of every pair of ranks, (heads, D, Dv), in float64."""
-    q, k, v = (x.astype(np.float64) for x in data)
-    exact, width = exact_attention(q, k, v), q.shape[-1]
-    norm = np.sum(exact**2, axis=(-2, -1))[:, None]
-    keys, values = (k - basis.c) @ basis.wk, v - basis.mu
-    wanted = (exact - basis.mu) @ basis.wv
-    errors = np.empty((len(q), width, v.shape[-1]))
-    for rank in range(1, width + 1):
-        small_q = q @ basis.wq[..., :rank] * np.sqrt(rank / width)
-        got = exact_attention(small_q, keys[..., :rank], values) @ basis.wv
-        kept = np.cumsum(np.sum((got - wanted) ** 2, axis=-2), axis=-1)
-        dropped = np.cumsum(np.sum(wanted**2, axis=-2)[:, ::-1], axis=-1)[:, ::-1]
-        dropped = np.concatenate([dropped[:, 1:], np.zeros((len(q), 1))], axis=-1)
-        errors[:, rank - 1] = np.sqrt((kept + dropped) / norm)
-    return errors
-
-
-def adaptive(data: Data, tolerances: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Ranks chosen by rtol against an oracle that knows the true error of every pair, and against one rank for all."""
-    exact = exact_attention(*data)
-    errors = surface(data, slra.fit_attention(*data, rtol=1e-12))
-    total = np.add.outer(np.arange(1, errors.shape[1] + 1), np.arange(1, errors.shape[2] + 1))
-    rows = []
-    for rtol in tolerances:
-        basis = slra.fit_attention(*data, rtol=rtol)
-        error = relative(basis.attend(*data), exact)
-        mean_rank = np.mean(basis.ranks)
-        within = errors <= rtol
-        oracle = np.min(np.where(within, total, 2 * errors.shape[1]), axis=(1, 2))
-        enough = within.sum(0) >= np.sum(error <= rtol)
-        diagonal = np.flatnonzero(np.diagonal(enough)) + 1
-        rows.append(
-            {
-                "rtol": rtol,
-                "heads_within": float(np.mean(error <= rtol)),
-                "worst_over_rtol": float(np.max(error) / rtol),
-                "mean_rank": float(mean_rank),
-                "mean_rank_oracle": float(np.mean(oracle) / 2),
-                "over_oracle": float(mean_rank / (np.mean(oracle) / 2)),
-                "uniform_rank": int(diagonal[0]),
-                "over_uniform_rank": float(mean_rank / diagonal[0]),
-                "over_best_uniform_pair": float(2 * mean_rank / np.min(total[enough])),
-                "predicted_over_true": np.quantile(basis.error / error, (0, 0.5, 1)).tolist(),
-            }
-        )
-    return rows
-
-
 def plot(result: dict[str, Any]) -> None:
     """Error against stored numbers, for each data set."""
     import matplotlib
@@ -175,25 +126,8 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
         runs = [*(found[method, rank, 0] for method in OURS), found["output", rank, 16]]
         stored = f"{runs[2]['stored']} and {runs[3]['stored']:.1f} of 64"
         rows.append((rank, *(f"{run['median']:.3f}" for run in runs), stored))
-    errors = table(["rank", *OURS, "output, 16 exact keys", "stored, per key"], rows)
-    rows = [
-        (
-            data,
-            one["rtol"],
-            f"{one['heads_within']:.0%}",
-            f"{one['worst_over_rtol']:.3f}",
-            f"{one['mean_rank']:.1f}",
-            f"{one['over_oracle']:.2f}",
-            f"{one['over_uniform_rank']:.2f}",
-        )
-        for data, part in (
-            ("MiniLM, all rows seen", "adaptive"),
-            ("power law, half the rows seen", "adaptive_sampled"),
-        )
-        for one in result[part]
-    ]
-    head = ["data", "rtol", "heads within", "worst error / rtol", "mean rank", "over oracle"]
-    return {"errors": errors, "tolerance": table([*head, "over one rank for all"], rows)}
+    head = ["rank", *OURS, "output, 16 exact keys", "stored, per key"]
+    return {"errors": table(head, rows)}
 
 
 def says(result: dict[str, Any]) -> list[str]:
@@ -206,18 +140,12 @@ def says(result: dict[str, Any]) -> list[str]:
 def main() -> None:
     data = minilm()
     result: dict[str, Any] = {
-        "adaptive": adaptive(data, (0.2, 0.1, 0.05)),
-        "adaptive_sampled": adaptive(
-            synthetic("power-law", n=1024, d=32, heads=16), (0.2, 0.1, 0.05)
-        ),
         "minilm": measure(data),
     }
     for kind in ("flat", "power-law", "outlier"):
         result[kind] = measure(synthetic(kind))
     save("fidelity", result, tables, says=says, compared=COMPARED)
     plot(result)
-    for name in ("adaptive", "adaptive_sampled"):
-        print(name, *result[name], sep="\n  ")
     for name in ("minilm", "flat", "power-law", "outlier"):
         print(name)
         for row in result[name]:

@@ -191,25 +191,6 @@ def measure(problem: Problem) -> dict[str, Any]:
     return report
 
 
-def gaps(m: int, n: int, rho: float, level: float) -> dict[str, Any]:
-    """Steps to the default tolerance and to a duality gap of 1e-4, relative to half the square of b, and the gap."""
-    A, b = design(m, n, rho)
-    l1, whole = level * float(np.max(np.abs(A.T @ b))), float(b @ b) / 2
-    found = []
-
-    def gap(progress: slra.Progress) -> None:
-        rest = b - A @ progress.x
-        dual = rest * min(1.0, l1 / float(np.max(np.abs(A.T @ rest))))
-        primal = float(rest @ rest) / 2 + l1 * float(np.sum(np.abs(progress.x)))
-        found.append((primal - whole + float((b - dual) @ (b - dual)) / 2) / whole)
-
-    slra.proximal_gradient(
-        np.zeros(n), least_squares(A, b), slra.prox.prox_l1, weight=l1, callback=gap
-    )
-    near = next(k for k, one in enumerate(found, 1) if one <= 1e-4)
-    return {"steps": len(found), "gap": found[-1], "steps to 1e-4": near}
-
-
 COMPARED = ("numpy", "scipy", "scikit-learn")
 
 
@@ -224,15 +205,7 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
         }
         shown = ", ".join(f"{other}: {times}" for other, times in others.items())
         specialists.append((name, str(methods["slra"]["gradients"]), shown))
-    gaps = [
-        (name, str(one["steps"]), f"{one['gap']:.1e}", str(one["steps to 1e-4"]))
-        for name, one in result["gaps"].items()
-    ]
     return {
-        "gaps": table(
-            ["lasso: size, correlation, weight", "steps, default `tol`", "gap", "steps to 1e-4"],
-            gaps,
-        ),
         "specialists": table(
             ["problem", "gradients", "time of `proximal_gradient` over that of"], specialists
         ),
@@ -259,14 +232,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {}
     versions = {name: metadata.version(name) for name in ("celer", "skglm")}
-    lassos = [(500, 2000, rho, level) for rho in (0.5, 0.95) for level in (0.1, 0.01)]
-    told = {f"{m} x {n}, {rho}, {level}": gaps(m, n, rho, level) for m, n, rho, level in lassos}
     for name, make in PROBLEMS.items():
         found[name] = measure(make())
         print(name, found[name], flush=True)
         path = save(
             "solvers",
-            {"problems": found, "gaps": told, **versions},
+            {"problems": found, **versions},
             tables,
             losses=losses,
             compared=COMPARED,

@@ -4,6 +4,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from sphinx.ext.autodoc.mock import _MockObject
+
 import slra
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
@@ -31,6 +33,8 @@ autosummary_generate = True
 # The pages of adapters need no framework; where one is, its base classes are shown.
 frameworks = ("jax", "sklearn", "torch", "transformers")
 autodoc_mock_imports = [name for name in frameworks if find_spec(name) is None]
+# Sphinx's stand-ins know no unions, of which annotations are full.
+_MockObject.__or__ = _MockObject.__ror__ = lambda self, other: self
 autosummary_imported_members = False
 numpydoc_show_class_members = False
 exclude_patterns = ["_build", "_ext"]

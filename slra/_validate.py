@@ -47,6 +47,8 @@ __all__ = [
     "check_sum_axis",
     "check_tau",
     "check_tol",
+    "dtype_limits",
+    "is_array",
     "is_kind",
     "on_host",
     "promote",
@@ -74,37 +76,51 @@ def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Arr
     ValueError
         Where two are on different devices.
     """
-    given = arrays | {name: x for name, x in (optional or {}).items() if x is not None}
-    namespaces = {name: _namespace(x, name) for name, x in given.items()}
-    (first, xp), *others = namespaces.items()
-    for name, other in others:
-        if other is not xp:
+    given = arrays if optional is None else arrays | _present(optional)
+    (first, one), *others = given.items()
+    backend = _backend(one, first)
+    for name, x in others:
+        # Not the backends: torch.compile makes a new one each time.
+        if (other := _backend(x, name)).xp is not backend.xp:
             raise TypeError(
                 f"{first} and {name} must come from one array library, "
-                f"got {_title(xp)} and {_title(other)}"
+                f"got {_title(backend.xp)} and {_title(other.xp)}"
             )
-    backend = backend_of(xp)
-    devices = {name: backend.device(x) for name, x in given.items()}
-    fixed = [(name, device) for name, device in devices.items() if device is not None]
-    for name, device in fixed[1:]:
-        if device != fixed[0][1]:
-            raise ValueError(
-                f"{fixed[0][0]} and {name} must be on one device, "
-                f"got {_device_title(fixed[0][1])} and {_device_title(device)}"
-            )
+    if others:
+        _check_one_device(backend, given)
     for name, x in given.items():
         if reason := backend.refusal(x):
             raise TypeError(f"{name} {reason}")
     return backend
 
 
-def _namespace(x: Array, name: str) -> Any:
-    if isinstance(x, np.generic) or not compat.is_array_api_obj(x):
+def _present(arrays: Mapping[str, Array | None]) -> dict[str, Array]:
+    return {name: x for name, x in arrays.items() if x is not None}
+
+
+def _check_one_device(backend: Backend, given: Mapping[str, Array]) -> None:
+    fixed = _present({name: backend.device(x) for name, x in given.items()})
+    for name, device in fixed.items():
+        first, found = next(iter(fixed.items()))
+        if device != found:
+            raise ValueError(
+                f"{first} and {name} must be on one device, "
+                f"got {_device_title(found)} and {_device_title(device)}"
+            )
+
+
+def _backend(x: Array, name: str) -> Backend:
+    if not is_array(x):
         raise TypeError(
             f"{name} must be an array of a library that follows the array API standard, "
             f"got {type(x).__name__}"
         )
-    return compat.array_namespace(x)
+    return backend_of(compat.array_namespace(x))
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of some library, and not a number of NumPy's."""
+    return not isinstance(value, np.generic) and bool(compat.is_array_api_obj(value))
 
 
 def _title(xp: Any) -> str:
@@ -126,7 +142,7 @@ class Promoted(NamedTuple):
     def cast_back(self, backend: Backend, *xs: Array) -> tuple[Array, ...]:
         """Cast results back to half precision, where that is what came."""
         # NumPy makes scalars of its own of 0-d arrays as soon as it computes with them.
-        xs = tuple(backend.xp.asarray(x) if isinstance(x, np.generic) else x for x in xs)
+        xs = tuple([backend.xp.asarray(x) if isinstance(x, np.generic) else x for x in xs])
         if self.narrow is None:
             return xs
         with backend.ignore_overflow():
@@ -153,46 +169,68 @@ def promote(
     xp = backend.xp
     given = {name: x for name, x in arrays.items() if x is not None}
     for name, x in given.items():
-        _check_floating(xp, x, name, allow_complex=allow_complex)
-    try:
-        dtype = backend.common_dtype(*given.values())
-    except Exception as error:
-        named = " and ".join(f"{name} ({x.dtype})" for name, x in given.items())
-        raise TypeError(f"{named} must have a common floating dtype: {error}") from error
-    is_half = xp.finfo(dtype).bits == _HALF_BITS and not keep_half
+        bits = _check_floating(backend, x, name, allow_complex=allow_complex)
+    dtypes = [x.dtype for x in given.values()]
+    dtype = dtypes[0]
+    if any(other != dtype for other in dtypes):
+        try:
+            dtype = backend.common_dtype(*given.values())
+        except Exception as error:
+            named = " and ".join(f"{name} ({x.dtype})" for name, x in given.items())
+            raise TypeError(f"{named} must have a common floating dtype: {error}") from error
+        bits = dtype_limits(xp, dtype).bits
+    is_half = bits == _HALF_BITS and not keep_half
     work = xp.float32 if is_half else dtype
     cast = [x if x is None or x.dtype == work else xp.astype(x, work) for x in arrays.values()]
     return Promoted(cast, dtype if is_half else None)
 
 
-def _check_floating(xp: Any, x: Array, name: str, *, allow_complex: bool) -> None:
-    kinds = ("real floating", "complex floating") if allow_complex else ("real floating",)
-    known = "floating" if allow_complex else "real floating"
-    if not is_kind(xp, x.dtype, *kinds):
+def _check_floating(backend: Backend, x: Array, name: str, *, allow_complex: bool) -> int:
+    """Return how many bits a component of ``x`` has."""
+    found = backend.float_format(x.dtype)
+    if found is None or (found.is_complex and not allow_complex):
+        known = "floating" if allow_complex else "real floating"
         raise TypeError(f"{name} must have a {known} dtype, got {x.dtype}; convert it first")
-    bits = xp.finfo(x.dtype).bits
-    if not _HALF_BITS <= bits <= _WIDEST_BITS:
+    if not _HALF_BITS <= found.bits <= _WIDEST_BITS:
         raise TypeError(
             f"{name} must have {_HALF_BITS} to {_WIDEST_BITS} bits a component, got {x.dtype}"
         )
+    return found.bits
 
 
 def is_kind(xp: Any, dtype: DType, *kinds: str) -> bool:
-    """Whether a dtype is of one of these kinds of the standard; not so for a dtype outside of it."""
+    """Whether a dtype is of one of these kinds of the standard, or bfloat16; not so for others outside of it."""
+    if _is_bfloat16(dtype):
+        return "real floating" in kinds
     try:
         return bool(xp.isdtype(dtype, kinds))
     except TypeError:  # such as NumPy's strings and records
         return False
 
 
-def check_matrix(x: Array, name: str) -> None:
-    """Raise ValueError unless ``x`` has two axes or more and none of them is empty."""
+def _is_bfloat16(dtype: DType) -> bool:
+    """Whether it is the dtype that ml_dtypes adds to NumPy's."""
+    return isinstance(dtype, np.dtype) and dtype.name == "bfloat16"
+
+
+def dtype_limits(xp: Any, dtype: DType) -> Any:
+    """Return what ``finfo`` says, also of a dtype that NumPy's does not know."""
+    if not _is_bfloat16(dtype):
+        return xp.finfo(dtype)
+    import ml_dtypes  # which the dtype comes from
+
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+
+
+def check_matrix(x: Array, name: str, *, may_be_empty: bool = False) -> None:
+    """Raise ValueError unless ``x`` has two axes or more and no empty one, or none but before the last."""
     if x.ndim < 2:
         raise ValueError(
             f"{name} must have at least 2 dimensions, (..., m, n), got shape {tuple(x.shape)}"
         )
-    if 0 in x.shape:
-        raise ValueError(f"{name} must have no empty axis, got shape {tuple(x.shape)}")
+    if 0 in (x.shape[-1:] if may_be_empty else x.shape):
+        which = "a last axis that is not empty" if may_be_empty else "no empty axis"
+        raise ValueError(f"{name} must have {which}, got shape {tuple(x.shape)}")
 
 
 def check_operator(backend: Backend, shape: Any, like: Array, name: str = "x") -> None:
@@ -203,8 +241,7 @@ def check_operator(backend: Backend, shape: Any, like: Array, name: str = "x") -
         raise ValueError(
             f"{name} must have 2 dimensions, (m, n), and no empty axis, got shape {shown(shape)}"
         )
-    _check_floating(backend.xp, like, name, allow_complex=True)
-    if backend.xp.finfo(like.dtype).bits == _HALF_BITS:
+    if _check_floating(backend, like, name, allow_complex=True) == _HALF_BITS:
         raise TypeError(
             f"{name} must have 32 or 64 bits a component where it is not a dense array, got {like.dtype}"
         )
@@ -244,7 +281,7 @@ def check_hermitian(
     ``skew`` is the largest modulus in the matrix less its conjugate transpose, ``largest`` that in the matrix.
     """
     xp = backend.xp
-    limits = xp.finfo(dtype)
+    limits = dtype_limits(xp, dtype)
     # 100 eps of half precision would be most of an entry.
     allowed = (8 if limits.bits == _HALF_BITS else 100) * float(limits.eps) * largest
     if not bool(xp.all(skew <= allowed)):
@@ -345,11 +382,11 @@ def check_flag(value: Any, name: str) -> bool:
 
 def check_scalar(backend: Backend, value: Any, name: str) -> Any:
     """Return a real number as a float, or a 0-d array of the library of ``backend`` as it is."""
-    if isinstance(value, np.generic) or not compat.is_array_api_obj(value):
+    if not is_array(value):
         return _real(value, name, "number or array")
     if resolve(**{name: value}).xp is not backend.xp:
         raise TypeError(f"{name} must come from {_title(backend.xp)}, as the other arrays do")
-    _check_floating(backend.xp, value, name, allow_complex=False)
+    _check_floating(backend, value, name, allow_complex=False)
     if value.ndim:
         raise ValueError(f"{name} must have no dimensions, got shape {tuple(value.shape)}")
     return value
@@ -392,6 +429,8 @@ def check_positive(value: Any, name: str, *, allow_zero: bool = False, limits: A
 
 
 def _real(value: Any, name: str, kind: str = "number") -> float:
+    if type(value) is float:  # most often, and the next line takes a while
+        return value
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real {kind}, got {type(value).__name__}")
     try:
@@ -482,7 +521,7 @@ def check_rtol(
     eps = float(backend.xp.finfo(x.dtype).eps)
     least = 16 * (math.sqrt(eps * max(1.0, lost)) if by_products else eps)
     # Both factors are off by half of eps, entry by entry, and so is their product by eps, in norm.
-    rounding = 0.0 if narrow is None else float(backend.xp.finfo(narrow).eps)
+    rounding = 0.0 if narrow is None else float(dtype_limits(backend.xp, narrow).eps)
     least = max(least, 2 * rounding)
     if least >= 1:
         raise ValueError(
@@ -504,7 +543,7 @@ def check_rtol(
 def check_tol(backend: Backend, x: Array, tol: Any, narrow: DType | None) -> float:
     """Return a tolerance of singular triplets between what rounding allows and 1; ``narrow`` as in `check_rtol`."""
     value = check_positive(tol, "tol")
-    rounding = 0.0 if narrow is None else float(backend.xp.finfo(narrow).eps)
+    rounding = 0.0 if narrow is None else float(dtype_limits(backend.xp, narrow).eps)
     least = max(100 * float(backend.xp.finfo(x.dtype).eps), 2 * rounding)
     if not least <= value < 1:
         raise ValueError(
@@ -583,7 +622,7 @@ def check_tau(
     An array has length one along ``axes``, those of the vectors or matrices that share one threshold. Where infinity
     is allowed it keeps what it belongs to at zero.
     """
-    if isinstance(tau, np.generic) or not compat.is_array_api_obj(tau):
+    if isinstance(tau, float) or not is_array(tau):
         if allow_inf and isinstance(tau, numbers.Real) and tau == math.inf:
             return math.inf
         return check_positive(
@@ -609,13 +648,13 @@ def check_bound(
     backend: Backend, x: Array, bound: Any, name: str, *, axes: tuple[int, ...] = ()
 ) -> Any:
     """Return a real number as a float, or an array that broadcasts to ``x``, of the real dtype it is computed in."""
-    if isinstance(bound, np.generic) or not compat.is_array_api_obj(bound):
+    if not is_array(bound):
         number = _real(bound, name, "number or array")
         # What lies beyond the largest number is no bound.
         largest = float(backend.xp.finfo(_computed_in(backend, x)).max)
         return math.copysign(math.inf, number) if abs(number) > largest else number
     resolve(x=x, **{name: bound})
-    _check_floating(backend.xp, bound, name, allow_complex=False)
+    _check_floating(backend, bound, name, allow_complex=False)
     target = tuple(1 if axis in axes else n for axis, n in enumerate(x.shape))
     if not broadcasts_to(bound.shape, target):
         where = ""
@@ -632,8 +671,10 @@ def check_bound(
 
 def _computed_in(backend: Backend, x: Array) -> DType:
     """Real dtype that ``x`` is computed in."""
-    real = backend.real_dtype(x.dtype)
-    return backend.xp.float32 if backend.xp.finfo(real).bits == _HALF_BITS else real
+    found = backend.float_format(x.dtype)
+    if found is not None and found.bits == _HALF_BITS:
+        return backend.xp.float32
+    return backend.real_dtype(x.dtype) if found is None or found.is_complex else x.dtype
 
 
 def check_draws(backend: Backend, like: Array, rng: Any) -> np.random.Generator | int | None:

@@ -1,6 +1,7 @@
 """Fixtures, and the table of backends that closes a run."""
 
 import contextlib
+import ctypes
 import gc
 import importlib.util
 import mmap
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Memory that threads once used would be kept for each of them. Read when a process starts: for the workers.
+os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A BLAS whose waiting threads spin would take the cores from the other processes. By the environment for whatever
@@ -112,6 +116,8 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         if jax := sys.modules.get("jax"):
             jax.clear_caches()
         gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back, which glibc keeps
 
 
 @pytest.fixture(

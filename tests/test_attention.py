@@ -155,6 +155,27 @@ def test_a_row_that_attends_to_nothing_is_zero(xp):
     assert np.all(np.isfinite(to_numpy(lse)[:, [0, 2]]))
 
 
+EMPTY = {
+    "no sequences": ((0, 2, 3, 4), (0, 2, 5, 4)),
+    "no queries": ((2, 4, 0, 4), (2, 2, 5, 4)),
+    "no keys": ((2, 4, 3, 4), (2, 2, 0, 4)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_nothing_to_attend_with_or_to(xp, name):
+    q, k, v = (to_xp(xp, x) for x in qkv(*EMPTY[name], 6))
+    for options in ({}, {"is_causal": True, "causal_align": "bottom_right"}):
+        options = {"enable_gqa": True, **options}
+        out, lse = slra.attention(q, k, v, return_lse=True, **options)
+        assert np.array_equal(to_numpy(out), np.zeros((*q.shape[:-1], 6)))
+        assert np.array_equal(to_numpy(lse), np.full(q.shape[:-1], -np.inf))
+        assert slra.attention(q, k, v, **options).shape == out.shape
+        grads = slra.attention_vjp(q, k, v, out, lse, out, **options)
+        for x, grad in zip((q, k, v), map(to_numpy, grads), strict=True):
+            assert np.array_equal(grad, np.zeros(x.shape))
+
+
 def _hiding(name):
     """Return options of attention, keys (batch, key) that no query sees, and queries that see nothing."""
     keys = np.ones((2, 1, 1, 6), dtype=bool)
@@ -230,6 +251,21 @@ def test_nan_propagates_to_its_row_only(xp):
     out = to_numpy(slra.attention(*(to_xp(xp, x) for x in (q, k, v))))
     assert np.all(np.isnan(out[0, 1]))
     assert np.all(np.isfinite(out[0, [0, 2]]))
+
+
+def test_numpy_takes_the_bfloat16_of_ml_dtypes():
+    dtype = pytest.importorskip("ml_dtypes").bfloat16
+    q, k, v = (x.astype(dtype) for x in qkv((2, 9, 4), (2, 9, 4), 5))
+    mask = np.where(np.tri(9, dtype=bool), 0.0, -np.inf).astype(dtype)
+    out, lse = slra.attention(q, k, v, mask=mask, return_lse=True)
+    assert (out.dtype, lse.dtype) == (dtype, np.float32)
+    expected, expected_lse = naive_attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(out.astype("float64"), expected, rtol=2.0**-8, atol=4e-6)
+    np.testing.assert_allclose(lse, expected_lse, atol=4e-6)
+    basis = slra.fit_attention(q, k, v, 2)
+    assert basis.attend(q, k, v).dtype == dtype
+    assert slra.randomized_svd(q[0], 2, rng=0).U.dtype == dtype
+    assert slra.prox.prox_nuclear(q[0], 0.1).dtype == dtype
 
 
 def test_half_precision_accumulates_in_single(xp):

@@ -31,6 +31,15 @@ def test_rows_that_attend_to_nothing(xp):
     np.testing.assert_allclose(to_numpy(lse), [1e4 + np.log(2), -1e4, -np.inf], rtol=1e-15)
 
 
+def test_a_part_without_keys_does_not_matter(xp):
+    """FlashAttention 2 marks it by +inf; what it wrote as the output may be anything."""
+    outs = np.asarray([[[1.0], [np.nan]], [[np.nan], [7.0]], [[5.0], [np.inf]]])
+    lses = np.asarray([[0.0, -np.inf], [-np.inf, np.inf], [np.inf, -np.inf]])
+    out, lse = slra.merge_attention([to_xp(xp, x) for x in outs], [to_xp(xp, x) for x in lses])
+    np.testing.assert_array_equal(to_numpy(out), [[1.0], [0.0]])
+    np.testing.assert_array_equal(to_numpy(lse), [0.0, -np.inf])
+
+
 def test_what_is_wrong_is_named():
     out, lse = np.zeros((3, 4)), np.zeros(3)
     with pytest.raises(TypeError, match="outs must be a list or tuple"):

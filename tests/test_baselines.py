@@ -82,6 +82,30 @@ def test_topk_attends_to_the_keys_with_the_largest_low_rank_scores(xp, options):
     np.testing.assert_allclose(to_numpy(out), expected, atol=TOL)
 
 
+def rounded(x, bits, step, axis):
+    """The formula, group by group."""
+    out = x.copy()
+    for i in range(0, x.shape[axis], step):
+        group = (..., slice(i, i + step), slice(None))[: 2 if axis == -1 else 3]
+        low, high = x[group].min(axis, keepdims=True), x[group].max(axis, keepdims=True)
+        scale = (high - low) / (2**bits - 1)
+        out[group] = np.round((x[group] - low) / np.where(scale == 0, 1, scale)) * scale + low
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "n_exact": 3}], ids=["all", "most"])
+def test_kivi_rounds_keys_by_channel_and_values_by_token(xp, options):
+    q, k, v = data(heads=4)
+    arrays = [to_xp(xp, x) for x in (q, k, v)]
+    out = slra.baselines.kivi(*arrays, 2, group_size=8, enable_gqa=True, **options)
+    end = 20 - options.get("n_exact", 0)
+    low_k = np.concatenate([rounded(k[:, :end], 2, 8, -2), k[:, end:]], axis=1)
+    low_v = np.concatenate([rounded(v[:, :end], 2, 8, -1), v[:, end:]], axis=1)
+    right, _ = naive_attention(q, low_k, low_v, is_causal=bool(options), enable_gqa=True)
+    np.testing.assert_allclose(to_numpy(out), right, atol=TOL)
+    assert np.max(np.abs(low_k - k)) > 0.1
+
+
 def test_all_of_the_keys_are_exact_attention(xp):
     q, k, v = data()
     arrays = [to_xp(xp, x) for x in (q, k, v)]
@@ -121,6 +145,8 @@ def test_random_features_are_unbiased():
         ("topk", (2, 21), {}, ValueError, r"n_keys must be between 1 and 20 \(Nk\), got 21"),
         ("nystrom", (21,), {}, ValueError, r"between 1 and 20 \(min of Nq and Nk\), got 21"),
         ("linformer", (0,), {}, ValueError, "n_combinations must be between 1 and 20"),
+        ("kivi", (0,), {}, ValueError, "bits must be between 1 and 16"),
+        ("kivi", (2,), {"group_size": 0}, ValueError, "group_size must be between 1 and"),
         ("favor", (2,), {"rng": 0.5}, TypeError, "rng must be an int"),
     ],
 )

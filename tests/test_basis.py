@@ -197,6 +197,39 @@ def test_folded_weights_give_what_the_basis_gives(xp, biased):
     np.testing.assert_allclose(np.sum(small @ f["w_o"], -3) + f["b_o"], expected, atol=1e-12)
 
 
+def test_keys_are_projected_once_and_attended_to_often(xp):
+    q, k, v = (to_xp(xp, x) for x in decaying(heads=4, batch=(2,)))
+    basis = slra.fit_attention(q, k, v, (3, 2), enable_gqa=True)
+    small = basis.project_keys(k, v)
+    assert [x.shape for x in small] == [(2, 2, 50, 3), (2, 2, 50, 2)]
+    for options in ({}, {"is_causal": True, "causal_align": "top_left", "softcap": 2.0}):
+        options = {**options, "enable_gqa": True, "return_lse": True}
+        expected = basis.attend(q, k, v, **options)
+        for got, right in zip(basis.attend_projected(q, *small, **options), expected, strict=True):
+            np.testing.assert_allclose(to_numpy(got), to_numpy(right), atol=1e-12)
+    with pytest.raises(ValueError, match="k must have the 3 columns that project_keys gives"):
+        basis.attend_projected(q, k, v, enable_gqa=True)
+
+
+def test_ranks_may_exceed_the_number_of_queries_and_rows_may_be_given():
+    """One query is no reason to refuse; with all rows, the error on the data of the fit is the smallest."""
+    q, k, v = decaying(n_q=400, n_k=400)
+    one = slra.fit_attention(q[..., :1, :], k, v, (5, 4))
+    assert one.ranks[0] == (5, 4)
+    np.testing.assert_allclose(
+        one.attend(q[..., :1, :], k, v), naive_attention(q[..., :1, :], k, v)[0], atol=1e-9
+    )
+    expected, _ = naive_attention(q, k, v)
+    errors = [
+        np.max(frobenius(basis.attend(q, k, v) - expected))
+        for basis in (slra.fit_attention(q, k, v, 3, n_rows=n) for n in (2, 400))
+    ]
+    assert errors[1] < errors[0]
+    for wrong, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="n_rows must be"):
+            slra.fit_attention(q, k, v, 3, n_rows=wrong)
+
+
 def test_a_basis_for_each_batch_element_cannot_be_folded():
     basis = slra.fit_attention(*decaying(batch=(2,)), 3)
     w = np.zeros((2, 4, 8))
@@ -219,7 +252,18 @@ def test_a_saved_basis_comes_back(xp, tmp_path):
         one, other = to_numpy(getattr(back, name)), to_numpy(getattr(basis, name))
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
+    assert back.is_held_out == basis.is_held_out
     assert back.attend(*arrays).shape == basis.attend(*arrays).shape
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_basis_is_not_rounded_to_half_precision(dtype, tmp_path):
+    torch = pytest.importorskip("torch")
+    basis = slra.fit_attention(*(x.astype("float32") for x in decaying()), 3)
+    basis.save(tmp_path / "basis")
+    like = torch.zeros(1, dtype=getattr(torch, dtype))
+    back = slra.AttentionBasis.load(tmp_path / "basis", like=like)
+    np.testing.assert_array_equal(back.wq.numpy(), basis.wq)
 
 
 TAMPERED = {

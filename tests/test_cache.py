@@ -165,6 +165,17 @@ def test_steps_with_windows_sinks_and_slopes(xp, case):
         np.testing.assert_allclose(to_numpy(lse), right_lse, rtol=0, atol=1e-9)
 
 
+def test_a_window_over_tokens_in_bits_is_its_mask():
+    """Rows before the window are not read, and those in bits come in blocks."""
+    q, k, v = tokens(100)
+    cache = slra.KVCache(slra.fit_attention(q, k, v, 4, enable_gqa=True), bits=4)
+    cache = cache.append(k, v)
+    for left in (0, 20, 37, 99):
+        mask = np.arange(100) >= np.asarray([98, 99])[:, None] - left
+        out = cache.attend(q[:, -2:], window=(left, 0))
+        np.testing.assert_allclose(out, cache.attend(q[:, -2:], mask=mask), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["svd", "scores"])
 def test_query_heads_may_have_maps_of_their_own(method):
     q, k, v = tokens()
@@ -686,6 +697,67 @@ def test_rtol_bounds_the_coordinates_and_bits_are_those_asked_for():
         worst = np.linalg.norm(error @ to, axis=-1) / size
         assert np.max(worst) <= 0.05 * (1 + 1e-9)
         assert np.max(worst) > 0.02
+
+
+def test_in_bits_drift_starts_another_segment():
+    q, k, v = moving(200)
+    basis = slra.fit_attention(q[:, :50], k[:, :50], v[:, :50], 4, enable_gqa=True)
+    cache = slra.KVCache(basis, window=20, bits=2, drift_bound=0.1)
+    cache = appended(cache, k, v, [50, *[5] * 30], q)
+    assert cache.n_segments > 1
+    low_k, low_v = cache.decode()
+    for low, came, bound in zip((low_k, low_v), (k, v), cache.error_bound, strict=True):
+        assert np.all(np.linalg.norm(low - came, axis=-1) <= bound[:, None])
+    right, _ = naive_attention(q[:, -3:], low_k, low_v, is_causal=True, enable_gqa=True)
+    np.testing.assert_allclose(cache.attend(q[:, -3:]), right, atol=1e-10)
+    n_segments = cache.n_segments
+    cropped = [x[:, :30].copy() for x in cache.crop(30).decode()]
+    assert cache.n_segments < n_segments
+    for one, whole in zip(cropped, (low_k, low_v), strict=True):
+        np.testing.assert_allclose(one, whole[:, :30], atol=1e-12)
+
+
+def test_a_prefix_in_bits_needs_no_rank():
+    q, k, v = tokens(300)
+    cache = slra.KVCache.from_prefix(q, k, v, bits=4, window=3)
+    np.testing.assert_allclose(cache.bits, 4, rtol=0.02)
+    with pytest.raises(ValueError, match="rtol must be None with bits"):
+        slra.KVCache.from_prefix(q, k, v, rtol=0.1, bits=4)
+
+
+def _without_coding(basis):
+    names = ("wq", "wk", "wv", "uv", "c", "mu", "ranks", "error")
+    return slra.AttentionBasis(*(getattr(basis, name) for name in names))
+
+
+def test_a_basis_without_coding_stores_no_bits():
+    with pytest.raises(ValueError, match="basis must have its coding to store bits"):
+        slra.KVCache(_without_coding(basis_of(3)), bits=4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda named: named["segments.0.rows.k.headers"].__iadd__(1),
+        lambda named: named["segments.0.rows.v.used"].__iadd__(2),
+        lambda named: named["segments.0.rows.filled"].__iadd__(16),
+        lambda named: named["segments.0.rows.filled"].__imul__(-1),
+        lambda named: named["segments.0.rows.k.widest"].__iadd__(1),
+        lambda named: named.update(
+            {"segments.0.rows.k.heap": named["segments.0.rows.k.heap"][:, :, :-1]}
+        ),
+        lambda named: named.update(lengths=named["lengths"] + 16),
+    ],
+    ids=["headers", "used", "filled", "negative", "widest", "heap", "lengths"],
+)
+def test_a_tampered_file_of_bits_is_one_clear_error(change, tmp_path):
+    _, k, v = tokens()
+    path = tmp_path / "cache"
+    slra.KVCache(basis_of((4, 3)), bits=3, n_sink=1).append(k, v).save(path)
+    slra.KVCache.load(path)
+    _rewritten(path, lambda named, meta: change(named))
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path)
 
 
 def test_a_tile_that_is_not_finite_or_too_wide_stays_as_it_is():

@@ -61,6 +61,22 @@ def test_demo_table(finished, method):
     assert (ms > 0).all()
 
 
+def test_demo_shows_where_it_pays(finished):
+    done, directory = finished
+    below = done.stdout.partition("Where it pays")[2]
+    rows = re.findall(r"│ +([\d.]*) │ +([\d.]*) │ +([\d.e+-]+) │$", below, flags=re.MULTILINE)
+    # A batch of decompositions, three lengths with the fit and without, and three ways to store less.
+    assert len(rows) == 10
+    times, shares, errors = zip(*rows, strict=True)
+    assert all(float(time) > 0 for time in times[:-1])
+    few = [float(share) for share in shares if share]
+    assert few[:4] == pytest.approx([0.25, 0.25, 0.25, 0.26], abs=0.01)
+    assert all(0.1 < share < 0.2 for share in few[4:])
+    assert float(errors[0]) < 1e-5
+    assert all(0 < float(error) < 0.5 for error in errors[1:])
+    assert "Where it pays" in (directory / "demo.html").read_text(encoding="utf-8")
+
+
 def test_demo_says_whether_it_was_faster(finished):
     rows = [table_rows(finished[0].stdout, method) for method in METHODS]
     ratios = [cells[-1] for each in rows for cells in each.values()]
@@ -86,7 +102,7 @@ def test_demo_picture(finished):
 def test_demo_page(finished):
     done, directory = finished
     root = ET.fromstring((directory / "demo.html").read_text(encoding="utf-8"))
-    lines = ["".join(cell.text for cell in row) for row in root.iter("tr")]
+    lines = ["".join(cell.text or "" for cell in row) for row in root.iter("tr")]
     for method in METHODS:
         for rank, cells in table_rows(done.stdout, method).items():
             (line,) = [x for x in lines if x.startswith(f"{method}{rank}")]

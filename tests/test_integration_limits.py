@@ -131,9 +131,7 @@ TRANSFORMERS = {
     "predicts tokens, and a basis fitted to this call would see later ones": lambda: using(
         decoder("llama")
     )(tokens(0, 1, 9)),
-    "rank must be between 1 and 8 (min of Nq, Nk and D)": lambda: using(encoder(), 9)(
-        tokens(0, 1, 20)
-    ),
+    "rank must be between 1 and 8 (min of Nk and D)": lambda: using(encoder(), 9)(tokens(0, 1, 20)),
     "rank must be between 1 and 65536": lambda: integration().register("slra", 0),
     "has no basis, and 'slra' is registered without rank and rtol": run_without_rank_and_basis,
     "name must be a new one, got 'sdpa'": lambda: integration().register("sdpa", 4),

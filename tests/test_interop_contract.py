@@ -180,8 +180,9 @@ def answer(target, xp, dtype, scale=1.0):
     """What a function gives for its plain arguments, or the message of its error."""
 
     def cast(x):
-        if isinstance(x, (tuple, list)):
-            return type(x)(map(cast, x))
+        if isinstance(x, tuple | list):
+            parts = map(cast, x)
+            return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
         is_floating = isinstance(x, np.ndarray) and x.dtype == np.float64
         return (x * scale).astype(dtype) if is_floating else x
 

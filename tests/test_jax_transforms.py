@@ -1,5 +1,6 @@
 """JAX: gradients, vmap, shard_map, and that what is sharded over the batch stays so."""
 
+import contextlib
 import functools
 import warnings
 
@@ -7,6 +8,9 @@ import numpy as np
 import pytest
 
 import slra
+from tests.fuzz.targets import TARGETS
+from tests.naive_attention import qkv
+from tests.test_interop_contract import answer
 from tests.transforms import CASES, WITH_A_CONSTANT_BASIS, arguments
 
 jax = pytest.importorskip("jax")
@@ -125,6 +129,50 @@ def test_decompositions_in_single_precision_warn_of_nothing():
         slra.estimate_error(x, slra.truncated_svd(x, 3), rng=0)
         for function in (slra.randomized_svd, slra.truncated_svd):
             assert function(x, rtol=0.3).S.dtype == x.dtype
+
+
+@contextlib.contextmanager
+def strict():
+    """Whatever JAX can be told to raise on; and warnings, such as on 64-bit numbers where there are none."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("error")
+        for name, value in STRICT.items():
+            stack.enter_context(getattr(jax, name)(value))
+        yield
+
+
+STRICT = {
+    "enable_x64": False,
+    "numpy_rank_promotion": "raise",
+    "numpy_dtype_promotion": "strict",
+    "enable_checks": True,
+    "debug_nans": True,
+    "debug_infs": True,
+}
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_strict_modes_change_nothing(name):
+    with jax.enable_x64(False):
+        _, call = answer(TARGETS[name], jax.numpy, "float32")
+        with strict():
+            call()
+
+
+def test_strict_modes_change_nothing_of_attention():
+    with jax.enable_x64(False):
+        q, k, v = (jax.numpy.asarray(x) for x in qkv((2, 4, 6, 4), (2, 2, 6, 4), 4, "float32"))
+        masks = {"keys": np.tri(6, dtype=bool)[-2:-1], "rows": np.tri(6, dtype=bool)}
+        masks = {name: jax.numpy.asarray(mask) for name, mask in masks.items()}
+    options = {"enable_gqa": True, "is_causal": True, "softcap": 2.0}
+    with strict(), jax.transfer_guard("disallow"):
+        for mask in masks.values():
+            out, lse = slra.attention(q, k, v, mask=mask, return_lse=True, **options)
+            slra.attention_vjp(q, k, v, out, lse, out, mask=mask, **options)
+            basis = slra.fit_attention(q, k, v, 2, mask=mask, **options)
+            basis.attend(q, k, v, mask=mask, **options)
+        slra.low_rank_attention(q, k, v, rtol=0.3, **options)
 
 
 COMPILED = []

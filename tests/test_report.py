@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib", reason="the demo extra is not installed")
 
 from typer.testing import CliRunner
 
+import slra
 from slra.cli.app import app
 from slra.cli.report.advice import advise
 from slra.cli.report.arrays import read_layers
@@ -92,7 +93,14 @@ def test_numbers_against_numpy(tmp_path, causal, scale):
             for rank in layer["ranks"]
         ]
         # Well-conditioned float64: rounding is a few hundred eps.
-        np.testing.assert_allclose(layer["errors"][method], expected, rtol=1e-9, atol=1e-12)
+        in_sample = layer["errors_in_sample"][method]
+        np.testing.assert_allclose(in_sample, expected, rtol=1e-9, atol=1e-12)
+        # Ranks are needed of what the fit has not seen.
+        options = {"is_causal": causal, "scale": scale, "enable_gqa": True, "method": method}
+        for rank, errors in zip(layer["ranks"], layer["errors"][method], strict=True):
+            basis = slra.fit_attention(q, k, v, (rank, min(rank, v.shape[-1])), **options)
+            np.testing.assert_allclose(errors, basis.error, rtol=1e-9, atol=1e-12)
+    assert layer["errors_are_held_out"]
     assert np.max(layer["errors"]["output"][-1]) < 1e-12
     for name, x in zip("qkv", (q, k, v), strict=True):
         expected = np.linalg.svd(x, compute_uv=False)

@@ -98,6 +98,15 @@ def test_causal_with_and_without_the_mask(need_weights):
             assert_close(weights, right_weights)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_no_sequences(rank):
+    reference = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    x = torch.zeros(0, N_Q, WIDTH)
+    for basis in ("layer", "sequence"):
+        found = layer(rank=rank, basis_per=basis)(x, x, x)
+        assert [y.shape for y in found] == [y.shape for y in reference(x, x, x)]
+
+
 def test_another_mask_than_the_causal_one_counts_beside_it():
     reference = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
     ours, x = layer(reference), data()

@@ -4,11 +4,17 @@ import numpy as np
 import pytest
 
 import slra
+from slra._backends import backend_of, standard
 from tests.transforms import CASES, WITH_A_CONSTANT_BASIS, arguments
 
 torch = pytest.importorskip("torch")
-# Dynamo warns of every lru_cache that it meets.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+compat_torch = pytest.importorskip("array_api_compat.torch")
+pytestmark = [
+    # Dynamo warns of every lru_cache that it meets.
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    # Torch calls what it deprecates, in forward mode.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+]
 
 
 def tensors(name, **options):
@@ -112,3 +118,89 @@ def test_a_compiled_function_takes_sequences_of_any_length():
     for n in (10, 13, 17, 40):
         torch.testing.assert_close(compiled(*qkv(n)), run(*qkv(n)), rtol=0, atol=1e-12)
     assert len(graphs) == 2
+
+
+HIDDEN = torch.tensor([[[True, False, True], [False, False, False]]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True, "causal_align": "bottom_right"},
+        {"softcap": 1.5},
+        {"mask": HIDDEN},
+        {"enable_gqa": True},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_attention_has_derivatives_in_both_modes_and_of_second_order(options, return_lse):
+    """The fused kernels have neither."""
+    rng = np.random.default_rng(0)
+    heads = 1 if "enable_gqa" in options else 2
+    shapes = [(2, 2, 2), (heads, 3, 2), (heads, 3, 1)]
+    arrays = [torch.from_numpy(rng.standard_normal(shape)).requires_grad_() for shape in shapes]
+
+    def call(*args):
+        found = slra.attention(*args, return_lse=return_lse, **options)
+        # Of a query that sees nothing it is -inf.
+        return (found[0], found[1].clamp(min=-9.0)) if return_lse else found
+
+    torch.autograd.gradcheck(call, arrays, check_forward_ad=True, fast_mode=True)
+    torch.autograd.gradgradcheck(call, arrays, fast_mode=True)
+
+
+def test_hessian_of_attention_by_every_nesting():
+    q, k, v = (torch.from_numpy(x) for x in np.random.default_rng(0).standard_normal((3, 1, 3, 2)))
+
+    def loss(q):
+        return slra.attention(q, k, v, is_causal=True).pow(2).sum()
+
+    expected = torch.autograd.functional.hessian(loss, q.clone().requires_grad_())
+    func = torch.func
+    for found in (func.hessian(loss)(q), func.jacrev(func.jacrev(loss))(q)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    # One tensor in three places.
+    torch.autograd.gradgradcheck(lambda x: slra.attention(x, x, x), [q.requires_grad_()])
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(
+    "mask", [None, (2, 1, 1, 700), (2, 4, 1, 700), (1, 1, 3, 700), (2, 1, 3, 700)], ids=str
+)
+@pytest.mark.parametrize("n_queries", [1, 3])
+def test_kernels_equal_the_standard(mask, n_queries, softcap):
+    """Groups as rows, repeated heads, what goes through the first axis; a row without keys, one without a gradient."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, 2, 2, n_queries, 4), (2, 2, 1, 700, 4), (2, 2, 1, 700, 3)]
+    q, k, v = (torch.from_numpy(rng.standard_normal(shape)) for shape in shapes)
+    if mask is not None:
+        seen = torch.from_numpy(rng.random(mask[:-2] + (min(mask[-2], n_queries), 700)) < 0.5)
+        seen[0, 0, 0] = False
+        mask = seen.reshape(seen.shape[0], -1, 2 if seen.shape[1] == 4 else 1, *seen.shape[2:])
+    options = standard.ScoreOptions(0.5, softcap=softcap)
+    backend, reference = backend_of(compat_torch), standard.Backend(compat_torch)
+    out, lse = reference.attention(q, k, v, mask, options)
+    alone = backend.attention_output(q, k, v, mask, options)
+    for a, b in zip(
+        (*backend.attention(q, k, v, mask, options), alone), (out, lse, out), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    grad = torch.from_numpy(rng.standard_normal(out.shape))
+    delta = (grad * out).sum(-1) - torch.from_numpy(rng.standard_normal(lse.shape))
+    for lost in (False, True):
+        if lost:
+            grad[..., 0, :] = 0
+        given = (q, k, v, mask, options, lse, delta, grad)
+        pairs = zip(backend.attention_vjp(*given), reference.attention_vjp(*given), strict=True)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_without_the_kernel_of_torch_numpy_attends(monkeypatch):
+    q, k, v = (torch.from_numpy(x) for x in np.random.default_rng(0).standard_normal((3, 2, 9, 4)))
+    expected = slra.attention(q, k, v, is_causal=True, return_lse=True)
+    monkeypatch.setattr("slra._backends.torch.cpu_kernel", lambda: None)
+    found = slra.attention(q, k, v, is_causal=True, return_lse=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)

@@ -155,7 +155,7 @@ def test_in_ten_bits_generate_gives_the_same_tokens(model, options):
     cache = LowRankCache(bases(3), bits=10, window=3, n_sink=2)
     mask = torch.ones_like(prompt)
     assert torch.equal(model.generate(prompt, attention_mask=mask, cache=cache, **options), exact)
-    assert 8 < cache.bits < 16
+    assert 5 < cache.bits < 14
 
 
 def test_cropping_takes_tokens_off():

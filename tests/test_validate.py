@@ -80,8 +80,9 @@ def test_empty_axes(xp, shape):
         with pytest.raises(ValueError, match="x must have no empty axis, got shape"):
             call(name, xp, x)
     for name in ATTENTION:
-        with pytest.raises(ValueError, match="q must have no empty axis"):
-            call(name, xp, x, x, x)
+        if name != "attention" or x.shape[-1] == 0:
+            with pytest.raises(ValueError, match="q must have (no empty|a last) axis"):
+                call(name, xp, x, x, x)
 
 
 @pytest.mark.eager_only("values cannot be checked here")
@@ -144,6 +145,7 @@ def test_two_devices(xp):
 
 def test_dtypes_that_do_not_promote(xp, monkeypatch):
     q, k, v = three(xp)
+    k = xp.astype(k, xp.float32)
     # Every floating dtype here promotes to some other; a library is free to refuse.
     monkeypatch.setattr(xp, "result_type", _refuse)
     with pytest.raises(TypeError, match=r"q \(.*float64\) and k .* must have a common floating dt"):

@@ -5,6 +5,8 @@ written in the array API standard alone, and overrides what the library can do b
 is imported only once an array of that library has been seen, so nothing here imports a framework.
 """
 
+import functools
+
 import array_api_compat as compat
 
 from slra._backends.standard import Backend
@@ -13,6 +15,7 @@ from slra._typing import Namespace
 __all__ = ["Backend", "backend_of"]
 
 
+@functools.cache
 def backend_of(xp: Namespace) -> Backend:
     """Return the backend of the namespace ``xp``."""
     if compat.is_numpy_namespace(xp):

@@ -4,8 +4,9 @@ Needs: nothing. Libraries are recognised once the caller has imported them, neve
 """
 
 import contextlib
+import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -20,6 +21,49 @@ R = TypeVar("R")
 # Kinds of device that torch.autocast knows apart, each with a switch of its own.
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
+
+class _PublicErrors:
+    """What NumPy does about floating-point errors, as a context variable."""
+
+    def get(self) -> Any:
+        return np.geterr()
+
+    def set(self, errors: Any) -> Any:
+        return np.seterr(**errors)
+
+    def reset(self, before: Any) -> None:
+        np.seterr(**before)
+
+
+def _numpys_variable() -> Any:
+    """NumPy's own variable, from 2.0 on: setting it takes a tenth of the time that np.errstate does."""
+    try:
+        found = importlib.import_module("numpy._core.umath")._extobj_contextvar
+        before = found.set(found.get())
+        np.seterr(all="ignore")
+        found.reset(before)
+        is_right = np.geterr() == _before
+    except (ImportError, AttributeError, LookupError, ValueError):
+        is_right = False
+    return found if is_right else _PublicErrors()
+
+
+_before = np.geterr()
+_errors = _numpys_variable()
+with np.errstate(all="ignore"):
+    _IGNORED = _errors.get()
+# Names of JAX's contexts that raise, with what they are where they do not. NaN marks, among others, a Cholesky factor
+# that does not exist; shapes and dtypes broadcast and promote as the array API has it.
+_JAX_CHECKS = {
+    "debug_nans": False,
+    "debug_infs": False,
+    "numpy_rank_promotion": "allow",
+    "numpy_dtype_promotion": "standard",
+    "transfer_guard_host_to_device": "allow",
+    "transfer_guard_device_to_device": "allow",
+    "transfer_guard_device_to_host": "allow",
+}
+
 # What NumPy did about floating-point errors where the outermost call came from; None outside of all.
 _callers_errors: ContextVar[Any] = ContextVar("callers_errors", default=None)
 
@@ -27,7 +71,7 @@ _callers_errors: ContextVar[Any] = ContextVar("callers_errors", default=None)
 def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """Run a public function outside the caller's contexts: every one of them is decorated with this.
 
-    Within it ``torch.autocast`` and ``jax.debug_nans`` are off, and NumPy neither warns nor raises on underflow and
+    Within it ``torch.autocast`` and JAX's strict modes are off, and NumPy neither warns nor raises on underflow and
     overflow, which are harmless here: what matters is looked at. Threads and the caller see no change.
     """
 
@@ -38,30 +82,46 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
             # torch.compile follows neither NumPy's way nor an ExitStack.
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 return function(*args, **kwargs)
-        with _outside(torch):
-            return function(*args, **kwargs)
+        # Written out, not as a context manager: that would take longer than the smallest functions.
+        callers = _errors.get()
+        outermost = _callers_errors.set(callers) if _callers_errors.get() is None else None
+        before = _errors.set(_IGNORED)
+        try:
+            contexts = _found(torch)
+            if not contexts:
+                return function(*args, **kwargs)
+            with contextlib.ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context)
+                return function(*args, **kwargs)
+        finally:
+            _errors.reset(before)
+            if outermost is not None:
+                _callers_errors.reset(outermost)
 
     call.is_isolated = True  # type: ignore[attr-defined]
     return call
 
 
-@contextlib.contextmanager
-def _outside(torch: Any) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        before = np.geterr() if _callers_errors.get() is None else None
-        if before is not None:
-            token = _callers_errors.set(before)
-            stack.callback(_callers_errors.reset, token)
-        stack.enter_context(np.errstate(all="ignore"))
-        if torch is not None:
-            for device in _AUTOCAST_DEVICES:
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-        jax: Any = sys.modules.get("jax")
-        if jax is not None and getattr(jax.config, "jax_debug_nans", False):
-            # NaN marks, among others, a Cholesky factor that does not exist.
-            stack.enter_context(jax.debug_nans(False))
-        yield
+def _found(torch: Any) -> list[contextlib.AbstractContextManager[Any]]:
+    """List what switches off the contexts of other libraries that are on."""
+    found = _jax_contexts()
+    if torch is not None:
+        devices = filter(torch.is_autocast_enabled, _AUTOCAST_DEVICES)
+        found += [torch.autocast(device, enabled=False) for device in devices]
+    return found
+
+
+def _jax_contexts() -> list[contextlib.AbstractContextManager[Any]]:
+    """List what switches off JAX's checks of its user's code that are on."""
+    jax: Any = sys.modules.get("jax")
+    if jax is None:
+        return []
+    return [
+        getattr(jax, name)(lenient)
+        for name, lenient in _JAX_CHECKS.items()
+        if getattr(jax.config, f"jax_{name}", None) not in (None, lenient)
+    ]
 
 
 def with_callers_errors(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +135,10 @@ def with_callers_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function, assigned=("__doc__",))
     def call(*args: Any, **kwargs: Any) -> Any:
-        with np.errstate(**errors):
+        before = _errors.set(errors)
+        try:
             return function(*args, **kwargs)
+        finally:
+            _errors.reset(before)
 
     return call

@@ -260,7 +260,8 @@ class DaskBackend(Backend):
         """Apply it to blocks in which the last axis is whole."""
 
         def rows(x: Any, levels: Any) -> Any:
-            return function(x, levels).astype(x.dtype)
+            with np.errstate(all="ignore"):
+                return function(x, levels).astype(x.dtype)
 
         whole = [a.rechunk({a.ndim - 1: -1}) for a in (x, levels)]
         return da.apply_gufunc(rows, "(n),(m)->(n)", *whole, output_dtypes=x.dtype)
@@ -319,7 +320,8 @@ class DaskBackend(Backend):
             mask = rest[len(lazy)] if len(rest) > len(lazy) else None
             # Values are known here, so this is where NaN is looked for.
             backend = NumpyBackend(array_api_compat.numpy)
-            return backend.heeded(backend.attention, q, k, v, mask, options._replace(**known))
+            with backend.ignore_overflow():
+                return backend.heeded(backend.attention, q, k, v, mask, options._replace(**known))
 
         out, lse = _by_matrix(block, f"{signature}->(q,e),(q)", *arrays, dtypes=[q.dtype] * 2)
         return out, lse

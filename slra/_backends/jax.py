@@ -12,7 +12,7 @@ import jax
 
 from slra._backends.jax_attention import scanned_attention
 from slra._backends.standard import Backend, ScoreOptions
-from slra._backends.standard.hidden import Attend, finite_parts, hides, marks
+from slra._backends.standard.hidden import Attend, finite_parts, is_same_for_all, marks
 from slra._backends.standard.sparse import index_dtype
 from slra._backends.standard.spectral import ShrunkSpectrum
 from slra._typing import Array
@@ -148,9 +148,9 @@ class JaxBackend(Backend):
         mask: Array | None,
         options: ScoreOptions,
     ) -> tuple[Array, Any]:
-        """Traced: attend to finite parts, and compute marks only where not all is finite."""
+        """Traced under a mask with rows and columns, look for NaN where not all is finite."""
         arrays = (q, k, v)
-        if all(map(self.is_eager, arrays)) or not hides(mask, options, q.shape[-2], k.shape[-2]):
+        if is_same_for_all(mask) or all(map(self.is_eager, arrays)):
             return super().heeded(attend, q, k, v, mask, options)
         out, lse = attend(*finite_parts(self, *arrays), mask, options)
         q, k, v, mask = jax.tree.map(jax.lax.stop_gradient, (*arrays, mask))

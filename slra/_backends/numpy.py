@@ -4,14 +4,21 @@ Needs: numpy, scipy. Reads its input only, which may be read-only.
 """
 
 import contextlib
+import math
 from typing import Any
 
 import numpy as np
 
 from slra._backends import numpy_attention, numpy_bits
 from slra._backends.blas_threads import workers
-from slra._backends.numpy_decode import FEW_QUERIES, few_queries_attention
+from slra._backends.numpy_decode import (
+    FEW_QUERIES,
+    FEW_SCORES,
+    few_queries_attention,
+    few_scores_attention,
+)
 from slra._backends.standard import Backend, ScoreOptions
+from slra._backends.standard.elementwise import FloatFormat
 from slra._backends.standard.sparse import index_dtype
 from slra._typing import Array, DType
 
@@ -34,9 +41,22 @@ class NumpyBackend(Backend):
             )
         return None
 
+    def device(self, x: Array) -> Any:
+        """There is one."""
+        return None
+
     def is_complex(self, x: Array) -> bool:
         """Look at the kind: a call of ``isdtype`` takes as long as a product of small matrices."""
         return bool(x.dtype.kind == "c")
+
+    def float_format(self, dtype: DType) -> FloatFormat | None:
+        """Look at the kind, for the same reason."""
+        if dtype.kind == "f":
+            return FloatFormat(False, 8 * dtype.itemsize)
+        if dtype.kind == "c":
+            return FloatFormat(True, 4 * dtype.itemsize)
+        # Of ml_dtypes, which is not among NumPy's kinds.
+        return FloatFormat(False, 16) if dtype.name == "bfloat16" else super().float_format(dtype)
 
     def same_bits(self) -> contextlib.AbstractContextManager[Any]:
         """Limit BLAS as attention does, all the time: elsewhere it would be limited only while others attend."""
@@ -117,7 +137,10 @@ class NumpyBackend(Backend):
     def attention(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
     ) -> tuple[Array, Array]:
-        """Tiles in place, on several threads; without tiles where a few queries decode."""
+        """Tiles in place, on several threads; none where a few queries decode, or there are few scores."""
+        heads = [math.prod(x.shape[:-2]) for x in (q, k, v, mask) if x is not None]
+        if max(heads) * q.shape[-2] * k.shape[-2] <= FEW_SCORES:
+            return few_scores_attention(q, k, v, mask, options)
         if q.shape[-2] <= FEW_QUERIES:
             return few_queries_attention(q, k, v, mask, options)
         return numpy_attention.attention(q, k, v, mask, options)

@@ -133,7 +133,11 @@ class Buffers:
 
 
 def in_threads(
-    tasks: list[Any], run: Callable[[Any, Buffers], None], dtype: np.dtype[Any], n_products: int
+    tasks: list[Any],
+    run: Callable[[Any, Buffers], None],
+    dtype: np.dtype[Any],
+    n_products: int,
+    most_threads: int | None = None,
 ) -> None:
     """Call ``run(task, buffers)`` for all tasks, which take ``n_products`` multiplications altogether."""
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -144,6 +148,7 @@ def in_threads(
         return
     limits = workers()
     with limits as n_workers, limits:
+        n_workers = min(n_workers, most_threads or n_workers)
         if n_workers > 1:
             with ThreadPoolExecutor(n_workers) as pool:
                 try:
@@ -184,7 +189,13 @@ def _drain(
 
 
 def attention(
-    q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    options: ScoreOptions,
+    *,
+    most_threads: int | None = None,
 ) -> tuple[Array, Array]:
     """Exact attention and its log-sum-exp."""
     batch = scores_batch_shape(q, k, v, mask)
@@ -203,7 +214,8 @@ def attention(
             _attend_rows(head(arguments, index), row, out[here], lse[here], buffers)
 
     tasks = list(itertools.product(np.ndindex(*batch), tops))
-    in_threads(tasks, run, q.dtype, arguments.n_scores() * (q.shape[-1] + v.shape[-1]))
+    n_products = arguments.n_scores() * (q.shape[-1] + v.shape[-1])
+    in_threads(tasks, run, q.dtype, n_products, most_threads)
     return out, lse
 
 
@@ -302,6 +314,8 @@ def attention_vjp(
     lse: Array,
     delta: Array,
     grad_out: Array,
+    *,
+    most_threads: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients of attention with respect to q, k and v, as `standard.attention.tiled_attention_vjp`.
 
@@ -329,7 +343,7 @@ def attention_vjp(
 
     tasks = list(itertools.product(np.ndindex(*apart), range(n_parts)))
     n_products = arguments.n_scores() * (3 * q.shape[-1] + 2 * v.shape[-1])
-    in_threads(tasks, run, q.dtype, n_products)
+    in_threads(tasks, run, q.dtype, n_products, most_threads)
     return dq, dk.sum(axis=0) * options.scale, dv.sum(axis=0)
 
 

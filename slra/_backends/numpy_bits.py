@@ -14,7 +14,9 @@ def _table() -> Array:
     return np.ascontiguousarray(bits).view(np.uint64)[:, 0]
 
 
-ONES = _table()
+# By the place of a plane; where it is the last one it is the sign, which fills what is above.
+ONES = [_table() << np.uint64(place) for place in range(BYTE)]
+SIGNS = [_table() * np.uint64(256 - (1 << place)) for place in range(BYTE)]
 # Numbers that are unpacked at once: what is between stays in a second-level cache of 1 MB.
 BLOCKS_BYTES = 1 << 18
 
@@ -41,50 +43,47 @@ def unpack_blocks(heap: Array, widths: Array, dtype: DType) -> Array:
     n_blocks, n_heads, d = widths.shape
     out = np.empty((n_heads, d, n_blocks, TOKENS), dtype=dtype)
     step = max(1, BLOCKS_BYTES // (n_heads * d * TOKENS))
-    first = 0
+    planes, first = heap[: len(heap) // PLANE * PLANE].view(np.uint16), 0
     for top in range(0, n_blocks, step):
-        some = widths[top : top + step]
-        first = _unpack(heap, first, some, out[:, :, top : top + step])
+        rows = slice(top, min(top + step, n_blocks))
+        first = _unpack(planes, first, widths[rows], out[:, :, rows])
     return out.reshape(n_heads, d, n_blocks * TOKENS).swapaxes(-1, -2)
 
 
-def _unpack(heap: Array, first: int, widths: Array, out: Array) -> int:
-    """Unpack from one place in the heap on, and say where the next tile begins."""
-    n_blocks, n_heads, d = widths.shape
-    flat = widths.reshape(-1)
-    narrow = np.where(flat < WHOLE, flat, 0).astype(np.int64)
-    ends = np.cumsum(narrow)
-    planes = heap[first:].view(np.uint8)
-    small = np.zeros((flat.size, PLANE), dtype=np.uint64)
+def _unpack(planes: Array, first: int, widths: Array, out: Array) -> int:
+    """Unpack from one plane of the heap on, and say which is the first of the next tile."""
+    by_block = np.where(widths < WHOLE, widths, 0).reshape(len(widths), -1)
+    ends = np.cumsum(by_block, dtype=np.int64).reshape(by_block.shape)
+    end = first + int(ends[-1, -1])
+    # In the order of the result, each coordinate by itself: it is then written in long runs.
+    starts = (ends - by_block + first).T.reshape(-1)
+    narrow = by_block.T.reshape(-1)
+    order = np.argsort(narrow, kind="stable")
+    bounds = np.cumsum(np.bincount(narrow, minlength=WHOLE))
+    words = np.zeros((len(narrow), PLANE), dtype=np.uint64)
     wide = []
-    counts = np.bincount(narrow, minlength=WHOLE)
-    for width in [width for width in range(1, WHOLE) if counts[width]]:
-        (tiles,) = np.nonzero(narrow == width)
-        at = PLANE * (ends[tiles] - width)
-        low = _word(planes, at, range(min(width, BYTE)), is_signed=width <= BYTE)
+    for width in range(1, WHOLE):
+        tiles = order[bounds[width - 1] : bounds[width]]
+        if not len(tiles):
+            continue
+        low = _words(planes, starts[tiles], range(min(width, BYTE)), is_signed=width <= BYTE)
         if width <= BYTE:
-            small[tiles] = low.T
+            words[tiles] = low
         else:
-            high = _word(planes, at, range(BYTE, width), is_signed=True)
-            codes = low.T.copy().view(np.uint8).astype(np.int16)
-            codes |= high.T.copy().view(np.int8).astype(np.int16) << BYTE
-            wide.append((tiles, codes))
-    codes = small.view(np.int8).reshape(n_blocks, n_heads, d, TOKENS)
-    np.copyto(out, codes.transpose(1, 2, 0, 3))
+            high = _words(planes, starts[tiles], range(BYTE, width), is_signed=True)
+            codes = high.view(np.int8).astype(np.int16) << BYTE
+            wide.append((tiles, codes | low.view(np.uint8)))
+    np.copyto(out, words.view(np.int8).reshape(out.shape))
     for tiles, codes in wide:
-        blocks, heads, features = np.unravel_index(tiles, widths.shape)
-        out[heads, features, blocks] = codes
-    return first + PLANE * int(ends[-1])
+        out[np.unravel_index(tiles, out.shape[:-1])] = codes
+    return end
 
 
-def _word(planes: Array, at: Array, some: range, *, is_signed: bool) -> Array:
-    """Put planes of tiles, which begin ``at``, together: words (2, n) of 8 integers of a byte."""
-    word = np.zeros((PLANE, len(at)), dtype=np.uint64)
+def _words(planes: Array, at: Array, some: range, *, is_signed: bool) -> Array:
+    """Put planes of tiles, which begin ``at``, together: words (n, 2) of 8 integers of a byte."""
+    words: Array = np.zeros(0)
     for i, plane in enumerate(some):
-        table = ONES << np.uint64(i)
-        if is_signed and i == len(some) - 1:
-            # The last plane is the sign: it fills what is above.
-            table = ONES * np.uint64(256 - (1 << i))
-        for half in range(PLANE):
-            word[half] |= table[planes[at + (PLANE * plane + half)]]
-    return word
+        table = SIGNS[i] if is_signed and i == len(some) - 1 else ONES[i]
+        part = table[planes[at + plane].view(np.uint8)]
+        words = np.bitwise_or(words, part, out=words) if i else part
+    return words.reshape(-1, PLANE)

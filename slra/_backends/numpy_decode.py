@@ -1,6 +1,7 @@
-"""Attention of so few queries that reading keys and values is all the time there is, on NumPy.
+"""Attention on NumPy where tiles do not pay: of few queries, and of all heads at once where there are few scores.
 
-Matrix-vector products read each key and value once, and there is no tile to rescale.
+Few queries: reading keys and values is all the time there is. Matrix-vector products read each key and value once,
+and there is no tile to rescale. Few scores: starting NumPy's functions is.
 """
 
 from typing import Any
@@ -18,15 +19,18 @@ from slra._backends.numpy_attention import (
     hide,
     in_threads,
 )
-from slra._backends.standard.attention import ScoreOptions, Tile, scores_batch_shape
+from slra._backends.standard.attention import ScoreOptions, Tile, TileBounds, scores_batch_shape
+from slra._backends.standard.attention import hide as hide_scores
 from slra._typing import Array
 
-__all__ = ["FEW_QUERIES", "few_queries_attention"]
+__all__ = ["FEW_QUERIES", "FEW_SCORES", "few_queries_attention", "few_scores_attention"]
 
 # From about so many on, products of matrices are faster.
 FEW_QUERIES = 8
 # A chunk of keys, and a group of scores, stay in a second-level cache of 1 MB.
 CHUNK_BYTES = 1 << 19
+# So many scores of all heads take less time than a loop over four heads takes to start.
+FEW_SCORES = 1 << 13
 
 
 def few_queries_attention(
@@ -83,3 +87,28 @@ def _weigh(scores: Array, power: Power) -> tuple[Array, Array]:
     empty = total == 0
     total[empty] = 1
     return np.where(empty, -np.inf, shift / power.per_nat + np.log(total)), total
+
+
+def few_scores_attention(
+    q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+) -> tuple[Array, Array]:
+    """Exact attention and its log-sum-exp, of all heads at once."""
+    scores = q * q.dtype.type(options.scale) @ k.swapaxes(-1, -2)
+    if options.softcap is not None:
+        scores = np.tanh(scores / q.dtype.type(options.softcap)) * q.dtype.type(options.softcap)
+    n_queries, n_keys = scores.shape[-2:]
+    diagonal = options.diagonal(n_queries, n_keys)
+    bounds = TileBounds(mask, options, Tile(0, n_queries, 0, n_keys), diagonal)
+    part, seen = bounds.additive(np, scores.dtype, None), bounds.seen(np, None)
+    scores = hide_scores(np, scores, part, seen)
+    shift = scores.max(axis=-1, keepdims=True)
+    shift[shift == -np.inf] = 0
+    scores -= shift
+    np.exp(scores, out=scores)
+    total = scores.sum(axis=-1, keepdims=True)
+    lse = np.log(total)
+    lse += shift
+    total[total == 0] = 1
+    out = scores @ v
+    out /= total
+    return out, lse[..., 0]

@@ -11,13 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils.checkpoint
+from torch.autograd import forward_ad as _forward_mode
 
-from slra._backends import numpy_bits
+from slra._backends import numpy_attention, numpy_bits
 from slra._backends.gaussian import gaussian
 from slra._backends.standard import Backend, ScoreOptions
+from slra._backends.standard.elementwise import FloatFormat
 from slra._backends.standard.sparse import index_dtype
 from slra._backends.standard.spectral import ShrunkSpectrum
-from slra._backends.torch_attention import expressible, sdpa_attention
+from slra._backends.torch_attention import (
+    cpu_kernel,
+    kernel_gradients,
+    kernel_output,
+    kernel_output_and_lse,
+)
 from slra._typing import Array
 
 __all__ = ["TorchBackend"]
@@ -31,16 +38,50 @@ def _is_wrapped(x: Array) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
-def _is_mapped(x: Array) -> bool:
-    """Whether ``x`` is inside torch.func.vmap, at any depth of transforms."""
+def _needs_formula(*xs: Array) -> bool:
+    """Whether a derivative is taken that torch's kernels do not have: forward mode, second ones, and maps."""
     if torch.compiler.is_compiling():
         return False
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
+    functorch, levels = torch._C._functorch, set()
+    for x in xs:
+        if _forward_mode.unpack_dual(x).tangent is not None:
             return True
-        x = functorch.get_unwrapped(x)
-    return False
+        inner = x
+        while functorch.is_functorch_wrapped_tensor(inner):
+            if functorch.is_batchedtensor(inner):
+                return True
+            levels.add(functorch.maybe_get_level(inner))
+            inner = functorch.get_unwrapped(inner)
+    return len(levels) > 1
+
+
+def _is_plain(*xs: Array) -> bool:
+    """Whether these are tensors in a CPU's memory and nothing else."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and not _is_wrapped(x)
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
+        for x in xs
+    )
+
+
+def _is_recorded(*xs: Array | None) -> bool:
+    """Whether autograd records what is done to one of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in xs)
+
+
+def _as_numpy(**xs: Array | None) -> dict[str, Any]:
+    """Share the memory with NumPy, but for half precision, of which it is a wider copy."""
+    keep = torch.bool, torch.float32, torch.float64
+    wide = {n: x if x is None or x.dtype in keep else x.float() for n, x in xs.items()}
+    return {n: x if x is None else x.detach().numpy() for n, x in wide.items()}
+
+
+def _on_numpy(options: ScoreOptions) -> ScoreOptions:
+    return options._replace(**_as_numpy(alibi=options.alibi))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -78,8 +119,50 @@ class _ShrinkSpectrum(torch.autograd.Function):  # type: ignore[misc]
         return along + (0.0 if step is None else step * spectrum.along_tau())
 
 
+class _Recorded(torch.autograd.Function):  # type: ignore[misc]
+    """Attention and its log-sum-exp by kernels that torch cannot differentiate, or not twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Array, k: Array, v: Array, mask: Any, options: Any, backend: Any
+    ) -> Any:
+        out, lse = backend.constant_attention(q, k, v, mask, options)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Array | None, grad_lse: Array | None) -> Any:
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        given = {i: g for i, g in enumerate((grad_out, grad_lse)) if g is not None}
+        if torch.is_grad_enabled() or not _is_plain(*given.values()):
+            # Each a tensor of its own, though it be one that is given twice.
+            with torch.enable_grad():
+                arrays = q, k, v = [x.view_as(x) for x in (q, k, v)]
+                found = _Formula(ctx.backend.xp).attention(q, k, v, mask, ctx.options)
+                asked = [i for i in range(3) if ctx.needs_input_grad[i]]
+                grads = torch.autograd.grad(
+                    [found[i] for i in given],
+                    [arrays[i] for i in asked],
+                    list(given.values()),
+                    create_graph=torch.is_grad_enabled(),
+                )
+            known = dict(zip(asked, grads, strict=True))
+            return *[known.get(i) for i in range(3)], None, None, None
+        options, backend = ctx.options, ctx.backend
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        q, k, v, out, grad_out = (x.to(lse.dtype) for x in (q, k, v, out, grad_out))
+        delta = (grad_out * out).sum(-1)
+        delta = delta if grad_lse is None else delta - grad_lse
+        grads = backend.attention_vjp(q, k, v, mask, options, lse, delta, grad_out)
+        return *grads, None, None, None
+
+
 class TorchBackend(Backend):
     """Overrides for PyTorch."""
+
+    attends_in_half = True
 
     def is_eager(self, x: Array) -> bool:
         """Values can be read outside torch.compile and torch.func transforms, off the meta device."""
@@ -188,19 +271,108 @@ class TorchBackend(Backend):
 
     def device(self, x: Array) -> Any:
         """Torch spells out the index of a device everywhere but on the CPU."""
-        return str(x.device)
+        return x.device
+
+    def float_format(self, dtype: Any) -> FloatFormat | None:
+        """Ask the dtype."""
+        if not (dtype.is_floating_point or dtype.is_complex):
+            return None
+        return FloatFormat(dtype.is_complex, (4 if dtype.is_complex else 8) * dtype.itemsize)
+
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """Torch's own, which takes a fraction of the time to start."""
+        return x.reshape(shape)
 
     def attention_output(
         self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
     ) -> Array:
-        """Torch's fused kernel, where it knows the options; it has no rule for vmap."""
+        """Torch's fused kernel, where it knows the options and the derivatives."""
+        arrays = [x for x in (q, k, v, mask, options.alibi) if x is not None]
+        has_numbers = isinstance(options.scale, float) and options.softcap is None
+        if not has_numbers or _needs_formula(*arrays) or _is_recorded(mask, options.alibi):
+            return self.attention(q, k, v, mask, options)[0]
+        if _is_plain(*arrays) and _is_recorded(*arrays):
+            return self.attention(q, k, v, mask, options)[0]
+        return kernel_output(q, k, v, mask, options)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> tuple[Array, Array]:
+        """On a CPU torch's own kernel, or NumPy's; elsewhere, and for derivatives of all kinds, tiles of torch."""
+        arrays = [x for x in (q, k, v, mask, options.alibi) if x is not None]
         if not isinstance(options.scale, float):
-            q, options = q * options.scale, options._replace(scale=1.0)
-        given = (q, k, v, mask, options.alibi)
-        is_mapped = any(_is_mapped(x) for x in given if x is not None)
-        if expressible(mask, options) and not is_mapped:
-            return sdpa_attention(q, k, v, mask, options)
-        return super().attention_output(q, k, v, mask, options)
+            q, options = self._widened(q) * options.scale, options._replace(scale=1.0)
+            k, v = self._widened(k), self._widened(v)
+        is_formula = _needs_formula(*arrays)
+        has_numbers = isinstance(options.softcap, float | None)
+        is_constant = has_numbers and not _is_recorded(mask, options.alibi)
+        if not is_formula and is_constant and _is_plain(*arrays):
+            if _is_recorded(*arrays):
+                found: tuple[Array, Array] = _Recorded.apply(q, k, v, mask, options, self)
+                return found
+            return self.constant_attention(q, k, v, mask, options)
+        if is_formula:
+            return _Formula(self.xp).attention(q, k, v, mask, options)
+        dtype, (q, k, v) = q.dtype, map(self._widened, (q, k, v))
+        out, lse = super().attention(q, k, v, mask, options)
+        return out.to(dtype), lse
+
+    def constant_attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> tuple[Array, Array]:
+        """Attention of tensors on a CPU, through which no gradient passes."""
+        # In half precision the kernel's log-sum-exp is good to four digits.
+        dtype, (q, k, v) = q.dtype, map(self._widened, (q, k, v))
+        kernel = cpu_kernel() if options.softcap is None else None
+        if kernel is not None:
+            out, lse = kernel_output_and_lse(q, k, v, mask, options, kernel)
+            return out.to(dtype), lse
+        by_name = _as_numpy(q=q, k=k, v=v, mask=mask)
+        threads = torch.get_num_threads()
+        out, lse = numpy_attention.attention(
+            **by_name, options=_on_numpy(options), most_threads=threads
+        )
+        return torch.from_numpy(out).to(dtype), torch.from_numpy(lse)
+
+    def attention_vjp(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        lse: Array,
+        delta: Array,
+        grad_out: Array,
+    ) -> tuple[Array, Array, Array]:
+        """As `attention`."""
+        given = (q, k, v, mask, options.alibi, lse, delta, grad_out)
+        arrays = [x for x in given if x is not None]
+        numbers = options.scale, options.softcap
+        is_constant = all(isinstance(x, float | None) for x in numbers) and _is_plain(*arrays)
+        if not is_constant or _needs_formula(*arrays) or _is_recorded(*arrays):
+            return super().attention_vjp(q, k, v, mask, options, lse, delta, grad_out)
+        kernel = cpu_kernel() if options.softcap is None else None
+        if kernel is not None:
+            found = kernel_gradients(q, k, v, mask, options, lse, delta, grad_out, kernel)
+            if found is not None:
+                return found
+        by_name = _as_numpy(q=q, k=k, v=v, mask=mask, lse=lse, delta=delta, grad_out=grad_out)
+        dq, dk, dv = numpy_attention.attention_vjp(
+            **by_name, options=_on_numpy(options), most_threads=torch.get_num_threads()
+        )
+        return torch.from_numpy(dq), torch.from_numpy(dk), torch.from_numpy(dv)
+
+    def _widened(self, x: Array) -> Array:
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
+        """As many scores as stay in the second-level cache of a CPU; elsewhere as the standard."""
+        if like.device.type != "cpu":
+            return super().tile_shape(n_matrices, like)
+        area = max(1 << 14, (1 << 19) // max(1, n_matrices))
+        width = min(1024, max(256, 1 << (area.bit_length() // 2)))
+        return area // width, width
 
     def pack_tiles(self, x: Array, widths: np.ndarray[Any, Any]) -> Array:
         """Let NumPy do it where memory is shared with it."""
@@ -245,3 +417,19 @@ class TorchBackend(Backend):
         """Write the entries where they belong."""
         dense = torch.zeros((*values.shape[:-1], n), dtype=values.dtype, device=values.device)
         return dense.scatter(-1, indices.to(torch.int64), values)
+
+
+class _Formula(TorchBackend):
+    """Attention by operations that have derivatives of every order, in both modes."""
+
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> tuple[Array, Array]:
+        """Tiles of torch."""
+        dtype, (q, k, v) = q.dtype, map(self._widened, (q, k, v))
+        out, lse = Backend.attention(self, q, k, v, mask, options)
+        return out.to(dtype), lse
+
+    def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Keep everything: what recomputes has no second derivative."""
+        return function

@@ -9,11 +9,11 @@ from slra._files import Arrays, File, npz, write_file
 from slra._npz import read_npz
 from slra._validate import resolve
 from slra.attn.coding import STEPS, Coding
+from slra.attn.maps import NAMES_OF_MAPS
 
-__all__ = ["CODING", "MAPS", "NAMES", "read_bases", "shapes_of", "write_bases"]
+__all__ = ["CODING", "NAMES", "read_bases", "shapes_of", "write_bases"]
 
-MAPS = ("wq", "wk", "wv", "uv", "c", "mu")
-NAMES = (*MAPS, "error")
+NAMES = (*NAMES_OF_MAPS, "error")
 # The parts of `slra.attn.coding.Coding`, which a basis may lack.
 CODING = tuple(f"coding_{name}" for name in Coding._fields)
 

@@ -137,7 +137,7 @@ def _errors(problem: AttentionProblem, factors: Factors, exact: ExactRows, rank_
 def _first_within(errors: Array, rtol: float, xp: Namespace) -> list[int]:
     """Return for each key head the first rank at which all its errors are within ``rtol``; 0 if there is none."""
     within = xp.all(errors <= rtol, axis=(*range(errors.ndim - 3), -2))
-    first = xp.argmax(xp.astype(within, xp.int64), axis=-1) + 1
+    first = xp.argmax(xp.astype(within, xp.int32), axis=-1) + 1
     first = xp.where(xp.any(within, axis=-1), first, 0)
     return [int(first[head]) for head in range(first.shape[0])]
 

@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple, Unpack, overload
 from slra._backends.ambient import isolated
 from slra._files import File
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
-from slra._validate import check_flag, check_rank, promote, resolve, shown
-from slra.attn._basis_io import CODING, MAPS, NAMES, read_bases, shapes_of, write_bases
+from slra._validate import check_flag, check_matrix, check_rank, promote, resolve, shown
+from slra.attn._basis_io import CODING, NAMES, read_bases, shapes_of, write_bases
 from slra.attn.coding import Coding
-from slra.attn.maps import Maps, mapped_output
-from slra.attn.problem import AttentionProblem, make_problem
+from slra.attn.maps import NAMES_OF_MAPS, Maps, mapped_output
+from slra.attn.problem import AttentionProblem, Three, make_problem
 
 __all__ = [
     "AttentionBasis",
@@ -122,7 +122,7 @@ class AttentionBasis:
 
     def __repr__(self) -> str:
         """Shapes, ranks, dtype, bytes and, where it is concrete, the error, on three lines."""
-        shapes = ", ".join(f"{name} {_shape(getattr(self, name))}" for name in MAPS)
+        shapes = ", ".join(f"{name} {_shape(getattr(self, name))}" for name in NAMES_OF_MAPS)
         return f"AttentionBasis({_size(self)},\n  {shapes},\n  {_ranks(self.ranks)})"
 
     @overload
@@ -215,16 +215,31 @@ class AttentionBasis:
             scale=scale,
             enable_gqa=enable_gqa,
             softcap=softcap,
+            may_be_empty=True,
         )
-        problem = check_basis(self, problem)
+        out: ArrayT
+        lse: ArrayT
+        out, lse = self._attended(problem, Maps.project, return_lse=return_lse)
+        return (out, lse) if return_lse else out
+
+    def _attended(
+        self,
+        problem: AttentionProblem,
+        project: Callable[[Maps, AttentionProblem], Three],
+        *,
+        return_lse: bool,
+    ) -> tuple[Any, Any]:
+        problem = check_basis(self, problem, is_projected=project is Maps.project_queries)
         check_flag(return_lse, "return_lse")
         with (same_bits := problem.backend.same_bits()), same_bits:
-            with_lse = return_lse or sinks is not None
-            small, lse = mapped_output(problem, Maps.of(self, problem), with_lse=with_lse)
+            with_lse = return_lse or problem.sinks is not None
+            small, lse = mapped_output(
+                problem, Maps.of(self, problem), with_lse=with_lse, project=project
+            )
             if lse is not None:
                 small, lse = problem.with_sinks(small, lse)
-            out: ArrayT = problem.answer(small)
-        return (out, problem.answer_lse(lse)) if return_lse else out
+            out = problem.answer(small)
+        return out, problem.answer_lse(lse) if return_lse else None
 
     @isolated
     def project(self, q: ArrayT, k: ArrayT, v: ArrayT) -> tuple[ArrayT, ArrayT, ArrayT]:
@@ -248,12 +263,122 @@ class AttentionBasis:
             As in `attend`.
         """
         has_shared_heads = _n_heads(self.wq) != _n_heads(self.wk)
-        problem = make_problem(q, k, v, enable_gqa=has_shared_heads)
+        problem = make_problem(q, k, v, enable_gqa=has_shared_heads, may_be_empty=True)
         problem = check_basis(self, problem)
         with problem.backend.ignore_overflow():
             small = Maps.of(self, problem).project(problem)
             q, k, v = problem.answer_inputs(small)
         return q, k, v
+
+    @isolated
+    def project_keys(self, k: ArrayT, v: ArrayT) -> tuple[ArrayT, ArrayT]:
+        """Map keys and values once, for `attend_projected` to attend to them often.
+
+        Parameters
+        ----------
+        k : array, shape (..., Hkv, Nk, D)
+        v : array, shape (..., Hkv, Nk, Dv)
+
+        Returns
+        -------
+        tuple of arrays
+            k' (..., Hkv, Nk, r) and v' (..., Hkv, Nk, r_v), in the common dtype of the arguments.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `attend`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import slra
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2, 50, 8))
+        >>> basis = slra.fit_attention(q, k, v, 4)
+        >>> small = basis.project_keys(k, v)
+        >>> bool(np.allclose(basis.attend_projected(q, *small), basis.attend(q, k, v)))
+        True
+        """
+        # A query for each key head, which takes no part.
+        n_shared = _n_heads(self.wq) // _n_heads(self.wk)
+        xp = resolve(k=k, v=v, basis=self.wq).xp
+        check_matrix(k, "k", may_be_empty=True)
+        keys: Array = k
+        q = xp.zeros_like(keys[..., :0, :])
+        q = q if n_shared == 1 else xp.concat([q] * n_shared, axis=-3)
+        _, k, v = self.project(q, k, v)
+        return k, v
+
+    @isolated
+    def attend_projected(
+        self,
+        q: ArrayT,
+        k: ArrayT,
+        v: ArrayT,
+        *,
+        mask: AnyArray | None = None,
+        is_causal: bool = False,
+        causal_align: CausalAlign | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        lengths_q: Any = None,
+        lengths_k: Any = None,
+        sinks: AnyArray | None = None,
+        alibi: AnyArray | None = None,
+        scale: float | AnyArray | None = None,
+        enable_gqa: bool = False,
+        softcap: float | AnyArray | None = None,
+        return_lse: bool = False,
+    ) -> ArrayT | tuple[ArrayT, ArrayT]:
+        """Attend as `attend`, to keys and values that `project_keys` returned.
+
+        Parameters
+        ----------
+        q : array, shape (..., Hq, Nq, D)
+            Queries, not projected.
+        k : array, shape (..., Hkv, Nk, r)
+            Projected keys.
+        v : array, shape (..., Hkv, Nk, r_v)
+            Projected values.
+        mask, is_causal, causal_align, window, lengths_q, lengths_k, sinks, alibi, scale, enable_gqa, softcap
+        return_lse
+            As in `attend`. The default scale is ``1/sqrt(D)`` of the original D.
+
+        Returns
+        -------
+        out, lse : array
+            As `attend` returns.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `attend`.
+
+        Examples
+        --------
+        See `project_keys`.
+        """
+        problem = make_problem(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=is_causal,
+            causal_align=causal_align,
+            window=window,
+            lengths_q=lengths_q,
+            lengths_k=lengths_k,
+            sinks=sinks,
+            alibi=alibi,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            softcap=softcap,
+            may_be_empty=True,
+            key_width=self.wk.shape[-1],
+        )
+        out: ArrayT
+        lse: ArrayT
+        out, lse = self._attended(problem, Maps.project_queries, return_lse=return_lse)
+        return (out, lse) if return_lse else out
 
     @isolated
     def fold(
@@ -316,7 +441,7 @@ class AttentionBasis:
         True
         """
         return _fold(
-            {name: getattr(self, name) for name in MAPS},
+            {name: getattr(self, name) for name in NAMES_OF_MAPS},
             {"w_q": w_q, "w_k": w_k, "w_v": w_v, "w_o": w_o},
             {"b_q": b_q, "b_k": b_k, "b_v": b_v, "b_o": b_o},
         )
@@ -423,12 +548,18 @@ def check_parts(basis: Any) -> None:
             check_rank(rank, limit, "ranks of a basis")
 
 
-def check_basis(basis: AttentionBasis, problem: AttentionProblem) -> AttentionProblem:
-    """Raise unless a problem has the library, device, heads and widths of the basis; return it as it is answered."""
+def check_basis(
+    basis: AttentionBasis, problem: AttentionProblem, *, is_projected: bool = False
+) -> AttentionProblem:
+    """Raise unless a problem has the library, device, heads and widths of the basis; return it as it is answered.
+
+    Values that ``is_projected`` have the columns of the map.
+    """
     check_parts(basis)
     q, k, v = problem[:3]
     resolve(q=q, basis=basis.wq)
-    widths, expected = (q.shape[-1], v.shape[-1]), (basis.wq.shape[-2], basis.uv.shape[-1])
+    width_v = basis.uv.shape[-2 if is_projected else -1]
+    widths, expected = (q.shape[-1], v.shape[-1]), (basis.wq.shape[-2], width_v)
     if widths != expected:
         raise ValueError(
             f"q and v must have the widths (D, Dv) of the basis, {expected}, got {widths}"

@@ -1,10 +1,11 @@
 """Exact attention in memory linear in the length of the sequence, its gradient, and the merge of its parts."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, Unpack, overload
 
 from slra._backends.ambient import isolated
-from slra._backends.standard.attention import sum_to
+from slra._backends.standard.attention import scores_batch_shape, sum_to
 from slra._backends.standard.hidden import finite_gradients
 from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign, Namespace
 from slra._validate import check_flag, promote, resolve
@@ -131,14 +132,19 @@ def attention(
     TypeError
         If an array is not real floating, or they come from different libraries.
     ValueError
-        If shapes do not fit, an axis is empty, arrays are on different devices, lengths do not add up, or
+        If shapes do not fit, D is 0, arrays are on different devices, lengths do not add up, or
         ``causal_align`` is missing: with a window or slopes too it must be given where Nq is not Nk.
 
     Notes
     -----
     .. math:: \operatorname{softmax}(s Q K^T + M) V
 
-    NaN and infinities in the input propagate. Scores, and sums of values over the keys, have to be in the range of the
+    NaN and infinities in the input propagate, but for those that a mask (boolean, or -inf) or causality hides: a hidden
+    key or value does not matter, whatever it holds, and neither does a query that sees nothing. Under a mask or
+    causality a query that sees an infinite key gets NaN. (In a function that torch compiles or transforms, under a mask
+    that differs from query to query, this holds for what is hidden from all queries.) Without keys the output is 0.
+
+    Scores, and sums of values over the keys, have to be in the range of the
     dtype computed in: where they are not, the output is NaN or infinite too.
 
     References
@@ -169,6 +175,8 @@ def attention(
         scale=scale,
         enable_gqa=enable_gqa,
         softcap=softcap,
+        keep_half=return_lse is False,
+        may_be_empty=True,
     )
     out: ArrayT
     if not check_flag(return_lse, "return_lse") and sinks is None:
@@ -181,6 +189,8 @@ def attention(
 
 def exact_output_and_lse(problem: AttentionProblem) -> tuple[Array, Array]:
     """Attention without sinks and its log-sum-exp, laid out as the problem is, in the dtype computed in."""
+    if problem.is_empty:
+        return _empty_output(problem)
     if problem.lengths is not None:
         out, lse = by_sequence(problem, exact_output_and_lse)
         return out, lse
@@ -191,6 +201,8 @@ def exact_output_and_lse(problem: AttentionProblem) -> tuple[Array, Array]:
 
 def exact_output(problem: AttentionProblem) -> Array:
     """Attention without sinks where nobody asks for the log-sum-exp: some libraries are faster then."""
+    if problem.is_empty:
+        return _empty_output(problem)[0]
     if problem.lengths is not None:
         out, *_ = by_sequence(problem, lambda part: (exact_output(part),))
         return out
@@ -200,6 +212,16 @@ def exact_output(problem: AttentionProblem) -> Array:
         return backend.attention_output(*given), None
 
     return backend.heeded(attend, *small[:5])[0]
+
+
+def _empty_output(problem: AttentionProblem) -> tuple[Array, Array]:
+    """Zeros and -inf, to which gradients lead all the same."""
+    xp, q, v = problem.xp, problem.q, problem.v
+    shape = (*scores_batch_shape(q, problem.k, v, problem.mask), q.shape[-2])
+    like = {"dtype": q.dtype, "device": problem.backend.creation_device(q)}
+    zero = sum(xp.sum(x[..., :0, :]) for x in problem[:3])
+    out = xp.zeros((*shape, v.shape[-1]), **like) + zero
+    return out, xp.full(shape, -math.inf, **like) + zero
 
 
 @isolated
@@ -257,7 +279,7 @@ def attention_vjp(
     TypeError
         If an array is not real floating, or they come from different libraries.
     ValueError
-        If shapes do not fit, an axis is empty, or arrays are on different devices.
+        If shapes do not fit, D is 0, or arrays are on different devices.
 
     Notes
     -----
@@ -301,6 +323,7 @@ def attention_vjp(
         scale=scale,
         enable_gqa=enable_gqa,
         softcap=softcap,
+        may_be_empty=True,
     )
     with problem.backend.ignore_overflow():
         given = output_gradient(problem, problem.lse_shape(), out, lse, grad_out, grad_lse)
@@ -337,6 +360,9 @@ def output_gradient(
 
 def exact_gradients(problem: AttentionProblem, given: OutputGradient) -> Three:
     """Gradients of exact attention, laid out as the problem is; the log-sum-exp that is given may count sinks."""
+    if problem.is_empty:
+        dq, dk, dv = map(problem.xp.zeros_like, problem[:3])
+        return dq, dk, dv
     if problem.lengths is not None:
         return gradients_by_sequence(problem, given, exact_gradients)
     small, start = problem.without_unseen_keys()
@@ -368,6 +394,8 @@ def by_head_gradients(
 def _slope_gradient(problem: AttentionProblem, given: OutputGradient) -> Array:
     if problem.lengths is not None:
         return slope_gradient_by_sequence(problem, given, _slope_gradient)
+    if problem.is_empty:
+        return problem.xp.zeros_like(problem.options.alibi)
     small, _ = problem.without_unseen_keys()
     hidden_zeroed = small.without_hidden()
     return problem.backend.attention_slope_gradient(*hidden_zeroed[:5], *given)
@@ -382,7 +410,8 @@ def merge_attention(outs: Sequence[ArrayT], lses: Sequence[ArrayT]) -> tuple[Arr
     outs : sequence of arrays, each of shape (..., Hq, Nq, Dv)
         Outputs of attention of the same queries on disjoint sets of keys, real floating.
     lses : sequence of arrays, each of shape (..., Hq, Nq)
-        Their log-sum-exps, real floating, in the same order.
+        Their log-sum-exps, real floating, in the same order. Where one is -inf, or +inf as in FlashAttention 2, the
+        query attended to nothing, and the output of this part does not matter.
 
     Returns
     -------
@@ -439,6 +468,7 @@ def merge_attention(outs: Sequence[ArrayT], lses: Sequence[ArrayT]) -> tuple[Arr
 
 def _merged(outs: Sequence[Array], lses: Array, xp: Namespace) -> tuple[Any, Any]:
     """Merge outputs whose log-sum-exps are stacked."""
+    lses = xp.where(lses == xp.inf, xp.full_like(lses, -math.inf), lses)
     peak = xp.max(lses, axis=0)
     # Where no part attends to anything the peak is -inf, and -inf - -inf would be NaN.
     shift = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
@@ -447,6 +477,8 @@ def _merged(outs: Sequence[Array], lses: Array, xp: Namespace) -> tuple[Any, Any
     empty = total == 0
     total = xp.where(empty, xp.ones_like(total), total)
     weights = xp.astype(weights / total, outs[0].dtype)
+    is_empty = (lses == -math.inf)[..., None]
+    outs = [xp.where(is_empty[i, ...], xp.zeros_like(x), x) for i, x in enumerate(outs)]
     out = sum(weights[i, ..., None] * shard for i, shard in enumerate(outs))
     return out, xp.where(empty, peak, shift + xp.log(total))
 

@@ -16,6 +16,7 @@ from slra.attn.exact import (
 from slra.attn.problem import AttentionProblem, Three, group_heads, ungroup_heads
 
 __all__ = [
+    "NAMES_OF_MAPS",
     "Maps",
     "carry_shift",
     "mapped_given",
@@ -23,6 +24,9 @@ __all__ = [
     "mapped_output",
     "mapped_problem",
 ]
+
+# The arrays of a basis, by which files and messages name them.
+NAMES_OF_MAPS = ("wq", "wk", "wv", "uv", "c", "mu")
 
 # Heads whose ranks round up to the same multiple of this run together: a kernel's register holds as many numbers.
 RANK_STEP = 8
@@ -83,6 +87,11 @@ class Maps(NamedTuple):
         q, k, v = problem[:3]
         return q @ self.wq, k @ self.wk - self.c @ self.wk, v @ self.wv - self.mu @ self.wv
 
+    def project_queries(self, problem: AttentionProblem) -> Three:
+        """Map queries alone: keys and values have been mapped before, by all columns."""
+        q, k, v = problem[:3]
+        return q @ self.wq, k[..., : self.wk.shape[-1]], v[..., : self.wv.shape[-1]]
+
     def cut(self, rank_qk: int, rank_v: int) -> "Maps":
         """Keep the leading columns."""
         wq, wk = self.wq[..., :rank_qk], self.wk[..., :rank_qk]
@@ -97,18 +106,25 @@ def carry_shift(maps: Maps, q: Array, small_q: Array, small_k: Array, xp: Namesp
 
 
 def mapped_output(
-    problem: AttentionProblem, maps: Maps, *, with_lse: bool
+    problem: AttentionProblem,
+    maps: Maps,
+    *,
+    with_lse: bool,
+    project: Callable[[Maps, AttentionProblem], Three] = Maps.project,
 ) -> tuple[Array, Array | None]:
-    """Attention under maps that fit the problem, and its log-sum-exp; heads of like rank together."""
+    """Attention under maps that fit the problem, and its log-sum-exp; heads of like rank together.
+
+    ``project`` says what is mapped yet.
+    """
     buckets = list(_buckets(maps))
     if len(buckets) == 1:
         ((_, *ranks),) = buckets
-        return _one_rank_output(problem, maps.cut(*ranks), with_lse=with_lse)
+        return _one_rank_output(problem, maps.cut(*ranks), project, with_lse=with_lse)
     xp, backend = problem.xp, problem.backend
     outs, lses, order = [], [], []
     for heads, *ranks in buckets:
         some, part = _take_heads(maps, problem, heads)
-        out, lse = _one_rank_output(part, some.cut(*ranks), with_lse=with_lse)
+        out, lse = _one_rank_output(part, some.cut(*ranks), project, with_lse=with_lse)
         outs.append(out)
         lses.append(lse)
         order += heads
@@ -148,11 +164,15 @@ def _take_heads(
 
 
 def _one_rank_output(
-    problem: AttentionProblem, maps: Maps, *, with_lse: bool
+    problem: AttentionProblem,
+    maps: Maps,
+    project: Callable[[Maps, AttentionProblem], Three],
+    *,
+    with_lse: bool,
 ) -> tuple[Array, Array | None]:
     """Exact attention in the dimensions of the basis, and back."""
     xp, options = problem.xp, problem.options
-    q, k, v = maps.project(problem)
+    q, k, v = project(maps, problem)
     uv = maps.uv
     if options.softcap is not None:
         # tanh sees the shift of the scores, so it is carried as one more dimension.

@@ -16,6 +16,7 @@ from slra._backends.standard import ScoreOptions
 from slra._backends.standard.attention import (
     Tile,
     TileBounds,
+    broadcast_shapes,
     combine_masks,
     scores_batch_shape,
     sum_to,
@@ -32,6 +33,7 @@ from slra._validate import (
     check_matrix,
     check_positive,
     check_scalar,
+    is_array,
     is_kind,
     promote,
     resolve,
@@ -61,6 +63,7 @@ __all__ = [
 ]
 
 Three = tuple[Array, Array, Array]
+HALF_BITS = 16
 ALIGNMENTS = ("bottom_right", "top_left")
 
 
@@ -101,10 +104,15 @@ class AttentionProblem(NamedTuple):
         return int(self.q.shape[-3])
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to attend with or to."""
+        return 0 in (*self.q.shape, *self.k.shape, *self.v.shape)
+
+    @property
     def may_leave_query_without_keys(self) -> bool:
         """Whether the mask or causality may hide all keys from a query."""
         n_queries, n_keys, options = self.q.shape[-2], self.k.shape[-2], self.options
-        if self.mask is not None or self.lengths is not None:
+        if self.mask is not None or self.lengths is not None or n_keys == 0:
             return True
         is_before_keys = options.is_causal and options.diagonal(n_queries, n_keys) < 0
         is_after_keys = options.first is not None and n_queries - 1 + options.first >= n_keys
@@ -386,17 +394,31 @@ def make_problem(
     scale: float | AnyArray | None = None,
     enable_gqa: bool = False,
     softcap: float | AnyArray | None = None,
+    may_be_empty: bool = False,
+    keep_half: bool = False,
+    key_width: int | None = None,
 ) -> AttentionProblem:
-    """Check what all attention functions share, and lay it out; raise on the first argument that is wrong."""
+    """Check what all attention functions share, and lay it out; raise on the first argument that is wrong.
+
+    Without queries, keys or anything at all there is something to answer, where the caller says so, but nothing to fit.
+    With ``keep_half`` half precision stays as it is where the backend's attention takes it.
+    ``key_width`` is that of keys that have been mapped already, where they are not as wide as the queries.
+    """
     backend = resolve(q=q, k=k, v=v, optional={"mask": mask, "sinks": sinks, "alibi": alibi})
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_matrix(x, name)
-    _check_lengths(q, k, v)
+        check_matrix(x, name, may_be_empty=may_be_empty)
+    _check_lengths(q, k, v, key_width)
     batch = _check_batch(q, k, v, enable_gqa=enable_gqa)
     if mask is not None:
         scores = (*batch, q.shape[-2], k.shape[-2])
         check_mask(backend, mask, scores, "(..., Hq, Nq, Nk)")
-    promoted = promote(backend, allow_complex=False, q=q, k=k, v=v)
+        if isinstance(mask, np.ndarray) and mask.dtype.name == "bfloat16":
+            # Which NumPy's own functions do not know.
+            mask = mask.astype(np.float32)
+    # What is an array too, such as a learned scale, meets scores in single precision.
+    others = (scale, softcap, sinks, alibi, lengths_q, lengths_k)
+    keep_half = keep_half and backend.attends_in_half and not any(map(is_array, others))
+    promoted = promote(backend, allow_complex=False, keep_half=keep_half, q=q, k=k, v=v)
     work_q, work_k, work_v = promoted.arrays
     by_head = {
         name: check_by_head(backend, x, name, batch, work_q)
@@ -421,7 +443,7 @@ def make_problem(
         else check_factor(backend, scale, "scale", work_q),
         softcap=None if softcap is None else check_factor(backend, softcap, "softcap", work_q),
     )
-    n_shared = q.shape[-3] // k.shape[-3] if enable_gqa else 1
+    n_shared = q.shape[-3] // max(1, k.shape[-3]) if enable_gqa else 1
     laid_out = {
         name: group_heads(x, n_shared if x.shape[-1] > 1 else 1, backend, n_trailing=0)
         for name, x in by_head.items()
@@ -487,6 +509,8 @@ def check_factor(backend: Backend, value: Any, name: str, like: Array) -> Any:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]  # a number, whatever the library of the other arrays
     value, limits = check_scalar(backend, value, name), backend.xp.finfo(like.dtype)
+    if limits.bits == HALF_BITS:
+        limits = backend.xp.finfo(backend.xp.float32)
     if not isinstance(value, float):
         resolve(q=like, **{name: value})
         if backend.is_differentiated(value) or not backend.is_eager(value):
@@ -529,8 +553,12 @@ def _check_alignment(align: Any, q: Array, k: Array, depends: bool, is_square: b
     return choice
 
 
-def _check_lengths(q: Array, k: Array, v: Array) -> None:
-    if q.shape[-1] != k.shape[-1]:
+def _check_lengths(q: Array, k: Array, v: Array, key_width: int | None) -> None:
+    if key_width is not None and k.shape[-1] != key_width:
+        raise ValueError(
+            f"k must have the {key_width} columns that project_keys gives, got shape {tuple(k.shape)}"
+        )
+    if key_width is None and q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"q and k must have the same last axis, got shapes {tuple(q.shape)} and {tuple(k.shape)}"
         )
@@ -552,7 +580,7 @@ def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> tuple[int
         if min(map(len, shapes)) < 1:
             raise ValueError("q, k and v must have a head axis, (..., H, N, D), with enable_gqa")
         heads_q, heads_k, heads_v = (shape[-1] for shape in shapes)
-        if heads_k != heads_v or heads_q % heads_k:
+        if heads_k != heads_v or heads_q % max(1, heads_k):
             raise ValueError(
                 f"the heads of q must be a multiple of those of k and v with enable_gqa, "
                 f"got {heads_q}, {heads_k} and {heads_v}"
@@ -560,7 +588,7 @@ def _check_batch(q: Array, k: Array, v: Array, *, enable_gqa: bool) -> tuple[int
         heads = (heads_q,)
         shapes = [shape[:-1] for shape in shapes]
     try:
-        return np.broadcast_shapes(*shapes) + heads
+        return broadcast_shapes(*shapes) + heads
     except ValueError:
         raise ValueError(
             f"the leading axes of q, k and v must broadcast, got shapes "

@@ -107,7 +107,7 @@ def row_weights(problem: AttentionProblem, q: Array, k: Array, rows: Rows) -> Ar
 
     ``q`` (..., H, G, S, D) has these rows only; it and ``k`` (..., H, 1, Nk, D) may be projections of the problem's.
     """
-    xp, options, mask = problem.xp, problem.options, problem.mask
+    backend, xp, options, mask = problem.backend, problem.xp, problem.options, problem.mask
     scores = capped(xp, (q * options.scale) @ xp.matrix_transpose(k), options.softcap)
     if options.alibi is not None:
         places, keys = _place_pair(problem, rows)
@@ -115,7 +115,7 @@ def row_weights(problem: AttentionProblem, q: Array, k: Array, rows: Rows) -> Ar
         scores = scores - options.alibi * xp.astype(distances, scores.dtype)
     added = None
     if mask is not None and mask.dtype != xp.bool:
-        added = take_rows(mask, rows, problem.backend) if mask.shape[-2] > 1 else mask
+        added = take_rows(mask, rows, backend) if mask.shape[-2] > 1 else mask
     scores = hide(xp, scores, added, shown(problem, rows))
     peak = xp.max(scores, axis=-1, keepdims=True)
     weights = xp.exp(scores - xp.where(peak == -math.inf, xp.zeros_like(peak), peak))

@@ -8,9 +8,6 @@ from slra.attn.problem import make_problem
 
 __all__ = ["kivi", "round_by_groups"]
 
-# A zero point and a scale, in half precision.
-GROUP_BITS = 32
-
 
 @isolated
 def kivi(
@@ -108,7 +105,7 @@ def round_by_groups(x: Array, bits: int, axis: int, group_size: int, xp: Namespa
     """Round to ``2**bits`` levels from the least to the largest of each group of neighbours along an axis."""
     parts = []
     for first in range(0, x.shape[axis], group_size):
-        rows = slice(first, first + group_size)
+        rows = slice(first, min(first + group_size, x.shape[axis]))
         part = x[..., rows, :] if axis == -2 else x[..., rows]
         low, high = (f(part, axis=axis, keepdims=True) for f in (xp.min, xp.max))
         step = (high - low) / (2**bits - 1)

@@ -7,6 +7,7 @@ import array_api_compat as compat
 import numpy as np
 
 from slra._typing import Array, DType
+from slra._validate import dtype_limits
 from slra.attn.exact import merge_attention
 from slra.attn.fit import fit_attention
 from slra.attn.maps import Maps
@@ -100,14 +101,14 @@ class Contents(NamedTuple):
         if self.layout.is_static:
             return self
         xp, (*older, last) = self.layout.xp, self.segments
-        if xp.finfo(dtype).bits >= xp.finfo(self.like.dtype).bits:
+        if dtype_limits(xp, dtype).bits >= xp.finfo(self.like.dtype).bits:
             dtype = self.like.dtype
         elif np.any(self.lengths):
             dtype = xp.result_type(dtype, self.exact.k.dtype)
         if dtype == self.exact.k.dtype:
             return self
         if self.layout.dtype is None:
-            last = last._replace(rows=last.rows.astype(dtype))  # type: ignore[union-attr]
+            last = last._replace(rows=last.rows.astype(dtype))
         return self._replace(segments=(*older, last), exact=self.exact.astype(dtype))
 
     def _refit_if_drifted(self) -> "Contents":
@@ -129,7 +130,8 @@ class Contents(NamedTuple):
             layout.unbatched(recent.q),
             layout.unbatched(k),
             layout.unbatched(v),
-            layout.rank,
+            # In bits all dimensions are stored, whatever the rank.
+            1 if layout.is_coded else layout.rank,
             method=layout.method,
             pool_batch=layout.pool_batch,
             scale=layout.score_options.scale,
@@ -235,7 +237,7 @@ class Contents(NamedTuple):
             if on_host(x):
                 taken[name] = x[indices]
             else:
-                at = layout.backend.from_numpy(indices, x, layout.xp.int64)
+                at = layout.backend.from_numpy(indices, x, layout.backend.place_dtype)
                 taken[name] = layout.xp.take(x, at, axis=0)
         layout = dataclasses.replace(layout, batch=(len(indices),))
         return with_arrays(self, taken, layout)

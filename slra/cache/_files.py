@@ -10,9 +10,8 @@ from slra._backends import Backend
 from slra._files import Arrays, File, read_safetensors, write_safetensors
 from slra._typing import Array
 from slra._validate import check_rank
-from slra.attn._basis_io import MAPS
 from slra.attn.basis import AttentionBasis
-from slra.attn.maps import Maps
+from slra.attn.maps import NAMES_OF_MAPS, Maps
 from slra.cache._bits import BitRows, ByteRows
 from slra.cache._checks import MOST, check_bits, check_options
 from slra.cache._contents import Contents
@@ -25,7 +24,7 @@ FORMAT = "slra.KVCache 3"
 # Arrays that are NumPy's, unless shapes are static.
 POSITIONS = (
     *("lengths", "start", "since_check"),
-    *("filled", "headers", "widest", "used", "largest"),
+    *("filled", "headers", "widest", "used"),
 )
 
 
@@ -159,7 +158,7 @@ def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
     rank = (maps["wk"].shape[-1], maps["wv"].shape[-1])
     error = np.broadcast_to(maps["wk"].dtype.type(0), maps["wq"].shape[:-2])
     ranks = (rank,) * maps["wk"].shape[-3]
-    wq, wk, wv, uv, c, mu = (maps[name] for name in MAPS)
+    wq, wk, wv, uv, c, mu = (maps[name] for name in NAMES_OF_MAPS)
     return AttentionBasis(wq, wk, wv, uv, c, mu, ranks, error)
 
 
@@ -175,7 +174,7 @@ def _check_arrays(named: Arrays, template: Contents) -> None:
             axis = {"heap": 2, "whole": 2, "headers": 1}.get(field)
             if axis is not None:
                 shape[axis] = x.shape[axis]
-        elif is_row and part != "filled":
+        elif is_row and len(shape) == 4:
             shape[2] = named[f"{at}.rows.v"].shape[2]
         elif name == "recent.q":
             shape[2] = min(layout.window, x.shape[2])

@@ -79,7 +79,7 @@ def _exact_steps(prefix: tuple[Array, Array, Array], contents: Contents) -> tupl
     xp, backend = layout.xp, layout.backend
     rows = np.asarray(sorted({*sample_rows(n_tokens, N_STEPS - 1, None), n_tokens - 1}))
     q, k, v = (layout.batched(xp.astype(x, contents.like.dtype, copy=False)) for x in prefix)
-    q = xp.take(q, backend.from_numpy(rows, q, xp.int64), axis=-2)
+    q = xp.take(q, backend.from_numpy(rows, q, backend.place_dtype), axis=-2)
     seen = backend.from_numpy(np.arange(n_tokens) <= rows[:, None], q, xp.bool)
     positions: Array = rows[None, :]
     if not on_host(contents.lengths):

@@ -105,9 +105,9 @@ class Queries(NamedTuple):
 
     def _columns(self, mask: Array, positions: Array) -> Array:
         """Columns of a mask at these positions, any of them where no token is."""
-        xp, last = self.layout.xp, mask.shape[-1] - 1
+        xp, backend, last = self.layout.xp, self.layout.backend, mask.shape[-1] - 1
         inside = np.clip(positions, 0, last) if on_host(positions) else xp.clip(positions, 0, last)
         if on_host(inside):
-            inside = self.layout.backend.from_numpy(inside, mask, xp.int64)
+            inside = backend.from_numpy(inside, mask, backend.place_dtype)
         mask = xp.broadcast_to(mask, (positions.shape[0], *mask.shape[1:]))
         return xp.take_along_axis(mask, inside[:, None, None, None, :], axis=-1)

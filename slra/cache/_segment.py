@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slra._backends.standard.bits import TOKENS
 from slra._typing import Array, DType
 from slra._validate import promote
 from slra.attn.basis import AttentionBasis
@@ -222,7 +223,17 @@ class Segment(NamedTuple):
         """Write tokens in bits; the first ones may fix the steps."""
         maps, bits = self._key_head_maps(), self.layout.bits
         # Shifted first: a difference of large products would be off by more than a step.
-        small = (k - maps.c) @ maps.wk, (v - maps.mu) @ maps.wv
+        k, v = k - maps.c, v - maps.mu
+        small = k @ maps.wk, v @ maps.wv
+        xp = self.layout.xp
+        far = (
+            xp.max(xp.where(xp.isfinite(x), xp.abs(x), xp.zeros_like(x)), axis=(-2, -1))
+            for x in (k, v)
+        )
+        far_k, far_v = (
+            xp.maximum(x, held) for x, held in zip(far, (rows.far_k, rows.far_v), strict=True)
+        )
+        rows = rows._replace(far_k=far_k, far_v=far_v)
         if isinstance(rows, ByteRows):
             return self._replace(rows=rows.put(*small, None, places))
         # The sinks, which are left out, come first.
@@ -234,7 +245,7 @@ class Segment(NamedTuple):
         steps = [fitted_steps(x, n, self.layout) for x, n in zip(first, bits, strict=True)]
         scaled = self._replace(maps=scaled_maps(self.maps, steps, self.layout))
         maps = scaled._key_head_maps()
-        small = (k - maps.c) @ maps.wk, (v - maps.mu) @ maps.wv
+        small = k @ maps.wk, v @ maps.wv
         return scaled._replace(rows=rows.put(*small, None, places))
 
     def read(self, rows: slice) -> tuple[Array, Array]:
@@ -265,7 +276,8 @@ class Segment(NamedTuple):
             n_rows = min(n_rows, int(np.max(end - self.start)))
         is_whole = turns is None and self.rows.is_read_as_is(queries.q.dtype)
         step = max(1, n_rows if is_whole else CHUNK_ROWS)
-        firsts = range(queries.first_row(self.start, n_rows), n_rows, step)
+        first = queries.first_row(self.start, n_rows)
+        firsts = range(first - first % TOKENS, n_rows, step)  # bits are read by whole blocks
         chunks = [slice(first, min(first + step, n_rows)) for first in firsts]
         return [self._attend(queries, end, rows, turns) for rows in chunks]
 
@@ -338,24 +350,32 @@ class Segment(NamedTuple):
         """Relative error that the maps make in the output of queries over keys and values; the largest of all heads."""
         maps, layout, q = self._key_head_maps(), self.layout, self.layout.stack_heads(q)
         exact, _ = layout.attend(q, k, v, None)
-        low_k = self._decoded_keys((k - maps.c) @ maps.wk)
-        out, _ = layout.attend(q, low_k, (v - maps.mu) @ maps.wv, None)
+        small_k, small_v = (k - maps.c) @ maps.wk, (v - maps.mu) @ maps.wv
+        if layout.is_coded:
+            small_k, small_v = layout.xp.round(small_k), layout.xp.round(small_v)
+        out, _ = layout.attend(q, self._decoded_keys(small_k), small_v, None)
         outs = (layout.unstack_heads(x) for x in (out @ maps.uv + maps.mu, exact))
         return float(layout.xp.max(layout.relative_error(*outs)))
 
     def error_bound(self) -> tuple[Array, Array]:
         """How far a key and a value may be from what came, (B, H), in Euclidean norm."""
-        assert not isinstance(self.rows, FloatRows)
+        rows = self.rows
+        assert not isinstance(rows, FloatRows)
         xp, maps, bounds = self.layout.xp, self._key_head_maps(), []
         backs = (xp.mean(maps.wq, axis=2), maps.wk, maps.c), (maps.uv, maps.wv, maps.mu)
-        rounding = ROUNDINGS * float(xp.finfo(maps.wk.dtype).eps)
-        for half, (back, to, shift) in zip(self.rows.half_steps(), backs, strict=True):
+        eps = float(xp.finfo(maps.wk.dtype).eps)
+        far = rows.far_k, rows.far_v
+        for half, size, (back, to, shift) in zip(rows.half_steps(), far, backs, strict=True):
             d = back.shape[-1]
-            if on_host(half) and not on_host(back):
-                half = self.layout.backend.from_numpy(half, back)
-            half = half + rounding * d * xp.max(xp.abs(shift) @ xp.abs(to), axis=(-2, -1))
+            # Coordinates are sums of products no larger than these, and so is what they stand for.
+            size = size[..., None, None] + xp.max(xp.abs(shift), axis=(-2, -1), keepdims=True)
+            sums = size * xp.sum(xp.abs(to), axis=-2, keepdims=True)
+            if back is not maps.uv:
+                back = xp.matrix_transpose(back)
+            sums = sums @ xp.abs(back) + size
+            rounding = 2 * ROUNDINGS * (d**0.5) * eps * xp.sqrt(xp.sum(sums * sums, axis=(-2, -1)))
             largest = xp.max(self.layout.backend.singular_values(back), axis=-1)
-            bounds.append(half * largest * d**0.5)
+            bounds.append(half * largest * d**0.5 + rounding)
         shape = (self.layout.n_batch, self.layout.n_heads)
         keys, values = (xp.broadcast_to(x, shape) for x in bounds)
         return keys, values

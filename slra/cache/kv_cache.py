@@ -230,7 +230,7 @@ class KVCache:
         k : array, shape (..., Hkv, n, D)
         v : array, shape (..., Hkv, n, Dv)
         rank : int or (int, int), optional
-            As in `fit_attention`.
+            As in `fit_attention`. With ``bits`` it plays no part, nor is there ``rtol``.
         rtol : float, optional
             Relative error of the output to stay within, for every query head. It is checked on up to 64 steps of
             the prefix, the last one among them, against exact keys and values, with all that the cache does to
@@ -262,6 +262,12 @@ class KVCache:
         """
         if "batch" in options:
             raise TypeError("batch must be left out of from_prefix: it is that of k")
+        if options.get("bits") is not None:
+            if rtol is not None:
+                raise ValueError(
+                    f"rtol must be None with bits, which ranks do not change, got {rtol}"
+                )
+            rank = 1
         fit: dict[str, Any] = {"rtol": rtol, "method": method, "pool_batch": pool_batch, "rng": rng}
         fit |= {name: options[name] for name in ("scale", "softcap") if name in options}
         fit |= {"is_causal": True, "enable_gqa": True}

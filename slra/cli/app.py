@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 import slra
+from slra.cli import demo_pays
 from slra.cli.backends import BackendUnavailableError, open_backend
 from slra.cli.bench.command import bench
 from slra.cli.demo import compare, count_calls
@@ -57,7 +58,7 @@ def demo(
         "slra-demo"
     ),
 ) -> None:
-    """Compress the attention of a real encoder and show what it costs and saves."""
+    """Compress the attention of a real encoder, show what it costs and saves, and where it pays."""
     from slra.cli.demo_page import page
     from slra.cli.plots import draw, save
 
@@ -68,9 +69,11 @@ def demo(
         fail(str(error))
 
     sample = load_sample()
-    with progress("Attention, exact and low rank", count_calls()) as advance:
+    steps = count_calls() + demo_pays.count_calls()
+    with progress("Attention, exact and low rank", steps) as advance:
         comparison = compare(opened, sample, advance)
-    Console().print(table(comparison), verdict(comparison), sep="\n")
+        paid = demo_pays.measure(opened, advance)
+    Console().print(table(comparison), verdict(comparison), demo_pays.table(paid), sep="\n")
 
     picture = output / "demo.png"
     try:
@@ -78,7 +81,7 @@ def demo(
     except OSError as error:
         fail(f"cannot write {picture}: {error.strerror}")
     typer.echo(f"Picture: {picture}")
-    write(output / "demo.html", page(sample, comparison))
+    write(output / "demo.html", page(sample, comparison, paid))
 
 
 @app.command()

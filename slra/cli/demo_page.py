@@ -5,6 +5,7 @@ from html import escape
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from slra.cli import demo_pays
 from slra.cli.demo import MAP_HEAD, MAP_RANK, METHODS, Comparison
 from slra.cli.demo_output import CAPTION, HEADERS, rows, title, verdict
 from slra.cli.page import STYLE, document, svg, table
@@ -14,7 +15,7 @@ from slra.data import AttentionSample
 __all__ = ["page"]
 
 
-def page(sample: AttentionSample, comparison: Comparison) -> str:
+def page(sample: AttentionSample, comparison: Comparison, paid: list[demo_pays.Pay]) -> str:
     """Return the page; it is well-formed XML too."""
     cells = table(HEADERS, rows(comparison))
     return document(
@@ -23,6 +24,8 @@ def page(sample: AttentionSample, comparison: Comparison) -> str:
         f"<p>{escape(title(comparison))}</p><p><strong>{escape(verdict(comparison))}</strong></p>"
         f"<h2>Error against rank</h2>{_errors(comparison)}{cells}"
         f'<p class="note">{escape(CAPTION)}</p>'
+        f"<h2>{demo_pays.TITLE}</h2>{table(demo_pays.HEADERS, demo_pays.cells(paid))}"
+        f'<p class="note">{escape(demo_pays.CAPTION)}</p>'
         f"<h2>Spectra of six heads, the easiest to compress first</h2>{_spectra(sample)}"
         f'<h2>An attention map</h2><div class="wide" tabindex="0">{_maps(sample, comparison)}</div>',
     )

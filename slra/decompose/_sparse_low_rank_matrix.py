@@ -12,7 +12,7 @@ from slra._backends.standard.sparse import index_dtype
 from slra._files import Arrays, File, npz, read_safetensors, write_file, write_safetensors
 from slra._npz import read_npz
 from slra._typing import Array
-from slra._validate import promote, resolve
+from slra._validate import dtype_limits, is_kind, promote, resolve
 
 __all__ = ["LowRankPlusSparse", "scattered", "size_in_bytes"]
 
@@ -230,7 +230,7 @@ def scattered(values: Array, indices: Array, shape: tuple[int, ...], backend: Ba
 
 
 def _stored(backend: Backend, x: Array) -> np.ndarray[Any, Any]:
-    if hasattr(backend.xp, "bfloat16") and x.dtype == backend.xp.bfloat16:
+    if str(x.dtype).endswith("bfloat16"):
         x = backend.xp.astype(x, backend.xp.float32)
     return backend.to_numpy(x)
 
@@ -252,9 +252,9 @@ def size_in_bytes(backend: Backend, x: Array) -> int:
 def _itemsize(backend: Backend, x: Array) -> int:
     """Bytes of an entry."""
     xp = backend.xp
-    if xp.isdtype(x.dtype, "integral"):
+    if is_kind(xp, x.dtype, "integral"):
         return int(xp.iinfo(x.dtype).bits) // 8
-    return int(xp.finfo(x.dtype).bits) // 8 * (2 if backend.is_complex(x) else 1)
+    return int(dtype_limits(xp, x.dtype).bits) // 8 * (2 if backend.is_complex(x) else 1)
 
 
 def _suffix(path: File) -> str:

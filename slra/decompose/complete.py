@@ -123,7 +123,7 @@ class CompletionResult(NamedTuple):
             if backend.is_eager(places) and bool(xp.any((places < 0) | (places >= n))):
                 raise ValueError(f"{name} must be from 0 to {n - 1}")
         shape, flat = tuple(rows.shape), (xp.reshape(a, (-1,)) for a in (rows, columns))
-        row, column = (xp.astype(a, xp.int64) for a in flat)
+        row, column = (xp.astype(a, backend.place_dtype) for a in flat)
         right = xp.take(xp.matrix_transpose(self.right), column, axis=0)
         products = xp.sum(xp.take(self.left, row, axis=0) * right, axis=-1)
         return xp.reshape(products + xp.take(self.mean[0, :], column, axis=0), shape)
@@ -319,7 +319,7 @@ class _Dense:
         rows = _some_rows(self.shape, rng)
         if rows is None:
             return self
-        at = self.backend.from_numpy(rows, self.x, self.backend.xp.int64)
+        at = self.backend.from_numpy(rows, self.x, self.backend.place_dtype)
         x, observed = (self.backend.xp.take(a, at, axis=-2) for a in (self.x, self.observed))
         return _Dense(x, observed, self.backend)
 

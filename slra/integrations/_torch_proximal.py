@@ -3,8 +3,6 @@
 Needs: torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Needs: torch. What the layer runs on hangs on its module: a basis, or, during calibration, a function that records.
 """
 
-from __future__ import annotations  # the documentation is built without the framework
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -191,13 +189,13 @@ def _fitted(
     settings: Settings,
 ) -> Callable[..., Any]:
     """Fit, and return how to attend: exactly where there are so few tokens that it takes no more dimensions."""
-    rank, n_queries, n_keys = settings.rank, q.shape[-2], k.shape[-2]
+    rank, n_keys = settings.rank, k.shape[-2]
     if n_keys == 0:
         return slra.attention
     if rank is not None:
         pair = rank if isinstance(rank, Sequence) else (rank, rank)
-        rank = min(pair[0], n_queries, n_keys), min(pair[1], n_keys)
-        if rank == (min(n_queries, n_keys), n_keys):
+        rank = min(pair[0], n_keys), min(pair[1], n_keys)
+        if rank == (n_keys, n_keys):
             return slra.attention
     fit = {"rtol": settings.rtol, "method": settings.method, **options}
     return slra.fit_attention(q, k, v, rank, **fit).attend
@@ -215,4 +213,4 @@ class LayerBasis(torch.nn.Module):
     def forward(self) -> AttentionBasis:
         """Return the basis where the model is now."""
         maps = self.wq, self.wk, self.wv, self.uv, self.c, self.mu
-        return AttentionBasis(*maps, self.ranks, self.error, self.is_held_out)
+        return AttentionBasis(*maps, self.ranks, self.error, is_held_out=self.is_held_out)

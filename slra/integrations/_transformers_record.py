@@ -3,8 +3,6 @@
 Needs: torch.
 """
 
-from __future__ import annotations  # the documentation is built without the framework
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field

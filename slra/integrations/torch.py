@@ -3,8 +3,6 @@
 Needs: torch.
 """
 
-from __future__ import annotations  # the documentation is built without the framework
-
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -370,7 +368,9 @@ class LowRankAttention(nn.MultiheadAttention):
         fit_mask = mask
         if self.basis_per == "sequence" or (self.training and self.refit_every):
             fit_mask = mask_of_fit(mask, seen)
-        projections, ranks = self._projections(q, k, v, fit_mask, is_causal)
+        is_empty = 0 in (*q.shape, *k.shape)
+        fitted = (q, k, v, fit_mask, is_causal)
+        projections, ranks = (None, None) if is_empty else self._projections(*fitted)
         out, self._last = attend(
             Approximation(projections, q, k, v, seen),
             ranks,
@@ -381,7 +381,8 @@ class LowRankAttention(nn.MultiheadAttention):
         )
         self._warn_of_zeros()
         out = self.out_proj(out.transpose(1, 2).flatten(2))
-        self._count_call(q, k, v, fit_mask, is_causal)
+        if not is_empty:
+            self._count_call(q, k, v, fit_mask, is_causal)
         weights = _weights(self._last, mask, is_causal) if need_weights else None
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
@@ -642,7 +643,7 @@ class LowRankAttention(nn.MultiheadAttention):
             setattr(self, down, left.to(getattr(self, down).dtype))
             setattr(self, up, right.masked_fill(~keep.mT, 0).to(getattr(self, up).dtype))
 
-    def train(self, mode: bool = True) -> LowRankAttention:
+    def train(self, mode: bool = True) -> "LowRankAttention":
         """Set the mode; projections that were averaged are factored here, too, for compiled calls that follow."""
         super().train(mode)
         if self._keeps_basis and self._can_look and bool((self.ranks > 0).all()):
@@ -741,12 +742,10 @@ def _weights_of_l1(l1: L1, device: Any) -> Tensor:
 
 
 def _can_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether a batch in training can be fitted to: it is not empty, and no loss scale has made it infinite.
+    """Whether a batch in training can be fitted to: no loss scale has made it infinite.
 
     What a mask hides may be anything.
     """
-    if 0 in q.shape or 0 in k.shape:
-        return False
     queries, keys = what_is_seen(mask, is_self=False)
     is_finite = [
         torch.isfinite(x).all(-1) if seen is None else torch.isfinite(x).all(-1) | ~seen

@@ -27,10 +27,19 @@ ATTENTION = {
     "mask": None,
     "is_causal": False,
     "causal_align": None,
+    "window": None,
+    "lengths_q": None,
+    "lengths_k": None,
+    "sinks": None,
+    "alibi": None,
     "scale": None,
     "enable_gqa": False,
     "softcap": None,
 }
+
+
+# What the oracle does not know; tests of attention do.
+BY_SEQUENCE_OR_HEAD = ("lengths_q", "lengths_k", "sinks", "alibi")
 
 
 @st.composite
@@ -61,6 +70,10 @@ def _options(draw: Any, q: Any, k: Any) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if draw(st.booleans()):
         options["is_causal"] = draw(st.sampled_from([True, np.True_, False]))
+        options["causal_align"] = draw(st.sampled_from(["bottom_right", "top_left", 2, -1]))
+    if draw(st.booleans()):
+        ends = [0, 1, 3, None, -1, np.int64(2), 2**31 - 1]
+        options["window"] = tuple(draw(st.sampled_from(ends)) for _ in range(2))
         options["causal_align"] = draw(st.sampled_from(["bottom_right", "top_left", 2, -1]))
     if draw(st.booleans()):
         options["scale"] = draw(st.sampled_from([0, 0.0, -1.0, 1e-30, 0.5, np.float32(2), 100]))
@@ -108,7 +121,7 @@ def _check_attention(args: dict[str, Any], out: Any) -> None:
         out, lse = out
     dtype = np.result_type(*(dense(x).dtype for x in (q, k, v)))
     assert dense(out).dtype == dtype
-    if not _is_in_range(args):
+    if not _is_in_range(args) or any(args.get(name) is not None for name in BY_SEQUENCE_OR_HEAD):
         return
     mask = args.get("mask")
     right, right_lse, _ = oracles.naive(q, k, v, _options_of(args))
@@ -163,9 +176,14 @@ def _vjp_args(draw: Any) -> dict[str, Any]:
 def _check_vjp(args: dict[str, Any], out: Any) -> None:
     q, k, v = (dense(args[name]) for name in "qkv")
     dtype = np.result_type(q, k, v)
+    extra = [args[name] for name in ("sinks", "alibi") if args.get(name) is not None]
+    assert [dense(x).shape for x in out[3:]] == [dense(x).shape for x in extra]
+    out = out[:3]
     for gradient, x in zip(out, (q, k, v), strict=True):
         assert dense(gradient).shape == x.shape
         assert dense(gradient).dtype == dtype
+    if any(args.get(name) is not None for name in BY_SEQUENCE_OR_HEAD):
+        return
     if args.get("enable_gqa") or not (q.shape[:-2] == k.shape[:-2] == v.shape[:-2]):
         return
     floating = [
@@ -312,12 +330,13 @@ def _add_attention() -> None:
         "nystrom": {"n_landmarks": st.integers(1, 6)},
         "linformer": {"n_combinations": st.integers(1, 6)},
         "favor": {"n_features": st.integers(1, 6)},
+        "kivi": {"bits": st.integers(1, 16), "group_size": st.integers(1, 9)},
     }
     for name, own in sizes.items():
         add(
             f"baselines.{name}",
             public(name, slra.baselines),
-            {**qkv, **dict.fromkeys(own, 2)},
+            {**qkv, **dict.fromkeys(own, 2)} | ({"n_exact": 1} if name == "kivi" else {}),
             st.fixed_dictionaries({**own, **fixed_qkv()}),
             _finite_attention,
             requests=("n_features",),
@@ -343,6 +362,25 @@ def _add_attention() -> None:
         qkv,
         st.fixed_dictionaries(fixed),
         _finite_attention,
+    )
+    add(
+        "AttentionBasis.project_keys",
+        _of_basis("project_keys"),
+        {"k": k, "v": v},
+        st.fixed_dictionaries({name: fixed[name] for name in "kv"}),
+        all_finite,
+    )
+    small = {"k": k[..., :2], "v": v[..., :2]}
+    narrow = {
+        name: arrays(x.shape, dtypes=("float32", "float64"), kinds=("normal", "zero", "tiny"))
+        for name, x in small.items()
+    }
+    add(
+        "AttentionBasis.attend_projected",
+        _of_basis("attend_projected"),
+        {"q": q, **small, **ATTENTION, "return_lse": False},
+        st.fixed_dictionaries({"q": fixed["q"], **narrow}),
+        all_finite,
     )
     weights = {
         "w_q": normal(2, 3, 4),

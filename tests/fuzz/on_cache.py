@@ -22,7 +22,9 @@ def _add_cache() -> None:
         "batch": None,
         "window": 2,
         "n_sink": 1,
-        "n_sparse": 1,
+        "n_sparse": 0,
+        "bits": None,
+        "rtol": None,
         "capacity": None,
         "dtype": None,
         "scale": None,
@@ -70,11 +72,30 @@ def _add_cache() -> None:
     add(
         "KVCache.attend",
         lambda xp, **args: _cache(xp).append(*(to_xp(xp, x) for x in (k, v))).attend(**args),
-        {"q": q, "mask": None, "is_causal": True, "lengths": None, "return_lse": False},
+        {
+            "q": q,
+            "mask": None,
+            "is_causal": True,
+            "window": None,
+            "sinks": None,
+            "alibi": None,
+            "lengths": None,
+            "return_lse": False,
+        },
         st.fixed_dictionaries(
             {"q": fixed_qkv()["q"], "is_causal": st.booleans(), "return_lse": st.booleans()}
         ),
         lambda args, out: all_finite({"q": args["q"]}, out),
+        works_on_dask=False,
+    )
+    add(
+        "KVCache.crop",
+        lambda xp, **args: (
+            _cache(xp, bits=4).append(*(to_xp(xp, x) for x in (k, v))).crop(**args).decode()
+        ),
+        {"n": 2},
+        st.fixed_dictionaries({"n": st.integers(0, 9)}),
+        all_finite,
         works_on_dask=False,
     )
     add(
@@ -118,6 +139,8 @@ def _cache_options(draw: Any) -> dict[str, Any]:
     args["window"] = draw(st.integers(0, 8))
     args["n_sink"] = draw(st.integers(0, 3))
     args["n_sparse"] = draw(st.integers(0, 4))
+    if not args["n_sparse"]:
+        args["bits"] = draw(st.sampled_from([None, 0.5, 3, (2, 7.5)]))
     args["capacity"] = draw(st.sampled_from([None, 8, 20]))
     args["dtype"] = draw(st.sampled_from([None, "float16", "float32", "float64"]))
     args["scale"] = draw(st.sampled_from([None, 0, -0.5, 2.0]))

@@ -192,11 +192,16 @@ def _scores(q: Any, k: Any, options: dict[str, Any]) -> tuple[Any, Any]:
     if (mask := options.get("mask")) is not None:
         mask = dense(mask)
         masked = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + wide(mask)
-    if options.get("is_causal"):
-        n, m = masked.shape[-2:]
-        align = options.get("causal_align")
-        shift = {None: 0, "top_left": 0, "bottom_right": m - n}.get(align, align)
-        masked = np.where(np.tri(n, m, shift, dtype=bool), masked, -np.inf)
+    n, m = masked.shape[-2:]
+    align = options.get("causal_align")
+    shift = {None: 0, "top_left": 0, "bottom_right": m - n}.get(align, align)
+    left, right = (None if x == -1 else x for x in options.get("window") or (None, None))
+    right = 0 if options.get("is_causal") else right
+    ahead = np.arange(m) - np.arange(n)[:, None] - shift
+    if right is not None:
+        masked = np.where(ahead <= right, masked, -np.inf)
+    if left is not None:
+        masked = np.where(ahead >= -left, masked, -np.inf)
     return scores, masked
 
 

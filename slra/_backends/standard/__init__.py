@@ -30,6 +30,8 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     is_functional = False
     # Whether the thresholds and sums of moduli take half precision as it is, and convert as they read.
     takes_half = False
+    # Whether attention takes half precision as it is: it accumulates in single, and gives the log-sum-exp in it.
+    attends_in_half = False
 
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
@@ -73,7 +75,11 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Bring an array to NumPy; lazy ones are computed."""
-        return np.asarray(x)
+        try:
+            return np.asarray(x)
+        except RuntimeError:  # on another device, as array-api-strict has it
+            info = self.xp.__array_namespace_info__()
+            return np.asarray(compat.to_device(x, info.default_device()))
 
     def takes_rows_to_numpy(self, x: Array, levels: Array) -> bool:
         """Whether `rows_by_numpy` can be had: values that are known when it runs, and no derivative."""

@@ -2,16 +2,23 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from slra._typing import Array, DType, Namespace
 
-__all__ = ["Elementwise"]
+__all__ = ["Elementwise", "FloatFormat"]
 
 # Of more numbers than this, one after the other in single precision, rounding may take four digits of seven.
 MANY = 1 << 12
+
+
+class FloatFormat(NamedTuple):
+    """What decides whether, and in which dtype, numbers are computed with."""
+
+    is_complex: bool
+    bits: int  # of a component
 
 
 class Elementwise:
@@ -22,6 +29,17 @@ class Elementwise:
     def is_complex(self, x: Array) -> bool:
         """Whether ``x`` has a complex dtype."""
         return bool(self.xp.isdtype(x.dtype, "complex floating"))
+
+    def float_format(self, dtype: DType) -> FloatFormat | None:
+        """Format of a floating dtype; None for others, those outside of the standard too."""
+        xp = self.xp
+        try:
+            is_complex = bool(xp.isdtype(dtype, "complex floating"))
+            if not is_complex and not xp.isdtype(dtype, "real floating"):
+                return None
+        except TypeError:  # such as NumPy's strings and records
+            return None
+        return FloatFormat(is_complex, xp.finfo(dtype).bits)
 
     def real_dtype(self, dtype: DType) -> DType:
         """Real dtype of the same precision."""

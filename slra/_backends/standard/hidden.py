@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slra._backends.standard.attention import Attention, ScoreOptions
+from slra._backends.standard.attention import Attention, ScoreOptions, Tile, TileBounds
 from slra._typing import Array
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "finite_parts",
     "heeded",
     "hides",
+    "is_same_for_all",
     "marks",
     "seen_keys",
     "seen_queries",
@@ -48,13 +49,19 @@ def heeded(
 ) -> tuple[Array, Any]:
     """Attend, and once more where NaN or infinities came out that may be of hidden ones.
 
-    Where values cannot be looked at, rows that are hidden from all are zeroed first.
+    Where values cannot be looked at, finite parts are attended to at once; under a mask with rows and columns, where to
+    put NaN back takes as long as attention does, so that only what is hidden from all is zeroed.
     """
     arrays = (q, k, v)
     if not hides(mask, options, q.shape[-2], k.shape[-2]):
         return attend(*arrays, mask, options)
     if not all(map(backend.is_eager, arrays)):
-        return attend(*without_unseen(backend, *arrays, mask, options), mask, options)
+        if not is_same_for_all(mask):
+            return attend(*without_unseen(backend, *arrays, mask, options), mask, options)
+        out, lse = attend(*finite_parts(backend, *arrays), mask, options)
+        q, k, v = map(backend.stop_gradient, arrays)
+        mark, mark_lse = marks(backend, q, k, v, mask, options)
+        return out + mark, None if lse is None else lse + mark_lse
     # Where a gradient follows, what is hidden matters to it even if the output is finite.
     looked_at = arrays if any(map(backend.is_differentiated, arrays)) else ()
     if all(_is_finite(backend, x) for x in looked_at):
@@ -65,14 +72,25 @@ def heeded(
     out, lse = attend(*finite, mask, options)
     if not _is_finite(backend, out):
         # Scores of keys that others see may be infinite even so: a kernel that adds its mask makes NaN of them.
-        out, lse = Attention.attention(backend, *finite, mask, options)
+        # In single precision, where a backend attends in half.
+        single = backend.xp.float32
+        q, k, v = (backend.xp.astype(x, single) if _is_half(backend, x) else x for x in finite)
+        out, lse = Attention.attention(backend, q, k, v, mask, options)
+        out = backend.xp.astype(out, arrays[0].dtype, copy=False)
     mark, mark_lse = marks(backend, *arrays, mask, options)
     return out + mark, None if lse is None else lse + mark_lse
 
 
 def _is_finite(backend: Any, x: Array) -> bool:
     """Look at the sum, in one pass; where only that overflows, all is done twice."""
-    return bool(backend.xp.isfinite(backend.xp.sum(x)))
+    xp = backend.xp
+    total = xp.sum(x, dtype=xp.float32) if _is_half(backend, x) else xp.sum(x)
+    return bool(xp.isfinite(total))
+
+
+def _is_half(backend: Any, x: Array) -> bool:
+    found = backend.float_format(x.dtype)
+    return found is not None and found.bits == 16
 
 
 def finite_parts(backend: Any, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
@@ -150,8 +168,9 @@ def seen_queries(
     is_after = options.first is not None and n_queries - 1 + options.first >= n_keys
     if mask is None and not (is_before or is_after):
         return None
-    ones = _from_numpy(backend, np.ones((n_keys, 1)), like)
-    return _count_seen(backend, ones, mask, options, n_queries, n_keys)[..., 0] > 0
+    xp = backend.xp
+    ones = xp.ones((n_keys, 1), dtype=xp.bool, device=backend.creation_device(like))
+    return _sees(backend, ones, like, mask, options, n_queries)[..., 0]
 
 
 def seen_keys(
@@ -169,7 +188,7 @@ def seen_keys(
     is_cut = is_cut or (options.first is not None and options.first > 0)
     if mask is None and among is None and not is_cut:
         return None
-    if mask is not None and mask.shape[-2] > 1 and mask.shape[-1] > 1:
+    if not is_same_for_all(mask):
         tiles = (
             xp.any(seen if part is None else seen & part, axis=-2)
             for part, seen in _tiles(backend, among, mask, options, n_queries, n_keys)
@@ -202,16 +221,14 @@ def marks(
     """
     xp, width = backend.xp, v.shape[-1]
     lead = np.broadcast_shapes(k.shape[:-2], v.shape[:-2])
-    ones = xp.ones_like(k[..., :1])
-    bad = xp.astype(~xp.all(xp.isfinite(k), axis=-1, keepdims=True), k.dtype)
-    kinds = [xp.astype(x, v.dtype) for x in (xp.isnan(v), v == math.inf, v == -math.inf)]
-    parts = [xp.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (ones, bad, *kinds)]
-    counts = _count_seen(
-        backend, xp.concat(parts, axis=-1), mask, options, q.shape[-2], k.shape[-2]
-    )
-    n_seen, n_bad, values = counts[..., 0], counts[..., 1], counts[..., 2:]
-    is_nan, is_up, is_down = (values[..., i * width : (i + 1) * width] > 0 for i in range(3))
-    is_lost = (n_bad > 0) | ((n_seen > 0) & ~xp.all(xp.isfinite(q), axis=-1))
+    any_key = xp.ones_like(k[..., :1], dtype=xp.bool)
+    bad = ~xp.all(xp.isfinite(k), axis=-1, keepdims=True)
+    kinds = [any_key, bad, xp.isnan(v), v == math.inf, v == -math.inf]
+    parts = xp.concat([xp.broadcast_to(x, (*lead, *x.shape[-2:])) for x in kinds], axis=-1)
+    seen = _sees(backend, parts, v, mask, options, q.shape[-2])
+    values = seen[..., 2:]
+    is_nan, is_up, is_down = (values[..., i * width : (i + 1) * width] for i in range(3))
+    is_lost = seen[..., 1] | (seen[..., 0] & ~xp.all(xp.isfinite(q), axis=-1))
 
     def where(here: Array, value: float, other: Array) -> Array:
         return xp.where(here, xp.full_like(other, value), other)
@@ -224,36 +241,60 @@ def marks(
     return mark, where(is_lost, math.nan, xp.zeros(shape, **like))
 
 
-def _count_seen(
+def is_same_for_all(mask: Array | None) -> bool:
+    """Whether a mask hides the same keys from each query, or the same queries from each key."""
+    return mask is None or 1 in mask.shape[-2:]
+
+
+def _sees(
     backend: Any,
     x: Array,
+    like: Array,
     mask: Array | None,
     options: ScoreOptions,
     n_queries: int,
-    n_keys: int,
 ) -> Array:
-    """Sum what belongs to the keys, (..., Nk, w), over those that each query sees; (..., Nq, w)."""
-    xp = backend.xp
-    if mask is not None and mask.shape[-2] > 1 and mask.shape[-1] > 1:
+    """Whether queries see a key for which something is True, (..., Nk, w); (..., Nq, w)."""
+    xp, n_keys = backend.xp, x.shape[-2]
+    if not is_same_for_all(mask):
+        x = xp.astype(x, like.dtype)
         tiles = _tiles(backend, None, mask, options, n_queries, n_keys)
-        return xp.concat([xp.astype(seen, x.dtype) @ x for _, seen in tiles], axis=-2)
+        return xp.concat([xp.astype(seen, x.dtype) @ x > 0 for _, seen in tiles], axis=-2)
     if mask is not None:
-        shown = xp.astype(_shows(mask, xp), x.dtype)
+        shown = _shows(mask, xp)
         if mask.shape[-2] == 1:
-            x = x * xp.matrix_transpose(shown)
-    start, end = np.zeros(n_queries, dtype=int), np.full(n_queries, n_keys)
+            x = x & xp.matrix_transpose(shown)
+    if options.first is None:
+        found = _sees_from_the_first(backend, x, like, options, n_queries)
+    else:
+        start, end = np.arange(n_queries) + options.first, np.full(n_queries, n_keys)
+        if options.is_causal:
+            end = np.arange(n_queries) + options.diagonal(n_queries, n_keys) + 1
+        found = _between(backend, xp.astype(x, backend.place_dtype), start, end) > 0
+    return found if mask is None or mask.shape[-2] == 1 else found & shown
+
+
+def _sees_from_the_first(
+    backend: Any, x: Array, like: Array, options: ScoreOptions, n_queries: int
+) -> Array:
+    """Whether queries that see all keys up to their last see one for which something is True."""
+    xp, n_keys = backend.xp, x.shape[-2]
+    device = {"dtype": backend.place_dtype, "device": backend.creation_device(like)}
+    keys = xp.arange(n_keys, **device)[:, None]
+    # The first such key tells: whoever sees a key sees all before it.
+    first = xp.min(xp.where(x, keys, xp.full_like(keys, n_keys)), axis=-2, keepdims=True)
+    last = xp.full((n_queries, 1), n_keys - 1, **device)
     if options.is_causal:
-        end = np.arange(n_queries) + options.diagonal(n_queries, n_keys) + 1
-    if options.first is not None:
-        start = np.arange(n_queries) + options.first
-    counts = _between(backend, x, start, end)
-    return counts if mask is None or mask.shape[-2] == 1 else counts * shown
+        diagonal = options.diagonal(n_queries, n_keys)
+        last = xp.minimum(last, xp.arange(diagonal, diagonal + n_queries, **device)[:, None])
+    return first <= last
 
 
 def _between(backend: Any, x: Array, start: Any, end: Any) -> Array:
     """Sum the rows of ``x`` (..., n, w) from ``start`` up to ``end``, for each pair of them."""
     xp, n = backend.xp, x.shape[-2]
     start, end = (np.clip(places, 0, n) for places in (start, end))
+    end = np.maximum(start, end)
     if np.all(start == 0) and np.all(end == n):
         total = xp.sum(x, axis=-2, keepdims=True)
         return xp.broadcast_to(total, (*total.shape[:-2], len(end), total.shape[-1]))
@@ -269,7 +310,7 @@ def _between(backend: Any, x: Array, start: Any, end: Any) -> Array:
 def _tiles(
     backend: Any,
     among: Array | None,
-    mask: Array,
+    mask: Any,
     options: ScoreOptions,
     n_queries: int,
     n_keys: int,
@@ -278,17 +319,13 @@ def _tiles(
     xp = backend.xp
     height = max(1, TILE_SIZE // max(1, math.prod(mask.shape[:-2]) * n_keys))
     height = max(height, -(-n_queries // N_TILES))
-    like = {"dtype": backend.place_dtype, "device": backend.creation_device(mask)}
+    device, diagonal = backend.creation_device(mask), options.diagonal(n_queries, n_keys)
     for top in range(0, n_queries, height):
         bottom = min(top + height, n_queries)
-        seen = _shows(mask[..., top:bottom, :], xp)
-        if options.is_causal:
-            first = top + options.diagonal(n_queries, n_keys)
-            last = xp.arange(first, first + bottom - top, **like)[:, None]
-            seen = seen & (xp.arange(n_keys, **like)[None, :] <= last)
-        if options.first is not None:
-            first = xp.arange(top + options.first, bottom + options.first, **like)[:, None]
-            seen = seen & (xp.arange(n_keys, **like)[None, :] >= first)
+        tile = Tile(top, bottom, 0, n_keys)
+        seen = _shows(tile.of(mask), xp)
+        within = TileBounds(None, options, tile, diagonal).seen(xp, device)
+        seen = seen if within is None else seen & within
         yield None if among is None else among[..., top:bottom, None], seen
 
 

@@ -61,7 +61,11 @@ class LayerReport(NamedTuple):
     spectra: dict[str, NDArray[Any]]  # q, k, v: singular values, (heads, min(N, D))
     effective_ranks: dict[str, NDArray[np.float64]]  # q, k, v: (heads,)
     ranks: list[int]
-    errors: dict[str, NDArray[np.float64]]  # by method: (ranks, query heads)
+    errors: dict[
+        str, NDArray[np.float64]
+    ]  # by method: (ranks, query heads), held out if they can be
+    in_sample: dict[str, NDArray[np.float64]]  # the same on the data of the fit
+    is_held_out: bool
     needed: dict[str, dict[float, Needed]]  # by method and tolerance: rank of each query head
     exact_bytes: int
     kv_bytes: dict[str, dict[float, int]]  # by method and tolerance
@@ -102,7 +106,8 @@ def measure_all(layers: list[Layer], advance: Callable[[], object]) -> Iterator[
         try:
             with np.errstate(all="ignore"):
                 report = measure(layer, advance)
-            is_finite = all(np.isfinite(found).all() for found in report.errors.values())
+            found = [*report.errors.values(), *report.in_sample.values()]
+            is_finite = all(np.isfinite(errors).all() for errors in found)
         except ValueError:  # of LAPACK, or of what looks at the scores
             is_finite = False
         if not is_finite:
@@ -125,7 +130,7 @@ def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:
     for name in "qkv":
         spectra[name] = _spectra(getattr(layer, name))
         advance()
-    ranks, errors = ranks_of(layer), _errors(layer, advance)
+    ranks, (errors, in_sample, is_held_out) = ranks_of(layer), _errors(layer, advance)
     needed = {
         method: {t: needed_ranks(errors[method], ranks, t) for t in TOLERANCES}
         for method in METHODS
@@ -147,6 +152,8 @@ def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:
         {name: effective_rank(sigma) for name, sigma in spectra.items()},
         ranks,
         errors,
+        in_sample,
+        is_held_out,
         needed,
         exact_bytes,
         kv_bytes,
@@ -156,21 +163,31 @@ def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:
     )
 
 
-def _errors(layer: Layer, advance: Callable[[], object]) -> dict[str, NDArray[np.float64]]:
-    """Relative error of each head by method, (ranks, query heads)."""
+class _Errors(NamedTuple):
+    held_out: dict[str, NDArray[np.float64]]
+    in_sample: dict[str, NDArray[np.float64]]
+    is_held_out: bool
+
+
+def _errors(layer: Layer, advance: Callable[[], object]) -> _Errors:
+    """Relative error of each head by method, (ranks, query heads), on queries that a fit has not seen and has."""
     q, k, v, options = layer.q, layer.k, layer.v, _options(layer)
     asked, seen = _sampled_queries(layer)
     exact = np.asarray(slra.attention(asked, k, v, **seen), dtype=np.float64)
-    errors = {}
+    held_out, in_sample, is_held_out = {}, {}, True
     for method in METHODS:
         found = []
         for rank in ranks_of(layer):
             basis = slra.fit_attention(q, k, v, _pair(rank, layer), method=method, **options)
             out = np.asarray(basis.attend(asked, k, v, **seen))
-            found.append(relative_errors(out, exact).ravel())
+            expected = np.asarray(basis.error, dtype=np.float64).ravel()
+            found.append((expected, relative_errors(out, exact).ravel()))
+            is_held_out = basis.is_held_out
             advance()
-        errors[method] = np.stack(found)
-    return errors
+        held_out[method], in_sample[method] = map(np.stack, zip(*found, strict=True))
+    if not is_held_out:
+        held_out = in_sample
+    return _Errors(held_out, in_sample, is_held_out)
 
 
 def _sampled_queries(layer: Layer) -> tuple[NDArray[Any], dict[str, Any]]:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -30,6 +31,10 @@ __all__ = [
     "to_json",
 ]
 
+HELD_OUT = (
+    "Errors are held out: of a fit to the first half of the tokens, on the second half; "
+    "on the data of a fit they are smaller."
+)
 METHOD_HEADERS = ("method", "within", "rank\nmedian", "rank\nlargest", "K, V\n/ exact")
 HEAD_HEADERS = (
     "head",
@@ -99,6 +104,8 @@ def show(console: Console, title: str, reports: list[LayerReport], *, details: b
     """Print the verdict, then a table: of all layers or, of a single one, of the methods."""
     console.print(title, markup=False, highlight=False, soft_wrap=True)
     console.print(*verdict(reports), sep="\n", markup=False, highlight=False)
+    if any(report.is_held_out for report in reports):
+        console.print(HELD_OUT, markup=False, highlight=False)
     if details:
         for report in reports:
             console.print(*tables(report))
@@ -128,7 +135,10 @@ def tables(report: LayerReport) -> list[Table]:
         caption="K, V: bytes over exact, each head at the rank it needs",
         caption_justify="left",
     )
-    by_error = Table(title=f"{name}: relative Frobenius error of the output, median and worst head")
+    kind = "held out, then in sample" if report.is_held_out else "in sample"
+    by_error = Table(
+        title=f"{name}: relative Frobenius error of the output, median and worst head, {kind}"
+    )
     by_head = Table(
         title=f"{name}: heads",
         caption=f'Effective rank: exp of the entropy of the singular values. Rank needed by "{report.best}".',
@@ -145,13 +155,18 @@ def tables(report: LayerReport) -> list[Table]:
     for row in methods_rows(report):
         by_method.add_row(*row)
     for i, rank in enumerate(report.ranks):
-        found = [report.errors[method][i] for method in METHODS]
-        by_error.add_row(
-            str(rank), *(f"{x:.2g}" for e in found for x in (np.quantile(e, 0.5), e.max()))
-        )
+        cells = [
+            [f"{x:.2g}" for method in METHODS for x in _middle_and_worst(errors[method][i])]
+            for errors in (report.errors, report.in_sample)[: 1 + report.is_held_out]
+        ]
+        by_error.add_row(str(rank), *("\n".join(cell) for cell in zip(*cells, strict=True)))
     for row in heads_rows(report):
         by_head.add_row(*row)
     return [by_method, by_error, by_head]
+
+
+def _middle_and_worst(errors: NDArray[np.float64]) -> tuple[float, float]:
+    return float(np.quantile(errors, 0.5)), float(errors.max())
 
 
 def to_json(reports: list[LayerReport], source: dict[str, Any]) -> str:
@@ -179,7 +194,9 @@ def _layer(report: LayerReport) -> dict[str, Any]:
         "singular_values": {name: x.tolist() for name, x in report.spectra.items()},
         "effective_ranks": {name: x.tolist() for name, x in report.effective_ranks.items()},
         "ranks": report.ranks,
+        "errors_are_held_out": report.is_held_out,
         "errors": {method: x.tolist() for method, x in report.errors.items()},
+        "errors_in_sample": {method: x.tolist() for method, x in report.in_sample.items()},
         "needed_ranks": report.needed,
         "exact_bytes": report.exact_bytes,
         "bytes": report.kv_bytes,

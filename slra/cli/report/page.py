@@ -70,7 +70,9 @@ def _picture(report: LayerReport) -> str:
             middle = np.median(found, axis=1)
             errors.plot(report.ranks, middle, color=color, marker=marker, ms=3, label=method)
         errors.set(
-            title="Error of the output: median, range",
+            title="Error of the output"
+            + (", held out" if report.is_held_out else "")
+            + ": median, range",
             xlabel="rank",
             ylabel="relative error",
         )
