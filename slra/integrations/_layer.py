@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_choice, check_l1, resolve
 from slra.attn.exact import attention
@@ -75,6 +76,7 @@ class Approximation(NamedTuple):
     def _seen_of_each(self) -> tuple[Array | None, Array | None, Array | None]:
         return self.seen.queries, self.seen.keys, self.seen.keys
 
+    @isolated
     def arrays(self) -> tuple[Array, Array, Array]:
         """Write them out, as wide as q, k and v."""
         if self.projections is None:
@@ -107,6 +109,7 @@ def check_form(l1_form: str) -> None:
     check_choice(l1_form, ("penalty", "prox"), "l1_form")
 
 
+@isolated
 def attend(
     given: Approximation,
     ranks: Ranks | None,

@@ -357,7 +357,14 @@ def adam_step_size(
 
     Examples
     --------
-    ``proximal(optax.adam(1e-3), 1e-2, adam_step_size(1e-3))``.
+    ``proximal(optax.adam(1e-3), 1e-2, adam_step_size(1e-3))``; a state of Adam's by hand:
+
+    >>> from types import SimpleNamespace
+    >>> from jax import numpy as jnp
+    >>> from slra.integrations import jax as layer
+    >>> state = SimpleNamespace(count=1, nu=jnp.asarray([0.004]))
+    >>> [round(float(one), 3) for one in layer.adam_step_size(0.1)((state,), None)]
+    [0.05]
     """
 
     def step_size(state: Any, params: Any) -> Any:

@@ -398,9 +398,11 @@ class LowRankAttention(nn.MultiheadAttention):
     def _warn_of_zeros(self) -> None:
         """Warn where a threshold leaves nothing to train."""
         last = self._last
-        if not self.training or self.l1_form != "prox" or last is None or _in_backward():
+        if not self.training or self.l1_form != "prox" or last is None:
             return
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_wrapped(last.q):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        if _in_backward() or _is_wrapped(last.q):
             return
         for name, hat, l1 in zip("QKV", last[1:4], self._weights.tolist(), strict=True):
             if l1 > 0 and hat.numel() and not bool(hat.any()):
