@@ -234,8 +234,10 @@ def test_a_schedule_of_l1_is_followed_by_one_graph(l1_form, precision):
             out, _ = compiled(x, x, x, need_weights=False)
             penalty = module.penalty()
             right, _ = module(x, x, x, need_weights=False)
-            assert torch.equal(out, right)
-            assert torch.equal(penalty, module.penalty())
+            # Entries below 1/4 in 8 bits, rounded a few times; an old threshold is off by .02 or more.
+            assert_close(out, right, ATOL if precision == "double" else 2**-8)
+            rtol = ATOL if precision == "double" else 2**-7
+            torch.testing.assert_close(penalty, module.penalty(), rtol=rtol, atol=0)
     assert len(graphs) == 1
 
 
