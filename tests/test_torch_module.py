@@ -757,3 +757,15 @@ def test_parameters_are_drawn_again_and_a_parametrised_layer_is_copied():
     module(x, x, x)
     copied = copy.deepcopy(module).eval()
     assert_close(copied(x, x, x)[0], module.eval()(x, x, x)[0], 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False, "kdim": 5, "vdim": 6}], ids=str)
+def test_what_is_trained_goes_back_into_multi_head_attention(options):
+    module = layer(rank=4, **options)
+    query, key, value = data(), *(data(N_K, options.get(name, WIDTH)) for name in ("kdim", "vdim"))
+    made = module.to_mha()
+    assert type(made) is torch.nn.MultiheadAttention
+    assert_close(made(query, key, value)[0], module(query, key, value)[0], 10 * ATOL)
+    assert not any(
+        one is other for one, other in zip(made.parameters(), module.parameters(), strict=True)
+    )

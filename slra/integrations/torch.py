@@ -510,6 +510,28 @@ class LowRankAttention(nn.MultiheadAttention):
             )
         return self._last
 
+    def to_mha(self) -> nn.MultiheadAttention:
+        """Return exact attention with copies of the parameters: what is trained here may go on without this package.
+
+        Returns
+        -------
+        torch.nn.MultiheadAttention
+            Of the same widths, device, dtype, layout and mode.
+        """
+        weight = self.out_proj.weight
+        made = nn.MultiheadAttention(
+            self.embed_dim,
+            self.num_heads,
+            bias=self.in_proj_bias is not None,
+            kdim=self.kdim,
+            vdim=self.vdim,
+            batch_first=self.batch_first,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        made.load_state_dict(dict(self.named_parameters()))
+        return made.train(self.training)
+
     def fit_basis(
         self,
         query: Tensor,

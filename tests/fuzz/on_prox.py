@@ -346,11 +346,13 @@ def _check_penalty(name: str, args: dict[str, Any], out: Any) -> None:
             right,
         )
         return
-    for x, weight, one in zip((q, k, v), weights, out, strict=True):
+    steps = args.get("step")
+    steps = steps if isinstance(steps, (tuple, list)) else (steps,) * 3
+    for x, weight, step, one in zip((q, k, v), weights, steps, out, strict=True):
         if name == "l1_penalty_grad":
             close(one, weight * np.sign(x))
         else:
-            right = oracles.prox["prox_l1"](x, weight * np.longdouble(float(args["step"])))
+            right = oracles.prox["prox_l1"](x, weight * wide(np.asarray(step)))
             close(one, right, np.abs(x), 32)
 
 
