@@ -8,10 +8,13 @@ entries near zero, or with its proximal operator, which makes them exactly zero.
 
 from typing import Any
 
+import array_api_compat as compat
+import numpy as np
+
 from slra._backends import Backend
 from slra._backends.ambient import isolated
 from slra._typing import Array, Namespace
-from slra._validate import check_l1, check_positive, check_scalar, promote, resolve
+from slra._validate import check_l1, check_positive, check_scalar, check_tau, promote, resolve
 from slra.prox.l1 import norm_l1, prox_l1
 
 __all__ = ["combined_objective", "l1_penalty", "l1_penalty_grad", "l1_penalty_prox"]
@@ -167,7 +170,12 @@ def l1_penalty_grad(q: Array, k: Array, v: Array, l1: L1) -> tuple[Array, Array,
 
 @isolated
 def l1_penalty_prox(
-    q: Array, k: Array, v: Array, l1: L1, *, step: float = 1.0
+    q: Array,
+    k: Array,
+    v: Array,
+    l1: L1,
+    *,
+    step: float | Array | tuple[float | Array, float | Array, float | Array] = 1.0,
 ) -> tuple[Array, Array, Array]:
     r"""Proximal operator of ``step`` times `l1_penalty`: soft thresholds, which give exact zeros.
 
@@ -178,8 +186,10 @@ def l1_penalty_prox(
     l1 : float, 0-d array, or three of them
         Weights lambda_Q, lambda_K and lambda_V, each 0 or more; one number for all three. An array may be traced or
         learned; its value is checked where it can be looked at.
-    step : float
-        Length of the gradient step before it, 0 or more; 1 makes ``l1`` the thresholds.
+    step : float, array, or three of them
+        Length of the gradient step before it, 0 or more; 1 makes ``l1`` the thresholds. An array, which broadcasts to
+        q, k and v (one of three to one of them), is that of each entry: of an optimizer that scales its steps, such as
+        Adam, ``lr / (sqrt(v) + eps)``.
 
     Returns
     -------
@@ -191,11 +201,14 @@ def l1_penalty_prox(
     TypeError
         If an array is not real floating, two come from different libraries, or ``l1`` is not a number or three of them.
     ValueError
-        If a weight or ``step`` is negative or not finite.
+        If a weight or ``step`` is negative or not finite, or ``step`` does not broadcast.
 
     Notes
     -----
     .. math:: \operatorname{prox}(x)_i = \operatorname{sign}(x_i) \max(|x_i| - s \lambda, 0)
+
+    The step must be that of each entry: the prox of another metric than that of the gradient step has other fixed
+    points, which are no minimisers.
 
     After a step against the gradient of the task's loss it is one iteration of proximal gradient; for a loop with
     steps that are found and momentum see `slra.proximal_gradient`.
@@ -211,12 +224,14 @@ def l1_penalty_prox(
     [2.0, 0.0]
     """
     backend = _check(q, k, v)
-    step = check_positive(step, "step", allow_zero=True)
+    steps = step if isinstance(step, (tuple, list)) else (step,) * 3
+    if len(steps) != 3:
+        raise TypeError(f"step must be a number, an array or three of them, got {len(steps)}")
     limits = _summed_in(backend, q, k, v)
     weights = check_l1(l1, limits, backend)
     q, k, v = [
-        _thresholded(x, step, weight, float(limit.max), backend)
-        for x, weight, limit in zip((q, k, v), weights, limits, strict=True)
+        _thresholded(x, one, weight, float(limit.max), backend)
+        for x, one, weight, limit in zip((q, k, v), steps, weights, limits, strict=True)
     ]
     return q, k, v
 
@@ -239,12 +254,18 @@ def _in_dtype(weight: Any, x: Array, backend: Backend) -> Any:
     return weight if isinstance(weight, float) else backend.xp.astype(weight, x.dtype, copy=False)
 
 
-def _thresholded(x: Array, step: float, weight: Any, largest: float, backend: Backend) -> Array:
+def _thresholded(x: Array, step: Any, weight: Any, largest: float, backend: Backend) -> Array:
     """Soft-threshold by a product; beyond the largest number it leaves nothing, as does that number."""
-    if isinstance(weight, float):
-        return x if weight == 0 else prox_l1(x, min(step * weight, largest))
+    if isinstance(step, np.generic) or not compat.is_array_api_obj(step):
+        step = check_positive(step, "step", allow_zero=True)
+        if isinstance(weight, float):
+            return x if weight == 0 else prox_l1(x, min(step * weight, largest))
     (wide,) = promote(backend, x=x).arrays
-    return prox_l1(x, backend.at_most(step * _in_dtype(weight, wide, backend), largest))
+    if not isinstance(step, float):
+        step = check_tau(backend, wide, step, "step")
+    with backend.ignore_overflow():
+        product = step * _in_dtype(weight, wide, backend)
+    return prox_l1(x, backend.at_most(product, largest))
 
 
 def _weighted_norm(x: Array, weight: Any, backend: Backend) -> Array:

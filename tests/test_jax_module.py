@@ -1,6 +1,7 @@
 """The attention layer for JAX against the one for PyTorch, on the same weights."""
 
 import doctest
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -184,6 +185,71 @@ def test_an_unknown_form_is_named():
     _, _, params, y = pair()
     with pytest.raises(ValueError, match="l1_form must be one of 'penalty', 'prox'"):
         jax_layer.apply(params, y, y, y, num_heads=HEADS, l1_form="both")
+
+
+class AdamState(NamedTuple):
+    """As optax.ScaleByAdamState is."""
+
+    count: Any
+    mu: Any
+    nu: Any
+
+
+def adam(lr, b1=0.9, b2=0.999, eps=1e-8):
+    """Adam as optax chains it: its state, and that of the learning rate."""
+
+    def init(params):
+        zeros = jax.tree.map(jax.numpy.zeros_like, params)
+        return AdamState(jax.numpy.zeros((), int), zeros, zeros), ()
+
+    def update(gradients, state, params):
+        (count, mu, nu), rest = state
+        count = count + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, mu, gradients)
+        nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g**2, nu, gradients)
+        moves = jax.tree.map(
+            lambda m, n: -lr * (m / (1 - b1**count)) / (jax.numpy.sqrt(n / (1 - b2**count)) + eps),
+            mu,
+            nu,
+        )
+        return moves, (AdamState(count, mu, nu), rest)
+
+    return jax_layer.Transformation(init, update)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "a schedule"])
+def test_a_prox_in_the_metric_of_the_optimizer_finds_the_minimiser(name):
+    """Its zeros, too; jitted, in a scan."""
+    rng = np.random.default_rng(0)
+    A, b, l1 = rng.standard_normal((60, 20)) / 8, rng.standard_normal(60), 0.6
+    best, step = np.zeros(20), 1 / np.linalg.norm(A, 2) ** 2
+    for _ in range(3000):
+        best = best - step * A.T @ (A @ best - b)
+        best = np.sign(best) * np.maximum(np.abs(best) - step * l1, 0)
+    inner, size = {
+        "sgd": (
+            jax_layer.Transformation(
+                lambda p: (), lambda g, s, p: (jax.tree.map(lambda x: -0.1 * x, g), s)
+            ),
+            lambda state, params: 0.1,
+        ),
+        "adam": (adam(0.02), jax_layer.adam_step_size(0.02)),
+        "a schedule": (adam(0.02), jax_layer.adam_step_size(lambda count: 0.02 + 0 * count)),
+    }[name]
+    optimizer = jax_layer.proximal(inner, l1, size)
+
+    def loss(params):
+        return ((A @ params["x"] - b) ** 2).sum() / 2
+
+    def iterate(carry, _):
+        params, state = carry
+        moves, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return (jax.tree.map(jax.numpy.add, params, moves), state), None
+
+    params = {"x": jax.numpy.asarray(rng.standard_normal(20))}
+    (params, _), _ = jax.lax.scan(iterate, (params, optimizer.init(params)), length=1500)
+    np.testing.assert_allclose(params["x"], best, rtol=0, atol=2e-3)
+    assert np.array_equal(params["x"] == 0, best == 0)
 
 
 def test_examples_run():

@@ -191,19 +191,23 @@ def test_weights_beyond_the_dtype():
 def test_weights_may_be_0d_arrays_traced_or_learned(name):
     torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
     function, arrays = getattr(slra.objective, name), hats("float32")
-    expected = np.concatenate([np.ravel(x) for x in function(*arrays, L1)], axis=None)
+
+    def each(found):
+        return found if isinstance(found, tuple) else (found,)
 
     def flat(found):
-        return np.concatenate([np.ravel(to_numpy(x)) for x in found], axis=None)
+        return np.concatenate([np.ravel(to_numpy(x)) for x in each(found)], axis=None)
+
+    expected = flat(function(*arrays, L1))
 
     for dtype in ("float64", "float32"):
         tensors = [torch.tensor(x) for x in arrays]
         weights = [torch.tensor(x, dtype=getattr(torch, dtype)) for x in L1]
         learned = [x.clone().requires_grad_() for x in weights]
         for given in (weights, learned):
-            found = function(*tensors, given)
+            found = each(function(*tensors, given))
             assert all(x.dtype == torch.float32 for x in found)
-            np.testing.assert_allclose(flat([x.detach() for x in found]), expected, rtol=1e-6)
+            np.testing.assert_allclose(flat(tuple(x.detach() for x in found)), expected, rtol=1e-6)
     compiled = jax.jit(lambda l1: function(*map(jax.numpy.asarray, arrays), l1))
     found = compiled(tuple(map(jax.numpy.asarray, L1)))
     np.testing.assert_allclose(flat(found), expected, rtol=1e-6)
@@ -220,3 +224,69 @@ def test_a_learned_weight_has_the_norm_as_its_gradient():
     slra.objective.l1_penalty(*tensors, weights).backward()
     for weight, x in zip(weights, tensors, strict=True):
         assert float(weight.grad) == pytest.approx(float(x.abs().sum()), rel=1e-6)
+
+
+def test_a_step_for_each_entry(xp):
+    arrays = hats()
+    steps = [np.abs(np.cos(np.arange(x.size, dtype=float))).reshape(x.shape) for x in arrays]
+    given = [to_xp(xp, x) for x in arrays]
+    got = slra.objective.l1_penalty_prox(*given, L1, step=[to_xp(xp, x) for x in steps])
+    for one, x, weight, step in zip(got, arrays, L1, steps, strict=True):
+        expected = np.sign(x) * np.maximum(np.abs(x) - step * weight, 0)
+        np.testing.assert_allclose(to_numpy(one), expected, rtol=0, atol=1e-15)
+    with pytest.raises(ValueError, match="step must broadcast to x"):
+        slra.objective.l1_penalty_prox(*given, L1, step=to_xp(xp, steps[0]))
+
+
+OPTIMIZERS = {
+    "SGD": {"lr": 0.05},
+    "momentum": {"lr": 0.02, "momentum": 0.8, "dampening": 0.1},
+    "Nesterov": {"lr": 0.02, "momentum": 0.8, "nesterov": True},
+    "Adam": {"lr": 0.02},
+    "AdamW": {"lr": 0.02, "weight_decay": 0.0, "amsgrad": True},
+    "RMSprop": {"lr": 0.005, "momentum": 0.5},
+    "Adagrad": {"lr": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_prox_in_the_metric_of_the_optimizer_finds_the_minimiser(name):
+    """Its zeros, too, as proximal gradient in NumPy finds them."""
+    torch = pytest.importorskip("torch")
+    from slra.integrations.torch import ProximalOptimizer
+
+    rng = np.random.default_rng(0)
+    A, b, l1 = rng.standard_normal((60, 20)) / 8, rng.standard_normal(60), 0.6
+    best, step = np.zeros(20), 1 / np.linalg.norm(A, 2) ** 2
+    for _ in range(3000):
+        best = best - step * A.T @ (A @ best - b)
+        best = np.sign(best) * np.maximum(np.abs(best) - step * l1, 0)
+    x = torch.nn.Parameter(torch.tensor(rng.standard_normal(20)))
+    kind = {"momentum": "SGD", "Nesterov": "SGD"}.get(name, name)
+    optimizer = ProximalOptimizer(getattr(torch.optim, kind)([x], **OPTIMIZERS[name]), l1=l1)
+    given = torch.tensor(A), torch.tensor(b)
+    for _ in range(1500):
+        optimizer.zero_grad()
+        ((given[0] @ x - given[1]) ** 2).sum().div(2).backward()
+        optimizer.step()
+    np.testing.assert_allclose(x.detach(), best, rtol=0, atol=2e-3)
+    assert np.array_equal(x.detach().numpy() == 0, best == 0)
+    assert 3 < np.sum(best == 0) < 17
+
+
+def test_an_optimizer_whose_steps_are_not_known_is_refused():
+    torch = pytest.importorskip("torch")
+    from slra.integrations.torch import ProximalOptimizer
+
+    x = torch.nn.Parameter(torch.tensor([3.0, 0.5]))
+    with pytest.raises(TypeError, match="optimizer must be one of SGD, Adam, .*, got LBFGS"):
+        ProximalOptimizer(torch.optim.LBFGS([x]))
+    with pytest.raises(ValueError, match="l1 must be finite and 0 or more"):
+        ProximalOptimizer(torch.optim.SGD([x], lr=0.1), l1=-1.0)
+    inner = torch.optim.SGD([{"params": [x], "l1": 10.0}], lr=0.1)
+    optimizer = ProximalOptimizer(inner)
+    x.square().sum().backward()
+    optimizer.step()
+    assert x.tolist() == pytest.approx([1.4, 0.0])
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups is inner.param_groups

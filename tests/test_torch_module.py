@@ -234,8 +234,10 @@ def test_a_schedule_of_l1_is_followed_by_one_graph(l1_form, precision):
             out, _ = compiled(x, x, x, need_weights=False)
             penalty = module.penalty()
             right, _ = module(x, x, x, need_weights=False)
-            assert torch.equal(out, right)
-            assert torch.equal(penalty, module.penalty())
+            # Entries below 1/4 in 8 bits, rounded a few times; an old threshold is off by .02 or more.
+            assert_close(out, right, ATOL if precision == "double" else 2**-8)
+            rtol = ATOL if precision == "double" else 2**-7
+            torch.testing.assert_close(penalty, module.penalty(), rtol=rtol, atol=0)
     assert len(graphs) == 1
 
 
@@ -419,20 +421,20 @@ def test_a_basis_written_into_the_buffers_brings_its_ranks():
     assert_close(narrow(x, x, x)[0], wide(x, x, x)[0], 0)
 
 
-def test_ranks_follow_from_buffers_alone():
+@pytest.mark.parametrize("options", [{"rank": 2}, {"rtol": 0.3}], ids=str)
+def test_ranks_follow_from_buffers_alone(options):
     x = data(30)
-    trained = layer(rtol=0.3)
+    trained = layer(**options)
     trained.fit_basis(x, x, x)
     right, _ = trained.eval()(x, x, x)
-    for rtol in (0.3, 0.1):
-        copied, called = layer(rtol=rtol).eval(), layer(rtol=rtol).eval()
-        state = {**dict(trained.named_parameters()), **dict(trained.named_buffers())}
-        for name, one in [*copied.named_parameters(), *copied.named_buffers()]:
-            one.data.copy_(state[name].detach())
-        for out, _ in (copied(x, x, x), torch.func.functional_call(called, state, (x, x, x))):
-            assert_close(out, right)
-        assert torch.equal(copied.ranks, trained.ranks)
-    averaged = torch.optim.swa_utils.AveragedModel(layer(rtol=0.3))
+    copied, called = layer(**options).eval(), layer(**options).eval()
+    state = {**dict(trained.named_parameters()), **dict(trained.named_buffers())}
+    for name, one in [*copied.named_parameters(), *copied.named_buffers()]:
+        one.data.copy_(state[name].detach())
+    for out, _ in (copied(x, x, x), torch.func.functional_call(called, state, (x, x, x))):
+        assert_close(out, right)
+    assert torch.equal(copied.ranks, trained.ranks)
+    averaged = torch.optim.swa_utils.AveragedModel(layer(**options))
     averaged.update_parameters(trained)
     assert_close(averaged.eval()(x, x, x)[0], right)
 
@@ -624,13 +626,134 @@ def test_however_padding_is_hidden_it_takes_no_part(way, l1_form):
     assert module.sparsity() == pytest.approx(zeros)
     whole = copy.deepcopy(module).train()
     whole.basis_per = "sequence"
-    assert_close(
-        whole(
-            padded[:1],
-            padded[:1],
-            padded[:1],
-            **{k: v[: v.shape[0] // 2] for k, v in given.items()},
-        )[0][:, :4],
-        whole(x[:1, :4], x[:1, :4], x[:1, :4])[0],
-        1e-11,
-    )
+    one, other = padded[:1], x[:1, :4]
+    of_one = {name: mask[: mask.shape[0] // 2] for name, mask in given.items()}
+    assert_close(whole(one, one, one, **of_one)[0][:, :4], whole(other, other, other)[0], 1e-11)
+
+
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_a_penalty_that_is_returned_is_not_lost(l1_form):
+    """Under reentrant checkpointing, in a layer that is called twice, and under vmap."""
+    module, x = layer(rank=2, l1=0.01, l1_form=l1_form, refit_every=0), data().requires_grad_()
+    module.fit_basis(x, x, x)
+
+    def run(x):
+        out, _, penalty = module(x, x, x, need_weights=False, return_penalty=True)
+        return out, penalty
+
+    out, penalty = run(x)
+    assert_close(penalty, module.penalty())
+    second, again = run(out)
+    parameters = list(module.parameters())
+    expected = torch.autograd.grad(second.square().sum() + penalty + again, parameters)
+    out, penalty = checkpoint(run, x, use_reentrant=True)
+    second, again = checkpoint(run, out, use_reentrant=True)
+    (second.square().sum() + penalty + again).backward()
+    for one, other in zip(parameters, expected, strict=True):
+        assert_close(one.grad, other, 100 * ATOL)
+    penalties = torch.func.vmap(lambda y: run(y)[1])(x)
+    assert_close(penalties.mean(), penalty)
+
+
+def test_a_penalty_that_would_be_lost_is_refused():
+    module, x = layer(rank=2, l1=0.1, refit_every=0), data().requires_grad_()
+    module.fit_basis(x, x, x)
+
+    def run(x):
+        return module(x, x, x, need_weights=False)[0]
+
+    loss = checkpoint(run, x, use_reentrant=True).sum()
+    with pytest.raises(RuntimeError, match="return_penalty=True"):
+        module.penalty()
+    with torch.no_grad():
+        assert float(module.penalty()) > 0
+    loss.backward()
+    run(run(x))
+    with pytest.raises(RuntimeError, match="got 2 calls since it was"):
+        module.penalty()
+    # A backward pass ends the step, and what is read counts no more.
+    run(x).sum().backward()
+    for _ in range(2):
+        run(x)
+        module.penalty()
+    run(x).sum().backward()
+    run(x)
+    module.penalty()
+    torch.func.vmap(run)(x)
+    with pytest.raises(RuntimeError, match="inside a transform such as torch.func.vmap"):
+        module.penalty()
+    assert torch.func.vmap(lambda y: (run(y), module.penalty())[1])(x).shape == (BATCH,)
+
+
+def test_a_threshold_that_leaves_nothing_to_train_is_warned_of():
+    module, x = layer(rank=2, l1=(0.0, 0.1, 1e3), l1_form="prox"), data()
+    with pytest.warns(UserWarning, match=r"l1 is so large that all of V\^ is 0"):
+        module(x, x, x)
+    assert module.eval()(x, x, x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("method", ["svd", "scores", "output"])
+def test_sequences_shorter_than_the_rank_are_fitted_together(method):
+    module, x = layer(rank=3, method=method), torch.randn(6, 10, WIDTH)
+    short = x[:, :2]
+    for query, memory in ((x[:, :1], x), (short, short)):
+        for _ in range(2):
+            out, _ = module(query, memory, memory)
+            assert out.shape == query.shape
+            assert bool(torch.isfinite(out).all())
+        assert module.ranks.tolist() == [[3, 3]] * HEADS
+
+
+def test_infinity_in_training_reaches_the_output_and_leaves_the_basis():
+    module, x = layer(rank=2), data()
+    bad = x.clone()
+    bad[0, 0, 0] = torch.inf
+    assert not torch.isfinite(module(bad, bad, bad)[0]).all()
+    assert module.ranks.tolist() == [[0, 0]] * HEADS
+    module(x, x, x)
+    before = module.q_map
+    for mask in (None, torch.zeros(BATCH, N_Q)):
+        assert not torch.isfinite(module(bad, bad, bad, key_padding_mask=mask)[0]).all()
+        assert torch.equal(module.q_map, before)
+
+
+@pytest.mark.parametrize("l1_form", ["penalty", "prox"])
+def test_an_empty_batch(l1_form):
+    module, x = layer(rank=2, l1=0.1, l1_form=l1_form), data()
+    empty = x[:0]
+    for _ in range(2):
+        out, _, penalty = module(empty, empty, empty, return_penalty=True)
+        assert out.shape == empty.shape
+        assert float(penalty.detach()) == 0
+        module(x, x, x)
+
+
+@pytest.mark.parametrize("basis", ["layer", "sequence"])
+def test_half_precision_thresholds(basis):
+    module, x = layer(rank=2, l1=0.1, l1_form="prox", basis_per=basis).half(), data().half()
+    assert module(x, x, x)[0].dtype == torch.float16
+
+
+def test_another_rank_later_drops_the_basis():
+    module, x = layer(rank=3), data()
+    module(x, x, x)
+    module.rank = (2, 4)
+    assert module.ranks.tolist() == [[0, 0]] * HEADS
+    module(x, x, x)
+    assert module.ranks.tolist() == [[2, 4]] * HEADS
+    with pytest.raises(ValueError, match="rank must be between 1 and 4"):
+        module.rank = 5
+    assert module.rank == (2, 4)
+    module.rank = None
+    exact = layer()
+    exact.load_state_dict(module.state_dict())
+    assert_close(module(x, x, x)[0], exact(x, x, x)[0], 0)
+
+
+def test_parameters_are_drawn_again_and_a_parametrised_layer_is_copied():
+    module, x = layer(rank=2), data()
+    module._reset_parameters()
+    torch.nn.utils.parametrizations.weight_norm(module, "in_proj_weight")
+    module(x, x, x)
+    copied = copy.deepcopy(module).eval()
+    assert_close(copied(x, x, x)[0], module.eval()(x, x, x)[0], 0)

@@ -208,7 +208,7 @@ def fit_problem(
     keep: Array | None = None,
 ) -> Fitted:
     """Fit a problem, to the keys that are to be kept, (..., H, Nk); raise where rank, rtol or n_rows is wrong."""
-    limits = _check_ranks(problem, rank, rtol)
+    limits = _check_ranks(problem, rank, rtol, pool_batch=pool_batch)
     rtol = None if rtol is None else check_positive(rtol, "rtol")
     if n_rows is None:
         # Fewer rows than the rank would leave directions without data; four times as many determine the last of them.
@@ -244,10 +244,13 @@ def _sample(
     return sample_seen_rows(seen, n_queries, n_rows, rng, problem.backend, offset=offset)
 
 
-def _check_ranks(problem: AttentionProblem, rank: Any, rtol: Any = None) -> tuple[int, int]:
+def _check_ranks(
+    problem: AttentionProblem, rank: Any, rtol: Any = None, *, pool_batch: bool = False
+) -> tuple[int, int]:
     """Return the rank of queries and keys, and that of values: the largest, where rtol is to choose."""
-    limit_qk = min(problem.k.shape[-2:])
-    limit_v = min(problem.v.shape[-2:])
+    # A pooled fit has the rows of all sequences.
+    n_rows = problem.k.shape[-2] * (math.prod(problem.k.shape[:-4]) if pool_batch else 1)
+    limit_qk, limit_v = (min(n_rows, x.shape[-1]) for x in (problem.k, problem.v))
     if rtol is not None:
         check_positive(rtol, "rtol")
         if not problem.backend.is_eager(problem.q):

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from slra._backends.ambient import isolated
 from slra._typing import Array
 from slra._validate import check_choice, check_l1, resolve
 from slra.attn.exact import attention
@@ -53,13 +54,16 @@ class Approximation(NamedTuple):
     v: Array
     seen: Seen = Seen(None, None)
 
+    def __deepcopy__(self, memo: object) -> None:
+        """Leave it out of a copy of a layer: tensors of a graph cannot be copied."""
+
     def penalty(self, l1: L1) -> Array:
         """Weighted norms of what is seen, averaged over leading axes."""
         q, k, v = [
             x if seen is None else _where(seen[..., None], x)
             for x, seen in zip(self.arrays(), self._seen_of_each, strict=True)
         ]
-        return l1_penalty(q, k, v, l1) / math.prod(list(q.shape[:-3]))
+        return l1_penalty(q, k, v, l1) / max(1, math.prod(list(q.shape[:-3])))
 
     def zeros(self) -> list[float]:
         """Fractions of exact zeros among what is seen."""
@@ -72,6 +76,7 @@ class Approximation(NamedTuple):
     def _seen_of_each(self) -> tuple[Array | None, Array | None, Array | None]:
         return self.seen.queries, self.seen.keys, self.seen.keys
 
+    @isolated
     def arrays(self) -> tuple[Array, Array, Array]:
         """Write them out, as wide as q, k and v."""
         if self.projections is None:
@@ -104,6 +109,7 @@ def check_form(l1_form: str) -> None:
     check_choice(l1_form, ("penalty", "prox"), "l1_form")
 
 
+@isolated
 def attend(
     given: Approximation,
     ranks: Ranks | None,

@@ -5,6 +5,7 @@ Needs: jax. The formula is that of `slra.integrations.torch.LowRankAttention`, w
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,18 @@ from slra.integrations._layer import (
     mask_of_fit,
     what_is_seen,
 )
+from slra.prox.l1 import prox_l1
 
-__all__ = ["Attended", "Projections", "apply", "fit", "init"]
+__all__ = [
+    "Attended",
+    "Projections",
+    "Transformation",
+    "adam_step_size",
+    "apply",
+    "fit",
+    "init",
+    "proximal",
+]
 
 Params = dict[str, Array]
 
@@ -244,6 +255,134 @@ def apply(
     if "out_proj.bias" in params:
         out = out + params["out_proj.bias"]
     return Attended(out, given.penalty(l1), *given.arrays())
+
+
+class Transformation(NamedTuple):
+    """Two functions, as ``optax.GradientTransformation`` has them.
+
+    Attributes
+    ----------
+    init : callable
+        ``init(params)``: a state.
+    update : callable
+        ``update(gradients, state, params)``: what to add to the parameters, and the next state.
+
+    Examples
+    --------
+    See `proximal`.
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+
+
+def proximal(transform: Any, l1: Any, step_size: Callable[[Any, Any], Any]) -> Transformation:
+    """Follow the step of an optimizer by a soft threshold in its metric: it minimises the loss plus ``l1 * ||p||_1``.
+
+    Parameters
+    ----------
+    transform : optax.GradientTransformation
+        The whole optimizer, learning rate included. It has to be the last: what comes after would move zeros.
+    l1 : float or 0-d array
+        lambda, 0 or more.
+    step_size : callable
+        Given the state after the step and the parameters, returns what gradients were multiplied by in the long run: a
+        number, or a pytree of arrays like the parameters. For SGD the learning rate (over 1 - momentum), for Adam see
+        `adam_step_size`.
+
+    Returns
+    -------
+    Transformation
+        A transformation of optax.
+
+    Raises
+    ------
+    ValueError
+        In ``update``, if no parameters are given to it, or a threshold is negative or not finite and concrete.
+
+    Notes
+    -----
+    See `slra.integrations.torch.ProximalOptimizer`.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from slra.integrations import jax as layer
+    >>> descent = layer.Transformation(lambda p: (), lambda g, state, p: (-0.5 * g, state))
+    >>> optimizer = layer.proximal(descent, 1.0, lambda state, p: 0.5)
+    >>> x = jax.numpy.asarray([3.0, 0.5])
+    >>> move, _ = optimizer.update(x, optimizer.init(x), x)
+    >>> (x + move).tolist()
+    [1.0, 0.0]
+    """
+
+    def update(gradients: Any, state: Any, params: Any = None, **options: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("params must be given to update: a threshold depends on them")
+        moves, state = transform.update(gradients, state, params, **options)
+        sizes = step_size(state, params)
+        if jax.tree.structure(sizes) != jax.tree.structure(params):
+            sizes = jax.tree.map(lambda _: sizes, params)
+
+        def shrunk(x: Array, move: Array, size: Any) -> Array:
+            # Exactly what takes a parameter to 0 where the threshold does.
+            return prox_l1(x + move, jnp.asarray(l1 * size, x.dtype)) - x
+
+        return jax.tree.map(shrunk, params, moves, sizes), state
+
+    return Transformation(transform.init, update)
+
+
+def adam_step_size(
+    learning_rate: Any, *, b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0
+) -> Callable[[Any, Any], Any]:
+    """Return the ``step_size`` of `proximal` for Adam and AdamW of optax, ``lr / (sqrt(v) + eps)``.
+
+    Parameters
+    ----------
+    learning_rate : float, 0-d array or callable
+        That of the optimizer; a schedule is a function of the number of steps.
+    b2, eps, eps_root : float
+        As the optimizer has them.
+
+    Returns
+    -------
+    callable
+        It finds in the state what has a ``count`` and second moments ``nu``.
+
+    Raises
+    ------
+    ValueError
+        When called, if there is no such state.
+
+    Examples
+    --------
+    ``proximal(optax.adam(1e-3), 1e-2, adam_step_size(1e-3))``; a state of Adam's by hand:
+
+    >>> from types import SimpleNamespace
+    >>> from jax import numpy as jnp
+    >>> from slra.integrations import jax as layer
+    >>> state = SimpleNamespace(count=1, nu=jnp.asarray([0.004]))
+    >>> [round(float(one), 3) for one in layer.adam_step_size(0.1)((state,), None)]
+    [0.05]
+    """
+
+    def step_size(state: Any, params: Any) -> Any:
+        found = _adam_state(state)
+        if found is None:
+            raise ValueError("state must have one of Adam in it, with count and nu")
+        rate = learning_rate(found.count - 1) if callable(learning_rate) else learning_rate
+        debias = 1 - b2**found.count
+        return jax.tree.map(lambda nu: rate / (jnp.sqrt(nu / debias + eps_root) + eps), found.nu)
+
+    return step_size
+
+
+def _adam_state(state: Any) -> Any:
+    if hasattr(state, "nu") and hasattr(state, "count"):
+        return state
+    parts = state if isinstance(state, tuple) else ()
+    return next((one for one in map(_adam_state, parts) if one is not None), None)
 
 
 def _heads(

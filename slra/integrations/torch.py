@@ -3,6 +3,8 @@
 Needs: torch.
 """
 
+import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slra._backends.ambient import isolated
 from slra._validate import (
     check_choice,
     check_count,
@@ -28,8 +31,9 @@ from slra.integrations._layer import (
     mask_of_fit,
     what_is_seen,
 )
+from slra.integrations._torch_proximal import ProximalOptimizer
 
-__all__ = ["LowRankAttention", "Sparsity"]
+__all__ = ["LowRankAttention", "ProximalOptimizer", "Sparsity"]
 
 # Buffers of each projection: a map down to r dimensions, one up, and their product.
 _FACTORS = [(f"{x}_down", f"{x}_up", f"{x}_map") for x in "qkv"]
@@ -48,7 +52,7 @@ class Sparsity(NamedTuple):
     --------
     >>> import torch
     >>> from slra.integrations.torch import LowRankAttention
-    >>> layer = LowRankAttention(16, 2, batch_first=True, rank=4, l1=1e6, l1_form="prox")
+    >>> layer = LowRankAttention(16, 2, batch_first=True, l1=1e6, l1_form="prox").eval()
     >>> x = torch.randn(3, 10, 16)
     >>> _ = layer(x, x, x, need_weights=False)
     >>> layer.sparsity()
@@ -193,17 +197,44 @@ class LowRankAttention(nn.MultiheadAttention):
         )
         # nn.TransformerEncoderLayer asks for this before it runs a fused kernel instead of calling us.
         self._qkv_same_embed_dim = False
-        self.rank, self.rtol, self.method, self.basis_per = rank, rtol, method, basis_per
+        self._rank, self.rtol, self.method, self.basis_per = rank, rtol, method, basis_per
         self.refit_every = check_count(refit_every, "refit_every")
         # A number that was an attribute would be part of a compiled graph.
         weights = _weights_of_l1(l1, self.out_proj.weight.device)
         self.register_buffer("_weights", weights, persistent=False)
         self.l1_form = l1_form
-        self._calls = 0
+        self._calls = self._unread = 0
         self._last: Approximation | None = None
         widest = self._widest
         if self._keeps_basis:
             self._register_basis(*widest)
+
+    @property
+    def rank(self) -> int | tuple[int, int] | None:
+        """Rank, or pair of ranks; setting another drops the basis."""
+        return self._rank
+
+    @rank.setter
+    def rank(self, rank: int | tuple[int, int] | None) -> None:
+        before, self._rank = self._rank, rank
+        try:
+            widest = self._widest
+        except (TypeError, ValueError):
+            self._rank = before
+            raise
+        if rank == before:
+            return
+        for name in (*Projections._fields, *_MAPS):
+            self._buffers.pop(name, None)
+        if self._keeps_basis:
+            self._register_basis(*widest)
+
+    def _reset_parameters(self) -> None:
+        """As the class above, which is told that the widths differ."""
+        told = self._qkv_same_embed_dim
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = told
 
     @property
     def l1(self) -> float | tuple[float, float, float]:
@@ -295,7 +326,9 @@ class LowRankAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+        *,
+        return_penalty: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
         """Attend; arguments and results as in `torch.nn.MultiheadAttention`.
 
         Parameters
@@ -312,6 +345,9 @@ class LowRankAttention(nn.MultiheadAttention):
             Whether weights are averaged over heads.
         is_causal : bool
             Whether a query attends only to keys that are not after it, besides what ``attn_mask`` hides.
+        return_penalty : bool
+            Whether to return what `penalty` would, of this call: under reentrant checkpointing, ``vmap`` and where the
+            layer is called several times, there is no other way to it.
 
         Returns
         -------
@@ -319,6 +355,8 @@ class LowRankAttention(nn.MultiheadAttention):
             (L, N, E), or as ``query`` is laid out.
         weights : tensor or None
             (N, L, S), or (N, num_heads, L, S) where they are not averaged.
+        penalty : tensor, 0-d
+            With ``return_penalty`` only.
         """
         if self.training and self.refit_every and self._keeps_basis:
             _refuse_recomputation()
@@ -341,6 +379,7 @@ class LowRankAttention(nn.MultiheadAttention):
             mask=mask,
             is_causal=is_causal,
         )
+        self._warn_of_zeros()
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not is_empty:
             self._count_call(q, k, v, fit_mask, is_causal)
@@ -348,8 +387,49 @@ class LowRankAttention(nn.MultiheadAttention):
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not is_batched:
-            return out[0], None if weights is None else weights[0]
-        return (out if self.batch_first else out.transpose(0, 1)), weights
+            out, weights = out[0], None if weights is None else weights[0]
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        if return_penalty:
+            return out, weights, self._last.penalty(self._weights.unbind())
+        self._count_unread(out)
+        return out, weights
+
+    def _warn_of_zeros(self) -> None:
+        """Warn where a threshold leaves nothing to train."""
+        last = self._last
+        if not self.training or self.l1_form != "prox" or last is None:
+            return
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        if _in_backward() or _is_wrapped(last.q):
+            return
+        for name, hat, l1 in zip("QKV", last[1:4], self._weights.tolist(), strict=True):
+            if l1 > 0 and hat.numel() and not bool(hat.any()):
+                warnings.warn(
+                    f"l1 is so large that all of {name}^ is 0, and the gradient with it: no step brings it back; "
+                    f"lower it, got {l1:.2g}",
+                    stacklevel=3,
+                )
+
+    def _count_unread(self, out: Tensor) -> None:
+        """Count calls whose penalty is not read, up to the backward pass that ends a step."""
+        if (
+            torch.compiler.is_compiling()
+            or not out.requires_grad
+            or _in_backward()
+            or _is_wrapped(out)
+        ):
+            return
+        self._unread += 1
+        layer = weakref.ref(self)
+
+        def end_of_step(_: Tensor) -> None:
+            made = layer()
+            if made is not None:
+                made._unread = 0
+
+        out.register_hook(end_of_step)
 
     def penalty(self) -> Tensor:
         """Return the l1 term of the last call: to be added to the loss in the form "penalty".
@@ -365,9 +445,31 @@ class LowRankAttention(nn.MultiheadAttention):
         Raises
         ------
         RuntimeError
-            If there was no call, or copying or pickling dropped it.
+            If there was no call, or copying or pickling dropped it; if it was made inside ``vmap`` and this is not;
+            where gradients are recorded, if they were not in that call of a layer in training (as under reentrant
+            checkpointing), or if there was another call since the last backward pass, whose term this would not
+            have. Ask these calls for it (``return_penalty``). Inside a compiled graph calls are not counted.
         """
-        return self._last_call().penalty(self._weights.unbind())
+        last = self._last_call()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if self._unread > 1:
+                raise RuntimeError(
+                    f"penalty must be read after each call, got {self._unread} calls since it was, and it is that of "
+                    "the last one alone: sum what they return with return_penalty=True"
+                )
+            # Inside a transform nothing says whether there is a derivative.
+            is_trained = self.training and not _is_wrapped(last.q)
+            is_trained = is_trained and any(x.requires_grad for x in self.parameters())
+            if is_trained and not (
+                last.q.requires_grad or last.k.requires_grad or last.v.requires_grad
+            ):
+                raise RuntimeError(
+                    "penalty must be read under torch.no_grad() where the call recorded no gradient, as under "
+                    "reentrant checkpointing: it would have none; take what the call returns with "
+                    "return_penalty=True"
+                )
+            self._unread = 0
+        return last.penalty(self._weights.unbind())
 
     def sparsity(self) -> Sparsity:
         """Return the fractions of exact zeros in Q^, K^ and V^ of the last call.
@@ -401,6 +503,11 @@ class LowRankAttention(nn.MultiheadAttention):
     def _last_call(self) -> Approximation:
         if self._last is None:
             raise RuntimeError("call the layer first: there are no queries, keys and values yet")
+        if not torch.compiler.is_compiling() and _has_escaped(self._last.q):
+            raise RuntimeError(
+                "the layer was last called inside a transform such as torch.func.vmap, which what it keeps of a call "
+                "cannot leave: return it from there, the penalty by return_penalty=True"
+            )
         return self._last
 
     def fit_basis(
@@ -463,6 +570,11 @@ class LowRankAttention(nn.MultiheadAttention):
             return self._fitted(q, k, v, mask, is_causal)
         if self._can_look:
             self._prepare(q, k, v, mask, is_causal)
+            if not bool((self.ranks > 0).all()):
+                return (
+                    None,
+                    None,
+                )  # nothing to fit to: infinity goes through, so that a scaler skips the step
             return self._kept(), tuple((qk, v) for qk, v in self.ranks.tolist())
         if self.training and self.refit_every:
             self._prepare_outside(q, k, v, mask, is_causal)
@@ -485,7 +597,8 @@ class LowRankAttention(nn.MultiheadAttention):
         if bool((self.ranks > 0).all()):
             self._factor_averages()
         elif self.training and self.refit_every:
-            self._fit(q, k, v, mask, is_causal)
+            if _can_fit(q, k, v, mask):
+                self._fit(q, k, v, mask, is_causal)
         else:
             raise RuntimeError(
                 "the layer has no basis yet: call it in training mode, call fit_basis, or load a state with one"
@@ -500,6 +613,7 @@ class LowRankAttention(nn.MultiheadAttention):
     def _kept(self) -> Projections:
         return Projections(*(getattr(self, name) for name in Projections._fields))
 
+    @isolated
     def _is_whole(self, down: str, up: str, product: str) -> Tensor:
         """Say whether two factors are those of a projection; the average of several pairs of them is not."""
         given = getattr(self, down), getattr(self, up)
@@ -513,6 +627,7 @@ class LowRankAttention(nn.MultiheadAttention):
         return (error <= most * (up_map.abs() @ down_map.abs()).amax()).all()
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
+    @isolated
     def _factor_averages(self) -> None:
         """Factor the projections anew where the factors were averaged."""
         for down, up, product in _FACTORS:
@@ -544,7 +659,7 @@ class LowRankAttention(nn.MultiheadAttention):
         if not (self.training and self.refit_every and self._keeps_basis):
             return
         self._calls += 1
-        if self._calls % self.refit_every == 0:
+        if self._calls % self.refit_every == 0 and _can_fit(q, k, v, mask):
             self._fit(q, k, v, mask, is_causal)
 
     def _fitted(
@@ -563,6 +678,7 @@ class LowRankAttention(nn.MultiheadAttention):
             causal_align="top_left",
         )
 
+    @isolated
     def _fit(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> None:
         """Replace the buffers; not in place, as a backward pass may still need those of the last call."""
         projections, _ = self._fitted(q, k, v, mask, is_causal)
@@ -599,7 +715,7 @@ class LowRankAttention(nn.MultiheadAttention):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the last call: tensors of a graph can be neither copied nor pickled."""
-        return {**self.__dict__, "_last": None}
+        return {**self.__dict__, "_last": None, "_unread": 0}
 
     def extra_repr(self) -> str:
         """Say how the layer was made."""
@@ -627,9 +743,39 @@ def _weights_of_l1(l1: L1, device: Any) -> Tensor:
     return torch.tensor(numbers, dtype=dtype, device="cpu" if device.type == "meta" else device)
 
 
+def _can_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether a batch in training can be fitted to: no loss scale has made it infinite.
+
+    What a mask hides may be anything.
+    """
+    queries, keys = what_is_seen(mask, is_self=False)
+    is_finite = [
+        torch.isfinite(x).all(-1) if seen is None else torch.isfinite(x).all(-1) | ~seen
+        for x, seen in ((q, queries), (k, keys), (v, keys))
+    ]
+    return all(bool(x.all()) for x in is_finite)
+
+
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
+def _has_escaped(x: Tensor) -> bool:
+    """Whether a tensor belongs to a transform that has ended."""
+    functorch = torch._C._functorch
+    if not _is_wrapped(x):
+        return False
+    current = functorch.maybe_current_level()
+    return current is None or functorch.maybe_get_level(x) not in range(1, current + 1)
+
+
 def _refuse_recomputation() -> None:
     """Raise inside a backward pass: by now the basis is one that was fitted after the call that is computed again."""
-    if torch._C._current_graph_task_id() != -1:
+    if _in_backward():
         raise RuntimeError(
             "refit_every must be 0 under activation checkpointing, which computes a call again in the backward pass, "
             "after the fit that followed it: fit with fit_basis between steps"
