@@ -60,7 +60,7 @@ def similarity(x: torch.Tensor, exact: torch.Tensor) -> Similarity:
 
 
 class Layer(NamedTuple):
-    """Ranks of a layer's heads, on average, and the error that is predicted for its worst head."""
+    """Ranks of a layer's heads, on average, and the error of its worst head, for queries that no fit has seen."""
 
     rank_qk: float
     rank_v: float
