@@ -212,7 +212,7 @@ class Contents(NamedTuple):
             each = layout.arange(layout.n_sink, layout.n_exact, lengths) + 0 * places
             each = xp.where(is_known, each, 0 * each - 1)
             if on_host(places):
-                places = layout.backend.from_numpy(places, k, layout.xp.int64)
+                places = layout.backend.from_numpy(places, k, layout.backend.place_dtype)
             k, v = (layout.backend.gather_rows(x, places[:, None, :]) for x in (k, v))
             put_rows = layout.backend.put_rows
             exact = exact._replace(k=put_rows(exact.k, k, each), v=put_rows(exact.v, v, each))
