@@ -114,7 +114,7 @@ class Packed(NamedTuple):
         (at,) = np.nonzero(widths.reshape(-1) == WHOLE)
         whole, counts = self.whole, np.sum(widths.reshape(b, -1) == WHOLE, axis=1)
         if len(at):
-            kept = backend.from_numpy(at, x, xp.int64)
+            kept = backend.from_numpy(at, x, backend.place_dtype)
             kept = xp.take(xp.reshape(tiles, (-1, TOKENS)), kept, axis=0)
             whole = self._appended(whole, kept, counts, 1, layout)
         headers = self._with_headers(write_headers(changes), n_blocks, before)
@@ -136,7 +136,7 @@ class Packed(NamedTuple):
         if len(counts) == 1:
             stacked = rows[None, None, :, :]
         else:
-            at = backend.from_numpy(source.reshape(-1), rows, xp.int64)
+            at = backend.from_numpy(source.reshape(-1), rows, backend.place_dtype)
             stacked = xp.reshape(xp.take(rows, at, axis=0), (len(counts), 1, most, rows.shape[-1]))
         return backend.put_rows(buffer, stacked, np.where(is_used, used[:, None] + each, -1))
 
