@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import slra
+from slra._backends import backend_of
 from tests.backends import other_device, to_xp
 
 ATTENTION = ("attention", "low_rank_attention")
@@ -147,7 +148,7 @@ def test_dtypes_that_do_not_promote(xp, monkeypatch):
     q, k, v = three(xp)
     k = xp.astype(k, xp.float32)
     # Every floating dtype here promotes to some other; a library is free to refuse.
-    monkeypatch.setattr(xp, "result_type", _refuse)
+    monkeypatch.setattr(type(backend_of(xp)), "common_dtype", _refuse)
     with pytest.raises(TypeError, match=r"q \(.*float64\) and k .* must have a common floating dt"):
         slra.attention(q, k, v)
 

@@ -84,6 +84,8 @@ def shown(problem: AttentionProblem, rows: Rows) -> Array | None:
         seen = take_rows(mask, rows, backend) if mask.shape[-2] > 1 else mask
         if mask.dtype != xp.bool:
             seen = seen != -math.inf
+    if options.sees_all(n_queries, n_keys):
+        return seen
     places, keys = _place_pair(problem, rows)
     if options.is_causal:
         before = keys <= places + options.diagonal(n_queries, n_keys)
