@@ -2,6 +2,7 @@
 
 import doctest
 import functools
+import gc
 
 import array_api_compat as compat
 import numpy as np
@@ -444,6 +445,7 @@ def test_memory_is_what_it_says():
     cache = slra.KVCache(basis, window=8, n_sink=2, n_sparse=1)
     for i in range(0, 4000, 10):
         cache = cache.append(k[:, i : i + 10], v[:, i : i + 10])
+    gc.collect()
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # The rest is Python's own: objects, and the maps that belong to the basis.
