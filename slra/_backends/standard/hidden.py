@@ -198,18 +198,19 @@ def seen_keys(
             found = found | each
         return found
     if among is None:
-        among = _from_numpy(backend, np.ones(n_queries), like)
-    among = xp.astype(among, like.dtype)
+        among = xp.ones((n_queries,), dtype=xp.bool, device=backend.creation_device(like))
     if mask is not None:
-        shown = xp.astype(_shows(mask, xp), like.dtype)
+        shown = _shows(mask, xp)
         if mask.shape[-1] == 1:
-            among = among * shown[..., 0]
+            among = among & shown[..., 0]
     # Key j is seen by the queries from j - diagonal on, up to j - first.
     keys = np.arange(n_keys)
     start = keys - diagonal if options.is_causal else np.zeros(n_keys, dtype=int)
     end = np.full(n_keys, n_queries) if options.first is None else keys - options.first + 1
-    found = _between(backend, among[..., None], start, end)[..., 0] > 0
-    return found if mask is None or mask.shape[-1] == 1 else found & (shown[..., 0, :] > 0)
+    # Counted in whole numbers: half precision has few of them.
+    counts = _between(backend, xp.astype(among[..., None], backend.place_dtype), start, end)
+    found = counts[..., 0] > 0
+    return found if mask is None or mask.shape[-1] == 1 else found & shown[..., 0, :]
 
 
 def marks(
@@ -331,7 +332,3 @@ def _tiles(
 
 def _shows(mask: Array, xp: Any) -> Array:
     return mask if mask.dtype == xp.bool else mask != -math.inf
-
-
-def _from_numpy(backend: Any, a: Any, like: Array) -> Array:
-    return backend.from_numpy(a.astype(np.float32), like)
