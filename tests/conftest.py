@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import mmap
 import os
+import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -226,3 +227,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             f"{backend:17} {tally['passed']:5} passed {tally['failed'] + tally['error']:3} failed "
             f"{tally['skipped']:4} skipped  {why}"
         )
+
+
+@pytest.fixture
+def alarm_interrupts() -> Iterator[None]:
+    """An alarm is Ctrl-C. Not in garbage collection, whose callbacks, JAX's among them, may lose it."""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("no timers here")
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    gc.disable()
+    yield
+    gc.enable()
+    signal.signal(signal.SIGALRM, before)

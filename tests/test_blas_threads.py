@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import functools
-import gc
 import os
 import shutil
 import signal
@@ -286,18 +285,6 @@ def test_the_child_of_a_fork_gets_its_threads_back(limits):
             os._exit(0 if child() and now() == limits else 1)
         assert os.waitpid(pid, 0)[1] == 0
         assert set(now()) == {1}
-
-
-@pytest.fixture
-def alarm_interrupts():
-    """An alarm is Ctrl-C. Not in garbage collection, whose callbacks, JAX's among them, may lose it."""
-    if not hasattr(signal, "setitimer"):
-        pytest.skip("no timers here")
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    gc.disable()
-    yield
-    gc.enable()
-    signal.signal(signal.SIGALRM, before)
 
 
 # In the callback of a weak reference to a thread it is lost too.

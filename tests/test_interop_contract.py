@@ -5,8 +5,10 @@ import dataclasses
 import inspect
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -263,3 +265,19 @@ def test_nan_of_our_own_does_not_stop_a_debugger():
     with jax.debug_nans(True):
         U, _, _ = slra.randomized_svd(x, 3, n_oversamples=0, n_iter=2, method="krylov", rng=0)
     np.testing.assert_allclose(U.T @ U, np.eye(3), atol=1e-5)
+
+
+@pytest.mark.usefixtures("alarm_interrupts")
+def test_ctrl_c_leaves_the_callers_errstate():
+    x, before = np.ones(3), np.geterr()
+
+    def shrink_for_long(moment):
+        signal.setitimer(signal.ITIMER_REAL, moment)
+        end = time.perf_counter() + 5
+        while time.perf_counter() < end:
+            slra.soft_threshold(x, 0.5)
+
+    for i in range(4000):
+        with pytest.raises(KeyboardInterrupt):
+            shrink_for_long(1e-5 + i % 200 * 1e-6)
+        assert np.geterr() == before

@@ -28,20 +28,17 @@ class _PublicErrors:
     def get(self) -> Any:
         return np.geterr()
 
-    def set(self, errors: Any) -> Any:
-        return np.seterr(**errors)
-
-    def reset(self, before: Any) -> None:
-        np.seterr(**before)
+    def set(self, errors: Any) -> None:
+        np.seterr(**errors)
 
 
 def _numpys_variable() -> Any:
     """NumPy's own variable, from 2.0 on: setting it takes a tenth of the time that np.errstate does."""
     try:
         found = importlib.import_module("numpy._core.umath")._extobj_contextvar
-        before = found.set(found.get())
+        before = found.get()
         np.seterr(all="ignore")
-        found.reset(before)
+        found.set(before)
         is_right = np.geterr() == _before
     except (ImportError, AttributeError, LookupError, ValueError):
         is_right = False
@@ -83,10 +80,12 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 return function(*args, **kwargs)
         # Written out, not as a context manager: that would take longer than the smallest functions.
-        callers = _errors.get()
-        outermost = _callers_errors.set(callers) if _callers_errors.get() is None else None
-        before = _errors.set(_IGNORED)
+        # What is put back is read before anything is set: Ctrl-C may come as soon as it is.
+        callers, is_outermost = _errors.get(), _callers_errors.get() is None
         try:
+            if is_outermost:
+                _callers_errors.set(callers)
+            _errors.set(_IGNORED)
             contexts = _found(torch)
             if not contexts:
                 return function(*args, **kwargs)
@@ -95,9 +94,9 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
                     stack.enter_context(context)
                 return function(*args, **kwargs)
         finally:
-            _errors.reset(before)
-            if outermost is not None:
-                _callers_errors.reset(outermost)
+            _errors.set(callers)
+            if is_outermost:
+                _callers_errors.set(None)
 
     call.is_isolated = True  # type: ignore[attr-defined]
     return call
@@ -135,10 +134,11 @@ def with_callers_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function, assigned=("__doc__",))
     def call(*args: Any, **kwargs: Any) -> Any:
-        before = _errors.set(errors)
+        before = _errors.get()
         try:
+            _errors.set(errors)
             return function(*args, **kwargs)
         finally:
-            _errors.reset(before)
+            _errors.set(before)
 
     return call
