@@ -120,9 +120,9 @@ def row_weights(problem: AttentionProblem, q: Array, k: Array, rows: Rows) -> Ar
         added = take_rows(mask, rows, backend) if mask.shape[-2] > 1 else mask
     scores = hide(xp, scores, added, shown(problem, rows))
     peak = xp.max(scores, axis=-1, keepdims=True)
-    weights = xp.exp(scores - xp.where(peak == -math.inf, xp.zeros_like(peak), peak))
+    shift = xp.where(peak == -math.inf, xp.zeros_like(peak), peak)
+    weights = xp.exp(scores - shift)
     total = xp.sum(weights, axis=-1, keepdims=True)
     if problem.sinks is not None:
-        shift = xp.where(peak == -math.inf, xp.zeros_like(peak), peak)
         total = total + xp.exp(problem.sinks[..., None, None] - shift)
     return weights / xp.where(total == 0, xp.ones_like(total), total)
