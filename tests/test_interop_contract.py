@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import slra
+from slra._backends import ambient
 from slra._validate import promote, resolve
 from tests.backends import brought, fetched, to_numpy, to_xp
 from tests.fuzz.targets import TARGETS
@@ -281,3 +282,32 @@ def test_ctrl_c_leaves_the_callers_errstate():
         with pytest.raises(KeyboardInterrupt):
             shrink_for_long(1e-5 + i % 200 * 1e-6)
         assert np.geterr() == before
+
+
+def test_a_function_of_the_callers_meets_the_errstate_that_it_is_called_in():
+    """In a process that Ctrl-C has left in the middle of a call, and from within another call, too."""
+
+    def overflow(x):
+        return 0.0, (x * 1e308 * 1e308 == 0.0) * x
+
+    def minimise():
+        return slra.proximal_gradient(np.ones(2), overflow, lambda x, step: x, step=1.0, max_iter=3)
+
+    def minimise_within(x):
+        with np.errstate(over="ignore"):
+            minimise()
+        return overflow(x)
+
+    stale = ambient._callers_errors.set(ambient._errors.get())
+    try:
+        with np.errstate(over="ignore"):
+            minimise()
+        with np.errstate(over="raise"):
+            with pytest.raises(FloatingPointError, match="overflow"):
+                minimise()
+            with pytest.raises(FloatingPointError, match="overflow"):
+                slra.proximal_gradient(
+                    np.ones(2), minimise_within, lambda x, step: x, step=1.0, max_iter=3
+                )
+    finally:
+        ambient._callers_errors.reset(stale)

@@ -61,7 +61,7 @@ _JAX_CHECKS = {
     "transfer_guard_device_to_host": "allow",
 }
 
-# What NumPy did about floating-point errors where the outermost call came from; None outside of all.
+# What NumPy did about floating-point errors where the call came from that the caller made.
 _callers_errors: ContextVar[Any] = ContextVar("callers_errors", default=None)
 
 
@@ -81,9 +81,10 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
                 return function(*args, **kwargs)
         # Written out, not as a context manager: that would take longer than the smallest functions.
         # What is put back is read before anything is set: Ctrl-C may come as soon as it is.
-        callers, is_outermost = _errors.get(), _callers_errors.get() is None
+        callers, noted = _errors.get(), _callers_errors.get()
         try:
-            if is_outermost:
+            # Only within another call is the note believed: Ctrl-C may have left one behind.
+            if callers != _IGNORED or noted is None:
                 _callers_errors.set(callers)
             _errors.set(_IGNORED)
             contexts = _found(torch)
@@ -95,8 +96,7 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
                 return function(*args, **kwargs)
         finally:
             _errors.set(callers)
-            if is_outermost:
-                _callers_errors.set(None)
+            _callers_errors.set(noted)
 
     call.is_isolated = True  # type: ignore[attr-defined]
     return call
@@ -129,7 +129,7 @@ def with_callers_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     if torch is not None and torch.compiler.is_compiling():
         return function
     errors = _callers_errors.get()
-    if errors is None:
+    if errors is None or _errors.get() != _IGNORED:
         return function
 
     @wraps(function, assigned=("__doc__",))
