@@ -8,7 +8,9 @@ from scipy.sparse.linalg import aslinearoperator
 import slra
 from tests.backends import to_numpy, to_xp
 
-pytestmark = pytest.mark.eager_only("iterates until the matrix stands still (of a Dask matrix some rows are read)")
+pytestmark = pytest.mark.eager_only(
+    "iterates until the matrix stands still (of a Dask matrix some rows are read)"
+)
 
 
 def with_gaps(m=60, n=40, rank=3, noise=0.0, gaps=0.3, dtype="float64", seed=0, lead=()):
