@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from slra._backends import Backend, backend_of
+from slra._backends import Backend, backend_of, backend_while_compiling
 from slra._typing import Array, DType
 
 __all__ = [
@@ -111,6 +111,8 @@ def _check_one_device(backend: Backend, given: Mapping[str, Array]) -> None:
 
 
 def _backend(x: Array, name: str) -> Backend:
+    if (known := backend_while_compiling(x)) is not None:
+        return known
     if not is_array(x):
         raise TypeError(
             f"{name} must be an array of a library that follows the array API standard, "
@@ -121,6 +123,8 @@ def _backend(x: Array, name: str) -> Backend:
 
 def is_array(value: Any) -> bool:
     """Whether a value is an array of some library, and not a number of NumPy's."""
+    if backend_while_compiling(value) is not None:
+        return True
     return not isinstance(value, np.generic) and bool(compat.is_array_api_obj(value))
 
 
@@ -491,7 +495,7 @@ def check_l1(
 
 
 def _check_weight(value: Any, limits: Any, backend: Backend | None) -> Any:
-    if backend is not None and not isinstance(value, np.generic) and compat.is_array_api_obj(value):
+    if backend is not None and is_array(value):
         if isinstance(value, np.ndarray) and value.ndim == 0:
             value = value[()]  # a number, whatever the library of the other arrays
         else:
@@ -567,10 +571,10 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
 
 def broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
     """Whether an array of this shape broadcasts to ``target`` without enlarging it."""
-    try:
-        return np.broadcast_shapes(tuple(shape), tuple(target)) == tuple(target)
-    except ValueError:
-        return False
+    # Not by NumPy, which would make numbers of sizes that are symbols.
+    n_new = len(target) - len(shape)
+    pairs = zip(shape, target[max(0, n_new) :], strict=False)
+    return n_new >= 0 and all(own == 1 or own == whole for own, whole in pairs)
 
 
 def check_mask(backend: Backend, mask: Array, scores: tuple[int, ...], axes: str) -> None:
