@@ -59,6 +59,7 @@ __all__ = [
 ]
 
 _HALF_BITS, _WIDEST_BITS = 16, 64
+_SINGLE_MAX = float(np.finfo(np.float32).max)
 
 
 def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Array) -> Backend:
@@ -174,11 +175,12 @@ def promote(
     """
     xp = backend.xp
     given = {name: x for name, x in arrays.items() if x is not None}
-    for name, x in given.items():
-        bits = _check_floating(backend, x, name, allow_complex=allow_complex)
-    dtypes = [x.dtype for x in given.values()]
-    dtype = dtypes[0]
-    if any(other != dtype for other in dtypes):
+    dtype, is_common = next(iter(given.values())).dtype, True
+    for i, (name, x) in enumerate(given.items()):
+        if i == 0 or x.dtype != dtype:
+            bits = _check_floating(backend, x, name, allow_complex=allow_complex)
+            is_common = is_common and x.dtype == dtype
+    if not is_common:
         try:
             dtype = backend.common_dtype(*given.values())
         except Exception as error:
@@ -658,6 +660,8 @@ def check_tau(
     An array has length one along ``axes``, those of the vectors or matrices that share one threshold. Where infinity
     is allowed it keeps what it belongs to at zero.
     """
+    if type(tau) is float and 0 <= tau <= _SINGLE_MAX:  # most often: no precision is less
+        return tau
     if isinstance(tau, float) or not is_array(tau):
         if allow_inf and isinstance(tau, numbers.Real) and tau == math.inf:
             return math.inf

@@ -93,6 +93,17 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
         """Apply a NumPy function of ``x`` (..., n) and ``levels`` (..., m) that treats each last axis by itself."""
         return self.from_numpy(function(self.to_numpy(x), self.to_numpy(levels)), x)
 
+    # Whether arrays are lazy, and yet some rows can be had as NumPy's.
+    reads_rows = False
+
+    def read_rows(self, x: Array, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Compute some rows of a matrix."""
+        raise NotImplementedError
+
+    def map_rows(self, function: Callable[..., Any], x: Array, n: int, dtype: Any) -> Array:
+        """Apply a NumPy function lazily to rows, some at a time, each of which gives one of ``n`` numbers."""
+        raise NotImplementedError
+
     def ignore_overflow(self) -> contextlib.AbstractContextManager[Any]:
         """Let numbers leave the range of their dtype without NumPy's warnings, which other libraries do not have."""
         return np.errstate(all="ignore")
