@@ -10,6 +10,7 @@ Beyond this file, every test that takes ``xp`` runs on the backend ``cupy-on-hos
 
 import functools
 from typing import NamedTuple
+from unittest import mock
 
 import array_api_compat.numpy as np_xp
 import numpy as np
@@ -90,6 +91,16 @@ def attend(**options):
     return slra.attention(X, X, X, **options)
 
 
+def attend_in_tiles():
+    backend = type(backend_of(host.namespace))
+    with mock.patch.object(backend, "tile_shape", return_value=(3, 2)):
+        attend()
+
+
+ONE_TILE = {"row_sums", "weights", "mean", "log_sum"}
+LONG = np.zeros((4097, 6))
+
+
 def solve(prox, x0=X, **options):
     return slra.proximal_gradient(x0, lambda x: (0.0, x), prox, step=0.1, max_iter=2, **options)
 
@@ -155,22 +166,27 @@ CALLS = {
         lambda: solve(lambda x, tau: slra.prox.prox_l1(x, tau)),
         {"soft_threshold", "extrapolate"},
     ),
-    "attention": (attend, {"row_sums", "join", "weights", "rescale"}),
+    "attention": (attend, ONE_TILE),
+    "attention in several tiles": (attend_in_tiles, {*ONE_TILE, "join", "rescale"}),
+    "attention, long rows": (
+        lambda: slra.attention(X[:1], LONG, LONG),
+        {*ONE_TILE, "row_joins"},
+    ),
     "attention, causal": (
         lambda: attend(is_causal=True),
-        {"scores", "row_sums", "join", "weights", "rescale"},
+        {*ONE_TILE, "scores"},
     ),
     "attention, softcap": (
         lambda: attend(softcap=2.0),
-        {"scores", "row_sums", "join", "weights", "rescale"},
+        {*ONE_TILE, "scores"},
     ),
     "attention, mask": (
         lambda: attend(mask=np.eye(4, dtype=bool)),
-        {"scores", "row_sums", "join", "weights", "rescale"},
+        {*ONE_TILE, "scores"},
     ),
     "attention, added mask": (
         lambda: attend(mask=np.eye(4)),
-        {"biased_scores", "row_sums", "join", "weights", "rescale"},
+        {*ONE_TILE, "biased_scores"},
     ),
     "KVCache in bits": (lambda: cached().decode(), {"unpack"}),
     "attention_vjp": (differentiate, {"gradients"}),
@@ -237,10 +253,22 @@ def test_batches_of_svds_are_eigenvalue_problems(cupy_table, monkeypatch, shape,
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
 @pytest.mark.parametrize("name", ["sum_abs", "group_norm"])
 def test_reductions_by_segments(cupy_table, monkeypatch, name, dtype):
+    in_segments(monkeypatch)
+    check_values(cupy_table, name, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_of_scores_by_segments(cupy_table, monkeypatch, dtype):
+    in_segments(monkeypatch)
+    check_values(cupy_table, "softmax_step", dtype)
+
+
+def in_segments(monkeypatch):
     from slra._backends import cupy as module
 
     monkeypatch.setattr(module, "SEGMENT", 2)
-    check_values(cupy_table, name, dtype)
+    monkeypatch.setattr(module, "LEAST_SEGMENT", 2)
 
 
 @needs_compiler
@@ -278,6 +306,41 @@ def test_arrays_on_another_device_are_refused(cupy_table, monkeypatch):
     monkeypatch.setattr(cupy.cuda, "Device", lambda: "another device")
     with pytest.raises(TypeError, match="x must be on CuPy's current device, another device, got"):
         slra.soft_threshold(X, 0.5)
+
+
+PRODUCTS = {
+    "transposed": lambda a, b: (a, b.swapaxes(-1, -2).copy().swapaxes(-1, -2)),
+    "both transposed": lambda a, b: (
+        a.swapaxes(-1, -2).copy().swapaxes(-1, -2),
+        b.swapaxes(-1, -2).copy().swapaxes(-1, -2),
+    ),
+    "parts of rows and of columns": lambda a, b: (a[..., 1:4, :], b[..., 1:3]),
+    "shared by a group of heads": lambda a, b: (a, b[:, :1]),
+    "a part of a group's rows": lambda a, b: (a[..., 1:, :], b[:, :1]),
+    "shared by all": lambda a, b: (a, b[0, 0]),
+    "the left one shared": lambda a, b: (a[:1, :1], b),
+    "one row, one column": lambda a, b: (a[..., :1, :], b[..., :1]),
+    "one term": lambda a, b: (a[..., :1], b[..., :1, :]),
+    "axes of the batch exchanged": lambda a, b: (a[:, :2].swapaxes(0, 1), b[:, :2].swapaxes(0, 1)),
+    "backwards and with gaps": lambda a, b: (a[..., ::-1], b[..., ::-1, ::2]),
+    "the same numbers in each row": lambda a, b: (np.broadcast_to(a[..., :1, :], a.shape), b),
+    "two axes": lambda a, b: (a[0, 0], b[0, 0]),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize("view", PRODUCTS)
+def test_products_of_operands_as_they_lie(cupy_table, view, dtype):
+    rng = np.random.default_rng(0)
+    shapes = (2, 3, 5, 4), (2, 3, 4, 6)
+    a, b = (rng.integers(-8, 8, shape).astype(dtype) for shape in shapes)
+    if dtype == "complex128":
+        a, b = a + 1j * a[::-1], b - 1j * b
+    a, b = PRODUCTS[view](a, b)
+    ours = cupy_table.matmul(a, b)
+    # Whole numbers, whose sums are exact in whichever order.
+    np.testing.assert_array_equal(ours, np.einsum("...mk,...kn->...mn", a, b))
+    assert ours.dtype == dtype
 
 
 @needs_compiler
@@ -430,6 +493,19 @@ MUTANTS = {
     "decay of the tile": Mutant(
         "join", "float32", "slra_weight(peak, both", "slra_weight(tile_peak, both", "softmax_step"
     ),
+    "parts forgotten": Mutant(
+        "row_joins", "float32", "{peak, total}", "{peak, R(1)}", "softmax_step"
+    ),
+    "sum instead of mean": Mutant(
+        "mean", "float64", "sum / (total == 0 ? {C}(1) : total)", "sum", "softmax_result"
+    ),
+    "0/0 of a row without keys": Mutant(
+        "mean", "float32", "total == 0 ? {C}(1) : total", "total", "softmax_result"
+    ),
+    "log of 1 more": Mutant("log_sum", "float32", "log(total)", "log(total + 1)", "softmax_result"),
+    "peak forgotten": Mutant(
+        "log_sum", "float64", "peak + log(total)", "log(total)", "softmax_result"
+    ),
     "decay forgotten": Mutant(
         "rescale", "float32", "total * decay + part", "total + part", "softmax_step"
     ),
@@ -462,6 +538,8 @@ def check_mutant(backend, mutant, kernel, monkeypatch):
     from slra._backends.cupy_kernels import KERNELS
 
     monkeypatch.setitem(KERNELS, (mutant.name, mutant.dtype), kernel)
+    if mutant.name == "row_joins":
+        in_segments(monkeypatch)
     # Most fall to the first few examples; those that none of the usual 40 happens to meet get more.
     check_values(
         backend,

@@ -11,20 +11,28 @@ import cupyx
 import numpy as np
 
 from slra._backends.cupy_kernels import KERNELS, kernel
+from slra._backends.cupy_products import product
 from slra._backends.gram_svd import gram_svd
 from slra._backends.standard import Backend
-from slra._backends.standard.attention import SoftmaxState, TileBounds
+from slra._backends.standard.attention import (
+    SoftmaxState,
+    TileBounds,
+    Tiling,
+    scores_batch_shape,
+)
 from slra._backends.standard.bits import PLANE, TOKENS, WHOLE
 from slra._typing import Array
 
 __all__ = ["CupyBackend"]
 
-# One tile of scores over all matrices of a batch, and its width. Not tuned: that takes a GPU.
-TILE_BYTES, TILE_WIDTH = 1 << 26, 4096
+# One tile of scores, over all matrices of a batch. Not tuned: that takes a GPU.
+TILE_BYTES = 1 << 26
 # CuPy gives each result of a reduction one block of threads, unless CUB spreads it: a single one, of one contiguous
 # input, where a CUDA path is set (cupy/cupy#9720). So no result may come from more entries than this where there are
 # not enough results to occupy the device. Not tuned either.
 SEGMENT, ENOUGH_RESULTS = 1 << 14, 256
+# Fewest scores of a row that a block gets: shorter parts of it would take longer to join than to read.
+LEAST_SEGMENT = 1 << 11
 # Longest side of the matrices whose SVDs cuSOLVER computes in a batch.
 LARGEST_IN_BATCH = 32
 
@@ -150,10 +158,82 @@ class CupyBackend(Backend):
 
     # Attention: products by cuBLAS, and kernels for all that lies between
 
-    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
-        """Fill the device with each launch, in memory that does not grow with the length."""
-        row = max(1, n_matrices) * TILE_WIDTH * like.dtype.itemsize
-        return max(64, TILE_BYTES // row), TILE_WIDTH
+    def tile_shape(self, n_matrices: int, lengths: tuple[int, int], like: Array) -> tuple[int, int]:
+        """Fill the device with each launch, in memory that does not grow with the lengths."""
+        area = max(1, TILE_BYTES // (max(1, n_matrices) * like.dtype.itemsize))
+        side = math.isqrt(area)
+        height = min(max(1, lengths[0]), 1 << (side.bit_length() - 1))
+        width = min(max(1, lengths[1]), area // height)
+        # What short keys leave of the room goes to more queries.
+        return max(height, min(lengths[0], area // width)), width
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Multiply operands as they lie in memory."""
+        return product(a, b)
+
+    def tile_rows(self, x: Array, rows: slice) -> Array:
+        """Bring rows of heads that share keys together, to be rows of one matrix."""
+        part = x[..., rows, :]
+        return part.copy("C") if part.ndim > 2 and part.shape[-3] > 1 else part
+
+    def sum_over_rows(self, a: Array, b: Array, shape: tuple[int, ...]) -> Array:
+        """Sum over heads that share keys as over rows, in one product."""
+        xp = self.xp
+        if a.ndim > 2 and len(shape) > 2 and shape[-3] == 1 < a.shape[-3]:
+            lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+            if lead == a.shape[:-2] == b.shape[:-2]:
+                a, b = (xp.reshape(x, (*lead[:-1], 1, -1, x.shape[-1])) for x in (a, b))
+        return super().sum_over_rows(a, b, shape)
+
+    def _attention_rows(
+        self, q: Array, k: Array, v: Array, mask: Array | None, tiling: Tiling, queries: slice
+    ) -> tuple[Array, Array]:
+        """Start from the first tile rather than from nothing, and end in two kernels."""
+        q_rows = q[..., queries, :] * tiling.options.scale
+        shape = (*scores_batch_shape(q, k, v, mask), q_rows.shape[-2])
+        state = None
+        for tile in tiling.seen_row(queries):
+            keys = slice(tile.left, tile.right)
+            products = self.matmul(q_rows, self.xp.matrix_transpose(k[..., keys, :]))
+            scores = self.tile_scores(products, tiling.bounds(mask, tile))
+            if scores.shape[:-1] != shape:
+                # Values have an axis of the batch that scores have not.
+                scores = self.xp.broadcast_to(scores, (*shape, scores.shape[-1]))
+            if state is None:
+                state = self._first_step(scores, v[..., keys, :])
+            else:
+                state = self.softmax_step(state, scores, v[..., keys, :])
+        if state is None:
+            return super()._attention_rows(q, k, v, mask, tiling, queries)
+        return self.softmax_result(state)
+
+    def _first_step(self, scores: Array, v: Array) -> SoftmaxState:
+        peak, total = self._row_sums(scores)
+        weights = kernel("weights", scores)(scores, peak[..., None])
+        return SoftmaxState(peak, total, self.matmul(weights, v))
+
+    def _row_sums(self, scores: Array) -> tuple[Array, Array]:
+        """Largest score of each row, and its sum of exponentials; of few long rows by segments."""
+        xp = self.xp
+        *lead, width = scores.shape
+        peak = xp.empty(tuple(lead), dtype=scores.dtype)
+        total = xp.empty_like(peak)
+        n_parts = min(ENOUGH_RESULTS // max(1, math.prod(lead)), width // LEAST_SEGMENT)
+        if n_parts < 2:
+            kernel("row_sums", scores)(scores, peak, total, axis=-1)
+            return peak, total
+        length = width // n_parts
+        end = n_parts * length
+        has_rest = end < width
+        peaks = xp.empty((*lead, n_parts + has_rest), dtype=scores.dtype)
+        totals = xp.empty_like(peaks)
+        parts = xp.reshape(scores[..., :end], (*lead, n_parts, length))
+        kernel("row_sums", scores)(parts, peaks[..., :n_parts], totals[..., :n_parts], axis=-1)
+        if has_rest:
+            rest = peaks[..., n_parts], totals[..., n_parts]
+            kernel("row_sums", scores)(scores[..., end:], *rest, axis=-1)
+        kernel("row_joins", scores)(peaks, totals, peak, total, axis=-1)
+        return peak, total
 
     def tile_scores(self, products: Array, bounds: TileBounds) -> Array:
         """Softcap, mask and causal bound in one pass, or none where there is nothing to do."""
@@ -168,14 +248,18 @@ class CupyBackend(Backend):
 
     def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
         """Read the scores once for maxima and sums, once to exponentiate; rescale and add in one pass."""
-        xp = self.xp
-        tile_peak = xp.empty(scores.shape[:-1], dtype=scores.dtype)
-        tile_total = xp.empty_like(tile_peak)
-        kernel("row_sums", scores)(scores, tile_peak, tile_total, axis=-1)
+        tile_peak, tile_total = self._row_sums(scores)
         peak, total, decay = kernel("join", scores)(state.peak, state.total, tile_peak, tile_total)
         weights = kernel("weights", scores)(scores, peak[..., None])
-        out = kernel("rescale", scores)(state.out, decay[..., None], weights @ v)
-        return SoftmaxState(peak, total, out)
+        part = self.matmul(weights, v)
+        return SoftmaxState(
+            peak, total, kernel("rescale", scores)(state.out, decay[..., None], part)
+        )
+
+    def softmax_result(self, state: SoftmaxState) -> tuple[Array, Array]:
+        """Divide and take the logarithm in a pass each."""
+        out = kernel("mean", state.out)(state.out, state.total[..., None])
+        return out, kernel("log_sum", state.peak)(state.peak, state.total)
 
     def tile_gradients(
         self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array

@@ -77,6 +77,10 @@ template <typename R> __device__ slra_row<R> slra_one(R score) {
     return {score, R(1)};
 }
 
+template <typename R> __device__ slra_row<R> slra_part(R peak, R total) {
+    return {peak, total};
+}
+
 template <typename R> __device__ slra_row<R> slra_join(slra_row<R> a, slra_row<R> b) {
     // NaN goes on top, and makes the total NaN.
     const bool first = a.peak >= b.peak || a.peak != a.peak;
@@ -217,6 +221,22 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "slra_join(a, b)",
         "slra_one(-{C}(CUDART_INF))",
         "slra_row<{C}>",
+    ),
+    "row_joins": Reduction(
+        REAL,
+        "{T} part_peak, {T} part_total",
+        "{T} peak, {T} total",
+        "slra_part(part_peak, part_total)",
+        "peak = a.peak, total = a.total",
+        "slra_join(a, b)",
+        "slra_one(-{C}(CUDART_INF))",
+        "slra_row<{C}>",
+    ),
+    "mean": Elementwise(
+        REAL, "{T} sum, {T} total", "{T} y", "y = sum / (total == 0 ? {C}(1) : total)"
+    ),
+    "log_sum": Elementwise(
+        REAL, "{T} peak, {T} total", "{T} lse", "lse = total == 0 ? peak : peak + log(total)"
     ),
     "join": Elementwise(
         REAL,

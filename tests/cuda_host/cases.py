@@ -21,6 +21,9 @@ class Rounded:
     def exp(self, x):
         return np.exp(x.astype(np.longdouble)).astype(x.dtype)
 
+    def log(self, x):
+        return np.log(x.astype(np.longdouble)).astype(x.dtype)
+
     def tanh(self, x):
         return np.tanh(x.astype(np.longdouble)).astype(x.dtype)
 
@@ -171,6 +174,7 @@ ARGUMENTS = {
         REAL,
         lambda t: st.tuples(states(t), moderate(t), arrays(t, -8.0, 8.0, shape=(2, 5, 3))),
     ),
+    "softmax_result": (REAL, lambda t: st.tuples(states(t))),
     "tile_gradients": (REAL, gradient_arguments),
     "unpack_blocks": (REAL, packed),
 }
@@ -208,6 +212,11 @@ def slack(name, args, results):
         total = state.total + 5
         out = np.abs(state.out) + np.sum(np.abs(v), axis=-2, keepdims=True)
         return 0.0, 16 * eps * total, 8 * eps * out
+    if name == "softmax_result":
+        # glibc's logarithm is good to 1 ulp, of up to log(64) and of what cancels against a peak of its size.
+        (state,) = args
+        peak = np.where(np.isfinite(state.peak), np.abs(state.peak), 0)
+        return 0.0, 4 * eps * (peak + 5) + abs(np.log(info.smallest_subnormal)) * eps
     if name == "tile_gradients":
         grad_weights, cap, delta = args[1], args[2].options.softcap or 0.0, args[-1]
         # The error of a score is a relative one of its exponential.

@@ -8,5 +8,6 @@ typedef _Float16 float16;
 template <typename T> using complex = std::complex<T>;
 using std::abs;
 using std::exp;
+using std::log;
 using std::sqrt;
 using std::tanh;

@@ -127,6 +127,10 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
         """Attend such that what is hidden does not matter, whatever it holds."""
         return hidden.heeded(self, attend, q, k, v, mask, options)
 
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Multiply operands that may be views: ``a @ b``."""
+        return a @ b
+
     # Control flow
 
     def scan(

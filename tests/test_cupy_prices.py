@@ -1,0 +1,136 @@
+"""Budgets: what calls may cost on a GPU, in launches, bytes and waits, counted by CuPy's rules on the host stand-in.
+
+Sizes are those of a GPU where nothing needs to be computed to count; see `tests.cuda_host.prices`.
+"""
+
+import numpy as np
+import pytest
+
+import slra
+from slra._backends import backend_of
+from tests.cuda_host import host, prices
+from tests.cuda_host.prices import counting, priced, virtual
+
+pytestmark = pytest.mark.skipif(host.why_not() is not None, reason=str(host.why_not()))
+MEGABYTE, GIGABYTE = 1e6, 1e9
+
+
+@pytest.fixture
+def cupy_table():
+    """The CuPy backend over NumPy's arrays."""
+    with host.cupy_on_host() as xp:
+        yield backend_of(xp)
+
+
+def qkv(n_matrices, n_queries, n_keys, d, dtype="float32"):
+    return [virtual((n_matrices, n, d), dtype) for n in (n_queries, n_keys, n_keys)]
+
+
+# The price list itself
+
+
+def test_what_is_counted(cupy_table):
+    xp = cupy_table.xp
+    x, row = virtual((4, 1000, 50), "float32"), virtual((50,), "float32")
+    with counting(is_dry=True) as bill:
+        y = xp.where(x > row, x, xp.zeros_like(x))
+    assert bill.launches == 3
+    entries = x.size
+    # Compared: 4 bytes read, 1 written, and the row; zeros written; three arrays read, one written.
+    assert bill.n_bytes == 5 * entries + row.nbytes + 4 * entries + (1 + 4 + 4 + 4) * entries
+    assert y.shape == x.shape
+    with counting(is_dry=True) as bill:
+        xp.matrix_transpose(x)[..., :3] @ x[..., :7]
+    assert (bill.operand_copies, bill.pointer_kernels) == (2, 0)
+    with counting(is_dry=True) as bill:
+        x[:, None] @ virtual((2, 50, 3), "float32")
+    assert (bill.operand_copies, bill.pointer_kernels) == (0, 6)
+    with counting() as bill:
+        assert bool(xp.any(priced(np.eye(3)) > 0))
+        float(xp.sum(priced(np.eye(3))))
+    assert bill.reads == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "expected"),
+    [
+        # One block takes 32 of results that lie side by side, or as many as 512 threads have entries for.
+        ((1_000_000, 50), (0,), 2),
+        ((1_000_000, 50), (1,), 31_250 * 2),
+        ((50, 1_000_000), (1,), 50),
+        ((1 << 20,), (0,), 512),
+    ],
+)
+def test_blocks_of_a_reduction(shape, axes, expected):
+    """`_get_block_specs` of CuPy's ``_reduction.pyx``, and CUB for all of one contiguous array."""
+    found = prices.blocks([np.broadcast_to(np.float32(0), shape) + np.float32(0)], axes)
+    if axes == (1,) and shape[1] < prices.CUB_LEAST:
+        # 512 // 50 = 10 results a block, of which a power of two: 8.
+        expected = shape[0] // 8
+    assert found == expected
+
+
+# Attention
+
+
+def test_decoding_reads_keys_and_values_once(cupy_table):
+    q, k, v = qkv(16, 1, 65536, 128)
+    with counting(is_dry=True) as bill:
+        slra.attention(q, k, v)
+    assert bill.launches <= 12
+    assert bill.n_bytes <= 1.15 * GIGABYTE
+    assert bill.operand_copies == bill.reads == 0
+    # 16 rows of scores: one block for each would leave most of the device idle.
+    assert bill.fewest_blocks(65536) >= 132
+
+
+@pytest.mark.parametrize(
+    ("n_matrices", "n_queries", "n_keys"),
+    [(2048, 512, 512), (1, 100_000, 30), (1, 30, 100_000), (16, 16384, 16384), (1 << 20, 40, 40)],
+)
+def test_tiles_are_as_large_as_they_may_be(cupy_table, n_matrices, n_queries, n_keys):
+    like = virtual((1,), "float32")
+    height, width = cupy_table.tile_shape(n_matrices, (n_queries, n_keys), like)
+    assert n_matrices * height * width * 4 <= 1 << 26
+    assert 1 <= height <= n_queries
+    assert 1 <= width <= n_keys
+    whole = n_matrices * n_queries * n_keys * 4
+    assert n_matrices * height * width * 4 >= min(whole, 1 << 24)
+
+
+VIEWS = {
+    "contiguous": lambda x: x,
+    "heads after tokens": lambda x: virtual((2, x.shape[-2], 8, x.shape[-1]), x.dtype).swapaxes(
+        1, 2
+    ),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_copies_no_operand(cupy_table, view, is_causal):
+    q, k, v = (VIEWS[view](virtual((2, 8, 2048, 64), "float32")) for _ in range(3))
+    with counting(is_dry=True) as bill:
+        out, lse = slra.attention(q, k, v, is_causal=is_causal, return_lse=True)
+    assert bill.operand_copies == bill.pointer_kernels == bill.names["copy"] == 0
+    # Causal attention looks once whether what is hidden has come through.
+    assert bill.reads == is_causal
+    with counting(is_dry=True) as bill:
+        slra.attention_vjp(q, k, v, out, lse, out, is_causal=is_causal)
+    assert bill.operand_copies == bill.pointer_kernels == bill.names["copy"] == 0
+
+
+def test_heads_that_share_keys_are_rows(cupy_table):
+    q = virtual((1, 32, 8192, 128), "float32")
+    k, v = (virtual((1, 8, 8192, 128), "float32") for _ in range(2))
+    with counting(is_dry=True) as shared:
+        slra.attention(q, k, v, enable_gqa=True)
+        slra.attention_vjp(q, k, v, q, virtual(q.shape[:-1], "float32"), q, enable_gqa=True)
+    with counting(is_dry=True) as alone:
+        slra.attention(q, q, q)
+        slra.attention_vjp(q, q, q, q, virtual(q.shape[:-1], "float32"), q)
+    assert shared.pointer_kernels == shared.operand_copies == shared.names["reshape"] == 0
+    # Rows of a group are brought together once for each row of tiles of the gradient.
+    assert shared.names["copy"] <= shared.names["slra_mean_float32"]
+    assert shared.launches <= alone.launches + shared.names["copy"]
+    assert shared.n_bytes <= alone.n_bytes
