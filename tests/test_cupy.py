@@ -98,7 +98,7 @@ def attend_in_tiles():
 
 
 ONE_TILE = {"row_sums", "weights", "mean", "log_sum"}
-LONG = np.zeros((4097, 6))
+LONG, TALL = np.zeros((4097, 6)), np.random.default_rng(0).standard_normal((2, 300, 100))
 
 
 def solve(prox, x0=X, **options):
@@ -188,6 +188,10 @@ CALLS = {
         lambda: attend(mask=np.eye(4)),
         {*ONE_TILE, "biased_scores"},
     ),
+    "randomized_svd, a batch": (
+        lambda: slra.randomized_svd(TALL, 2, method="krylov", rng=0),
+        {"misfit", "factor"},
+    ),
     "KVCache in bits": (lambda: cached().decode(), {"unpack"}),
     "attention_vjp": (differentiate, {"gradients"}),
     "attention_vjp, added mask": (lambda: differentiate(mask=np.eye(4)), {"biased_gradients"}),
@@ -225,14 +229,40 @@ def test_every_kernel_is_compared_with_a_reference_and_reached_by_a_public_call(
     assert names == set().union(*(kernels for _, kernels in CALLS.values()))
 
 
-def test_cholesky_asks_cupy_to_say_when_it_fails(cupy_table):
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_a_factor_that_there_is_not_is_seen_without_waiting(cupy_table, monkeypatch, dtype):
+    """CuPy leaves anything in its place: what LAPACK leaves, or a factor but for the sign or size of a pivot."""
+    rng, n, xp = np.random.default_rng(0), 40, cupy_table.xp
+    x = rng.standard_normal((6, n, n)).astype(dtype)
+    if dtype == "complex128":
+        x += 1j * rng.standard_normal(x.shape)
+    good = (x @ np.conj(x).swapaxes(-1, -2)).astype(dtype)
+    # Ill-conditioned too, of rank one to rounding, and of every size.
+    good[1] *= np.logspace(-8, 0, n)[:, None] * np.logspace(-8, 0, n)
+    good[2] = np.ones((n, n)) + 200 * np.finfo(dtype).eps * np.eye(n)
+    good[3] *= 1e-20
+    for factor, g in zip(cupy_table.cholesky(good), good, strict=True):
+        side = np.sqrt(np.diagonal(g).real)
+        gap = factor @ np.conj(factor).T - g
+        assert np.all(abs(gap) <= 8 * (n + 1) * np.finfo(dtype).eps * side[:, None] * side)
+    bad = np.stack([np.diag([*[1.0] * (n - 1), -1.0]), np.zeros((n, n)), np.ones((n, n))])
+    bad = np.concatenate([bad, np.full((1, n, n), np.nan), bad[:1] - 2]).astype(dtype)
+    factors = cupy_table.cholesky(np.concatenate([good[:1], bad]))
+    assert np.all(np.isfinite(factors[0]))
+    assert np.all(np.isnan(factors[1:]))
+    left = xp.linalg.cholesky(good[:1])
+    for spoilt in (left * -1.0, left * np.float32(1 + 1e-3), np.full_like(left, np.inf)):
+        monkeypatch.setattr(type(xp.linalg), "cholesky", lambda _, g, spoilt=spoilt: spoilt)
+        assert np.all(np.isnan(cupy_table.cholesky(good[:1])))
+
+
+def test_what_a_user_asked_cupy_to_raise_is_not_raised(cupy_table):
     import cupyx
 
     cupyx.asked.clear()
-    good, bad = np.eye(2), np.diag([1.0, -1.0])
-    factors = cupy_table.cholesky(np.stack([good, bad]))
-    assert {"linalg": "raise"} in cupyx.asked
-    np.testing.assert_array_equal(factors, np.stack([good, np.full((2, 2), np.nan)]))
+    cupy_table.cholesky(np.diag([1.0, -1.0]))
+    assert cupyx.asked == [{"linalg": "ignore"}]
 
 
 @pytest.mark.parametrize(
@@ -462,6 +492,11 @@ MUTANTS = {
     "0/0 in a group": Mutant("group_threshold", "float64", SHORTER, "x * (shrunk / size)"),
     "longer": Mutant("group_threshold", "complex64", "size - tau", "size + tau"),
     "negative length": Mutant("group_threshold", "float16", "size <= tau ? R(0) : ", ""),
+    "product and matrix added": Mutant(
+        "misfit", "float32", "product - given", "product + given", "cholesky"
+    ),
+    "product forgotten": Mutant("misfit", "complex64", "product - given", "given", "cholesky"),
+    "kept, whatever": Mutant("factor", "float64", "misfit <= limit ?", "limit > 0 ?", "cholesky"),
     "smallest": Mutant("max_abs", "float32", "a > b", "a < b", "group_norm"),
     "largest without moduli": Mutant("max_abs", "float32", "abs({X})", "{X}", "group_norm"),
     "squares overflow": Mutant("norm", "float32", "/ unit", "", "group_norm"),

@@ -1,5 +1,7 @@
 """Orthonormal bases of tall blocks: scaled, shifted Cholesky-QR, and Householder's QR where that fails."""
 
+from collections.abc import Callable
+
 from slra._backends.elements import redo
 from slra._backends.standard import Backend, matrix_h
 from slra._typing import Array
@@ -16,21 +18,24 @@ def orthonormal(y: Array, backend: Backend) -> Array:
     return tall_qr(y, backend)[0]
 
 
-def tall_qr(y: Array, backend: Backend) -> tuple[Array, Array]:
+def tall_qr(
+    y: Array, backend: Backend, otherwise: Callable[[Array], tuple[Array, Array]] | None = None
+) -> tuple[Array, Array]:
     """Reduced QR of a tall ``y`` whose squares stay in range.
 
     Each pass scales the columns to unit norm and divides by the Cholesky factor of their Gram matrix. A pass whose
     columns were then nearly orthonormal ends it: its output is orthonormal to rounding, whatever came before. An
     element of the batch that gets there in no pass (dependent or zero columns) is done again by Householder's QR, which
-    always gives orthonormal columns. So is everything lazy.
+    always gives orthonormal columns (``backend.qr``, or ``otherwise``). So is everything lazy.
 
     References
     ----------
     T. Fukaya, R. Kannan, Y. Nakatsukasa, Y. Yamamoto, Y. Yanagisawa, Shifted Cholesky QR for computing the QR
     factorization of ill-conditioned matrices, SIAM J. Sci. Comput. 42 (2020), A477-A503.
     """
+    otherwise = otherwise or backend.qr
     if not backend.is_eager(y):
-        return backend.qr(y)
+        return otherwise(y)
     xp = backend.xp
     Q, R = y, None
     for _ in range(_MAX_PASSES):
@@ -43,8 +48,8 @@ def tall_qr(y: Array, backend: Backend) -> tuple[Array, Array]:
         step = matrix_h(L, xp) * norms[..., None, :]
         R = step if R is None else step @ R
         if bool(xp.all(was_near)):
-            break
-    return redo(was_near, (Q, xp.astype(R, y.dtype)), backend.qr, (y,), backend)
+            return Q, xp.astype(R, y.dtype)
+    return redo(was_near, (Q, xp.astype(R, y.dtype)), otherwise, (y,), backend)
 
 
 def precondition(y: Array, gram: Array, backend: Backend) -> Array:

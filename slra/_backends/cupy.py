@@ -10,10 +10,11 @@ import cupy
 import cupyx
 import numpy as np
 
+from slra._backends.cholesky_qr import tall_qr
 from slra._backends.cupy_kernels import KERNELS, kernel
 from slra._backends.cupy_products import product
 from slra._backends.gram_svd import gram_svd
-from slra._backends.standard import Backend
+from slra._backends.standard import Backend, matrix_h
 from slra._backends.standard.attention import (
     SoftmaxState,
     TileBounds,
@@ -50,9 +51,32 @@ class CupyBackend(Backend):
         return f"must be on CuPy's current device, {current}, got {x.device}; enter `with x.device:` before the call"
 
     def cholesky(self, g: Array) -> Array:
-        """Wait for the device to say whether it failed, which CuPy does not unless told to."""
-        with cupyx.errstate(linalg="raise"):
-            return super().cholesky(g)
+        """See from its product with itself whether a factor is one: CuPy would say it, but wait for the device.
+
+        Entry (i, j) of that product is off by at most (n + 1) eps sqrt(g_ii g_jj) for the factor and by as much for the
+        product, see Higham, Accuracy and Stability of Numerical Algorithms, theorem 10.3; of complex numbers by 2^1.5
+        times that.
+        """
+        xp, n = self.xp, g.shape[-1]
+        with cupyx.errstate(linalg="ignore"):
+            L = xp.linalg.cholesky(g)
+        squares, pivots = (self.real_part(xp.linalg.diagonal(x)) for x in (g, L))
+        sides = squares[..., :, None], squares[..., None, :], pivots[..., None, :]
+        product = self.matmul(L, matrix_h(L, xp))
+        misfit = kernel("misfit", g)(product, g, *sides, axis=(-2, -1), keepdims=True)
+        return kernel("factor", g)(L, misfit, 8 * (n + 1) * float(xp.finfo(g.dtype).eps))
+
+    def qr(self, y: Array) -> tuple[Array, Array]:
+        """Cholesky-QR of a batch, of which CuPy would take the matrices one by one."""
+        if math.prod(y.shape[:-2]) < 2:
+            return super().qr(y)
+        return tall_qr(y, self, super().qr)
+
+    def triangular_factor(self, x: Array) -> Array:
+        """Leave out the other factor, which takes as long."""
+        if math.prod(x.shape[:-2]) < 2:
+            return cupy.linalg.qr(x, mode="r")
+        return self.qr(x)[1]
 
     def small_svd(self, b: Array) -> tuple[Array, Array, Array]:
         """Solve eigenvalue problems, which go in a batch, where CuPy would take the matrices one by one."""

@@ -67,6 +67,18 @@ template <typename R> __device__ R slra_weight(R score, R peak) {
     return exp(score - (peak == -R(CUDART_INF) ? R(0) : peak));
 }
 
+// How far a product of a triangular factor with itself is off, in units of the diagonal; NaN counts as infinite, as
+// does a pivot that is not positive.
+template <typename T, typename R>
+__device__ R slra_misfit(T product, T given, R left, R right, R pivot) {
+    const R off = abs(product - given) / sqrt(left * right);
+    return off == off && pivot > R(0) ? off : R(CUDART_INF);
+}
+
+template <typename T, typename R> __device__ T slra_kept(T x, R misfit, R limit) {
+    return misfit <= limit ? x : T(R(CUDART_NAN));
+}
+
 // Largest score of a row, and the sum of exp(score - peak); one for a row of -inf, which joins to others as nothing.
 template <typename R> struct slra_row {
     R peak;
@@ -200,6 +212,17 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "{R} size",
         "slra_square(abs({X}) / unit)",
         "size = sqrt(a)",
+    ),
+    "misfit": Reduction(
+        REAL | COMPLEX,
+        "{T} product, {T} given, {R} left, {R} right, {R} pivot",
+        "{R} largest",
+        "slra_misfit(product, given, left, right, pivot)",
+        "largest = a",
+        "a > b ? a : b",
+    ),
+    "factor": Elementwise(
+        REAL | COMPLEX, "{T} x, {R} misfit, {R} limit", "{T} y", "y = slra_kept(x, misfit, limit)"
     ),
     "group_threshold": Elementwise(
         HALF | REAL | COMPLEX,

@@ -136,6 +136,23 @@ def gradient_arguments(dtype):
     )
 
 
+def factored(dtype):
+    """Positive definite matrices of any size, some made indefinite or singular."""
+    side = st.integers(-4, 4)
+    real = hnp.arrays(np.finfo(dtype).dtype, (2, 3, 3), elements=side)
+    scales = st.sampled_from([1.0, 2.0**-40, 2.0**40])
+    spoilt = st.sampled_from([1.0, 1.0, 0.0, -1.0])
+
+    def make(a, b, scale, factor):
+        lower = np.tril(a, -1) + (1j * np.tril(b, -1) if np.dtype(dtype).kind == "c" else 0)
+        lower = lower + (np.eye(3) + abs(a) * np.eye(3))
+        g = scale * (lower @ np.conj(lower).swapaxes(-1, -2))
+        g[0, 2, 2] *= factor
+        return (g.astype(dtype),)
+
+    return st.builds(make, real, real, scales, spoilt)
+
+
 def packed(dtype):
     """Planes that hold anything, widths of 2 blocks of 3 tiles, and the dtype to answer in."""
     widths = hnp.arrays(np.uint8, (2, 1, 3), elements=st.integers(0, 15))
@@ -164,6 +181,7 @@ ARGUMENTS = {
         lambda t: st.tuples(arrays(t), st.sampled_from([(0,), (1,), (0, 1)])),
     ),
     "group_threshold": (HALF + FLOATING, groups),
+    "cholesky": (FLOATING, factored),
     "extrapolate": (FLOATING, lambda t: st.tuples(arrays(t), arrays(t), st.floats(0, 1))),
     "sum_abs": (
         HALF + FLOATING,
@@ -212,6 +230,8 @@ def slack(name, args, results):
         total = state.total + 5
         out = np.abs(state.out) + np.sum(np.abs(v), axis=-2, keepdims=True)
         return 0.0, 16 * eps * total, 8 * eps * out
+    if name == "cholesky":
+        return (0.0,)
     if name == "softmax_result":
         # glibc's logarithm is good to 1 ulp, of up to log(64) and of what cancels against a peak of its size.
         (state,) = args

@@ -381,9 +381,10 @@ class HostCublas:
         z = _at(c, dtype, *_columns(0, (m, n), ldc, stride_c, count))
         before = _at(beta, scalar, (1,), (0,))[0] * z if adds else 0
         x, y = (side if side.dtype == scalar else side.astype(scalar) for side in (x, y))
-        # As the products of NumPy's arrays would be made: by rows.
-        product = np.swapaxes(np.swapaxes(y, -1, -2) @ np.swapaxes(x, -1, -2), -1, -2)
-        z[...] = _at(alpha, scalar, (1,), (0,))[0] * product + before
+        with np.errstate(all="ignore"):
+            # As the products of NumPy's arrays would be made: by rows.
+            product = np.swapaxes(np.swapaxes(y, -1, -2) @ np.swapaxes(x, -1, -2), -1, -2)
+            z[...] = _at(alpha, scalar, (1,), (0,))[0] * product + before
 
 
 def _columns(
@@ -446,8 +447,26 @@ class HostCupyx(ModuleType):
         return contextlib.nullcontext()
 
 
+class _Linalg(ModuleType):
+    """Linear algebra of NumPy's that does not say when it fails, unless told to, as CuPy's does not."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(array_api_compat.numpy.linalg, name)
+
+    def cholesky(self, x: Any) -> Any:
+        """Leave something in the place of a factor that there is not."""
+        try:
+            return array_api_compat.numpy.linalg.cholesky(x)
+        except np.linalg.LinAlgError:
+            if x.ndim == 2:
+                return np.tril(x)
+            return np.stack([self.cholesky(each) for each in x])
+
+
 class _Namespace(ModuleType):
     """Looks like CuPy to whoever asks for its name, and computes with NumPy."""
+
+    linalg = _Linalg("array_api_compat.cupy.linalg")
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(array_api_compat.numpy, name)
