@@ -28,12 +28,12 @@ __all__ = ["CupyBackend"]
 
 # One tile of scores, over all matrices of a batch. Not tuned: that takes a GPU.
 TILE_BYTES = 1 << 26
-# CuPy gives each result of a reduction one block of threads, unless CUB spreads it: a single one, of one contiguous
-# input, where a CUDA path is set (cupy/cupy#9720). So no result may come from more entries than this where there are
-# not enough results to occupy the device. Not tuned either.
-SEGMENT, ENOUGH_RESULTS = 1 << 14, 256
-# Fewest scores of a row that a block gets: shorter parts of it would take longer to join than to read.
-LEAST_SEGMENT = 1 << 11
+# CuPy runs a reduction on a block of threads for each result, or for up to 32 that lie side by side, unless CUB spreads
+# it: a single result, of one contiguous input (cupy/cupy#9720). So where there are fewer blocks than this, the entries
+# that make a result are cut into segments, of no fewer than that. Not tuned either.
+ENOUGH_BLOCKS, LEAST_SEGMENT = 256, 1 << 11
+# Threads of a block, and results side by side that it takes at most.
+BLOCK, SIDE_BY_SIDE = 512, 32
 # Longest side of the matrices whose SVDs cuSOLVER computes in a batch.
 LARGEST_IN_BATCH = 32
 
@@ -42,6 +42,10 @@ class CupyBackend(Backend):
     """Overrides for CuPy."""
 
     takes_half = True
+    # Entries that are widened to double precision at once: 64 MB.
+    slab = 1 << 23
+    # Each launch takes as long as 100 MB of memory traffic.
+    tolerance_width, n_at_once = 128, 1 << 24
 
     def refusal(self, x: Array) -> str | None:
         """Refuse arrays on another device than the current one, where results would come out."""
@@ -130,25 +134,9 @@ class CupyBackend(Backend):
 
     def scaled_group_norm(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
         """Read ``x`` twice, once for the largest modulus."""
-        xp = self.xp
-        if self._are_few(x, axes):
-            return self._few_group_norms(x, axes)
-        peak = kernel("max_abs", x)(x, axis=axes, keepdims=True)
-        unit = xp.where((peak == 0) | xp.isinf(peak), xp.ones_like(peak), peak)
-        return unit, kernel("norm", x)(x, unit, axis=axes, keepdims=True)
-
-    def _few_group_norms(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-        """Largest moduli and norms of segments, and those of these."""
-        xp = self.xp
-        pieces = self._segments(x, axes)
-        peaks = [kernel("max_abs", x)(piece, axis=-1) for piece in pieces]
-        peak = xp.max(xp.concat(peaks, axis=1), axis=1)[:, None]
-        unit = xp.where((peak == 0) | xp.isinf(peak), xp.ones_like(peak), peak)
-        norms = [kernel("norm", x)(piece, unit[..., None], axis=-1) for piece in pieces]
-        norm = xp.concat(norms, axis=1)
-        norm = xp.sqrt(xp.sum(norm * norm, axis=1, keepdims=True))
-        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-        return xp.reshape(unit, shape), xp.reshape(norm, shape)
+        peak = self._reduced("max_abs", axes, x)
+        unit = kernel("unit", peak)(peak)
+        return unit, self._reduced("norm", axes, x, unit)
 
     def group_threshold(self, x: Array, tau: Array | float, axes: tuple[int, ...]) -> Array:
         """Shorten in one pass, given the norms."""
@@ -156,29 +144,85 @@ class CupyBackend(Backend):
         return kernel("group_threshold", x)(x, norm, tau / unit)
 
     def sum_abs(self, x: Array, axis: int | tuple[int, ...] | None) -> Array:
-        """Add up moduli as they are read; in segments first where there are few sums."""
-        xp = self.xp
+        """Add up moduli as they are read."""
         axes = tuple(range(x.ndim))
         if axis is not None:
             axes = tuple(axes[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
-        if not self._are_few(x, axes):
-            return kernel("sum_abs", x)(x, axis=axes)
-        sums = [kernel("sum_abs", x)(piece, axis=-1) for piece in self._segments(x, axes)]
-        total = xp.sum(xp.concat(sums, axis=1), axis=1)
-        return xp.reshape(total, tuple(n for a, n in enumerate(x.shape) if a not in axes))
+        total = self._reduced("sum_abs", axes, x)
+        return self.xp.reshape(total, tuple(n for a, n in enumerate(x.shape) if a not in axes))
 
-    def _are_few(self, x: Array, axes: tuple[int, ...]) -> bool:
-        """Whether a reduction would leave most of the device idle."""
-        length = math.prod(x.shape[axis] for axis in axes)
-        return bool(length > SEGMENT and x.size < ENOUGH_RESULTS * length)
+    def _reduced(
+        self, name: str, axes: tuple[int, ...], x: Array, *others: Array, join: str | None = None
+    ) -> Array:
+        """Reduce along ``axes``, which are kept; in two steps where one would leave most of the device idle.
 
-    def _segments(self, x: Array, axes: tuple[int, ...]) -> list[Array]:
-        """Cut what each of n results comes from: (n, k, SEGMENT), and what is left, (n, 1, rest)."""
-        kept = tuple(a for a in range(x.ndim) if a not in axes)
-        n = math.prod(x.shape[a] for a in kept)
-        flat = self.xp.reshape(self.xp.permute_dims(x, kept + axes), (n, -1))
-        end = flat.shape[1] // SEGMENT * SEGMENT
-        return [self.xp.reshape(flat[:, :end], (n, -1, SEGMENT)), flat[:, None, end:]]
+        What came of parts is combined by the kernel ``join``, or this one with ones in the place of ``others``.
+        """
+        run, n_parts = kernel(name, x), _parts(x, axes)
+        if n_parts < 2:
+            return run(x, *others, axis=axes, keepdims=True)
+        axis = max(axes, key=lambda a: x.shape[a])
+        step = x.shape[axis] // n_parts
+        end = n_parts * step
+        inner = (*(a + (a > axis) for a in axes if a != axis), axis + 1)
+        parts = run(*(_split(a, axis, end, step) for a in (x, *others)), axis=inner, keepdims=True)
+        parts = self.xp.squeeze(parts, axis=axis + 1)
+        if end < x.shape[axis]:
+            rest = run(*(_from(a, axis, end) for a in (x, *others)), axis=axes, keepdims=True)
+            parts = self.xp.concat([parts, rest], axis=axis)
+        if join is not None:
+            return kernel(join, parts)(parts, axis=axes, keepdims=True)
+        return kernel(name, parts)(parts, *(1.0 for _ in others), axis=axes, keepdims=True)
+
+    # Large matrices: read as they are, whatever dtype sums are in
+
+    def gram(self, x: Array, y: Array | None = None) -> Array:
+        """Widen a slab at a time."""
+        return self.gram_by_slabs(x, y)
+
+    def norm_squared(self, x: Array) -> Array:
+        """Widen as ``x`` is read."""
+        axes = (x.ndim - 2, x.ndim - 1)
+        return self._reduced("wide_squares", axes, x, join="sum_abs")[..., 0, 0]
+
+    def max_abs(self, x: Array) -> Array:
+        """Compare as ``x`` is read."""
+        return self._reduced("max_part", (x.ndim - 2, x.ndim - 1), x)[..., 0, 0]
+
+    def column_means(self, x: Array) -> Array:
+        """Widen as ``x`` is read."""
+        return self._reduced("wide_sum", (x.ndim - 2,), x) / x.shape[-2]
+
+    def centered(self, x: Array, mean: Array) -> Array:
+        """Subtract in the wide dtype, and round once."""
+        return kernel("wide_centered", x)(x, mean)
+
+    def pivots(self, x: Array) -> Array:
+        """Read ``x`` twice: for the largest moduli, and for the first row of those that tie."""
+        xp, axes = self.xp, (x.ndim - 2,)
+        peak = self._reduced("max_abs", axes, x)
+        near = float(xp.finfo(peak.dtype).eps) ** 0.5
+        n_rows = x.shape[-2]
+        rows = xp.reshape(xp.arange(n_rows, dtype=xp.int32), (1,) * (x.ndim - 2) + (n_rows, 1))
+        first = self._reduced("first", axes, x, rows, (1 - near) * peak, join="least")
+        # Beside NaN there is none.
+        first = xp.minimum(first, n_rows - 1)
+        return xp.take_along_axis(x, first, axis=-2)[..., 0, :]
+
+    def lifted(self, g: Array, shift: Array | float) -> Array:
+        """Add where row and column are the same."""
+        return kernel("lifted", g)(g, shift, g.shape[-1])
+
+    def phases(self, x: Array) -> Array:
+        """Divide in one pass."""
+        return kernel("phase", x)(x, float(self.xp.finfo(x.dtype).smallest_normal))
+
+    def unit_gram(self, gram: Array, least: float) -> tuple[Array, Array]:
+        """Scale in one pass."""
+        squares = self.real_part(self.xp.linalg.diagonal(gram))
+        norms = kernel("column_norm", squares)(squares, least)
+        unit = kernel("unit_gram", gram)(gram, norms[..., :, None], norms[..., None, :])
+        return unit, self.xp.astype(norms, gram.dtype, copy=False)
 
     # Attention: products by cuBLAS, and kernels for all that lies between
 
@@ -242,7 +286,7 @@ class CupyBackend(Backend):
         *lead, width = scores.shape
         peak = xp.empty(tuple(lead), dtype=scores.dtype)
         total = xp.empty_like(peak)
-        n_parts = min(ENOUGH_RESULTS // max(1, math.prod(lead)), width // LEAST_SEGMENT)
+        n_parts = min(ENOUGH_BLOCKS // max(1, math.prod(lead)), width // LEAST_SEGMENT)
         if n_parts < 2:
             kernel("row_sums", scores)(scores, peak, total, axis=-1)
             return peak, total
@@ -332,3 +376,34 @@ class CupyBackend(Backend):
         """Fetch the values from the device."""
         values: np.ndarray[Any, Any] = cupy.asnumpy(x)
         return values
+
+
+def _parts(x: Array, axes: tuple[int, ...]) -> int:
+    """In how many parts to cut the longest of ``axes``, for a reduction along them to fill the device."""
+    kept = [a for a in range(x.ndim) if a not in axes]
+    n_results, length = (math.prod(x.shape[a] for a in which) for which in (kept, axes))
+    if n_results == 0 or length < 2 * LEAST_SEGMENT:
+        return 1
+    run = 1
+    for axis in reversed(kept):
+        if x.strides[axis] != run * x.itemsize or run >= SIDE_BY_SIDE:
+            break
+        run *= x.shape[axis]
+    together = max(min(run, SIDE_BY_SIDE), BLOCK // length)
+    n_blocks = -(-n_results // together)
+    longest = max(x.shape[a] for a in axes)
+    return int(min(-(-ENOUGH_BLOCKS // n_blocks), length // LEAST_SEGMENT, longest))
+
+
+def _split(x: Array, axis: int, end: int, step: int) -> Array:
+    """Part of an axis up to ``end`` as two, the second of length ``step``; both of length 1 where that was one."""
+    shape = x.shape
+    if shape[axis] > 1:
+        x = x[(slice(None),) * axis + (slice(end),)]
+    pair = (1, 1) if shape[axis] == 1 else (end // step, step)
+    return x.reshape(*shape[:axis], *pair, *shape[axis + 1 :])
+
+
+def _from(x: Array, axis: int, start: int) -> Array:
+    """Rest of an axis, unless that has length 1."""
+    return x if x.shape[axis] == 1 else x[(slice(None),) * axis + (slice(start, None),)]

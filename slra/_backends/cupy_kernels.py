@@ -17,8 +17,16 @@ __all__ = ["DEFINITIONS", "KERNELS", "SOURCE", "build", "kernel"]
 HALF = {"float16": "float32"}
 REAL = {"float32": "float32", "float64": "float64"}
 COMPLEX = {"complex64": "float32", "complex128": "float64"}
+WHOLE = {"int32": "int32"}
 # What C calls a real dtype.
-C_NAMES = {"float32": "float", "float64": "double"}
+C_NAMES = {
+    "float16": "float16",
+    "float32": "float",
+    "float64": "double",
+    "complex64": "complex<float>",
+    "complex128": "complex<double>",
+    "int32": "int",
+}
 
 SOURCE = r"""
 // NaN takes neither branch, and x - x is NaN again.
@@ -36,8 +44,42 @@ template <typename R> __device__ complex<R> slra_shrink(complex<R> x, R tau) {
     return slra_shorten(x, abs(x), tau);
 }
 
+template <typename T, typename R> __device__ T slra_phase(T x, R size, R least) {
+    return size > least ? x / size : T(R(1));
+}
+
 template <typename R> __device__ R slra_square(R x) {
     return x * x;
+}
+
+// In double precision, whatever the precision of x.
+template <typename R> __device__ double slra_wide(R x) {
+    return x;
+}
+
+template <typename R> __device__ complex<double> slra_wide(complex<R> x) {
+    return complex<double>(x.real(), x.imag());
+}
+
+template <typename R> __device__ double slra_wide_square(R x) {
+    return double(x) * double(x);
+}
+
+template <typename R> __device__ double slra_wide_square(complex<R> x) {
+    return slra_wide_square(x.real()) + slra_wide_square(x.imag());
+}
+
+// NaN where one is NaN.
+template <typename R> __device__ R slra_larger(R a, R b) {
+    return a > b || a != a ? a : b;
+}
+
+template <typename R> __device__ R slra_part_size(R x) {
+    return abs(x);
+}
+
+template <typename R> __device__ R slra_part_size(complex<R> x) {
+    return slra_larger(R(abs(x.real())), R(abs(x.imag())));
 }
 
 // NaN takes the second branch, and stays.
@@ -136,8 +178,8 @@ _GRADIENTS = """
 class Elementwise(NamedTuple):
     """A kernel over arrays that broadcast.
 
-    T stands for the dtype, R for the real one it is computed in, C for what C calls that, X for ``x`` as it enters the
-    computation.
+    T stands for the dtype, R for the real one it is computed in, W for its kind in double precision; U and C for what
+    C calls the first two; X for ``x`` as it enters the computation.
     """
 
     dtypes: dict[str, str]
@@ -205,6 +247,50 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "abs({X})",
         "largest = a",
         "a > b ? a : b",
+    ),
+    "max_part": Reduction(
+        REAL | COMPLEX,
+        "{T} x",
+        "{R} largest",
+        "slra_part_size(x)",
+        "largest = a",
+        "slra_larger(a, b)",
+    ),
+    "wide_squares": Reduction(
+        REAL | COMPLEX, "{T} x", "float64 total", "slra_wide_square(x)", "total = a"
+    ),
+    "wide_sum": Reduction(REAL | COMPLEX, "{T} x", "{W} total", "slra_wide(x)", "total = a"),
+    "wide_centered": Elementwise(
+        REAL | COMPLEX, "{T} x, {W} mean", "{T} y", "y = {U}(slra_wide(x) - mean)"
+    ),
+    # The first row where a modulus reaches a level; a number that no row has where none does.
+    "first": Reduction(
+        REAL | COMPLEX,
+        "{T} x, int32 row, {R} level",
+        "int32 place",
+        "abs(x) >= level ? row : 2147483647",
+        "place = a",
+        "a < b ? a : b",
+        "2147483647",
+    ),
+    "least": Reduction(
+        WHOLE, "{T} x", "{T} smallest", "x", "smallest = a", "a < b ? a : b", "2147483647"
+    ),
+    "unit": Elementwise(REAL, "{T} x", "{T} y", "y = x == 0 || x == {C}(CUDART_INF) ? {C}(1) : x"),
+    "column_norm": Elementwise(
+        REAL, "{T} square, {T} least", "{T} norm", "norm = square > least ? sqrt(square) : {C}(1)"
+    ),
+    "lifted": Elementwise(
+        REAL | COMPLEX,
+        "{T} x, {T} shift, int64 n",
+        "{T} y",
+        "y = i / n % n == i % n ? x + shift : x",
+    ),
+    "phase": Elementwise(
+        REAL | COMPLEX, "{T} x, {R} least", "{T} y", "y = slra_phase(x, abs(x), least)"
+    ),
+    "unit_gram": Elementwise(
+        REAL | COMPLEX, "{T} x, {R} left, {R} right", "{T} y", "y = x / (left * right)"
     ),
     "norm": Reduction(
         HALF | REAL | COMPLEX,
@@ -297,6 +383,8 @@ def build(definition: Elementwise | Reduction, name: str, dtype: str, source: st
         "T": dtype,
         "R": definition.dtypes[dtype],
         "C": C_NAMES[definition.dtypes[dtype]],
+        "U": C_NAMES[dtype],
+        "W": "complex128" if dtype in COMPLEX else "float64",
         "X": "static_cast<float>(x)" if dtype in HALF else "x",
     }
     texts = definition._asdict()

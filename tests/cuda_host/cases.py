@@ -162,6 +162,7 @@ def packed(dtype):
 
 FLOATING = ["float32", "float64", "complex64", "complex128"]
 REAL, HALF = FLOATING[:2], ["float16"]
+WIDE = dict(zip(FLOATING, 2 * ["float64"] + 2 * ["complex128"], strict=True))
 # What each primitive with kernels is given: dtypes, and a strategy for its arguments.
 ARGUMENTS = {
     "soft_threshold": (HALF + FLOATING, lambda t: st.tuples(arrays(t), thresholds(t))),
@@ -182,6 +183,20 @@ ARGUMENTS = {
     ),
     "group_threshold": (HALF + FLOATING, groups),
     "cholesky": (FLOATING, factored),
+    "max_abs": (FLOATING, lambda t: st.tuples(arrays(t, shape=(2, 4, 3)))),
+    "norm_squared": (FLOATING, lambda t: st.tuples(arrays(t, shape=(2, 4, 3)))),
+    "column_means": (FLOATING, lambda t: st.tuples(arrays(t, -1e3, 1e3, shape=(2, 5, 3)))),
+    "centered": (FLOATING, lambda t: st.tuples(arrays(t), arrays(WIDE[t], -8.0, 8.0, (1, 3)))),
+    "pivots": (FLOATING, lambda t: st.tuples(arrays(t, -8.0, 8.0, shape=(2, 5, 3)))),
+    "lifted": (
+        FLOATING,
+        lambda t: st.tuples(arrays(t, -8.0, 8.0, (2, 3, 3)), st.floats(-1, 1, width=32)),
+    ),
+    "phases": (FLOATING, lambda t: st.tuples(arrays(t))),
+    "unit_gram": (
+        FLOATING,
+        lambda t: st.tuples(arrays(t, -8.0, 8.0, (2, 3, 3)), st.sampled_from([1e-30, 1.0])),
+    ),
     "extrapolate": (FLOATING, lambda t: st.tuples(arrays(t), arrays(t), st.floats(0, 1))),
     "sum_abs": (
         HALF + FLOATING,
@@ -230,8 +245,18 @@ def slack(name, args, results):
         total = state.total + 5
         out = np.abs(state.out) + np.sum(np.abs(v), axis=-2, keepdims=True)
         return 0.0, 16 * eps * total, 8 * eps * out
-    if name == "cholesky":
+    if name == "phases":
+        return (8 * eps,)
+    if name in ("cholesky", "max_abs", "pivots", "lifted"):
         return (0.0,)
+    if name == "norm_squared":
+        return (2 * args[0].size * eps * np.where(np.isfinite(result), result, 0),)
+    if name == "column_means":
+        return (8 * eps * np.sum(np.abs(args[0]), axis=-2, keepdims=True, dtype="float64"),)
+    if name == "centered":
+        return (4 * eps * np.where(np.isfinite(args[0]), np.abs(args[0]) + 16, 0),)
+    if name == "unit_gram":
+        return tuple(8 * eps * np.abs(x) for x in results)
     if name == "softmax_result":
         # glibc's logarithm is good to 1 ulp, of up to log(64) and of what cancels against a peak of its size.
         (state,) = args

@@ -170,7 +170,8 @@ def _axes(axis: Any, ndim: int) -> tuple[int, ...]:
 def _dummies(args: Any) -> Any:
     """Arguments of one entry each, to find out dtypes."""
     if isinstance(args, np.ndarray):
-        return np.ones((1,) * args.ndim, dtype=args.dtype)
+        # Integers may be places.
+        return np.full((1,) * args.ndim, args.dtype.kind not in "iu", dtype=args.dtype)
     return type(args)(map(_dummies, args)) if isinstance(args, list | tuple) else args
 
 
@@ -226,7 +227,10 @@ class Priced(np.ndarray):
             raise NotImplementedError(f"{name} of arrays that are not there")
         outputs = [] if name in UNFILLED else _arrays(result)
         if name not in UNFILLED:
-            bill.launch(name, [] if name.endswith("_like") else _arrays([args, kwargs]), outputs)
+            given = [] if name.endswith("_like") else _arrays([args, kwargs])
+            # Of what is gathered from, no more is read than there is of it in the end.
+            given = [*given[1:], *outputs] if name in GATHERS else given
+            bill.launch(name, given, outputs)
         return _back(result)
 
     # What leaves the device
@@ -426,6 +430,7 @@ FREE = {
 }  # fmt: skip
 MAY_COPY = {"reshape", "ravel"}
 UNFILLED = {"empty_like"}
+GATHERS = {"take", "take_along_axis"}
 REDUCTIONS = {
     "sum", "prod", "max", "amax", "min", "amin", "any", "all", "mean", "argmax", "argmin", "count_nonzero",
 }  # fmt: skip
@@ -445,6 +450,7 @@ def _first(x: Any, *_: Any, **options: Any) -> tuple[int, ...]:
 SHAPES: dict[str, Callable[..., tuple[int, ...]]] = {
     "where": lambda *args: np.broadcast_shapes(*map(np.shape, args)),
     "concatenate": _concatenated,
+    "take_along_axis": lambda x, places, *_, **options: places.shape,
     **dict.fromkeys(["zeros_like", "ones_like", "full_like", "empty_like", "nan_to_num"], _first),
 }
 
