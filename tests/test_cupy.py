@@ -149,24 +149,24 @@ CALLS = {
     "norm_l1": (lambda: slra.prox.norm_l1(X), {"sum_abs"}),
     "proximal_gradient": (
         lambda: solve(slra.prox.prox_l1),
-        {"soft_threshold_step", "extrapolate", "max_part"},
+        {"soft_threshold_step", "extrapolate", "max_part", "wide_step"},
     ),
     "proximal_gradient, complex, weights": (
         lambda: solve(slra.prox.prox_l1, X + 1j, weight=abs(X)),
-        {"soft_threshold_step", "extrapolate", "max_part"},
+        {"soft_threshold_step", "extrapolate", "max_part", "wide_step"},
     ),
     "proximal_gradient, nonneg": (
         lambda: solve(slra.prox.prox_nonneg_l1, weight=0.5),
-        {"nonneg_threshold_step", "extrapolate", "max_part"},
+        {"nonneg_threshold_step", "extrapolate", "max_part", "wide_step"},
     ),
     "proximal_gradient, elastic net": (
         lambda: solve(functools.partial(slra.prox.prox_elastic_net, l2=1.0), weight=0.5),
-        {"elastic_threshold_step", "extrapolate", "max_part"},
+        {"elastic_threshold_step", "extrapolate", "max_part", "wide_step"},
     ),
     # What it does is not known, so it is called.
     "proximal_gradient, any other": (
         lambda: solve(lambda x, tau: slra.prox.prox_l1(x, tau)),
-        {"soft_threshold", "extrapolate", "max_part"},
+        {"soft_threshold", "extrapolate", "max_part", "wide_step"},
     ),
     "attention": (attend, ONE_TILE),
     "attention in several tiles": (attend_in_tiles, {*ONE_TILE, "join", "rescale"}),
@@ -286,7 +286,15 @@ def test_batches_of_svds_are_eigenvalue_problems(cupy_table, monkeypatch, shape,
     np.testing.assert_allclose((U * S[:, None, :]) @ Vh, x, atol=1e-12)
 
 
-SEGMENTED = ["sum_abs", "group_norm", "max_abs", "norm_squared", "column_means", "pivots"]
+SEGMENTED = [
+    "step_products",
+    "sum_abs",
+    "group_norm",
+    "max_abs",
+    "norm_squared",
+    "column_means",
+    "pivots",
+]
 
 
 @needs_compiler
@@ -493,6 +501,27 @@ MUTANTS = {
     ),
     "product forgotten": Mutant("misfit", "complex64", "product - given", "given", "cholesky"),
     "kept, whatever": Mutant("factor", "float64", "misfit <= limit ?", "limit > 0 ?", "cholesky"),
+    "a step added": Mutant(
+        "wide_step", "float64", "turn + factor", "turn - factor", "step_products"
+    ),
+    "imaginary parts forgotten": Mutant(
+        "wide_step", "complex64", " + slra_wide_product(x.imag(), y.imag())", "", "step_products"
+    ),
+    "squares of doubles": Mutant(
+        "wide_squares", "complex128", "slra_wide_square(x.imag())", "0", "norm_squared"
+    ),
+    "one part": Mutant("max_part", "complex64", "R(abs(x.real())), ", "R(0), ", "max_abs"),
+    "NaN dropped from maxima": Mutant("max_part", "float32", " || a != a", "", "max_abs"),
+    "a mean of moduli": Mutant("wide_sum", "float32", "slra_wide(x)", "abs(x)", "column_means"),
+    "mean added": Mutant("wide_centered", "complex64", "- mean", "+ mean", "centered"),
+    "the last of those that tie": Mutant("first", "float32", "a < b", "a > b", "pivots"),
+    "a norm without a root": Mutant(
+        "column_norm", "float32", "sqrt(square)", "square", "unit_gram"
+    ),
+    "one side": Mutant("unit_gram", "float64", "(left * right)", "left", "unit_gram"),
+    "all lifted": Mutant("lifted", "float32", "i / n % n == i % n", "true", "lifted"),
+    "of the first matrix alone": Mutant("lifted", "complex128", "i / n % n", "i / n", "lifted"),
+    "the phase of zero": Mutant("phase", "float32", "size > least", "size >= R(0)", "phases"),
     "smallest": Mutant("max_abs", "float32", "a > b", "a < b", "group_norm"),
     "largest without moduli": Mutant("max_abs", "float32", "abs({X})", "{X}", "group_norm"),
     "squares overflow": Mutant("norm", "float32", "/ unit", "", "group_norm"),

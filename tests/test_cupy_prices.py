@@ -226,3 +226,25 @@ def test_a_tolerance_is_met_in_few_launches(cupy_table):
     assert bill.reads <= 20
     rest = x - (result.U * result.S) @ result.Vh
     assert np.linalg.norm(rest) <= 0.5 * np.linalg.norm(x)
+
+
+# Solvers
+
+
+def test_a_step_of_fista(cupy_table):
+    """Beside what the function costs whose values and gradients are taken: that is nothing here."""
+    x0 = priced(1 + random(100_000, dtype="float32") ** 2)
+    bills = []
+    for n_iter in (10, 20):
+        with counting() as bill:
+            limits = {"max_iter": n_iter, "tol": 0.0, "atol": 0.0}
+            slra.proximal_gradient(x0, lambda x: (0.0, x), slra.prox.prox_l1, step=0.01, **limits)
+        bills.append(bill)
+    launches, n_bytes, reads = (
+        (getattr(bills[1], name) - getattr(bills[0], name)) / 10
+        for name in ("launches", "n_bytes", "reads")
+    )
+    assert launches <= 12
+    assert n_bytes <= 20.5 * x0.nbytes
+    assert reads <= 1
+    assert bills[1].fewest_blocks(50_000) >= 40

@@ -123,14 +123,20 @@ class CupyBackend(Backend):
         """Scale and add in one pass."""
         return kernel("extrapolate", x)(x, move, factor)
 
-    def inner_numbers(self, pairs: list[tuple[Array, Array]]) -> list[float]:
-        """Multiply all arrays with all, in one product of matrices, and wait for the device once."""
-        xp = self.xp
-        arrays = list({id(x): x for pair in pairs for x in pair}.values())
-        place = {id(x): i for i, x in enumerate(arrays)}
-        flat = xp.stack([xp.reshape(x, (-1,)) for x in arrays])
-        gram = self.to_numpy(flat @ xp.matrix_transpose(self.conj(flat))).real
-        return [float(gram[place[id(x)], place[id(y)]]) for x, y in pairs]
+    def step_products(
+        self, y: Array, slope: Array, new: Array, grad: Array, move: Array, factor: float
+    ) -> list[float]:
+        """All sums in one pass, in double precision, and wait for the device once."""
+        xp, run = self.xp, kernel("wide_step", y)
+        flat = [xp.reshape(x, (-1,)) for x in (y, slope, new, grad, move)]
+        n_parts = max(1, min(ENOUGH_BLOCKS, y.size // LEAST_SEGMENT))
+        end = y.size // n_parts * n_parts
+        sums = xp.empty((7, n_parts + (end < y.size)), dtype=xp.float64)
+        parts = [xp.reshape(x[:end], (n_parts, -1)) for x in flat]
+        run(*parts, factor, *(row[:n_parts] for row in sums), axis=1)
+        if end < y.size:
+            run(*(x[None, end:] for x in flat), factor, *(row[n_parts:] for row in sums), axis=1)
+        return [float(total) for total in self.to_numpy(xp.sum(sums, axis=1))]
 
     def scaled_group_norm(self, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
         """Read ``x`` twice, once for the largest modulus."""

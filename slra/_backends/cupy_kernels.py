@@ -69,6 +69,35 @@ template <typename R> __device__ double slra_wide_square(complex<R> x) {
     return slra_wide_square(x.real()) + slra_wide_square(x.imag());
 }
 
+template <typename R> __device__ double slra_wide_product(R x, R y) {
+    return double(x) * double(y);
+}
+
+template <typename R> __device__ double slra_wide_product(complex<R> x, complex<R> y) {
+    return slra_wide_product(x.real(), y.real()) + slra_wide_product(x.imag(), y.imag());
+}
+
+// What a step is judged by, see `step_products`.
+struct slra_sums {
+    double of[7];
+};
+
+template <typename T, typename R>
+__device__ slra_sums slra_step(T y, T slope, T next, T grad, T move, R factor) {
+    const T d = next - y, turn = grad - slope, r = turn + factor * d;
+    return {{
+        slra_wide_square(d), slra_wide_square(turn), slra_wide_square(r), slra_wide_square(grad),
+        slra_wide_square(next), slra_wide_product(d, turn), slra_wide_product(d, move),
+    }};
+}
+
+inline __device__ slra_sums slra_add(slra_sums a, slra_sums b) {
+    for (int k = 0; k < 7; k++) {
+        a.of[k] += b.of[k];
+    }
+    return a;
+}
+
 // NaN where one is NaN.
 template <typename R> __device__ R slra_larger(R a, R b) {
     return a > b || a != a ? a : b;
@@ -238,6 +267,16 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
     ),
     "extrapolate": Elementwise(
         REAL | COMPLEX, "{T} x, {T} move, {R} factor", "{T} y", "y = x + factor * move"
+    ),
+    "wide_step": Reduction(
+        REAL | COMPLEX,
+        "{T} y, {T} slope, {T} next, {T} grad, {T} move, {R} factor",
+        ", ".join(f"float64 sum{k}" for k in range(7)),
+        "slra_step(y, slope, next, grad, move, factor)",
+        ", ".join(f"sum{k} = a.of[{k}]" for k in range(7)),
+        "slra_add(a, b)",
+        "slra_sums()",
+        "slra_sums",
     ),
     "sum_abs": Reduction(HALF | REAL | COMPLEX, "{T} x", "{R} total", "abs({X})", "total = a"),
     "max_abs": Reduction(

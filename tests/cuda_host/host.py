@@ -238,7 +238,7 @@ for (ptrdiff_t i = 0; i < n; i++) {{
             made = [np.empty(lengths, dtype=p.dtype) for p in self.outputs]
             self.run(made[0].size, width, [*map(np.ascontiguousarray, arrays), *made])
             for result, values in zip(results, made, strict=True):
-                result[...] = values
+                np.asarray(result)[...] = values
         result = prices.priced(results[0]) if prices.current() else results[0]
         return np.expand_dims(result, axes) if keepdims else result
 
