@@ -199,6 +199,11 @@ CALLS = {
         {"max_part", *TALL_QR, "max_abs", "first", "phase", "least"}
         | {"wide_sum", "wide_centered", "wide_squares", "sum_abs"},
     ),
+    "compress": (
+        lambda: slra.compress(TALL[0], 3, 0.1, n_iter=1).to_dense(),
+        {"max_part", "wide_squares", "sum_abs", "keep_largest", "mark_largest", "gather", "scatter"}
+        | {*TALL_QR, "max_abs", "first", "phase"},
+    ),
     "KVCache in bits": (lambda: cached().decode(), {"unpack"}),
     "attention_vjp": (differentiate, {"gradients"}),
     "attention_vjp, added mask": (lambda: differentiate(mask=np.eye(4)), {"biased_gradients"}),
@@ -519,9 +524,21 @@ MUTANTS = {
         "column_norm", "float32", "sqrt(square)", "square", "unit_gram"
     ),
     "one side": Mutant("unit_gram", "float64", "(left * right)", "left", "unit_gram"),
-    "all lifted": Mutant("lifted", "float32", "i / n % n == i % n", "true", "lifted"),
-    "of the first matrix alone": Mutant("lifted", "complex128", "i / n % n", "i / n", "lifted"),
+    "all lifted": Mutant("lifted", "float32", "i / width % width == i % width", "true", "lifted"),
+    "of the first matrix alone": Mutant(
+        "lifted", "complex128", "i / width % width", "i / width", "lifted"
+    ),
     "the phase of zero": Mutant("phase", "float32", "size > least", "size >= R(0)", "phases"),
+    "ties kept": Mutant("keep_largest", "float32", "j < i)", "false)", "keep_largest"),
+    "the smallest kept": Mutant(
+        "mark_largest", "float64", "other > size", "other < size", "largest_in_rows"
+    ),
+    "the next column": Mutant(
+        "gather", "float32", "columns[place] = i", "columns[place] = i + 1", "largest_in_rows"
+    ),
+    "rows that overlap": Mutant(
+        "scatter", "float32", "i / k * width + column", "i / k + column", "scatter_rows"
+    ),
     "smallest": Mutant("max_abs", "float32", "a > b", "a < b", "group_norm"),
     "largest without moduli": Mutant("max_abs", "float32", "abs({X})", "{X}", "group_norm"),
     "squares overflow": Mutant("norm", "float32", "/ unit", "", "group_norm"),

@@ -248,3 +248,51 @@ def test_a_step_of_fista(cupy_table):
     assert n_bytes <= 20.5 * x0.nbytes
     assert reads <= 1
     assert bills[1].fewest_blocks(50_000) >= 40
+
+
+# Sparse rows
+
+
+def test_sparse_rows_take_a_kernel_each_way(cupy_table):
+    x = priced(random(2000, 128))
+    with counting() as bill:
+        cupy_table.keep_largest(x, 8)
+    assert bill.launches == 1
+    with counting() as there:
+        values, indices = cupy_table.largest_in_rows(x, 8)
+    with counting() as back:
+        cupy_table.scatter_rows(values, indices, 128)
+    assert there.launches <= 3
+    assert back.launches <= 3
+    # Read for marks, and with them; zeros written, and entries over them.
+    assert there.n_bytes <= 4 * x.nbytes
+    assert back.n_bytes <= 2.5 * x.nbytes
+
+
+def test_a_sparse_matrix_of_cupyx_is_transposed_once():
+    from slra._backends.sparse import products_of
+
+    class Rows:
+        __module__ = "cupyx.scipy.sparse"
+        n_sorted = 0
+
+        def __init__(self, dense, is_sorted):
+            self.dense, self.is_sorted = dense, is_sorted
+
+        @property
+        def T(self):
+            return Rows(self.dense.T, is_sorted=False)
+
+        def tocsr(self):
+            Rows.n_sorted += not self.is_sorted
+            return Rows(self.dense, is_sorted=True)
+
+        def __matmul__(self, other):
+            return self.tocsr().dense @ other
+
+    a = random(7, 5)
+    matmat, rmatmat = products_of(Rows(a, is_sorted=True))
+    for _ in range(3):
+        np.testing.assert_array_equal(rmatmat(a), a.T @ a)
+        np.testing.assert_array_equal(matmat(a.T), a @ a.T)
+    assert Rows.n_sorted == 1

@@ -22,6 +22,7 @@ from slra._backends.standard.attention import (
     scores_batch_shape,
 )
 from slra._backends.standard.bits import PLANE, TOKENS, WHOLE
+from slra._backends.standard.sparse import index_dtype
 from slra._typing import Array
 
 __all__ = ["CupyBackend"]
@@ -32,6 +33,8 @@ TILE_BYTES = 1 << 26
 # it: a single result, of one contiguous input (cupy/cupy#9720). So where there are fewer blocks than this, the entries
 # that make a result are cut into segments, of no fewer than that. Not tuned either.
 ENOUGH_BLOCKS, LEAST_SEGMENT = 256, 1 << 11
+# Longest rows in which the place of each entry is found by comparing it with all others.
+LONGEST_RANKED = 1 << 10
 # Threads of a block, and results side by side that it takes at most.
 BLOCK, SIDE_BY_SIDE = 512, 32
 # Longest side of the matrices whose SVDs cuSOLVER computes in a batch.
@@ -229,6 +232,35 @@ class CupyBackend(Backend):
         norms = kernel("column_norm", squares)(squares, least)
         unit = kernel("unit_gram", gram)(gram, norms[..., :, None], norms[..., None, :])
         return unit, self.xp.astype(norms, gram.dtype, copy=False)
+
+    # Sparse rows
+
+    def keep_largest(self, x: Array, k: int) -> Array:
+        """Rank each entry in its row; of long rows, where that takes too long, sort."""
+        n = x.shape[-1]
+        if n > LONGEST_RANKED or k == 0 or 0 in x.shape:
+            return super().keep_largest(x, k)
+        return kernel("keep_largest", x)(x, x, n, k)
+
+    def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
+        """Rank each entry in its row, then write those that are kept."""
+        xp, n = self.xp, x.shape[-1]
+        if n > LONGEST_RANKED or not 0 < k <= n or 0 in x.shape:
+            return super().largest_in_rows(x, k)
+        kept = kernel("mark_largest", x)(x, x, n, k)
+        values = xp.empty((*x.shape[:-1], k), dtype=x.dtype)
+        columns = xp.empty(values.shape, dtype=xp.int32)
+        kernel("gather", x)(kept, x, n, k, values, columns)
+        return values, xp.astype(columns, index_dtype(xp, n), copy=False)
+
+    def scatter_rows(self, values: Array, indices: Array, n: int) -> Array:
+        """Write entries where they belong."""
+        *lead, k = values.shape
+        dense = self.xp.zeros((*lead, n), dtype=values.dtype)
+        if values.size:
+            columns = self.xp.astype(indices, self.xp.int64, copy=False)
+            kernel("scatter", values)(values, columns, n, k, dense)
+        return dense
 
     # Attention: products by cuBLAS, and kernels for all that lies between
 

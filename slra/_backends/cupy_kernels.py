@@ -171,6 +171,28 @@ template <typename R> __device__ slra_row<R> slra_join(slra_row<R> a, slra_row<R
     return {top.peak, top.total + low.total * slra_weight(low.peak, top.peak)};
 }
 
+// Whether entry i is one of the k of largest modulus in its row of n, the first of those that tie.
+template <typename A, typename T>
+__device__ bool slra_is_among(const A& all, T x, long long i, long long n, long long k) {
+    const auto size = abs(x);
+    const long long start = i - i % n;
+    long long rank = 0;
+    for (long long j = start; j < start + n && rank < k; j++) {
+        const auto other = abs(all[j]);
+        rank += other > size || (other == size && j < i);
+    }
+    return rank < k;
+}
+
+// Place of what is kept among what is kept of its row, in an array of k a row.
+template <typename A> __device__ long long slra_place(const A& kept, long long i, long long n, long long k) {
+    long long place = i / n * k;
+    for (long long j = i - i % n; j < i; j++) {
+        place += kept[j];
+    }
+    return place;
+}
+
 // An integer in two's complement from its planes, each two bytes of one bit a token.
 template <typename H> __device__ int slra_integer(const H& heap, long long start, int width, int token) {
     int code = 0;
@@ -321,9 +343,9 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
     ),
     "lifted": Elementwise(
         REAL | COMPLEX,
-        "{T} x, {T} shift, int64 n",
+        "{T} x, {T} shift, int64 width",
         "{T} y",
-        "y = i / n % n == i % n ? x + shift : x",
+        "y = i / width % width == i % width ? x + shift : x",
     ),
     "phase": Elementwise(
         REAL | COMPLEX, "{T} x, {R} least", "{T} y", "y = slra_phase(x, abs(x), least)"
@@ -400,6 +422,36 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "raw uint8 heap, int32 width, int64 start, int32 token",
         "{T} y",
         "y = slra_integer(heap, start, width, token)",
+    ),
+    "keep_largest": Elementwise(
+        REAL | COMPLEX,
+        "raw {T} all, {T} x, int64 width, int64 k",
+        "{T} y",
+        "y = slra_is_among(all, x, i, width, k) ? x : {U}(0)",
+    ),
+    "mark_largest": Elementwise(
+        REAL | COMPLEX,
+        "raw {T} all, {T} x, int64 width, int64 k",
+        "bool kept",
+        "kept = slra_is_among(all, x, i, width, k)",
+    ),
+    "gather": Elementwise(
+        REAL | COMPLEX,
+        "raw bool kept, {T} x, int64 width, int64 k",
+        "raw {T} values, raw int32 columns",
+        """
+        if (kept[i]) {{
+            const long long place = slra_place(kept, i, width, k);
+            values[place] = x;
+            columns[place] = i % width;
+        }}
+        """,
+    ),
+    "scatter": Elementwise(
+        HALF | REAL | COMPLEX,
+        "{T} x, int64 column, int64 width, int64 k",
+        "raw {T} dense",
+        "dense[i / k * width + column] = x",
     ),
     "gradients": Elementwise(
         REAL,

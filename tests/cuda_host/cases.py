@@ -153,6 +153,14 @@ def factored(dtype):
     return st.builds(make, real, real, scales, spoilt)
 
 
+COLUMNS = np.asarray([[[0, 5], [2, 3], [1, 2]], [[0, 1], [4, 5], [0, 3]]], dtype="int8")
+
+
+def repeated(dtype):
+    """Rows of few different numbers, so that moduli tie."""
+    return hnp.arrays(dtype, (2, 3, 6), elements=st.sampled_from([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]))
+
+
 def packed(dtype):
     """Planes that hold anything, widths of 2 blocks of 3 tiles, and the dtype to answer in."""
     widths = hnp.arrays(np.uint8, (2, 1, 3), elements=st.integers(0, 15))
@@ -198,6 +206,12 @@ ARGUMENTS = {
         lambda t: st.tuples(arrays(t, -8.0, 8.0, (2, 3, 3)), st.sampled_from([1e-30, 1.0])),
     ),
     "extrapolate": (FLOATING, lambda t: st.tuples(arrays(t), arrays(t), st.floats(0, 1))),
+    "keep_largest": (FLOATING, lambda t: st.tuples(repeated(t), st.integers(0, 6))),
+    "largest_in_rows": (FLOATING, lambda t: st.tuples(repeated(t), st.integers(0, 6))),
+    "scatter_rows": (
+        HALF + FLOATING,
+        lambda t: st.tuples(arrays(t, shape=(2, 3, 2)), st.just(COLUMNS), st.just(6)),
+    ),
     "step_products": (
         FLOATING,
         lambda t: st.tuples(*[arrays(t, -8.0, 8.0, (5, 2))] * 5, st.floats(-2, 2, width=32)),
@@ -225,6 +239,8 @@ def primitives_and_dtypes():
 def slack(name, args, results):
     """Difference that rounding explains, for each result; none where the operations are the same."""
     result = results[0]
+    if name in ("keep_largest", "largest_in_rows", "scatter_rows"):
+        return (0.0,) * len(results)
     info = np.finfo(result.dtype)
     eps = info.eps
     if name == "sum_abs":

@@ -150,20 +150,30 @@ class HostElementwise(HostKernel):
             else f"const {p.c_type}& {p.name} = _{p.name}[i];"
             for p in self.inputs
         ]
-        names += [f"{p.c_type}& {p.name} = _{p.name}[i];" for p in self.outputs]
+        names += [
+            f"{p.c_type}* {p.name} = _{p.name};"
+            if p.is_raw
+            else f"{p.c_type}& {p.name} = _{p.name}[i];"
+            for p in self.outputs
+        ]
         return f"for (ptrdiff_t i = 0; i < n; i++) {{ {' '.join(names)} {self.operation}; }}"
 
     def __call__(self, *args: Any) -> Any:
-        """Broadcast, allocate the outputs, run."""
-        given = self.as_arrays(args)
+        """Broadcast, allocate the outputs that do not follow the inputs, run."""
+        given, results = self.as_arrays(args[: len(self.inputs)]), args[len(self.inputs) :]
         pairs = list(zip(given, self.inputs, strict=True))
         shape = np.broadcast_shapes(*(a.shape for a, p in pairs if not p.is_raw))
         arrays = [a if p.is_raw else np.broadcast_to(a, shape) for a, p in pairs]
         if not self.is_dry:
             arrays = list(map(np.ascontiguousarray, arrays))
-        results = [np.empty(shape, dtype=p.dtype) for p in self.outputs]
+        if results:
+            assert all(
+                p.is_raw and x.flags.c_contiguous
+                for x, p in zip(results, self.outputs, strict=True)
+            )
+        results = list(results) or [np.empty(shape, dtype=p.dtype) for p in self.outputs]
         if not self.is_priced(given, results):
-            self.run(results[0].size, 1, arrays + results)
+            self.run(math.prod(shape), 1, arrays + results)
         results = [prices.priced(x) for x in results] if prices.current() else results
         return results[0] if len(results) == 1 else tuple(results)
 
