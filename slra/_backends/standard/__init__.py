@@ -47,6 +47,10 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
         """Whether ``x`` is concrete: its values can be read now, unlike those of traced and lazy arrays."""
         return True
 
+    def is_known(self, size: int) -> bool:
+        """Whether a size is a number, and not a symbol that any may take the place of."""
+        return isinstance(size, (int, np.integer))
+
     def freezes_draws(self, x: Array) -> bool:
         """Whether numbers drawn by NumPy beside ``x`` become constants of a compiled function."""
         return False
@@ -93,6 +97,17 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     def rows_by_numpy(self, function: Callable[..., Any], x: Array, levels: Array) -> Array:
         """Apply a NumPy function of ``x`` (..., n) and ``levels`` (..., m) that treats each last axis by itself."""
         return self.from_numpy(function(self.to_numpy(x), self.to_numpy(levels)), x)
+
+    # Whether arrays are lazy, and yet some rows can be had as NumPy's.
+    reads_rows = False
+
+    def read_rows(self, x: Array, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Compute some rows of a matrix."""
+        raise NotImplementedError
+
+    def map_rows(self, function: Callable[..., Any], x: Array, n: int, dtype: Any) -> Array:
+        """Apply a NumPy function lazily to rows, some at a time, each of which gives one of ``n`` numbers."""
+        raise NotImplementedError
 
     def ignore_overflow(self) -> contextlib.AbstractContextManager[Any]:
         """Let numbers leave the range of their dtype without NumPy's warnings, which other libraries do not have."""
