@@ -1,4 +1,7 @@
-"""What a call would cost on a GPU, counted on the stand-in by the rules of CuPy 14.2 and not by the clock.
+"""What a call would cost on a GPU, counted on the stand-in by CuPy's rules and not by the clock.
+
+The rules are those of its source (15.0.0a1: ``_routines_linalg.pyx``, ``_reduction.pyx``, ``_cub_reduction.pyx`` and
+``linalg/``), whose parts in Python are the same in 14.2; its compiled parts cannot be read.
 
 `counting` gives a `Bill`, which every operation on `priced` arrays writes itself into:
 
