@@ -382,6 +382,39 @@ def test_products_of_operands_as_they_lie(cupy_table, view, dtype):
     assert ours.dtype == dtype
 
 
+@pytest.mark.parametrize("view", PRODUCTS)
+def test_products_of_half_precision_are_summed_in_single(cupy_table, view):
+    from slra._backends.cupy_products import product
+
+    rng = np.random.default_rng(0)
+    shapes = (2, 3, 5, 4), (2, 3, 4, 6)
+    # Sums that half precision has no numbers for, nor for their size.
+    a, b = (rng.integers(400, 500, shape).astype("float16") for shape in shapes)
+    a, b = PRODUCTS[view](a, b)
+    ours = product(a, b, 0.5)
+    assert ours.dtype == "float32"
+    np.testing.assert_array_equal(
+        ours, 0.5 * np.einsum("...mk,...kn->...mn", a.astype("float32"), b.astype("float32"))
+    )
+
+
+@needs_compiler
+def test_half_precision_is_multiplied_as_it_is(cupy_table):
+    """Large queries, whose scaled products are in range, and shared heads; as good as computed in single precision."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, 4, 40, 32)).astype("float16")
+    k, v = rng.standard_normal((2, 1, 2, 90, 32)).astype("float16")
+    for size in (1.0, 2.0**13):
+        scale = 2.0**-3 / size
+        given = (np.float16(size) * q, k, v)
+        ours = slra.attention(*given, scale=scale, enable_gqa=True)
+        wide = [x.astype("float64") for x in given]
+        exact = slra.attention(*wide, scale=scale, enable_gqa=True)
+        assert ours.dtype == "float16"
+        # Rounded once in the end; weights before, of which errors average.
+        np.testing.assert_allclose(ours, exact, atol=2 * np.finfo("float16").eps)
+
+
 @needs_compiler
 def test_attention_in_several_tiles(cupy_table, monkeypatch):
     monkeypatch.setattr(type(cupy_table), "tile_shape", lambda *_: (3, 4))

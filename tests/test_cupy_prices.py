@@ -80,6 +80,14 @@ def test_decoding_reads_keys_and_values_once(cupy_table):
     assert bill.fewest_blocks(65536) >= 132
 
 
+def test_half_precision_is_read_as_it_is(cupy_table):
+    q, k, v = qkv(16, 1, 65536, 128, "float16")
+    with counting(is_dry=True) as bill:
+        slra.attention(q, k, v)
+    assert bill.launches <= 12
+    assert bill.n_bytes <= 0.58 * GIGABYTE
+
+
 @pytest.mark.parametrize(
     ("n_matrices", "n_queries", "n_keys"),
     [(2048, 512, 512), (1, 100_000, 30), (1, 30, 100_000), (16, 16384, 16384), (1 << 20, 40, 40)],

@@ -44,7 +44,7 @@ LARGEST_IN_BATCH = 32
 class CupyBackend(Backend):
     """Overrides for CuPy."""
 
-    takes_half = True
+    takes_half = attends_in_half = True
     # Entries that are widened to double precision at once: 64 MB.
     slab = 1 << 23
     # Each launch takes as long as 100 MB of memory traffic.
@@ -220,6 +220,7 @@ class CupyBackend(Backend):
 
     def lifted(self, g: Array, shift: Array | float) -> Array:
         """Add where row and column are the same."""
+        shift = shift if isinstance(shift, float) else self.real_part(shift)
         return kernel("lifted", g)(g, shift, g.shape[-1])
 
     def phases(self, x: Array) -> Array:
@@ -266,7 +267,8 @@ class CupyBackend(Backend):
 
     def tile_shape(self, n_matrices: int, lengths: tuple[int, int], like: Array) -> tuple[int, int]:
         """Fill the device with each launch, in memory that does not grow with the lengths."""
-        area = max(1, TILE_BYTES // (max(1, n_matrices) * like.dtype.itemsize))
+        # Scores of half precision are in single.
+        area = max(1, TILE_BYTES // (max(1, n_matrices) * max(4, like.dtype.itemsize)))
         side = math.isqrt(area)
         height = min(max(1, lengths[0]), 1 << (side.bit_length() - 1))
         width = min(max(1, lengths[1]), area // height)
@@ -295,12 +297,17 @@ class CupyBackend(Backend):
         self, q: Array, k: Array, v: Array, mask: Array | None, tiling: Tiling, queries: slice
     ) -> tuple[Array, Array]:
         """Start from the first tile rather than from nothing, and end in two kernels."""
-        q_rows = q[..., queries, :] * tiling.options.scale
+        scale = tiling.options.scale
+        if q.dtype == self.xp.float16:
+            # Rounded once more, queries would lose half a digit, and large ones leave the range.
+            q_rows, factor = self.tile_rows(q, queries), scale
+        else:
+            q_rows, factor = q[..., queries, :] * scale, 1.0
         shape = (*scores_batch_shape(q, k, v, mask), q_rows.shape[-2])
         state = None
         for tile in tiling.seen_row(queries):
             keys = slice(tile.left, tile.right)
-            products = self.matmul(q_rows, self.xp.matrix_transpose(k[..., keys, :]))
+            products = product(q_rows, self.xp.matrix_transpose(k[..., keys, :]), factor)
             scores = self.tile_scores(products, tiling.bounds(mask, tile))
             if scores.shape[:-1] != shape:
                 # Values have an axis of the batch that scores have not.
@@ -311,11 +318,12 @@ class CupyBackend(Backend):
                 state = self.softmax_step(state, scores, v[..., keys, :])
         if state is None:
             return super()._attention_rows(q, k, v, mask, tiling, queries)
-        return self.softmax_result(state)
+        out, lse = self.softmax_result(state)
+        return self.xp.astype(out, q.dtype, copy=False), lse
 
     def _first_step(self, scores: Array, v: Array) -> SoftmaxState:
         peak, total = self._row_sums(scores)
-        weights = kernel("weights", scores)(scores, peak[..., None])
+        weights = kernel("weights", v)(scores, peak[..., None])
         return SoftmaxState(peak, total, self.matmul(weights, v))
 
     def _row_sums(self, scores: Array) -> tuple[Array, Array]:
@@ -356,7 +364,7 @@ class CupyBackend(Backend):
         """Read the scores once for maxima and sums, once to exponentiate; rescale and add in one pass."""
         tile_peak, tile_total = self._row_sums(scores)
         peak, total, decay = kernel("join", scores)(state.peak, state.total, tile_peak, tile_total)
-        weights = kernel("weights", scores)(scores, peak[..., None])
+        weights = kernel("weights", v)(scores, peak[..., None])
         part = self.matmul(weights, v)
         return SoftmaxState(
             peak, total, kernel("rescale", scores)(state.out, decay[..., None], part)

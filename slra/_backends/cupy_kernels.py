@@ -343,7 +343,7 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
     ),
     "lifted": Elementwise(
         REAL | COMPLEX,
-        "{T} x, {T} shift, int64 width",
+        "{T} x, {R} shift, int64 width",
         "{T} y",
         "y = i / width % width == i % width ? x + shift : x",
     ),
@@ -380,7 +380,7 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
     "scores": Elementwise(REAL, "{T} product, bool mask, " + _TILE, "{T} score", _SCORE),
     "biased_scores": Elementwise(REAL, "{T} product, {T} mask, " + _TILE, "{T} score", _SCORE),
     "weights": Elementwise(
-        REAL, "{T} score, {T} peak", "{T} weight", "weight = slra_weight(score, peak)"
+        HALF | REAL, "{R} score, {R} peak", "{T} weight", "weight = slra_weight(score, peak)"
     ),
     "row_sums": Reduction(
         REAL,

@@ -17,7 +17,7 @@ from slra._typing import Array
 __all__ = ["product"]
 
 # cudaDataType of what is multiplied.
-DATA_TYPES = {"float32": 0, "float64": 1, "complex64": 4, "complex128": 5}
+DATA_TYPES = {"float16": 2, "float32": 0, "float64": 1, "complex64": 4, "complex128": 5}
 # A batch that does not lie in one step takes a call for each part; beyond so many CuPy's copies cost less. Not tuned.
 MOST_CALLS = 64
 
@@ -34,31 +34,44 @@ def address(x: Array) -> int:
     return int(x.data.ptr)
 
 
-@functools.cache
+@functools.lru_cache(64)
 def _scalar(value: float, dtype: str) -> np.ndarray[Any, Any]:
     """Make what cuBLAS reads a factor from, on the host."""
     return np.asarray([value], dtype=dtype)
 
 
-def product(a: Array, b: Array) -> Array:
-    """Multiply batches (..., m, k) and (..., k, n) of one dtype, whose leading axes broadcast: ``a @ b``."""
+def product(a: Array, b: Array, factor: float = 1.0) -> Array:
+    """Multiply batches (..., m, k) and (..., k, n) of one dtype, whose leading axes broadcast: ``factor * a @ b``.
+
+    Half precision is multiplied on tensor cores, and gives single precision, which it is summed in.
+    """
     is_batch = max(a.ndim, b.ndim) > 2 and min(a.ndim, b.ndim) >= 2
     is_known = a.dtype == b.dtype and a.dtype.name in DATA_TYPES
     if not is_batch or not is_known or 0 in (*a.shape, *b.shape):
-        return a @ b
+        return _plainly(a, b, factor)
     shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
     a, b = (x[(None,) * (len(shape) - x.ndim)] for x in (a, b))
     if b.shape[-3] == 1 < a.shape[-3] and _rows_follow(a):
         # The rows of heads that share keys, as rows of one matrix.
         rows = a.reshape(*a.shape[:-3], 1, -1, a.shape[-1])
-        return product(rows, b).reshape(shape)
+        return product(rows, b, factor).reshape(shape)
     a, b = (x if _layout(x) else x.copy("C") for x in (a, b))
     steps = _steps(shape[:-2], _batch_strides(a, shape), _batch_strides(b, shape))
     if math.prod(steps.outer) > MOST_CALLS:
-        return a @ b
-    c = cupy.empty(shape, dtype=a.dtype)
-    _call(a, b, c, steps)
+        return _plainly(a, b, factor)
+    c = cupy.empty(shape, dtype=_result_dtype(a))
+    _call(a, b, c, steps, factor)
     return c
+
+
+def _plainly(a: Array, b: Array, factor: float) -> Array:
+    """Leave it to CuPy."""
+    a, b = (x.astype(_result_dtype(x), copy=False) for x in (a, b))
+    return a @ b if factor == 1 else factor * (a @ b)
+
+
+def _result_dtype(x: Array) -> Any:
+    return np.dtype("float32") if x.dtype == np.float16 else x.dtype
 
 
 def _rows_follow(a: Array) -> bool:
@@ -105,13 +118,13 @@ def _steps(lead: tuple[int, ...], a: list[int], b: list[int]) -> Steps:
     return Steps(outer, ([a[axis] for axis in axes], [b[axis] for axis in axes]), count, strides)
 
 
-def _call(a: Array, b: Array, c: Array, steps: Steps) -> None:
-    """Write ``a @ b`` to ``c``, which is contiguous. cuBLAS counts by columns: it is told of ``c^T = b^T a^T``."""
-    cublas, dtype = cupy.cuda.cublas, a.dtype.name
+def _call(a: Array, b: Array, c: Array, steps: Steps, factor: float) -> None:
+    """Write the product to ``c``, which is contiguous. cuBLAS counts by columns: it is told of ``c^T = b^T a^T``."""
+    cublas, dtype = cupy.cuda.cublas, c.dtype.name
     is_double = dtype in ("float64", "complex128")
     compute = cublas.CUBLAS_COMPUTE_64F if is_double else cublas.CUBLAS_COMPUTE_32F
-    kind, itemsize = DATA_TYPES[dtype], a.itemsize
-    one, zero = (_scalar(value, dtype).ctypes.data for value in (1.0, 0.0))
+    kind, itemsize = DATA_TYPES[a.dtype.name], a.itemsize
+    alpha, beta = (_scalar(value, dtype).ctypes.data for value in (factor, 0.0))
     (m, k), n = a.shape[-2:], b.shape[-1]
     of_b, of_a = _layout(b), _layout(a)
     assert of_b is not None
@@ -120,10 +133,10 @@ def _call(a: Array, b: Array, c: Array, steps: Steps) -> None:
     for i, place in enumerate(np.ndindex(steps.outer)):
         from_a, from_b = (sum(map(operator.mul, place, x)) for x in steps.outer_strides)
         cublas.gemmStridedBatchedEx(
-            cupy.cuda.get_cublas_handle(), *ops, n, m, k, one,
+            cupy.cuda.get_cublas_handle(), *ops, n, m, k, alpha,
             address(b) + from_b * itemsize, kind, of_b.leading, steps.strides[1],
             address(a) + from_a * itemsize, kind, of_a.leading, steps.strides[0],
-            zero,
-            address(c) + i * steps.n_matrices * m * n * itemsize, kind, n, m * n,
+            beta,
+            address(c) + i * steps.n_matrices * m * n * c.itemsize, DATA_TYPES[dtype], n, m * n,
             steps.n_matrices, compute, cublas.CUBLAS_GEMM_DEFAULT,
         )  # fmt: skip
