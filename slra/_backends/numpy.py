@@ -5,12 +5,14 @@ Needs: numpy, scipy. Reads its input only, which may be read-only.
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from slra._backends import numpy_attention, numpy_bits
 from slra._backends.blas_threads import workers
+from slra._backends.numpy_attention import at
 from slra._backends.numpy_decode import (
     FEW_QUERIES,
     FEW_SCORES,
@@ -18,6 +20,7 @@ from slra._backends.numpy_decode import (
     few_scores_attention,
 )
 from slra._backends.standard import Backend, ScoreOptions
+from slra._backends.standard.attention import broadcast_shapes
 from slra._backends.standard.elementwise import FloatFormat
 from slra._backends.standard.sparse import index_dtype
 from slra._typing import Array, DType
@@ -159,6 +162,29 @@ class NumpyBackend(Backend):
         """Tiles in place, on several threads."""
         return numpy_attention.attention_vjp(q, k, v, mask, options, lse, delta, grad_out)
 
+    def gather_rows(self, x: Array, indices: Array) -> Array:
+        """Copy row by row, not number by number."""
+        lead, places = broadcast_shapes(x.shape[:-2], indices.shape[:-1]), indices[..., None]
+        out = np.empty((*lead, indices.shape[-1], x.shape[-1]), x.dtype)
+        for index in np.ndindex(*lead):
+            out[index] = np.take(at(x, index), at(places, index)[:, 0], axis=0)
+        return out
+
+    def by_head(
+        self, function: Callable[[slice, slice], tuple[Array, ...]], shape: tuple[int, int], n: int
+    ) -> tuple[Array, ...]:
+        """Head by head, on several threads: what is made between stays in the cache of a core."""
+        found: dict[tuple[int, ...], tuple[Array, ...]] = {}
+
+        def run(index: tuple[int, ...], buffers: numpy_attention.Buffers) -> None:
+            b, h = index
+            found[index] = function(slice(b, b + 1), slice(h, h + 1))
+
+        tasks = list(np.ndindex(*shape))
+        numpy_attention.in_threads(tasks, run, np.dtype(np.float32), n)
+        parts = zip(*(found[index] for index in tasks), strict=True)
+        return tuple(np.concatenate(x).reshape(*shape, *x[0].shape[2:]) for x in parts)
+
     def key_buffer(self, shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
         """Keep each feature of all rows together: BLAS reads long columns a fifth faster than short rows."""
         *lead, n, d = shape
@@ -202,6 +228,11 @@ class NumpyBackend(Backend):
         dense = np.zeros((*values.shape[:-1], n), dtype=values.dtype)
         np.put_along_axis(dense, indices.astype(np.intp), values, axis=-1)
         return dense
+
+    def add_in_rows(self, x: Array, indices: Array, values: Array) -> Array:
+        """Add where the entries belong."""
+        np.put_along_axis(x, indices, np.take_along_axis(x, indices, axis=-1) + values, axis=-1)
+        return x
 
     def sparse_matmul(self, values: Array, indices: Array, y: Array) -> Array:
         """SciPy's compressed sparse rows, where there is one matrix."""

@@ -418,6 +418,10 @@ class TorchBackend(Backend):
         dense = torch.zeros((*values.shape[:-1], n), dtype=values.dtype, device=values.device)
         return dense.scatter(-1, indices.to(torch.int64), values)
 
+    def add_in_rows(self, x: Array, indices: Array, values: Array) -> Array:
+        """Add where the entries belong."""
+        return x.scatter_add(-1, indices, values)
+
 
 class _Formula(TorchBackend):
     """Attention by operations that have derivatives of every order, in both modes."""

@@ -42,6 +42,9 @@ class Layout:
     dtype: str | None
     bits: tuple[float, float] | None  # average of a number of the keys, and of the values
     rtol: float | None
+    n_top: int | None  # keys that a query reads in all coordinates, at most
+    top_p: float | None  # or as few as hold this share of the softmax
+    rank_index: int | None  # by the leading coordinates, so many, where it chooses
     score_options: ScoreOptions
     rotary: tuple[float, ...] | None
     drift_bound: float | None
@@ -76,6 +79,17 @@ class Layout:
     def is_coded(self) -> bool:
         """Whether coordinates are stored in bits."""
         return self.bits is not None or self.rtol is not None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether each query reads but a few keys in all coordinates that are stored, and has others to choose by."""
+        return self.rank_index is not None and self.rank_index < max(self.rank)
+
+    @property
+    def n_leading(self) -> tuple[int, int]:
+        """Coordinates of the keys that choose, and of the values that are not chosen."""
+        index = max(self.rank) if self.rank_index is None else self.rank_index
+        return min(index, self.rank[0]), min(index, self.rank[1])
 
     @property
     def carries_shift(self) -> bool:

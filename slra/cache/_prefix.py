@@ -48,7 +48,7 @@ def fit_prefix(
         steps = steps or _exact_steps(prefix, contents)
         queries, exact = steps
         # The ranks of this basis are those of another layout, places are the same.
-        out, _ = contents.attend(queries._replace(layout=layout))
+        out, *_ = contents.attend(queries._replace(layout=layout))
         error = layout.relative_error(out, exact)
         worst = float(layout.xp.max(error))
         if worst <= fit["rtol"]:

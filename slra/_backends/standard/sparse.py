@@ -74,6 +74,10 @@ class SparseRows:
         is_place = xp.take(places, nearest, axis=0) == grid
         return xp.reshape(xp.where(is_place, found, xp.zeros_like(found)), (*lead, n))
 
+    def add_in_rows(self, x: Array, indices: Array, values: Array) -> Array:
+        """Add sparse rows to ``x`` (..., m, n), which may be written to."""
+        return x + self.scatter_rows(values, indices, x.shape[-1])
+
     def sparse_matmul(self, values: Array, indices: Array, y: Array) -> Array:
         """Product of sparse rows (..., m, k) and a dense matrix (..., n, p)."""
         return self.scatter_rows(values, indices, y.shape[-2]) @ y
