@@ -59,7 +59,7 @@ class Chosen(NamedTuple):
         places = by_head(xp.broadcast_to(self.places[..., None, :], more.shape))
         products = self.layout.backend.add_in_rows(self.products, places, by_head(more))
         weights, total, lse = _weights(self._scores(products), xp)
-        found = by_query(xp.take_along_axis(weights, places, axis=-1))
+        found = by_query(self.layout.backend.at_places(weights, places))
         if self.is_chosen is not None:
             found = xp.where(self.is_chosen[..., None, :], found, xp.zeros_like(found))
         out = xp.concat([weights @ v, by_head(found @ rest_v)], axis=-1) / total[..., None]
@@ -86,15 +86,17 @@ def choose(
     if options.softcap is not None:
         products, shift = products + shift, xp.zeros_like(shift)
     found = Chosen(layout, q, products, mask, products[..., :0], None)
-    weights, total, lse = _weights(found._scores(products), xp)
+    scores, shared = found._scores(products), layout.n_shared
+    n = k.shape[-2]
+    n_top = n if layout.n_top is None else min(layout.n_top, n)
+    if layout.top_p is None and shared == 1:
+        return found._replace(places=_places(layout, scores, n_top))
+    weights, total, lse = _weights(scores, xp)
     if others is not None:
         lse = xp.where(lse == -math.inf, xp.zeros_like(lse), lse + shift[..., 0])
         total = total * (1 + xp.exp(others - lse))
-    (b, h, _, n), shared = weights.shape, layout.n_shared
-    # The order of a query's own keys needs no sum.
-    mass = weights if shared == 1 and layout.top_p is None else weights / total[..., None]
-    mass = xp.sum(xp.reshape(mass, (b, h, shared, -1, n)), axis=2)
-    n_top = n if layout.n_top is None else min(layout.n_top, n)
+    weights = weights / total[..., None]
+    mass = xp.sum(xp.reshape(weights, (*weights.shape[:2], shared, -1, n)), axis=2)
     if layout.top_p is None or n_top == 0:
         return found._replace(places=_places(layout, mass, n_top))
     # A key is needed where it, and those with less, have more than may be left.
@@ -105,7 +107,7 @@ def choose(
         n_top = int(xp.max(xp.sum(xp.astype(is_needed, layout.backend.place_dtype), axis=-1)))
     least = xp.min(xp.where(is_needed, largest, xp.full_like(largest, math.inf)), axis=-1)
     places = _places(layout, mass, n_top)
-    is_chosen = xp.take_along_axis(mass, places, axis=-1) >= least[..., None]
+    is_chosen = layout.backend.at_places(mass, places) >= least[..., None]
     return found._replace(places=places, is_chosen=is_chosen)
 
 
@@ -118,7 +120,7 @@ def tile_of_queries(layout: Layout, n: int) -> int:
 
 
 def _places(layout: Layout, mass: Array, n_top: int) -> Array:
-    _, places = layout.backend.largest_in_rows(mass, n_top)
+    places = layout.backend.largest_places(mass, n_top)
     return layout.xp.astype(places, layout.backend.place_dtype, copy=False)
 
 

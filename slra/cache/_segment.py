@@ -394,10 +394,8 @@ class Segment(NamedTuple):
             rest = map_arrays(at, held).others(chosen.places + rows.start, dtype)
             return chosen.attend(at(v), *rest)
 
-        n_products = (
-            q.shape[-2] * n_rows * (k.shape[-1] + v.shape[-1]) * layout.n_batch * layout.n_heads
-        )
-        out, lse, left = layout.backend.by_head(run, (layout.n_batch, layout.n_heads), n_products)
+        shape, width = (layout.n_batch, layout.n_heads), k.shape[-1] + v.shape[-1]
+        out, lse, left = layout.backend.by_head(run, shape, q.shape[-2] * n_rows, width)
         if not layout.carries_shift:
             lse = lse + layout.score_options.scale * shift[..., 0]
         whole = out @ maps.uv + maps.mu

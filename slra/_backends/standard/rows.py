@@ -25,11 +25,15 @@ class Rows:
         return self.xp.take_along_axis(x, indices[..., None], axis=-2)
 
     def by_head(
-        self, function: Callable[[slice, slice], tuple[Array, ...]], shape: tuple[int, int], n: int
+        self,
+        function: Callable[[slice, slice], tuple[Array, ...]],
+        shape: tuple[int, int],
+        n_scores: int,
+        width: int,
     ) -> tuple[Array, ...]:
         """Call a function of elements of the batch and of heads, of which there are (B, H), for all of them.
 
-        What it returns, (B, H, ...), takes ``n`` multiplications.
+        What it returns, (B, H, ...), takes so many scores for each head, of ``width`` multiplications each.
         """
         return function(slice(0, shape[0]), slice(0, shape[1]))
 
