@@ -501,7 +501,7 @@ def read_in_part(q, k, v, basis, how, **asked):
     ranked = np.take_along_axis(mass, order, axis=-1)
     before = np.cumsum(ranked, axis=-1) - ranked
     needed = mass.sum(-1, keepdims=True) - before > (1 - how.get("top_p", 2)) * shared
-    needed &= place < how.get("n_top", n)
+    needed &= place < np.broadcast_to(how.get("n_top", n), HK)[:, None, None]
     is_chosen = np.take_along_axis(needed, np.argsort(order, axis=-1), axis=-1)
     is_chosen = np.repeat(is_chosen, shared, axis=0)[..., None]
     rows = []
@@ -529,6 +529,7 @@ CHOICES = {
     "mass, softcap": {"top_p": 0.8, "softcap": 2.0, "scale": 0.5},
     "both": {"n_top": 6, "top_p": 0.6, "n_sink": 1, "rank_index": 5},
     "none": {"n_top": 0, "rank_index": 1, "window": 3},
+    "by head": {"n_top": (3, 40), "n_sink": 1},
 }
 
 
@@ -1106,7 +1107,8 @@ WRONG = {
     "bits must be a number or a pair": {"bits": (1, 2, 3)},
     "bits or rtol must be None": {"bits": 4, "rtol": 0.1},
     "n_sparse must be 0 with bits": {"bits": 4, "n_sparse": 1},
-    "n_top must be an int": {"n_top": 0.5},
+    "n_top must be an int, got": {"n_top": 0.5},
+    "n_top must be an int, or 2, one for each key head": {"n_top": (1, 2, 3)},
     "top_p must be at most 1, got 1.5": {"top_p": 1.5},
     "top_p must be finite and": {"top_p": 0},
     "rank_index must be between 1 and 8": {"n_top": 3, "rank_index": 9},

@@ -96,7 +96,7 @@ def check_options(
         dtype=None if dtype is None else _check_dtype(dtype, backend),
         bits=None if bits is None else check_bits(bits),
         rtol=None if rtol is None else check_positive(rtol, "rtol"),
-        n_top=None if n_top is None else check_count(n_top, "n_top", most=MOST),
+        n_top=None if n_top is None else _check_n_top(n_top, n_heads),
         top_p=None if top_p is None else _check_share(top_p),
         rank_index=_check_rank_index(
             rank_index, width, chooses=n_top is not None or top_p is not None
@@ -135,6 +135,17 @@ def _check_together(layout: Layout) -> None:
         raise ValueError(
             f"drift_bound must be None with a capacity, as a new basis takes more room, got {layout.drift_bound}"
         )
+
+
+def _check_n_top(n_top: Any, n_heads: int) -> int | tuple[int, ...]:
+    if not isinstance(n_top, (tuple, list)):
+        return check_count(n_top, "n_top", most=MOST)
+    counts = tuple(check_count(one, "n_top", most=MOST) for one in n_top)
+    if len(counts) != n_heads:
+        raise ValueError(
+            f"n_top must be an int, or {n_heads}, one for each key head, got {shown(n_top)}"
+        )
+    return counts
 
 
 def _check_share(top_p: Any) -> float:

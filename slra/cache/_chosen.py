@@ -31,35 +31,37 @@ class Chosen(NamedTuple):
     q: Array  # (B, H, shared * M, r), scaled
     products: Array  # (B, H, shared * M, n): with leading coordinates, before the softcap
     mask: Array | None
-    places: Array  # (B, H, M, t), ascending
+    places: Array | None  # (B, H, M, t), ascending; None for all
     is_chosen: Array | None  # (B, H, M, t): which of them count; None for all
 
     def attend(self, v: Array, rest_k: Array, rest_v: Array) -> tuple[Array, Array, Array]:
         """Output in the coordinates of the values, log-sum-exp, and the share of the keys not chosen.
 
-        Leading coordinates of all values are (B, H, n, .), others of what is chosen (B, H, M, t, .).
+        Leading coordinates of all values are (B, H, n, .), others of what is chosen (B, H, M, t, .), M being 1 for all.
         """
         xp, transposed = self.layout.xp, self.layout.xp.matrix_transpose
-        b, h, n_queries, _ = self.places.shape
-        split = (b, h, self.layout.n_shared, n_queries)
+        (b, h, n_rows, _), shared = self.q.shape, self.layout.n_shared
+        split = (b, h, shared, n_rows // shared)
 
         def by_query(x: Array) -> Array:
             """(B, H, shared * M, f) to (B, H, M, shared, f): one choice for the query heads that share a key head."""
             return xp.permute_dims(xp.reshape(x, (*split, x.shape[-1])), (0, 1, 3, 2, 4))
 
         def by_head(x: Array) -> Array:
-            return xp.reshape(
-                xp.permute_dims(x, (0, 1, 3, 2, 4)), (b, h, split[2] * split[3], x.shape[-1])
-            )
+            return xp.reshape(xp.permute_dims(x, (0, 1, 3, 2, 4)), (b, h, n_rows, x.shape[-1]))
 
         n_leading = self.q.shape[-1] - rest_k.shape[-1]
         more = by_query(self.q[..., n_leading:]) @ transposed(rest_k)
         if self.is_chosen is not None:
             more = xp.where(self.is_chosen[..., None, :], more, xp.zeros_like(more))
-        places = by_head(xp.broadcast_to(self.places[..., None, :], more.shape))
-        products = self.layout.backend.add_in_rows(self.products, places, by_head(more))
-        weights, total, lse = _weights(self._scores(products), xp)
-        found = by_query(self.layout.backend.at_places(weights, places))
+        if self.places is None:
+            weights, total, lse = _weights(self._scores(self.products + by_head(more)), xp)
+            found = by_query(weights)
+        else:
+            places = by_head(xp.broadcast_to(self.places[..., None, :], more.shape))
+            products = self.layout.backend.add_in_rows(self.products, places, by_head(more))
+            weights, total, lse = _weights(self._scores(products), xp)
+            found = by_query(self.layout.backend.at_places(weights, places))
         if self.is_chosen is not None:
             found = xp.where(self.is_chosen[..., None, :], found, xp.zeros_like(found))
         out = xp.concat([weights @ v, by_head(found @ rest_v)], axis=-1) / total[..., None]
@@ -73,9 +75,15 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    layout: Layout, q: Array, shift: Array, k: Array, mask: Array | None, others: Array | None
+    layout: Layout,
+    n_top: int,
+    q: Array,
+    shift: Array,
+    k: Array,
+    mask: Array | None,
+    others: Array | None,
 ) -> Chosen:
-    """Choose keys for queries (B, H, shared * M, r) by their leading coordinates k, (B, H, n, .).
+    """Choose so many keys for queries (B, H, shared * M, r) by their leading coordinates k, (B, H, n, .).
 
     ``shift`` is what all scores of a query have besides, and ``others`` the log-sum-exp of the tokens that are exact
     anyway, (B, H, shared * M, .) both: a head whose attention is there has little to say about the rest.
@@ -85,10 +93,11 @@ def choose(
     products = q[..., : k.shape[-1]] @ xp.matrix_transpose(k)
     if options.softcap is not None:
         products, shift = products + shift, xp.zeros_like(shift)
-    found = Chosen(layout, q, products, mask, products[..., :0], None)
-    scores, shared = found._scores(products), layout.n_shared
-    n = k.shape[-2]
-    n_top = n if layout.n_top is None else min(layout.n_top, n)
+    found = Chosen(layout, q, products, mask, None, None)
+    if layout.top_p is None and n_top >= k.shape[-2]:
+        return found
+    scores, shared, n = found._scores(products), layout.n_shared, k.shape[-2]
+    n_top = min(n_top, n)
     if layout.top_p is None and shared == 1:
         return found._replace(places=_places(layout, scores, n_top))
     weights, total, lse = _weights(scores, xp)
@@ -113,9 +122,8 @@ def choose(
 
 def tile_of_queries(layout: Layout, n: int) -> int:
     """So many queries choose at once."""
-    width = n * layout.n_shared
-    if layout.n_top is not None:
-        width = max(width, layout.n_top * (layout.width + layout.width_v))
+    n_top = min(n, max(layout.n_tops)) if layout.n_top is not None else 0
+    width = max(n * layout.n_shared, n_top * (layout.width + layout.width_v))
     return max(1, MOST_NUMBERS // max(1, width * layout.n_batch * layout.n_heads))
 
 

@@ -187,7 +187,7 @@ class Contents(NamedTuple):
         """Attention to parts of the tokens; where queries choose, first to those they choose from, and what is left."""
         ends, first = self._ends(), self.segments[0]
         exact = [self.exact.attend(queries, self.lengths)] if self.layout.n_exact else []
-        if self.layout.chooses and first.has_more_than(self.layout.n_top, ends[0]):
+        if self.layout.chooses and first.has_more_than(min(self.layout.n_tops), ends[0]):
             others = [exact[0][1]] if exact else []
             if queries.sinks is not None:
                 others.append(

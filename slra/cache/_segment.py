@@ -1,7 +1,8 @@
 """Tokens in r dimensions: how they are stored, read, and attended to."""
 
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -144,6 +145,14 @@ class FloatRows(NamedTuple):
         def read(x: Array) -> Array:
             found = xp.astype(self.layout.backend.gather_rows(x, at), dtype, copy=False)
             return xp.reshape(found, (*lead, n_queries, n, x.shape[-1]))
+
+        return read(self.rest_k), read(self.rest_v)
+
+    def all_others(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        """Read the other coordinates of rows as `others` does; (B, H, 1, rows, .)."""
+
+        def read(x: Array) -> Array:
+            return self.layout.xp.astype(x[:, :, None, rows, :], dtype, copy=False)
 
         return read(self.rest_k), read(self.rest_v)
 
@@ -341,9 +350,10 @@ class Segment(NamedTuple):
         n_rows = self.rows.n_rows
         return min(n_rows, int(np.max(end - self.start))) if on_host(self.start) else n_rows
 
-    def has_more_than(self, n_top: int | None, end: Array) -> bool:
+    def has_more_than(self, n_top: int, end: Array) -> bool:
         """Whether so many chosen tokens before ``end`` might not be all."""
-        return self._n_rows(end) > (n_top or 0)
+        is_fewer = self.layout.top_p is not None and self._n_rows(end) > 0
+        return is_fewer or self._n_rows(end) > n_top
 
     def _mask(self, queries: Queries, end: Array, rows: slice) -> Array | None:
         """Which of these rows each query sees; None where it is known to be all."""
@@ -383,19 +393,28 @@ class Segment(NamedTuple):
             others = layout.stack_heads(others[..., None])[..., 0]
         mask = self._mask(queries, end, rows)
 
-        def run(b: slice, h: slice) -> tuple[Array, ...]:
-            def at(x: Array) -> Array:
-                return x[
-                    b if x.shape[0] > 1 else slice(None), h if x.shape[1] > 1 else slice(None), ...
-                ]
+        parts = []
+        for n_top, found in itertools.groupby(range(layout.n_heads), layout.n_tops.__getitem__):
+            heads = list(found)
 
-            given = (None if x is None else at(x) for x in (q, shift, k, mask, others))
-            chosen = choose(layout, *given)
-            rest = map_arrays(at, held).others(chosen.places + rows.start, dtype)
-            return chosen.attend(at(v), *rest)
+            def run(b: slice, h: slice, n_top: int = n_top, top: int = heads[0]) -> Any:
+                h = slice(h.start + top, h.stop + top)
 
-        shape, width = (layout.n_batch, layout.n_heads), k.shape[-1] + v.shape[-1]
-        out, lse, left = layout.backend.by_head(run, shape, q.shape[-2] * n_rows, width)
+                def at(x: Array) -> Array:
+                    one, other = (
+                        part if x.shape[i] > 1 else slice(None) for i, part in enumerate((b, h))
+                    )
+                    return x[one, other, ...]
+
+                given = (None if x is None else at(x) for x in (q, shift, k, mask, others))
+                chosen, part = choose(layout, n_top, *given), map_arrays(at, held)
+                if chosen.places is None:
+                    return chosen.attend(at(v), *part.all_others(rows, dtype))
+                return chosen.attend(at(v), *part.others(chosen.places + rows.start, dtype))
+
+            shape, width = (layout.n_batch, len(heads)), k.shape[-1] + v.shape[-1]
+            parts.append(layout.backend.by_head(run, shape, q.shape[-2] * n_rows, width))
+        out, lse, left = (layout.xp.concat(x, axis=1) for x in zip(*parts, strict=True))
         if not layout.carries_shift:
             lse = lse + layout.score_options.scale * shift[..., 0]
         whole = out @ maps.uv + maps.mu

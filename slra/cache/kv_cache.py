@@ -85,8 +85,9 @@ class KVCache:
     rtol : float, optional
         Instead of ``bits``: the largest error of a token's coordinates, keys and values each, relative to the root
         mean square of those of the fit.
-    n_top : int, optional
-        How many keys, of those in the coordinates of the basis, a query reads in all of them. The leading
+    n_top : int or sequence of int, optional
+        How many keys, of those in the coordinates of the basis, a query reads in all of them; or as many as there are
+        key heads, one for each, a head being exact where it is no less than the tokens there are. The leading
         ``rank_index`` coordinates of all keys choose, one set for the query heads that share a key head, and are what
         counts of the other keys and of their values; all meet in one softmax. So the basis may be of rank D: what is
         stored then is exact. Not with ``bits``, ``n_sparse``, ``rotary`` or ``drift_bound``.
@@ -191,7 +192,7 @@ class KVCache:
         n_sparse: int = 0,
         bits: float | tuple[float, float] | None = None,
         rtol: float | None = None,
-        n_top: int | None = None,
+        n_top: int | Sequence[int] | None = None,
         top_p: float | None = None,
         rank_index: int | None = None,
         capacity: int | None = None,
