@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import slra
 from slra._backends import backend_of
 from slra._backends.standard.rows import runs
-from slra.cache import _chosen
+from slra.cache import _chosen, _layout
 from slra.cache import kv_cache as module
 from tests.backends import structure_to_xp, to_numpy, to_xp
 from tests.naive_attention import SINKS, SLOPES, decaying, naive_attention
@@ -571,6 +571,41 @@ def test_what_a_query_chooses_does_not_depend_on_the_others(monkeypatch, tmp_pat
             np.testing.assert_allclose(one, right, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="return_rest must be False in a cache without n_top"):
         slra.KVCache(basis).append(k[0], v[0]).attend(q[0], return_rest=True)
+
+
+def test_heads_get_as_few_keys_as_keep_to_rtol(monkeypatch):
+    """Checked on steps that the fit has not seen: at fewer keys each head errs more, and one that misleads is exact."""
+    q, k, v = tokens(200)
+    # The second head attends to many keys, whose coordinates all count alike.
+    rng = np.random.default_rng(0)
+    q[HQ // HK :], k[1:], v[1:] = (rng.standard_normal(x.shape) for x in (q[2:], k[1:], v[1:]))
+    made = []
+    init = slra.KVCache.__init__
+    monkeypatch.setattr(
+        slra.KVCache,
+        "__init__",
+        lambda self, *args, **more: made.append((args, more)) or init(self, *args, **more),
+    )
+    cache = slra.KVCache.from_prefix(q, k, v, rtol=0.2, n_top="auto", n_sink=2)
+    assert np.all(cache.error <= 0.2)
+    layout = cache._contents.layout
+    assert layout.n_top[0] < 100
+    assert layout.n_top[1] == _layout.ALL
+    (early,), _ = made[0]
+    fitted = slra.fit_attention(
+        q[:, :100], k[:, :100], v[:, :100], (D, DV), is_causal=True, enable_gqa=True
+    )
+    np.testing.assert_allclose(early.wk, fitted.wk)
+    last = cache.attend(q[:, -1:])
+    exact, _ = naive_attention(q[:, -1:], k, v, enable_gqa=True)
+    np.testing.assert_allclose(last[2:], exact[2:], rtol=0, atol=1e-10)
+    for options in ({"n_top": "auto"}, {"n_top": "auto", "rtol": 0.1, "top_p": 0.5}):
+        with pytest.raises(ValueError, match='n_top="auto" must come with rtol'):
+            slra.KVCache.from_prefix(q, k, v, **options)
+    with pytest.raises(ValueError, match="rtol must be None with top_p or n_top"):
+        slra.KVCache.from_prefix(q, k, v, rtol=0.1, n_top=4)
+    whole = slra.KVCache.from_prefix(q, k, v, n_top=200)
+    np.testing.assert_allclose(whole.attend(q[:, -1:]), exact, rtol=0, atol=1e-10)
 
 
 # JAX: one structure, compiled once

@@ -26,7 +26,7 @@ from slra.cache._checks import (
 from slra.cache._contents import Contents
 from slra.cache._files import load_contents, save_contents
 from slra.cache._layout import named_arrays, on_host, register
-from slra.cache._prefix import fit_prefix
+from slra.cache._prefix import fit_choosing, fit_prefix
 from slra.cache._segment import FloatRows, maps_of
 from slra.decompose._sparse_low_rank_matrix import size_in_bytes
 
@@ -249,11 +249,14 @@ class KVCache:
         k : array, shape (..., Hkv, n, D)
         v : array, shape (..., Hkv, n, Dv)
         rank : int or (int, int), optional
-            As in `fit_attention`. With ``bits`` it plays no part, nor is there ``rtol``.
+            As in `fit_attention`. With ``bits`` it plays no part, nor is there ``rtol``. With ``n_top`` or ``top_p`` it
+            is what is stored, all there is by default.
         rtol : float, optional
             Relative error of the output to stay within, for every query head. It is checked on up to 64 steps of
             the prefix, the last one among them, against exact keys and values, with all that the cache does to
-            them; where it is exceeded, ranks are raised. Not under `jax.jit`.
+            them; where it is exceeded, ranks are raised. With ``n_top="auto"`` instead each key head gets the fewest
+            keys that keep to it, and ``rank_index`` is what makes the step read least: found with a basis of the first
+            half of the prefix on steps of the second. Not under `jax.jit`.
         method, pool_batch, rng
             As in `fit_attention`; by default one basis serves all leading axes.
         **options
@@ -278,6 +281,9 @@ class KVCache:
         >>> cache = slra.KVCache.from_prefix(q, k, v, rtol=0.1)
         >>> bool(np.all(cache.error <= 0.1))
         True
+        >>> choosing = slra.KVCache.from_prefix(q, k, v, rtol=0.3, n_top="auto")
+        >>> bool(np.all(choosing.error <= 0.3))
+        True
         """
         if "batch" in options:
             raise TypeError("batch must be left out of from_prefix: it is that of k")
@@ -287,14 +293,30 @@ class KVCache:
                     f"rtol must be None with bits, which ranks do not change, got {rtol}"
                 )
             rank = 1
+        is_auto, chooses = options.get("n_top") == "auto", False
+        if is_auto:
+            if rtol is None or options.get("top_p") or options.get("rank_index"):
+                raise ValueError(
+                    'n_top="auto" must come with rtol, and without top_p and rank_index'
+                )
+        elif options.get("n_top") is not None or options.get("top_p") is not None:
+            if rtol is not None:
+                raise ValueError(
+                    f'rtol must be None with top_p or n_top unless that is "auto", got {rtol}'
+                )
+            chooses = True
         fit: dict[str, Any] = {"rtol": rtol, "method": method, "pool_batch": pool_batch, "rng": rng}
         fit |= {name: options[name] for name in ("scale", "softcap") if name in options}
         fit |= {"is_causal": True, "enable_gqa": True}
 
-        def make(basis: AttentionBasis) -> Contents:
-            cache = cls(basis, batch=tuple(k.shape[:-3]), method=method, **options)
+        def make(basis: AttentionBasis, **chosen: Any) -> Contents:
+            cache = cls(basis, batch=tuple(k.shape[:-3]), method=method, **options | chosen)
             return cache.append(k, v, q=q)._contents
 
+        if is_auto:
+            return _made(fit_choosing((q, k, v), rank, fit, make))
+        if chooses and rank is None and min(k.ndim, v.ndim) > 1:
+            rank = min(k.shape[-2:]), min(v.shape[-2:])
         return _made(fit_prefix((q, k, v), rank, fit, make))
 
     @isolated
