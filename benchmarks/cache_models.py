@@ -39,7 +39,7 @@ from slra.integrations.transformers_cache import LowRankCache
 
 LAYERS = (2, 8, 14, 20, 26)
 N_TOKENS, SPAN, WINDOW, N_SINK, GROUP_SIZE = 1024, slice(300, 428), 32, 4, 32
-COMPARED = ("numpy", "torch", "transformers")
+COMPARED = ("numpy", "torch")
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from slra._backends import Backend, backend_of
+from slra._backends import Backend, backend_of, backend_while_compiling
 from slra._typing import Array, DType
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
 ]
 
 _HALF_BITS, _WIDEST_BITS = 16, 64
+_SINGLE_MAX = float(np.finfo(np.float32).max)
 
 
 def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Array) -> Backend:
@@ -110,6 +111,8 @@ def _check_one_device(backend: Backend, given: Mapping[str, Array]) -> None:
 
 
 def _backend(x: Array, name: str) -> Backend:
+    if (known := backend_while_compiling(x)) is not None:
+        return known
     if not is_array(x):
         raise TypeError(
             f"{name} must be an array of a library that follows the array API standard, "
@@ -120,6 +123,8 @@ def _backend(x: Array, name: str) -> Backend:
 
 def is_array(value: Any) -> bool:
     """Whether a value is an array of some library, and not a number of NumPy's."""
+    if backend_while_compiling(value) is not None:
+        return True
     return not isinstance(value, np.generic) and bool(compat.is_array_api_obj(value))
 
 
@@ -168,11 +173,12 @@ def promote(
     """
     xp = backend.xp
     given = {name: x for name, x in arrays.items() if x is not None}
-    for name, x in given.items():
-        bits = _check_floating(backend, x, name, allow_complex=allow_complex)
-    dtypes = [x.dtype for x in given.values()]
-    dtype = dtypes[0]
-    if any(other != dtype for other in dtypes):
+    dtype, is_common = next(iter(given.values())).dtype, True
+    for i, (name, x) in enumerate(given.items()):
+        if i == 0 or x.dtype != dtype:
+            bits = _check_floating(backend, x, name, allow_complex=allow_complex)
+            is_common = is_common and x.dtype == dtype
+    if not is_common:
         try:
             dtype = backend.common_dtype(*given.values())
         except Exception as error:
@@ -489,7 +495,7 @@ def check_l1(
 
 
 def _check_weight(value: Any, limits: Any, backend: Backend | None) -> Any:
-    if backend is not None and not isinstance(value, np.generic) and compat.is_array_api_obj(value):
+    if backend is not None and is_array(value):
         if isinstance(value, np.ndarray) and value.ndim == 0:
             value = value[()]  # a number, whatever the library of the other arrays
         else:
@@ -565,10 +571,10 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
 
 def broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
     """Whether an array of this shape broadcasts to ``target`` without enlarging it."""
-    try:
-        return np.broadcast_shapes(tuple(shape), tuple(target)) == tuple(target)
-    except ValueError:
-        return False
+    # Not by NumPy, which would make numbers of sizes that are symbols.
+    n_new = len(target) - len(shape)
+    pairs = zip(shape, target[max(0, n_new) :], strict=False)
+    return n_new >= 0 and all(own == 1 or own == whole for own, whole in pairs)
 
 
 def check_mask(backend: Backend, mask: Array, scores: tuple[int, ...], axes: str) -> None:
@@ -622,6 +628,8 @@ def check_tau(
     An array has length one along ``axes``, those of the vectors or matrices that share one threshold. Where infinity
     is allowed it keeps what it belongs to at zero.
     """
+    if type(tau) is float and 0 <= tau <= _SINGLE_MAX:  # most often: no precision is less
+        return tau
     if isinstance(tau, float) or not is_array(tau):
         if allow_inf and isinstance(tau, numbers.Real) and tau == math.inf:
             return math.inf

@@ -62,6 +62,8 @@ THOROUGH = {
     "test_svd_tolerance.py::test_a_hundred_seeds": "a hundred of each",
     "test_svd_tolerance.py::test_a_tolerance_that_half_precision_cannot_keep": "many sizes",
     "test_torch_module.py::test_a_schedule_of_l1_is_followed_by_one_graph": "torch.compile takes seconds",
+    "test_torch_module.py::test_onnx_takes_any_batch_and_length": "exports",
+    "test_torch_module.py::test_traced_and_exported_for_any_batch_and_length": "torch.export takes a second",
     "test_torch_module.py::test_compiles_to_one_graph_with_a_frozen_basis": "torch.compile takes seconds",
     "test_torch_transforms.py": "torch.compile takes seconds for each function",
     "test_transformers.py": "models",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import array_api_compat.torch as compat_torch
 import numpy as np
 import torch
 import torch.utils.checkpoint
@@ -27,7 +28,7 @@ from slra._backends.torch_attention import (
 )
 from slra._typing import Array
 
-__all__ = ["TorchBackend"]
+__all__ = ["WHILE_COMPILING", "TorchBackend"]
 
 # For fewer matrices than this, starting threads takes longer than they save.
 WORTH_THREADS = 256
@@ -57,7 +58,7 @@ def _needs_formula(*xs: Array) -> bool:
 
 def _is_plain(*xs: Array) -> bool:
     """Whether these are tensors in a CPU's memory and nothing else."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return all(
         type(x) in (torch.Tensor, torch.nn.Parameter)
@@ -165,10 +166,14 @@ class TorchBackend(Backend):
     attends_in_half = True
 
     def is_eager(self, x: Array) -> bool:
-        """Values can be read outside torch.compile and torch.func transforms, off the meta device."""
-        if torch.compiler.is_compiling() or x.device.type == "meta":
+        """Values can be read outside torch.compile, tracers and torch.func transforms, off the meta device."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type == "meta":
             return False
         return not _is_wrapped(x)
+
+    def is_known(self, size: int) -> bool:
+        """While torch.export traces bytecode a symbol passes for a number."""
+        return not torch.compiler.is_exporting() and super().is_known(size)
 
     def freezes_draws(self, x: Array) -> bool:
         """Say whether torch.compile is tracing: a NumPy draw is not traced."""
@@ -208,6 +213,12 @@ class TorchBackend(Backend):
         """Factor without raising, and mark what failed."""
         factor, info = torch.linalg.cholesky_ex(g)
         return torch.where((info == 0)[..., None, None], factor, torch.nan)
+
+    def triangular_factor(self, x: Array) -> Array:
+        """For torch.export alone: of the other one's size it proves too little for a length that is a symbol."""
+        if torch.compiler.is_exporting() and not x.requires_grad:
+            return torch.linalg.qr(x, mode="r")[1]
+        return super().triangular_factor(x)
 
     def singular_values(self, x: Array) -> Array:
         """Without a QR, whose derivative needs full rank; this one needs no differences of values."""
@@ -451,3 +462,6 @@ class _Formula(TorchBackend):
     def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Keep everything: what recomputes has no second derivative."""
         return function
+
+
+WHILE_COMPILING = TorchBackend(compat_torch)

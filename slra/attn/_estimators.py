@@ -165,7 +165,9 @@ def _triangle(x: Array, backend: Backend) -> Array:
 def _right_vectors(x: Array, backend: Backend) -> Array:
     """All right singular vectors, as columns; the scale does not matter, but squares are to stay in range."""
     x = _square(x / _peak(x, backend.xp), backend)
-    return backend.xp.matrix_transpose(thin_svd(x, backend)[2])
+    if backend.is_eager(x):
+        return backend.xp.matrix_transpose(thin_svd(x, backend)[2])
+    return backend.xp.matrix_transpose(backend.small_svd(backend.triangular_factor(x))[2])
 
 
 def _square(x: Array, backend: Backend) -> Array:

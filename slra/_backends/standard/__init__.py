@@ -42,6 +42,10 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
         """Whether ``x`` is concrete: its values can be read now, unlike those of traced and lazy arrays."""
         return True
 
+    def is_known(self, size: int) -> bool:
+        """Whether a size is a number, and not a symbol that any may take the place of."""
+        return isinstance(size, (int, np.integer))
+
     def freezes_draws(self, x: Array) -> bool:
         """Whether numbers drawn by NumPy beside ``x`` become constants of a compiled function."""
         return False

@@ -5,10 +5,8 @@ Shapes throughout: q (..., Nq, D), k (..., Nk, D), v (..., Nk, Dv), mask broadca
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from slra._typing import Array, CausalAlign, DType, Namespace
 
@@ -200,11 +198,20 @@ def scores_batch_shape(q: Array, k: Array, v: Array, mask: Array | None) -> tupl
     return broadcast_shapes(*shapes)
 
 
-def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """Broadcast; where all shapes are equal without NumPy, which takes longer than attention of a few queries."""
-    if len({*map(tuple, shapes)}) == 1:
-        return tuple(shapes[0])
-    return np.broadcast_shapes(*shapes)
+def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """Broadcast as NumPy does, which would make numbers of sizes that are symbols (torch.export) or traced."""
+    whole: list[int] = []
+    for axis in range(-max([len(shape) for shape in shapes]), 0):
+        size: int = 1
+        for shape in shapes:
+            n = shape[axis] if len(shape) >= -axis else 1
+            if n is size or n == 1:
+                continue
+            if size != 1 and n != size:
+                raise ValueError(f"shapes must broadcast, got {', '.join(map(str, shapes))}")
+            size = n
+        whole.append(size)
+    return tuple(whole)
 
 
 def capped(xp: Namespace, products: Array, softcap: Any) -> Array:
