@@ -180,9 +180,7 @@ def _check_choosing(layout: Layout) -> None:
         if given is not None:
             raise ValueError(f"{name} must be left out with n_top or top_p, got {given}")
     if layout.is_static and layout.n_top is None:
-        raise ValueError(
-            "n_top must be given besides top_p where shapes are static (JAX, capacity): the most keys"
-        )
+        raise ValueError("n_top must be given besides top_p where shapes are static: the most keys")
 
 
 def _check_coded(layout: Layout, basis: AttentionBasis) -> None:
