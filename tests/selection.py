@@ -17,6 +17,7 @@ THOROUGH = {
     "test_benchmarks.py": "the benchmarks' own pages",
     "test_blas_threads.py::test_eight_threads_give_the_bits_of_one": "eight times everything",
     "test_cache.py::test_appending_copies_each_row_a_few_times_at_most": "ten thousand tokens",
+    "test_cache.py::test_under_jit_queries_choose": "compiles for long",
     "test_cache.py::test_under_jit_a_number_is_a_byte": "compiles for long",
     "test_cache.py::test_under_jit_it_is_compiled_once_and_the_same": "compiles for long",
     "test_cache.py::test_under_jit_sequences_differ_in_length_and_an_overflow_shows": "compiles for long",
