@@ -122,6 +122,10 @@ class CupyBackend(Backend):
         tau = step * tau
         return kernel("elastic_threshold_step", x)(x, grad, step, tau, 1 + tau * l2)
 
+    def power_of_two(self, x: Array, exponent: Array) -> Array:
+        """Add to exponents in one pass."""
+        return kernel("power_of_two", x)(x, self.xp.astype(exponent, self.xp.int32))
+
     def extrapolate(self, x: Array, move: Array, factor: Array | float) -> Array:
         """Scale and add in one pass."""
         return kernel("extrapolate", x)(x, move, factor)
