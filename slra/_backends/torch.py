@@ -429,6 +429,24 @@ class TorchBackend(Backend):
         dense = torch.zeros((*values.shape[:-1], n), dtype=values.dtype, device=values.device)
         return dense.scatter(-1, indices.to(torch.int64), values)
 
+    def largest_places(self, x: Array, k: int) -> Array:
+        """Select instead of sorting."""
+        return torch.sort(torch.topk(x, k, dim=-1, sorted=False).indices).values
+
+    def gather_rows(self, x: Array, indices: Array) -> Array:
+        """Copy row by row, not number by number, where rows lie one after another."""
+        is_empty = x.numel() == 0 or indices.numel() == 0
+        if is_empty or x.shape[:-2] != indices.shape[:-1] or not x.is_contiguous():
+            return super().gather_rows(x, indices)
+        n, width = x.shape[-2:]
+        starts = n * torch.arange(indices.shape[:-1].numel(), device=x.device)
+        at = (indices.reshape(-1, indices.shape[-1]) + starts[:, None]).reshape(-1)
+        return x.reshape(-1, width).index_select(0, at).reshape(*indices.shape, width)
+
+    def add_in_rows(self, x: Array, indices: Array, values: Array) -> Array:
+        """Add where the entries belong."""
+        return x.scatter_add(-1, indices, values)
+
 
 class _Formula(TorchBackend):
     """Attention by operations that have derivatives of every order, in both modes."""

@@ -13,9 +13,9 @@ from slra._validate import (
     check_finite,
     check_flag,
     check_gradient,
-    check_positive,
     check_returned,
     check_tau,
+    check_weight,
     promote,
 )
 from slra.prox.l1 import prox_elastic_net, prox_l1, prox_nonneg_l1
@@ -504,7 +504,6 @@ def _primitive(prox: Prox, x: Array, backend: Backend) -> Callable[..., Array] |
     if isinstance(prox, partial) and prox.func is prox_elastic_net:
         if prox.args or set(prox.keywords) != {"l2"}:
             return None
-        limits = backend.xp.finfo(x.dtype)
-        l2 = check_positive(prox.keywords["l2"], "l2", allow_zero=True, limits=limits)
+        l2 = check_weight(backend, x, prox.keywords["l2"], "l2", allow_zero=True)
         return partial(backend.elastic_threshold_step, l2=l2)
     return None
