@@ -666,12 +666,15 @@ def check_tau(
             tau, name, allow_zero=True, limits=backend.xp.finfo(_computed_in(backend, x))
         )
     given, tau = tau, check_bound(backend, x, tau, name, axes=axes)
-    if backend.is_eager(tau):
+    if backend.is_eager(tau) and 0 not in tau.shape:
         xp = backend.xp
-        is_right = (tau >= 0) & xp.isfinite(tau)
-        if allow_inf:  # but not a number that has become infinite in the dtype of x
-            is_right = is_right | (xp.isinf(given) & (given > 0))
-        if not bool(xp.all(is_right)):
+        # Of NaN the smallest is NaN, and no number reaches that.
+        is_right = xp.min(tau) >= 0
+        if not allow_inf:
+            is_right = is_right & (xp.max(tau) < math.inf)
+        elif given.dtype != tau.dtype:  # and a number has become infinite in the dtype of x
+            is_right = is_right & xp.all(xp.isfinite(tau) | (given == math.inf))
+        if not bool(is_right):
             kind = (
                 "0 or more, finite in the dtype of x or infinite,"
                 if allow_inf

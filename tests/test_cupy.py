@@ -199,6 +199,10 @@ CALLS = {
         {"max_part", *TALL_QR, "max_abs", "first", "phase", "least"}
         | {"wide_sum", "wide_centered", "wide_squares", "sum_abs"},
     ),
+    "prox_nuclear, out of range": (
+        lambda: slra.prox.prox_nuclear(X * 2.0**60, 0.5),
+        {"nonneg_threshold", "max_part", "power_of_two"},
+    ),
     "compress": (
         lambda: slra.compress(TALL[0], 3, 0.1, n_iter=1).to_dense(),
         {"max_part", "wide_squares", "sum_abs", "keep_largest", "mark_largest", "gather", "scatter"}
@@ -562,6 +566,9 @@ MUTANTS = {
         "lifted", "complex128", "i / width % width", "i / width", "lifted"
     ),
     "the phase of zero": Mutant("phase", "float32", "size > least", "size >= R(0)", "phases"),
+    "twice the exponent": Mutant(
+        "power_of_two", "float32", "slra_ldexp(x, exponent)", "slra_ldexp(x, 2 * exponent)"
+    ),
     "ties kept": Mutant("keep_largest", "float32", "j < i)", "false)", "keep_largest"),
     "the smallest kept": Mutant(
         "mark_largest", "float64", "other > size", "other < size", "largest_in_rows"

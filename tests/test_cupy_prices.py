@@ -304,3 +304,31 @@ def test_a_sparse_matrix_of_cupyx_is_transposed_once():
         np.testing.assert_array_equal(rmatmat(a), a.T @ a)
         np.testing.assert_array_equal(matmat(a.T), a @ a.T)
     assert Rows.n_sorted == 1
+
+
+def test_thresholds_are_looked_at_in_one_pass(cupy_table):
+    x, tau = virtual((1_000_000, 50), "float32"), virtual((1_000_000, 50), "float32")
+    with counting(is_dry=True) as bill:
+        slra.soft_threshold(x, tau)
+    assert bill.launches <= 3
+    assert bill.n_bytes <= 4.01 * x.nbytes
+
+
+def test_a_power_of_two_is_one_pass(cupy_table):
+    x = virtual((4, 1000, 50), "float32")
+    with counting(is_dry=True) as bill:
+        cupy_table.power_of_two(x, virtual((4, 1, 1), "float32"))
+    assert bill.n_bytes <= 2.01 * x.nbytes
+
+
+def test_a_token_in_a_cache(cupy_table):
+    q, k, v = priced(random(3, 1, 4, 64, 16))
+    cache = slra.KVCache(slra.fit_attention(q, k, v, 8, rng=0)).append(k, v)
+    token = [x[..., :1, :] for x in (q, k, v)]
+    cache.append(*token[1:])
+    cache.attend(token[0])
+    with counting() as bill:
+        cache.append(*token[1:])
+        cache.attend(token[0])
+    assert bill.launches <= 24
+    assert bill.operand_copies == bill.pointer_kernels == bill.reads == 0

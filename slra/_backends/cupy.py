@@ -47,7 +47,7 @@ class CupyBackend(Backend):
     takes_half = attends_in_half = True
     # Entries that are widened to double precision at once: 64 MB.
     slab = 1 << 23
-    # Each launch takes as long as 100 MB of memory traffic.
+    # Launches and waits are what a narrow block or a small tile would cost most. Not tuned.
     tolerance_width, n_at_once = 128, 1 << 24
 
     def refusal(self, x: Array) -> str | None:
@@ -69,8 +69,8 @@ class CupyBackend(Backend):
             L = xp.linalg.cholesky(g)
         squares, pivots = (self.real_part(xp.linalg.diagonal(x)) for x in (g, L))
         sides = squares[..., :, None], squares[..., None, :], pivots[..., None, :]
-        product = self.matmul(L, matrix_h(L, xp))
-        misfit = kernel("misfit", g)(product, g, *sides, axis=(-2, -1), keepdims=True)
+        square, axes = self.matmul(L, matrix_h(L, xp)), (g.ndim - 2, g.ndim - 1)
+        misfit = self._reduced("misfit", axes, square, g, *sides, join="max_part")
         return kernel("factor", g)(L, misfit, 8 * (n + 1) * float(xp.finfo(g.dtype).eps))
 
     def qr(self, y: Array) -> tuple[Array, Array]:
@@ -121,6 +121,10 @@ class CupyBackend(Backend):
         """Step, shrink and divide in one pass."""
         tau = step * tau
         return kernel("elastic_threshold_step", x)(x, grad, step, tau, 1 + tau * l2)
+
+    def power_of_two(self, x: Array, exponent: Array) -> Array:
+        """Add to exponents in one pass."""
+        return kernel("power_of_two", x)(x, self.xp.astype(exponent, self.xp.int32))
 
     def extrapolate(self, x: Array, move: Array, factor: Array | float) -> Array:
         """Scale and add in one pass."""

@@ -44,6 +44,14 @@ template <typename R> __device__ complex<R> slra_shrink(complex<R> x, R tau) {
     return slra_shorten(x, abs(x), tau);
 }
 
+template <typename R> __device__ R slra_ldexp(R x, int exponent) {
+    return ldexp(x, exponent);
+}
+
+template <typename R> __device__ complex<R> slra_ldexp(complex<R> x, int exponent) {
+    return complex<R>(slra_ldexp(x.real(), exponent), slra_ldexp(x.imag(), exponent));
+}
+
 template <typename T, typename R> __device__ T slra_phase(T x, R size, R least) {
     return size > least ? x / size : T(R(1));
 }
@@ -286,6 +294,9 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "{T} x, {T} grad, {R} step, {R} tau, {R} divisor",
         "{T} y",
         "y = slra_shrink(x - step * grad, tau) / divisor",
+    ),
+    "power_of_two": Elementwise(
+        REAL | COMPLEX, "{T} x, int32 exponent", "{T} y", "y = slra_ldexp(x, exponent)"
     ),
     "extrapolate": Elementwise(
         REAL | COMPLEX, "{T} x, {T} move, {R} factor", "{T} y", "y = x + factor * move"

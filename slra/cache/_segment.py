@@ -98,7 +98,7 @@ class FloatRows(NamedTuple):
 
     def rounded(self, x: Array) -> Array:
         """Coordinates as they will be read again."""
-        return self.layout.xp.astype(x, self.dtype)
+        return self.layout.xp.astype(x, self.dtype, copy=False)
 
     def put(
         self, k: Array, v: Array, rest: tuple[Array, Array] | None, places: Array
@@ -255,9 +255,9 @@ class Segment(NamedTuple):
         """Write tokens (B, H, m, .) at places (B, m), counted from the start; negative ones are left out."""
         if not isinstance(self.rows, FloatRows):
             return self._put_bits(self.rows, k, v, places)
-        maps, rest = self._key_head_maps(), None
-        small_k = self.rows.rounded(k @ maps.wk - maps.c @ maps.wk)
-        small_v = self.rows.rounded(v @ maps.wv - maps.mu @ maps.wv)
+        maps, rest, matmul = self._key_head_maps(), None, self.layout.backend.matmul
+        small_k = self.rows.rounded(matmul(k, maps.wk) - matmul(maps.c, maps.wk))
+        small_v = self.rows.rounded(matmul(v, maps.wv) - matmul(maps.mu, maps.wv))
         if self.layout.n_sparse:
             astype = self.layout.xp.astype
             hat_k = self._decoded_keys(astype(small_k, k.dtype))
@@ -338,7 +338,7 @@ class Segment(NamedTuple):
         if corrections is not None:
             v = layout.xp.concat([v, corrections[1]], axis=-1)
         out, lse = layout.attend(q, k, v, mask)
-        whole = out[..., :rank_v] @ maps.uv + maps.mu
+        whole = layout.backend.matmul(out[..., :rank_v], maps.uv) + maps.mu
         if corrections is not None:
             whole = whole + out[..., rank_v:]
         if shift is not None:
@@ -439,14 +439,14 @@ class Segment(NamedTuple):
 
     def _projected(self, queries: Queries, c: Array) -> tuple[Array, Array]:
         """Make the queries q', stacked, and what the shift of the keys has in each of their scores."""
-        xp, stack = self.layout.xp, self.layout.stack_heads
+        xp, stack, matmul = self.layout.xp, self.layout.stack_heads, self.layout.backend.matmul
         wq, whole = self.maps.wq, stack(queries.q)
         if wq.shape[2] == 1:
-            q = whole @ wq[:, :, 0, ...]
+            q = matmul(whole, wq[:, :, 0, ...])
         else:
             wq = xp.reshape(wq, (wq.shape[0], self.layout.n_query_heads, *wq.shape[-2:]))
-            q = stack(queries.q @ wq)
-        return q, whole @ xp.matrix_transpose(c)
+            q = stack(matmul(queries.q, wq))
+        return q, matmul(whole, xp.matrix_transpose(c))
 
     def _rotated(
         self,

@@ -133,10 +133,6 @@ def scaled_back(x: Array, exponent: Array | None, backend: Backend) -> Array:
 
 
 def power_of_two(x: Array, exponent: Array, backend: Backend) -> Array:
-    """Return ``x * 2**exponent``, in two steps so that neither factor leaves the range."""
-    xp = backend.xp
-    half = xp.floor(exponent / 2)
+    """Return ``x * 2**exponent``."""
     with backend.ignore_overflow():
-        for part in (half, exponent - half):
-            x = x * xp.astype(xp.pow(xp.full_like(part, 2.0), part), x.dtype)
-    return x
+        return backend.power_of_two(x, exponent)

@@ -9,6 +9,7 @@ typedef _Float16 float16;
 template <typename T> using complex = std::complex<T>;
 using std::abs;
 using std::exp;
+using std::ldexp;
 using std::log;
 using std::sqrt;
 using std::tanh;

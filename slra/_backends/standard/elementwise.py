@@ -108,6 +108,13 @@ class Elementwise:
         """Step against a gradient, then `elastic_threshold` by ``step * tau``."""
         return self.elastic_threshold(x - step * grad, step * tau, l2)
 
+    def power_of_two(self, x: Array, exponent: Array) -> Array:
+        """``x * 2**exponent`` for whole exponents, in two steps so that neither factor leaves the range."""
+        xp, half = self.xp, self.xp.floor(exponent / 2)
+        for part in (half, exponent - half):
+            x = x * xp.astype(xp.pow(xp.full_like(part, 2.0), part), x.dtype)
+        return x
+
     def extrapolate(self, x: Array, move: Array, factor: Array | float) -> Array:
         """Go from ``x`` by ``factor`` times ``move``."""
         return x + factor * move
