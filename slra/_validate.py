@@ -30,6 +30,7 @@ __all__ = [
     "check_flag",
     "check_gradient",
     "check_hermitian",
+    "check_known_weight",
     "check_l1",
     "check_mask",
     "check_matrix",
@@ -47,6 +48,7 @@ __all__ = [
     "check_sum_axis",
     "check_tau",
     "check_tol",
+    "check_weight",
     "dtype_limits",
     "is_array",
     "is_kind",
@@ -494,18 +496,48 @@ def check_l1(
     return l_q, l_k, l_v
 
 
-def _check_weight(value: Any, limits: Any, backend: Backend | None) -> Any:
+def _check_weight(
+    value: Any,
+    limits: Any,
+    backend: Backend | None,
+    name: str = "l1",
+    *,
+    allow_zero: bool = True,
+) -> Any:
     if backend is not None and is_array(value):
         if isinstance(value, np.ndarray) and value.ndim == 0:
             value = value[()]  # a number, whatever the library of the other arrays
         else:
-            value = check_scalar(backend, value, "l1")
+            value = check_scalar(backend, value, name)
             if not backend.is_eager(value):
                 return value
             number = float(backend.to_numpy(value))
-            check_positive(number, "l1", allow_zero=True, limits=limits)
+            check_positive(number, name, allow_zero=allow_zero, limits=limits)
             return value if backend.is_differentiated(value) else number
-    return check_positive(value, "l1", allow_zero=True, limits=limits)
+    return check_positive(value, name, allow_zero=allow_zero, limits=limits)
+
+
+def check_weight(
+    backend: Backend, x: Array, value: Any, name: str, *, allow_zero: bool = False
+) -> Any:
+    """Return a positive (or non-negative) number as a float; where it is traced or learned, as it is.
+
+    It is then a 0-d array, in the real dtype that ``x`` is computed in.
+    """
+    dtype = _computed_in(backend, x)
+    found = _check_weight(value, backend.xp.finfo(dtype), backend, name, allow_zero=allow_zero)
+    return found if isinstance(found, float) else backend.xp.astype(found, dtype, copy=False)
+
+
+def check_known_weight(backend: Backend, value: Any, name: str, **how: Any) -> float:
+    """Return a positive number as a float, of which an iteration depends that no gradient passes through."""
+    found = _check_weight(value, how.pop("limits", None), backend, name, **how)
+    if not isinstance(found, float):
+        raise ValueError(
+            f"{name} must be a number that can be looked at, and through which no gradient has to pass, "
+            f"got {shown(value)}"
+        )
+    return found
 
 
 def check_rtol(

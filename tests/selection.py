@@ -54,6 +54,7 @@ THOROUGH = {
     "test_package.py::test_integrations_are_imported_by_name": "interpreters",
     "test_package.py::test_type_checkers_see_what_comes_out": "a type checker's run",
     "test_peers.py": "other libraries' tests",
+    "test_prox_more.py::test_a_number_may_be_learned_and_traced": "compiles for long",
     "test_report.py::test_page_in_a_browser": "a browser",
     "test_report_model.py": "models",
     "test_solvers.py::test_steps_are_found_where_nothing_can_be_looked_at": "compiles for long",

@@ -377,10 +377,10 @@ class TorchBackend(Backend):
     def _widened(self, x: Array) -> Array:
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
+    def tile_shape(self, n_matrices: int, lengths: tuple[int, int], like: Array) -> tuple[int, int]:
         """As many scores as stay in the second-level cache of a CPU; elsewhere as the standard."""
         if like.device.type != "cpu":
-            return super().tile_shape(n_matrices, like)
+            return super().tile_shape(n_matrices, lengths, like)
         area = max(1 << 14, (1 << 19) // max(1, n_matrices))
         width = min(1024, max(256, 1 << (area.bit_length() // 2)))
         return area // width, width

@@ -4,9 +4,11 @@
 #include <cstddef>
 #define __device__
 #define CUDART_INF HUGE_VAL
+#define CUDART_NAN NAN
 typedef _Float16 float16;
 template <typename T> using complex = std::complex<T>;
 using std::abs;
 using std::exp;
+using std::log;
 using std::sqrt;
 using std::tanh;

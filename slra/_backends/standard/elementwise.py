@@ -141,6 +141,19 @@ class Elementwise:
         """Inner products over all axes as plain numbers."""
         return [float(self.inner(x, y)) for x, y in pairs]
 
+    def step_products(
+        self, y: Array, slope: Array, new: Array, grad: Array, move: Array, factor: float
+    ) -> list[float]:
+        """Squared norms, and two products, by which a step from ``y`` to ``new`` is judged.
+
+        With ``d = new - y``, ``turn = grad - slope`` and ``r = turn + factor * d``: the squares of ``d``, ``turn``,
+        ``r``, ``grad`` and ``new``, and the products of ``d`` with ``turn`` and with ``move``.
+        """
+        d, turn = new - y, grad - slope
+        r = self.extrapolate(turn, d, factor)
+        pairs = [(d, d), (turn, turn), (r, r), (grad, grad), (new, new), (d, turn), (d, move)]
+        return self.inner_numbers(pairs)
+
     def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
         """Euclidean norm along ``axes``, which are kept; scaled, because squares overflow."""
         unit, norm = self.scaled_group_norm(x, axes)
