@@ -51,6 +51,8 @@ THOROUGH = {
     "test_objective.py::test_both_forms_descend_monotonically_to_one_optimum": "thousands of steps",
     "test_objective.py::test_one_common_step_stalls_at_the_kinks": "thousands of steps",
     "test_onnx.py": "another's cases, each compiled by JAX",
+    "test_other_libraries.py::test_every_setting_of_array_api_strict": "everything in ten settings",
+    "test_other_libraries.py::test_what_is_asked_for_is_written_down": "everything once more",
     "test_package.py::test_integrations_are_imported_by_name": "interpreters",
     "test_package.py::test_type_checkers_see_what_comes_out": "a type checker's run",
     "test_peers.py": "other libraries' tests",

@@ -4,6 +4,9 @@ import dataclasses
 import doctest
 import functools
 import gc
+import io
+import sys
+from importlib.util import find_spec
 
 import array_api_compat as compat
 import numpy as np
@@ -926,6 +929,228 @@ def test_a_tampered_file_of_bits_is_one_clear_error(change, tmp_path):
     _rewritten(path, lambda named, meta: change(named))
     with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
         slra.KVCache.load(path)
+
+
+# Parked
+
+
+@pytest.fixture
+def codec():
+    pytest.importorskip("safetensors")
+    return pytest.importorskip("constriction")
+
+
+def parked(cache, bits, like=None):
+    """The cache that comes back from a file, and the file."""
+    file = io.BytesIO()
+    cache.save(file, bits=bits)
+    return slra.KVCache.load(io.BytesIO(file.getvalue()), like=like), file.getvalue()
+
+
+def coded_integers(cache):
+    """Of the one sequence of a cache whose tokens have all been rounded: keys and values, (H, n, d)."""
+    rows = cache._contents.segments[0].rows
+    return [to_numpy(x)[0] for x in rows.coordinates(slice(0, int(rows.filled[0])), np.float64)]
+
+
+@EAGER
+@pytest.mark.parametrize("case", list(BITS))
+def test_a_parked_cache_is_attention_to_what_it_stands_for(xp, case, codec):
+    skip_most_on_jax(xp, case, None)
+    options = BITS[case]
+    q, k, v = tokens(70)
+    like = to_xp(xp, q)
+    cache = slra.KVCache(moved(basis_of((4, 3)), xp), bits=(6, 7), **options)
+    cache = appended(cache, to_xp(xp, k[:, :69]), to_xp(xp, v[:, :69]), [20, 1, 48])
+    before = [to_numpy(x) for x in cache.decode()]
+    back, _ = parked(cache, (3, 4), like)
+    for one, other in zip(cache.decode(), before, strict=True):
+        np.testing.assert_array_equal(to_numpy(one), other)
+    back = back.append(to_xp(xp, k[:, 69:]), to_xp(xp, v[:, 69:]))
+    assert back.bits < cache.bits - 1
+    low_k, low_v = (to_numpy(x) for x in back.decode())
+    for low, right, bound in zip((low_k, low_v), (k, v), back.error_bound, strict=True):
+        error = np.linalg.norm(low - right, axis=-1)
+        assert np.all(error <= to_numpy(bound)[:, None])
+        assert np.max(error) > 0.1 * np.max(to_numpy(bound))
+    given = {name: x for name, x in options.items() if name in ("softcap", "scale")}
+    rows = q[:, -9:]
+    if "rotary" in options:
+        rows, low_k = rotated(q)[:, -9:], rotated(low_k)
+    right, _ = naive_attention(rows, low_k, low_v, is_causal=True, enable_gqa=True, **given)
+    out = back.attend(to_xp(xp, q[:, -9:]))
+    np.testing.assert_allclose(to_numpy(out), right, atol=1e-11)
+
+
+def test_what_was_rounded_before_is_parked_without_loss(codec):
+    """Sequences of unlike lengths, one of them of more than a chunk, numbers that are no integers, and another time."""
+    q, k, v = tokens(1200, batch=(3,))
+    basis = slra.fit_attention(
+        q[..., :60, :], k[..., :60, :], v[..., :60, :], 3, pool_batch=True, enable_gqa=True
+    )
+    k[0, 0, 700, 3], v[2, 1, 5, 2], k[0, 1, 40] = np.nan, np.inf, 1e12
+    cache = slra.KVCache(basis, batch=(3,), bits=3)
+    cache = cache.append(k, v, lengths=np.asarray([1200, 0, 48]))
+    back, _ = parked(cache, 10)
+    for one, other in zip(back.decode(), cache.decode(), strict=True):
+        # Beside numbers that are no integers the other ones of a block were exact.
+        one, other = (
+            np.delete(x, [*range(32, 48), *range(688, 704)], axis=-2) for x in (one, other)
+        )
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[2, :, 16:], other[2, :, 16:])
+    for one, other in zip(back.error_bound, cache.error_bound, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert back.bits == cache.bits
+    again, _ = parked(back, 10)
+    for one, other in zip(again.decode(), back.decode(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    few, _ = parked(cache, 1)
+    for one, came, bound in zip(few.decode(), (k, v), few.error_bound, strict=True):
+        error = np.linalg.norm(one[0] - came[0], axis=-1)
+        assert np.all(np.isnan(error) | (error <= bound[0][:, None]))
+        assert np.sum(np.isnan(error)) == np.sum(~np.isfinite(came[0]))
+    empty, _ = parked(slra.KVCache(basis, batch=(3,), bits=3), 2)
+    assert not empty.lengths.any()
+
+
+@pytest.mark.parametrize("bits", [1.5, 2.2, 4])
+def test_a_file_takes_the_bits_asked_for_and_hardly_more_than_the_entropy(bits, codec):
+    n, d = 1500, 32
+    q, k, v = decaying(0, heads=HQ, heads_k=HK, n_q=n, n_k=n, d=d, d_v=d, batch=(), dtype="float32")
+    basis = slra.fit_attention(q[:, :400], k[:, :400], v[:, :400], 3, enable_gqa=True)
+    cache = slra.KVCache(basis, bits=9, window=8).append(k, v)
+    back, content = parked(cache, bits)
+    numbers = HK * n * 2 * d
+    rows, exact = back._contents.segments[0], back._contents.exact
+    apart = sum(x.nbytes for x in (*rows.maps[:-1], exact.k, exact.v))
+    description = int.from_bytes(content[:8], "little")
+    took = (len(content) - apart) * 8 / numbers
+    # The description is more than a tenth of few bits, and then on top.
+    assert took - 8 * description / numbers <= bits * 1.01
+    assert bits * 0.99 <= took <= bits * 1.01 or bits < 3
+    entropy = 0
+    for x in coded_integers(back):
+        for column in np.swapaxes(x, 1, 2).reshape(-1, n):
+            _, counts = np.unique(column, return_counts=True)
+            entropy -= np.sum(counts * np.log2(counts / n))
+    # Of many bits a histogram of 1500 is no measure.
+    assert (len(content) - apart - description) * 8 <= 1.03 * entropy or bits > 3
+    # Of a few tokens the description would be more than all the rest: it comes on top.
+    few, content = parked(slra.KVCache(basis, bits=9).append(k[:, :48], v[:, :48]), bits)
+    assert np.abs(coded_integers(few)[0]).max() >= 1
+
+
+def test_numbers_far_from_the_fit_are_coded_too(codec):
+    """A mean that is many deviations off, an outlier, coordinates of one value: models fit them, or say how much."""
+    q, k, v = tokens(60, seed=9)
+    rng = np.random.default_rng(0)
+    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True)
+    k, v = rng.standard_normal((HK, 600, D)) * 0.01 + 5, np.ones((HK, 600, DV))
+    k[:, 0] = 1e4
+    cache = slra.KVCache(basis, bits=8).append(k, v)
+    back, _ = parked(cache, 8)
+    for one, came, bound in zip(back.decode(), (k, v), back.error_bound, strict=True):
+        assert np.all(np.linalg.norm(one - came, axis=-1) <= bound[:, None])
+
+
+def _of_chunks(field, change):
+    return lambda named: change(named[f"segments.0.rows.{field}"])
+
+
+def _replaced(field, change):
+    name = f"segments.0.rows.{field}"
+    return lambda named: named.update({name: np.ascontiguousarray(change(named[name]))})
+
+
+NO_CHUNKS = {
+    "filled": _of_chunks("filled", lambda x: x.__iadd__(1000)),
+    "2^60 tokens": _of_chunks("filled", lambda x: x.__iadd__(2**60)),
+    "negative": _of_chunks("filled", lambda x: x.__imul__(-1)),
+    "lengths": lambda named: named.update(lengths=named["lengths"] + 16),
+    "fewer words": _replaced("k.words", lambda x: x[:-1]),
+    "another word": _of_chunks("v.words", lambda x: x[:1].__ixor__(1)),
+    "a word of zero": _of_chunks("k.words", lambda x: x[-1:].__imul__(0)),
+    "words of the table": _of_chunks("k.table", lambda x: x[:, 0].__isub__(1)),
+    "a table of unlike rows": _replaced("k.table", lambda x: x[:, :3]),
+    "fewer rows": _replaced("k.table", lambda x: x[:-1]),
+    "a support of gigabytes": _of_chunks("k.table", lambda x: x[:, 2].__iadd__(2**31)),
+    "an empty support": _of_chunks("v.table", lambda x: x[:, 2].__imul__(0)),
+    "another support": _of_chunks("v.table", lambda x: x[:, 1:3].__iadd__(3)),
+    "integers of the table": _of_chunks("v.table", lambda x: x[:, 4].__ixor__(1)),
+    "odd places": _of_chunks("k.odd_at", lambda x: x.__iadd__(10**6)),
+    "negative places": _of_chunks("k.odd_at", lambda x: x.__imul__(-1)),
+    "odd numbers": _replaced("k.odd", lambda x: x[:-1]),
+    "wide numbers": _replaced("k.odd", lambda x: x.astype("complex64")),
+    "halves": lambda named: named.pop("segments.0.rows.half_k"),
+}
+
+
+@pytest.mark.parametrize("change", NO_CHUNKS.values(), ids=NO_CHUNKS)
+def test_a_tampered_parked_file_is_one_clear_error(change, tmp_path, codec):
+    _, k, v = tokens()
+    k[1, 33] = 1e30
+    path = tmp_path / "cache"
+    slra.KVCache(basis_of((4, 3)), bits=6, n_sink=1).append(k, v).save(path, bits=3)
+    slra.KVCache.load(path)
+    _rewritten(path, lambda named, meta: change(named))
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path)
+
+
+def test_a_damaged_parked_file_says_which_tokens(tmp_path, codec):
+    q, k, v = tokens(1600, batch=(2,))
+    basis = slra.fit_attention(q, k, v, 3, pool_batch=True, enable_gqa=True)
+    _, content = parked(slra.KVCache(basis, batch=(2,), bits=6).append(k, v), 2)
+    import safetensors.numpy
+
+    named = safetensors.numpy.load(content)
+    for part in "kv":
+        words, table = (named[f"segments.0.rows.{part}.{name}"] for name in ("words", "table"))
+        # In the middle of the second chunk of the second sequence.
+        at = content.index(words.tobytes()) + 4 * int(table[:4, 0].sum() + table[4, 0] // 2)
+        bad = bytearray(content)
+        bad[at] ^= 4
+        with pytest.raises(ValueError, match=rf"{part}: tokens 528 to 1055 of sequence 1$"):
+            slra.KVCache.load(io.BytesIO(bytes(bad)))
+    # What is damaged where nothing says what it was, is damaged somewhere.
+    bad = bytearray(content)
+    bad[content.index(named["segments.0.maps.wk"].tobytes())] ^= 4
+    with pytest.raises(ValueError, match="its checksum is not that of its content$"):
+        slra.KVCache.load(io.BytesIO(bytes(bad)))
+
+
+def test_parking_without_the_coder_names_the_extra(monkeypatch, tmp_path):
+    pytest.importorskip("safetensors")
+    _, k, v = tokens()
+    cache, path = slra.KVCache(basis_of(3), bits=3).append(k, v), tmp_path / "cache"
+    is_there = find_spec("constriction") is not None
+    if is_there:
+        cache.save(path, bits=2)
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    with pytest.raises(ImportError, match=r"constriction: pip install 'slra\[codec\]'"):
+        cache.save(tmp_path / "other", bits=2)
+    assert not (tmp_path / "other").exists()
+    if is_there:
+        with pytest.raises(ImportError, match=r"constriction: pip install 'slra\[codec\]'"):
+            slra.KVCache.load(path)
+
+
+def test_what_cannot_be_parked_is_one_clear_error(tmp_path):
+    _, k, v = tokens()
+    for cache in (slra.KVCache(basis_of(3)), slra.KVCache(basis_of(3)).append(k, v)):
+        with pytest.raises(ValueError, match="bits must be None but for a cache that has bits"):
+            cache.save(tmp_path / "cache", bits=2)
+    cache = slra.KVCache(basis_of(3), bits=3).append(k, v)
+    for wrong, error in (
+        (0, ValueError),
+        (11, ValueError),
+        ("2", TypeError),
+        ((1, 2, 3), TypeError),
+    ):
+        with pytest.raises(error, match="bits must"):
+            cache.save(tmp_path / "cache", bits=wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tile_that_is_not_finite_or_too_wide_stays_as_it_is():

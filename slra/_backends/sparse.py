@@ -1,6 +1,6 @@
-"""Sparse matrices and linear operators of SciPy and CuPy: which library their products belong to.
+"""Sparse matrices and linear operators of SciPy, CuPy and pydata: which library their products belong to.
 
-Needs: nothing. SciPy's and CuPy's modules are recognised once the caller has imported them, never imported here.
+Needs: nothing. Their modules are recognised once the caller has imported them, never imported here.
 """
 
 import functools
@@ -92,7 +92,7 @@ class SparseProducts(NamedTuple):
 
 
 def sparse_products(x: Any) -> SparseProducts | None:
-    """Describe a sparse matrix or linear operator of scipy or cupyx; None for anything else."""
+    """Describe a sparse matrix or linear operator of scipy, cupyx or pydata's sparse; None for anything else."""
     for package, xp in (("scipy", _numpy), ("cupyx.scipy", _cupy)):
         sparse: Any = sys.modules.get(f"{package}.sparse")
         if sparse is not None and sparse.issparse(x):
@@ -101,6 +101,10 @@ def sparse_products(x: Any) -> SparseProducts | None:
         if linalg is not None and isinstance(x, linalg.LinearOperator):
             like = _like(x, xp)
             return SparseProducts(compat.array_namespace(like), like, x.matmat, x.rmatmat, None)
+    pydata: Any = sys.modules.get("sparse")
+    kind: Any = getattr(pydata, "SparseArray", None)
+    if kind is not None and isinstance(x, kind) and (x.ndim, x.fill_value) == (2, 0):
+        return _of_sparse(x.to_scipy_sparse(), _numpy())
     return None
 
 

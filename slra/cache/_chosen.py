@@ -1,8 +1,8 @@
 """Sparse and low rank for each query: leading coordinates of all keys say which few are read in all of them.
 
 With coordinates split in two, q'k' = q1 k1 + q2 k2, a step scores all keys by q1 k1, adds q2 k2 for those that it
-chooses, and takes one softmax. Likewise all values count in their leading coordinates,
-and those chosen in the others too.
+chooses, and takes one softmax. Likewise all values count in their leading coordinates, and those chosen in the others
+too.
 
 Leading coordinates that choose are those of Loki (P. Singhania et al., arXiv:2406.02542), and by mass instead of number
 those of Twilight (C. Lin et al., arXiv:2502.02770); both drop the keys that are not chosen.
@@ -122,7 +122,7 @@ def choose(
 
 def tile_of_queries(layout: Layout, n: int) -> int:
     """So many queries choose at once."""
-    n_top = min(n, max(layout.n_tops)) if layout.n_top is not None else 0
+    n_top = min(n, max(layout.n_tops))
     width = max(n * layout.n_shared, n_top * (layout.width + layout.width_v))
     return max(1, MOST_NUMBERS // max(1, width * layout.n_batch * layout.n_heads))
 

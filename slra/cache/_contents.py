@@ -4,9 +4,9 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-import array_api_compat as compat
 import numpy as np
 
+from slra._backends import namespace_of
 from slra._typing import Array, DType
 from slra._validate import dtype_limits
 from slra.attn.exact import merge_attention
@@ -84,7 +84,7 @@ class Contents(NamedTuple):
         they have left it. They came in ``dtype``.
         """
         held = self._storing(dtype)
-        xp, lengths = compat.array_namespace(self.lengths), self.lengths
+        xp, lengths = namespace_of(self.lengths), self.lengths
         each = self.layout.arange(0, k.shape[-2], lengths)
         counts = 0 * lengths + k.shape[-2] if counts is None else counts
         positions, is_used = lengths[:, None] + each, each < counts[:, None]
@@ -149,7 +149,7 @@ class Contents(NamedTuple):
 
     def _ends(self) -> list[Array]:
         """Where each segment ends: where the next one or the window begins."""
-        xp = compat.array_namespace(self.lengths)
+        xp = namespace_of(self.lengths)
         starts = [segment.start for segment in self.segments]
         ends = [*starts[1:], xp.maximum(starts[-1], self.lengths - self.layout.window)]
         return [xp.minimum(end, ends[-1]) for end in ends]
@@ -204,7 +204,7 @@ class Contents(NamedTuple):
     def decode(self) -> tuple[Array, Array]:
         """Keys and values of all tokens, (B, H, n, .), zero beyond the length of a sequence."""
         layout, n_tokens = self.layout, self.n_tokens
-        xp, put_rows = compat.array_namespace(self.lengths), layout.backend.put_rows
+        xp, put_rows = namespace_of(self.lengths), layout.backend.put_rows
         lead = (layout.n_batch, layout.n_heads, n_tokens)
         k, v = (layout.zeros((*lead, width), self.like) for width in (layout.width, layout.width_v))
         for segment, end in zip(self.segments, self._ends(), strict=True):
@@ -224,7 +224,7 @@ class Contents(NamedTuple):
 
         Tokens that come into the window again, as the window moves back, are what the cache stands for.
         """
-        layout, xp = self.layout, compat.array_namespace(self.lengths)
+        layout, xp = self.layout, namespace_of(self.lengths)
         if on_host(self.lengths) and np.all(lengths >= self.lengths):
             return self
         lengths = xp.minimum(lengths, self.lengths)

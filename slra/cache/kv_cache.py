@@ -505,22 +505,34 @@ class KVCache:
         self._contents = held
         return self
 
-    def save(self, path: File) -> None:
+    @isolated
+    def save(self, path: File, *, bits: float | tuple[float, float] | None = None) -> None:
         """Write the cache to a file, with a checksum (needs the package safetensors).
 
         Parameters
         ----------
         path : str, path-like or file opened for bytes
             Written as it is, no suffix is added. Room that is left is not written.
+        bits : float or (float, float), optional
+            Park a cache that has bits: 0.5 to 10 bits a number of the keys and values, a pair for keys and for values,
+            under an entropy code (needs the package constriction: ``pip install "slra[codec]"``). Coordinates are
+            rounded once more, by one step for each head that is no finer than that of the cache: where there are bits
+            enough, what was rounded before stays as it is. Counted is all but maps and exact tokens, as long as headers
+            are a tenth of it at most. What is loaded is a cache in bits as any other, this one is as it was.
 
         Raises
         ------
+        ImportError
+            If a package is missing.
         OSError
             If it cannot be written; a file that was there is then as it was.
+        TypeError, ValueError
+            If ``bits`` are not such numbers, or the cache stores floats or has static shapes.
         """
-        save_contents(path, self._contents)
+        save_contents(path, self._contents, bits)
 
     @classmethod
+    @isolated
     def load(cls, path: File, *, like: Array | None = None) -> "KVCache":
         """Read a cache written by `save`, to attend or append to; nothing in the file is executed.
 
@@ -539,8 +551,10 @@ class KVCache:
         OSError
             If there is no such file, or it is a folder or a pipe.
         ValueError
-            If the file is cut short, changed, or not what `save` writes; or if it holds a dtype that the library of
-            ``like`` does not have (bfloat16 on NumPy).
+            If the file is cut short, changed, or not what `save` writes; of a parked one it says which tokens are
+            damaged. Or if it holds a dtype that the library of ``like`` does not have (bfloat16 on NumPy).
+        ImportError
+            If a package is missing: safetensors, or constriction for a parked one.
         """
         like = np.empty(0) if like is None else like
         backend = resolve(like=like)
