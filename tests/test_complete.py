@@ -8,7 +8,9 @@ from scipy.sparse.linalg import aslinearoperator
 import slra
 from tests.backends import to_numpy, to_xp
 
-pytestmark = pytest.mark.eager_only("iterates until the matrix stands still")
+pytestmark = pytest.mark.eager_only(
+    "iterates until the matrix stands still (of a Dask matrix some rows are read)"
+)
 
 
 def with_gaps(m=60, n=40, rank=3, noise=0.0, gaps=0.3, dtype="float64", seed=0, lead=()):
@@ -203,7 +205,64 @@ def test_refusals(change, options, kind, said):
         slra.complete(change(x), rng=0, **options)
 
 
-def test_lazy_arrays_are_refused():
+def test_tall_dask_matrix():
+    """Columns from some of the rows, the other rows block by block: as well as where one factor is known."""
     da = pytest.importorskip("dask.array")
-    with pytest.raises(ValueError, match="x must have values that can be looked at"):
-        slra.complete(da.ones((4, 4)), 1)
+    exact, x, hidden = with_gaps(5000, 30, 3, noise=0.3, gaps=0.3)
+    means = np.linspace(-50, 100, 30)
+    exact, x = exact + means, x + means
+    lazy = da.from_array(x, chunks=(700, 20))
+    read = []
+
+    def spy(block, at):
+        read.extend(at)
+        return block
+
+    result = slra.complete(
+        lazy.map_blocks(spy, at=[0], dtype=x.dtype, meta=x[:0]), center=True, rng=0
+    )
+    assert len(read) == lazy.npartitions
+    assert result.rank == 3
+    assert result.left.chunks == ((700,) * 7 + (100,), (3,))
+    filled = result.fill(lazy).compute(scheduler="synchronous")
+    np.testing.assert_array_equal(filled[~hidden], x[~hidden])
+    best = error(oracle(x - means, exact - means, 3) + means, exact, hidden)
+    # The columns come from 1000 rows, which have 700 entries for each of the numbers that are sought.
+    assert error(filled, exact, hidden) < 1.1 * best
+    whole = slra.complete(x, center=True, rng=0)
+    # Told by a twentieth of those entries, some 1000.
+    np.testing.assert_allclose(result.error, whole.error, rtol=0.15)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "complex64"])
+def test_dask_matrix_that_is_read_whole(dtype):
+    da = pytest.importorskip("dask.array")
+    _, x, hidden = with_gaps(
+        200, 20, 2, noise=0.1, dtype="complex64" if dtype[0] == "c" else "float32"
+    )
+    x = x.astype(dtype)
+    x[np.random.default_rng(1).random(x.shape) < 0.05] += 30
+    options = {"l1": 0.3, "tol": 1e-5, "rng": 0}
+    # A mask, and anything in the gaps.
+    lazy = da.from_array(np.where(hidden, 5, x).astype(dtype), chunks=(60, -1))
+    result = slra.complete(lazy, 2, mask=da.from_array(~hidden), **options)
+    alone = slra.complete(x, 2, **options)
+    assert result.left.dtype == result.right.dtype == dtype
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(
+        result.to_dense().compute(),
+        alone.to_dense(),
+        atol=max(4 * eps, 1e-4) * np.nanmax(np.abs(x)),
+    )
+
+
+def test_lazy_arrays_that_are_refused():
+    da = pytest.importorskip("dask.array")
+    with pytest.raises(ValueError, match="x must be one matrix where it is lazy"):
+        slra.complete(da.ones((2, 4, 4)), 1)
+    x = np.ones((3000, 4))
+    at = slra.complete(da.from_array(x, chunks=500), 1, rng=0)
+    x[np.flatnonzero(np.random.default_rng(0).random(3000) < 0.5)[0]] = np.inf
+    with pytest.raises(ValueError, match="x must be finite"):
+        slra.complete(da.from_array(x, chunks=500), 1, rng=0).left.compute()
+    assert at.left.shape == (3000, 1)

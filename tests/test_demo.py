@@ -139,6 +139,7 @@ def invoke():
 def test_demo_backend(backend, invoke, tmp_path, monkeypatch):
     pytest.importorskip(backend)
     monkeypatch.setattr("slra.cli.demo.N_ROUNDS", 1)  # the times are not looked at here
+    monkeypatch.setattr("slra.cli.demo_pays.LENGTHS", (512,))
     result = invoke("--backend", backend, "--output", tmp_path / "new" / "directory")
     assert result.exit_code == 0, result.output
     assert f"float32, {backend}" in result.stdout

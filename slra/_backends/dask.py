@@ -266,6 +266,23 @@ class DaskBackend(Backend):
         whole = [a.rechunk({a.ndim - 1: -1}) for a in (x, levels)]
         return da.apply_gufunc(rows, "(n),(m)->(n)", *whole, output_dtypes=x.dtype)
 
+    reads_rows = True
+
+    def read_rows(self, x: Array, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Read the matrix once."""
+        found: np.ndarray[Any, Any] = x[rows].compute()
+        return found
+
+    def map_rows(self, function: Callable[..., Any], x: Array, n: int, dtype: Any) -> Array:
+        """Blocks that have all columns."""
+
+        def block(x: Any) -> Any:
+            with np.errstate(all="ignore"):
+                return function(x) if len(x) else np.zeros((0, n), dtype)
+
+        x = x.rechunk({1: -1})
+        return x.map_blocks(block, chunks=(x.chunks[0], (n,)), meta=np.empty((0, 0), dtype))
+
     def gather_rows(self, x: Array, indices: Array) -> Array:
         """Gather on one worker, each matrix whole."""
 

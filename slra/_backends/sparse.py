@@ -3,6 +3,7 @@
 Needs: nothing. Their modules are recognised once the caller has imported them, never imported here.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -130,10 +131,15 @@ def _of_sparse(x: Any, xp: Namespace) -> SparseProducts:
 
 def products_of(rows: Any) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """Products of compressed sparse rows, and of their conjugate transpose, with a dense block."""
-    columns = rows.T
+
+    @functools.cache
+    def columns() -> Any:
+        # cupyx would sort the entries of a transpose anew for each product.
+        is_cupy = type(rows).__module__.startswith("cupyx.")
+        return rows.T.tocsr() if is_cupy else rows.T
 
     def rmatmat(u: Array) -> Array:
-        return (columns @ u.conj()).conj() if u.dtype.kind == "c" else columns @ u
+        return (columns() @ u.conj()).conj() if u.dtype.kind == "c" else columns() @ u
 
     return lambda v: rows @ v, rmatmat
 

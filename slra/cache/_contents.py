@@ -1,6 +1,7 @@
 """All that a cache holds: stored when tokens come, attended to when asked, decoded when wanted back."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from slra._validate import dtype_limits
 from slra.attn.exact import merge_attention
 from slra.attn.fit import fit_attention
 from slra.attn.maps import Maps
+from slra.attn.problem import add_sinks
 from slra.cache._exact_tokens import ExactTokens, RecentQueries
 from slra.cache._layout import Layout, named_arrays, on_host, with_arrays
 from slra.cache._queries import Queries
@@ -152,28 +154,52 @@ class Contents(NamedTuple):
         ends = [*starts[1:], xp.maximum(starts[-1], self.lengths - self.layout.window)]
         return [xp.minimum(end, ends[-1]) for end in ends]
 
-    def attend(self, queries: Queries) -> tuple[Array, Array]:
-        """Attention to all tokens, and its log-sum-exp, (B, H * shared, M, .)."""
+    def attend(self, queries: Queries) -> tuple[Array, Array, Array | None]:
+        """Attention to all tokens, and its log-sum-exp, (B, H * shared, M, .).
+
+        Where queries choose, also the share that keys not chosen have.
+        """
         xp, q = self.layout.xp, queries.q
         if on_host(self.lengths) and not np.any(self.lengths):
             out = self.layout.zeros((*q.shape[:-1], self.layout.width_v), q)
-            return out, xp.full_like(out[..., 0], -xp.inf)
-        parts: list[tuple[Array, Array]] = []
-        for segment, end in zip(self.segments, self._ends(), strict=True):
-            parts += segment.attend(queries, end, self.turns)
-        if self.layout.n_exact:
-            parts.append(self.exact.attend(queries, self.lengths))
+            parts, left = [(out, xp.full_like(out[..., 0], -xp.inf))], None
+        else:
+            parts, left = self._parts(queries)
         if len(parts) > 1:
             out, lse = merge_attention(*zip(*parts, strict=True))
         else:
             ((out, lse),) = parts
             out = xp.where(lse[..., None] == -xp.inf, xp.zeros_like(out), out)
+        if queries.sinks is not None:
+            out, lse = add_sinks(xp, out, lse, queries.sinks)
+        if left is not None:
+            whole = xp.where(lse == -xp.inf, xp.zeros_like(lse), lse)
+            left = left * xp.exp(parts[0][1] - whole)
         if self.layout.capacity is None or on_host(self.lengths):
-            return out, lse
+            return out, lse, left
         # Tokens beyond a static capacity are lost: no number may look as if they were not.
         is_over = (self.lengths > self.layout.capacity)[:, None, None]
         nan = xp.asarray(xp.nan, dtype=out.dtype)
-        return xp.where(is_over[..., None], nan, out), xp.where(is_over, nan, lse)
+        left = None if left is None else xp.where(is_over, nan, left)
+        return xp.where(is_over[..., None], nan, out), xp.where(is_over, nan, lse), left
+
+    def _parts(self, queries: Queries) -> tuple[list[tuple[Array, Array]], Array | None]:
+        """Attention to parts of the tokens; where queries choose, first to those they choose from, and what is left."""
+        ends, first = self._ends(), self.segments[0]
+        exact = [self.exact.attend(queries, self.lengths)] if self.layout.n_exact else []
+        if self.layout.chooses and first.has_more_than(min(self.layout.n_tops), ends[0]):
+            others = [exact[0][1]] if exact else []
+            if queries.sinks is not None:
+                others.append(
+                    queries.sinks[..., None] + self.layout.xp.zeros_like(queries.q[..., 0])
+                )
+            elsewhere = functools.reduce(self.layout.xp.logaddexp, others) if others else None
+            out, lse, left = first.attend_chosen(queries, ends[0], elsewhere)
+            return [(out, lse), *exact], left
+        parts: list[tuple[Array, Array]] = []
+        for segment, end in zip(self.segments, ends, strict=True):
+            parts += segment.attend(queries, end, self.turns)
+        return parts + exact, None
 
     def decode(self) -> tuple[Array, Array]:
         """Keys and values of all tokens, (B, H, n, .), zero beyond the length of a sequence."""

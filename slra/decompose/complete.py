@@ -17,6 +17,7 @@ from slra._validate import (
     check_count,
     check_finite,
     check_flag,
+    check_known_weight,
     check_matrix,
     check_positive,
     check_rank,
@@ -148,14 +149,15 @@ def complete(
     ----------
     x : array, shape (..., m, n), or sparse matrix, shape (m, n)
         Real or complex floating; half precision is computed in float32. NaN is a gap. Of a SciPy sparse matrix the
-        stored entries are the observed ones, zeros among them. Values have to be there to be looked at: not for
-        traced and Dask arrays.
+        stored entries are the observed ones, zeros among them. Of one Dask matrix 20 rows for each column (1000 at
+        least) are read into memory, columns and means are those of these rows, and ``left`` is a graph that solves for
+        all rows block by block. Not for traced arrays, whose values cannot be looked at.
     rank : int, optional
         By default the one that predicts held-out entries best, up to 64. A batch has one rank.
     rtol : float, optional
         Take the smallest rank whose relative error on held-out entries is no more, and no more than ``rank``. Where
         none reaches it, that with the least error is taken: see ``error``.
-    l1 : float, optional
+    l1 : float or 0-d array, optional
         Weight of sparse outliers: residuals beyond ``l1`` count linearly, not squared (Huber). None: no outliers.
     mask : boolean array, broadcastable to the shape of x, optional
         True where ``x`` was observed; anything may stand elsewhere.
@@ -171,7 +173,8 @@ def complete(
     Returns
     -------
     CompletionResult
-        In the dtype and on the device of ``x``; of a sparse matrix, NumPy arrays (CuPy's of CuPy's).
+        In the dtype and on the device of ``x``; of a sparse matrix, NumPy arrays (CuPy's of CuPy's). Where ``x`` is
+        Dask's, columns of ``left`` are orthogonal in the rows that were read.
 
     Raises
     ------
@@ -218,6 +221,9 @@ def complete(
     limit = check_count(max_iter, "max_iter")
     if limit == 0:
         raise ValueError("max_iter must be 1 or more, got 0")
+    tall = _Tall.of(x, mask)
+    if tall is not None:
+        x, mask = tall.sample(generator), None
     entries, unit, promoted = _read(x, mask)
     backend = entries.backend
     finfo = backend.xp.finfo(entries.like.dtype)
@@ -225,7 +231,10 @@ def complete(
     if rank is not None:
         cap = check_rank(rank, min(entries.shape[-2:]))
     target = None if rtol is None else check_positive(rtol, "rtol")
-    threshold = None if l1 is None else check_positive(l1, "l1", limits=finfo) / unit
+    threshold = None
+    if l1 is not None:
+        known = check_known_weight(backend, l1, "l1", limits=finfo, allow_zero=False)
+        threshold = known / unit
     tol = max(check_positive(tol, "tol"), 30 * float(finfo.eps))
     fit = _Fit(center, threshold, tol, limit, generator, backend)
     with backend.ignore_overflow():
@@ -237,6 +246,8 @@ def complete(
         left, right = _in_order(state, backend)
         mean = state.mean if offset is None else state.mean + offset
         parts = promoted.cast_back(backend, left * unit, right, mean * unit)
+    if tall is not None:
+        parts = tall.completed(fit, state, offset, unit, parts)
     left, right, mean = parts
     return CompletionResult(left, right, mean, error, state.n_iter, state.change <= tol)
 
@@ -331,6 +342,59 @@ class _Dense:
         halves = (xp.logical_and(self.observed, part) for part in (xp.logical_not(held), held))
         kept, held = (_Dense(xp.where(part, self.x, 0.0), part, backend) for part in halves)
         return kept, held
+
+
+class _Tall(NamedTuple):
+    """A lazy array whose rows can be had in memory, some at a time; NaN is a gap."""
+
+    x: Array
+    backend: Backend
+
+    @classmethod
+    def of(cls, x: Any, mask: Array | None) -> "_Tall | None":
+        """Read ``x`` so, or return None where it is another array."""
+        if sparse_products(x) is not None:
+            return None
+        backend = resolve(x=x, optional={"mask": mask})
+        if not backend.reads_rows:
+            return None
+        check_matrix(x, "x")
+        if x.ndim != 2:
+            raise ValueError(f"x must be one matrix where it is lazy, got shape {tuple(x.shape)}")
+        promote(backend, x=x)
+        if mask is not None:
+            x = backend.xp.where(_broadcast(mask, x, backend), x, math.nan)
+        return cls(x, backend)
+
+    def sample(self, rng: np.random.Generator) -> Array:
+        """Read rows that tell the columns, in one pass."""
+        rows = _some_rows(self.x.shape, rng)
+        return self.backend.read_rows(self.x, np.arange(self.x.shape[0]) if rows is None else rows)
+
+    def completed(
+        self,
+        fit: "_Fit",
+        state: _State,
+        offset: Array | None,
+        unit: float,
+        parts: tuple[Array, ...],
+    ) -> tuple[Array, ...]:
+        """Return ``left`` of all rows, lazily, ``right`` and ``mean``."""
+        _, right, mean = parts
+        wide = state.right.dtype
+        turn = unit * (state.right.T @ fit.backend.conj(right.T.astype(wide)))
+
+        def rows(x: Array) -> Array:
+            observed = ~np.isnan(x)
+            entries = _Dense(
+                _filled(x.astype(wide), observed, fit.backend) / unit, observed, fit.backend
+            )
+            if offset is not None:
+                entries = entries.minus(offset)
+            return (fit.rows(entries, state) @ turn).astype(right.dtype)
+
+        left = self.backend.map_rows(rows, self.x, right.shape[0], right.dtype)
+        return left, *(self.backend.from_numpy(a, self.x, a.dtype) for a in (right, mean))
 
 
 class _Sparse:
@@ -436,17 +500,23 @@ def _read(x: Any, mask: Array | None) -> tuple[Entries, float, Promoted]:
     if not backend.is_eager(x):
         raise ValueError(
             "x must have values that can be looked at: complete iterates until they say so, "
-            "which neither a traced function nor a lazy array can follow"
+            "which a traced function cannot follow"
         )
     xp, promoted = backend.xp, promote(backend, x=x)
     (work,) = promoted.arrays
     observed = xp.logical_not(xp.isnan(work)) if mask is None else _broadcast(mask, x, backend)
     if not bool(xp.any(observed)):
         raise ValueError("x must be observed somewhere, got NaN, or a mask of False, throughout")
-    work = xp.where(observed, work, 0.0)
-    check_finite(backend, work, "x")
+    work = _filled(work, observed, backend)
     unit = float(xp.max(xp.abs(work))) or 1.0
     return _Dense(work / unit, observed, backend), unit, promoted
+
+
+def _filled(x: Array, observed: Array, backend: Backend) -> Array:
+    """Set gaps to zero; nothing else may be NaN or infinite."""
+    x = backend.xp.where(observed, x, 0.0)
+    check_finite(backend, x, "x")
+    return x
 
 
 def _read_sparse(x: Any) -> tuple[_Sparse, float, Promoted]:
@@ -581,9 +651,7 @@ class _Fit(NamedTuple):
         """Iterate until the matrix stands still."""
         tol = max(self.tol, 1e-2) if loosely else self.tol
         for n_iter in range(1, self.max_iter + 1):
-            regular = entries
-            if self.threshold is not None:
-                regular = entries.minus(entries.residual(state).outliers(self.threshold))
+            regular = self._regular(entries, state)
             new = _sweep(regular, state, self.backend, moves_mean=self.center)
             change = _change(new, state, self.backend)
             state = new._replace(n_iter=n_iter, change=change)
@@ -591,20 +659,36 @@ class _Fit(NamedTuple):
                 break
         return state
 
+    def _regular(self, entries: Entries, state: _State) -> Entries:
+        """Take off what is beyond the threshold."""
+        if self.threshold is None:
+            return entries
+        return entries.minus(entries.residual(state).outliers(self.threshold))
+
+    def rows(self, entries: _Dense, state: _State) -> Array:
+        """Solve for rows that the columns were not fitted to."""
+        backend, xp = self.backend, self.backend.xp
+        regular: Entries = entries
+        old = None
+        for _ in range(1 if self.threshold is None else self.max_iter):
+            parts = _rows(regular, state, backend, moves_mean=self.center)
+            left = xp.concat([part for _, part, _ in parts], axis=-2)
+            moved = left if old is None else left - old
+            sizes = (xp.linalg.vector_norm(a, axis=-1) for a in (moved, self.tol * left))
+            if bool(xp.all(xp.less_equal(*sizes))):
+                break
+            old, state = left, state._replace(left=left)
+            regular = self._regular(entries, state)
+        return left
+
 
 def _sweep(entries: Entries, state: _State, backend: Backend, *, moves_mean: bool) -> _State:
     """Solve for all rows, then for all columns, and turn both to principal axes."""
     xp, real, rank = backend.xp, backend.real_part, state.right.shape[-1]
     *lead, m, n = entries.shape
     right, noise, column = state.right, state.noise, xp.matrix_transpose(state.mean)
-    of_right = xp.reshape(_second_moments(right, state.spread, backend), (*lead, n, rank**2))
     lefts, of_left, target, left_sums, moment = [], 0, 0, 0, 0
-    for slab in entries.slabs(max(1, SLAB // (rank**2 * math.prod(lead)))):
-        precision = xp.reshape(slab.weights @ of_right, (*lead, -1, rank, rank))
-        product = slab.x @ backend.conj(right)
-        if moves_mean:
-            product = product - slab.weights @ (column * backend.conj(right))
-        left, spread = _solve(precision, product, None, noise, backend)
+    for slab, left, spread in _rows(entries, state, backend, moves_mean=moves_mean):
         second = _second_moments(left, spread, backend)
         moment = moment + xp.sum(second, axis=-3)
         # Sums over rows, which the columns are solved from.
@@ -636,6 +720,22 @@ def _sweep(entries: Entries, state: _State, backend: Backend, *, moves_mean: boo
         mean = rest / backend.at_least(counts, 1.0)
     turned = _turned(left, right, spread, moment / m, xp.mean(second, axis=-3), backend)
     return _State(*turned, xp.astype(noise, state.noise.dtype), mean)
+
+
+def _rows(
+    entries: Entries, state: _State, backend: Backend, *, moves_mean: bool
+) -> Iterator[tuple[_Slab, Array, Array]]:
+    """Solve for some rows at a time: their entries, the means of the a_i and their covariances, conjugated."""
+    xp, rank = backend.xp, state.right.shape[-1]
+    *lead, _, n = entries.shape
+    conj = backend.conj(state.right)
+    of_right = xp.reshape(_second_moments(state.right, state.spread, backend), (*lead, n, rank**2))
+    for slab in entries.slabs(max(1, SLAB // (rank**2 * math.prod(lead)))):
+        precision = xp.reshape(slab.weights @ of_right, (*lead, -1, rank, rank))
+        product = slab.x @ conj
+        if moves_mean:
+            product = product - slab.weights @ (xp.matrix_transpose(state.mean) * conj)
+        yield slab, *_solve(precision, product, None, state.noise, backend)
 
 
 def _second_moments(x: Array, spread: Array, backend: Backend) -> Array:

@@ -33,6 +33,11 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     # Whether attention takes half precision as it is: it accumulates in single, and gives the log-sum-exp in it.
     attends_in_half = False
 
+    # Columns by which a space grows until a tolerance is met.
+    tolerance_width = 16
+    # Entries of a large matrix that are looked at together: so many stay in a CPU's cache.
+    n_at_once = 1 << 20
+
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
 
@@ -41,6 +46,10 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     def is_eager(self, x: Array) -> bool:
         """Whether ``x`` is concrete: its values can be read now, unlike those of traced and lazy arrays."""
         return True
+
+    def is_known(self, size: int) -> bool:
+        """Whether a size is a number, and not a symbol that any may take the place of."""
+        return isinstance(size, (int, np.integer))
 
     def freezes_draws(self, x: Array) -> bool:
         """Whether numbers drawn by NumPy beside ``x`` become constants of a compiled function."""
@@ -89,6 +98,17 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
         """Apply a NumPy function of ``x`` (..., n) and ``levels`` (..., m) that treats each last axis by itself."""
         return self.from_numpy(function(self.to_numpy(x), self.to_numpy(levels)), x)
 
+    # Whether arrays are lazy, and yet some rows can be had as NumPy's.
+    reads_rows = False
+
+    def read_rows(self, x: Array, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Compute some rows of a matrix."""
+        raise NotImplementedError
+
+    def map_rows(self, function: Callable[..., Any], x: Array, n: int, dtype: Any) -> Array:
+        """Apply a NumPy function lazily to rows, some at a time, each of which gives one of ``n`` numbers."""
+        raise NotImplementedError
+
     def ignore_overflow(self) -> contextlib.AbstractContextManager[Any]:
         """Let numbers leave the range of their dtype without NumPy's warnings, which other libraries do not have."""
         return np.errstate(all="ignore")
@@ -126,6 +146,10 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     ) -> tuple[Array, Any]:
         """Attend such that what is hidden does not matter, whatever it holds."""
         return hidden.heeded(self, attend, q, k, v, mask, options)
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Multiply operands that may be views: ``a @ b``."""
+        return a @ b
 
     # Control flow
 
