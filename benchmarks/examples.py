@@ -1,6 +1,6 @@
 """Run the examples, and keep what they print, draw and return for the pages that show them.
 
-    python -m benchmarks.examples     about thirty seconds on one core
+    python -m benchmarks.examples     about a minute on one core
 
 Writes docs/_static/examples/*.png, the output in docs/examples/*.md and results/examples.json. Nothing is timed.
 """

@@ -11,6 +11,7 @@ EXAMPLES = (
     "robust_pca_video",
     "tfidf_svd",
     "total_variation",
+    "train_compiled",
     "train_with_l1",
 )
 _DOCS = Path(__file__).parents[1] / "docs"

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from slra._backends import Backend, backend_of
+from slra._backends import Backend, backend_for, known_backend
+from slra._backends.lacking import title
 from slra._typing import Array, DType
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "check_flag",
     "check_gradient",
     "check_hermitian",
+    "check_known_weight",
     "check_l1",
     "check_mask",
     "check_matrix",
@@ -47,6 +49,7 @@ __all__ = [
     "check_sum_axis",
     "check_tau",
     "check_tol",
+    "check_weight",
     "dtype_limits",
     "is_array",
     "is_kind",
@@ -57,6 +60,7 @@ __all__ = [
 ]
 
 _HALF_BITS, _WIDEST_BITS = 16, 64
+_SINGLE_MAX = float(np.finfo(np.float32).max)
 
 
 def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Array) -> Backend:
@@ -84,7 +88,7 @@ def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Arr
         if (other := _backend(x, name)).xp is not backend.xp:
             raise TypeError(
                 f"{first} and {name} must come from one array library, "
-                f"got {_title(backend.xp)} and {_title(other.xp)}"
+                f"got {title(backend.xp)} and {title(other.xp)}"
             )
     if others:
         _check_one_device(backend, given)
@@ -110,21 +114,21 @@ def _check_one_device(backend: Backend, given: Mapping[str, Array]) -> None:
 
 
 def _backend(x: Array, name: str) -> Backend:
+    if (known := known_backend(x)) is not None:
+        return known
     if not is_array(x):
         raise TypeError(
             f"{name} must be an array of a library that follows the array API standard, "
             f"got {type(x).__name__}"
         )
-    return backend_of(compat.array_namespace(x))
+    return backend_for(x)
 
 
 def is_array(value: Any) -> bool:
     """Whether a value is an array of some library, and not a number of NumPy's."""
+    if known_backend(value) is not None:
+        return True
     return not isinstance(value, np.generic) and bool(compat.is_array_api_obj(value))
-
-
-def _title(xp: Any) -> str:
-    return str(xp.__name__).removeprefix("array_api_compat.")
 
 
 def _device_title(device: Any) -> str:
@@ -168,11 +172,12 @@ def promote(
     """
     xp = backend.xp
     given = {name: x for name, x in arrays.items() if x is not None}
-    for name, x in given.items():
-        bits = _check_floating(backend, x, name, allow_complex=allow_complex)
-    dtypes = [x.dtype for x in given.values()]
-    dtype = dtypes[0]
-    if any(other != dtype for other in dtypes):
+    dtype, is_common = next(iter(given.values())).dtype, True
+    for i, (name, x) in enumerate(given.items()):
+        if i == 0 or x.dtype != dtype:
+            bits = _check_floating(backend, x, name, allow_complex=allow_complex)
+            is_common = is_common and x.dtype == dtype
+    if not is_common:
         try:
             dtype = backend.common_dtype(*given.values())
         except Exception as error:
@@ -255,7 +260,7 @@ def check_product(
     ``factors`` are what the operator says that it is like, and what it was given.
     """
     if resolve(**{name: product}).xp is not backend.xp:
-        raise TypeError(f"{name} must return an array of {_title(backend.xp)}, as x.like is")
+        raise TypeError(f"{name} must return an array of {title(backend.xp)}, as x.like is")
     if tuple(product.shape) != shape:
         raise ValueError(
             f"{name} must return an array of shape {shape}, got {tuple(product.shape)}"
@@ -385,7 +390,7 @@ def check_scalar(backend: Backend, value: Any, name: str) -> Any:
     if not is_array(value):
         return _real(value, name, "number or array")
     if resolve(**{name: value}).xp is not backend.xp:
-        raise TypeError(f"{name} must come from {_title(backend.xp)}, as the other arrays do")
+        raise TypeError(f"{name} must come from {title(backend.xp)}, as the other arrays do")
     _check_floating(backend, value, name, allow_complex=False)
     if value.ndim:
         raise ValueError(f"{name} must have no dimensions, got shape {tuple(value.shape)}")
@@ -488,18 +493,48 @@ def check_l1(
     return l_q, l_k, l_v
 
 
-def _check_weight(value: Any, limits: Any, backend: Backend | None) -> Any:
-    if backend is not None and not isinstance(value, np.generic) and compat.is_array_api_obj(value):
+def _check_weight(
+    value: Any,
+    limits: Any,
+    backend: Backend | None,
+    name: str = "l1",
+    *,
+    allow_zero: bool = True,
+) -> Any:
+    if backend is not None and is_array(value):
         if isinstance(value, np.ndarray) and value.ndim == 0:
             value = value[()]  # a number, whatever the library of the other arrays
         else:
-            value = check_scalar(backend, value, "l1")
+            value = check_scalar(backend, value, name)
             if not backend.is_eager(value):
                 return value
             number = float(backend.to_numpy(value))
-            check_positive(number, "l1", allow_zero=True, limits=limits)
+            check_positive(number, name, allow_zero=allow_zero, limits=limits)
             return value if backend.is_differentiated(value) else number
-    return check_positive(value, "l1", allow_zero=True, limits=limits)
+    return check_positive(value, name, allow_zero=allow_zero, limits=limits)
+
+
+def check_weight(
+    backend: Backend, x: Array, value: Any, name: str, *, allow_zero: bool = False
+) -> Any:
+    """Return a positive (or non-negative) number as a float; where it is traced or learned, as it is.
+
+    It is then a 0-d array, in the real dtype that ``x`` is computed in.
+    """
+    dtype = _computed_in(backend, x)
+    found = _check_weight(value, backend.xp.finfo(dtype), backend, name, allow_zero=allow_zero)
+    return found if isinstance(found, float) else backend.xp.astype(found, dtype, copy=False)
+
+
+def check_known_weight(backend: Backend, value: Any, name: str, **how: Any) -> float:
+    """Return a positive number as a float, of which an iteration depends that no gradient passes through."""
+    found = _check_weight(value, how.pop("limits", None), backend, name, **how)
+    if not isinstance(found, float):
+        raise ValueError(
+            f"{name} must be a number that can be looked at, and through which no gradient has to pass, "
+            f"got {shown(value)}"
+        )
+    return found
 
 
 def check_rtol(
@@ -565,10 +600,10 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> None:
 
 def broadcasts_to(shape: Sequence[int], target: Sequence[int]) -> bool:
     """Whether an array of this shape broadcasts to ``target`` without enlarging it."""
-    try:
-        return np.broadcast_shapes(tuple(shape), tuple(target)) == tuple(target)
-    except ValueError:
-        return False
+    # Not by NumPy, which would make numbers of sizes that are symbols.
+    n_new = len(target) - len(shape)
+    pairs = zip(shape, target[max(0, n_new) :], strict=False)
+    return n_new >= 0 and all(own == 1 or own == whole for own, whole in pairs)
 
 
 def check_mask(backend: Backend, mask: Array, scores: tuple[int, ...], axes: str) -> None:
@@ -622,6 +657,8 @@ def check_tau(
     An array has length one along ``axes``, those of the vectors or matrices that share one threshold. Where infinity
     is allowed it keeps what it belongs to at zero.
     """
+    if type(tau) is float and 0 <= tau <= _SINGLE_MAX:  # most often: no precision is less
+        return tau
     if isinstance(tau, float) or not is_array(tau):
         if allow_inf and isinstance(tau, numbers.Real) and tau == math.inf:
             return math.inf
@@ -629,12 +666,15 @@ def check_tau(
             tau, name, allow_zero=True, limits=backend.xp.finfo(_computed_in(backend, x))
         )
     given, tau = tau, check_bound(backend, x, tau, name, axes=axes)
-    if backend.is_eager(tau):
+    if backend.is_eager(tau) and 0 not in tau.shape:
         xp = backend.xp
-        is_right = (tau >= 0) & xp.isfinite(tau)
-        if allow_inf:  # but not a number that has become infinite in the dtype of x
-            is_right = is_right | (xp.isinf(given) & (given > 0))
-        if not bool(xp.all(is_right)):
+        # Of NaN the smallest is NaN, and no number reaches that.
+        is_right = xp.min(tau) >= 0
+        if not allow_inf:
+            is_right = is_right & (xp.max(tau) < math.inf)
+        elif given.dtype != tau.dtype:  # and a number has become infinite in the dtype of x
+            is_right = is_right & xp.all(xp.isfinite(tau) | (given == math.inf))
+        if not bool(is_right):
             kind = (
                 "0 or more, finite in the dtype of x or infinite,"
                 if allow_inf

@@ -8,13 +8,18 @@ entries near zero, or with its proximal operator, which makes them exactly zero.
 
 from typing import Any
 
-import array_api_compat as compat
-import numpy as np
-
 from slra._backends import Backend
 from slra._backends.ambient import isolated
 from slra._typing import Array, Namespace
-from slra._validate import check_l1, check_positive, check_scalar, check_tau, promote, resolve
+from slra._validate import (
+    check_l1,
+    check_positive,
+    check_scalar,
+    check_tau,
+    is_array,
+    promote,
+    resolve,
+)
 from slra.prox.l1 import norm_l1, prox_l1
 
 __all__ = ["combined_objective", "l1_penalty", "l1_penalty_grad", "l1_penalty_prox"]
@@ -256,7 +261,7 @@ def _in_dtype(weight: Any, x: Array, backend: Backend) -> Any:
 
 def _thresholded(x: Array, step: Any, weight: Any, largest: float, backend: Backend) -> Array:
     """Soft-threshold by a product; beyond the largest number it leaves nothing, as does that number."""
-    if isinstance(step, np.generic) or not compat.is_array_api_obj(step):
+    if not is_array(step):
         step = check_positive(step, "step", allow_zero=True)
         if isinstance(weight, float):
             return x if weight == 0 else prox_l1(x, min(step * weight, largest))

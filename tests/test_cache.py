@@ -1,5 +1,6 @@
 """The cache against attention on whole matrices of what it stands for, in double precision."""
 
+import dataclasses
 import doctest
 import functools
 import gc
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 import slra
 from slra._backends import backend_of
 from slra._backends.standard.rows import runs
+from slra.cache import _chosen, _layout
 from slra.cache import kv_cache as module
 from tests.backends import structure_to_xp, to_numpy, to_xp
-from tests.naive_attention import decaying, naive_attention
+from tests.naive_attention import SINKS, SLOPES, decaying, naive_attention
 
 
 # JAX compiles every operation anew for every shape: there, only the cases that take another path than elsewhere.
@@ -189,6 +191,16 @@ def test_query_heads_may_have_maps_of_their_own(method):
     np.testing.assert_allclose(cache.attend(q[:, -2:]), right, atol=1e-12)
 
 
+# Choices by which all keys are read in all coordinates.
+ALL_KEYS = [
+    {},
+    {"top_p": 1.0},
+    {"top_p": 1.0, "n_top": 64, "rank_index": 5},
+    {"n_top": 64, "rank_index": 1},
+    {"n_top": 0, "rank_index": D},
+]
+
+
 @st.composite
 def histories(draw):
     """Options of a cache, sizes of the blocks appended, how many tokens of each a sequence has, and what is asked."""
@@ -210,8 +222,11 @@ def histories(draw):
         "rotary": draw(st.sampled_from([None, None, FREQUENCIES])),
         "capacity": draw(st.sampled_from([None, 64])),
     }
+    if not options["n_sparse"] and options["rotary"] is None:
+        options |= draw(st.sampled_from(ALL_KEYS))
     ragged = draw(st.booleans()) and batch != ()
     asked = {"mask": draw(st.sampled_from([None, bool, float])), "is_causal": draw(st.booleans())}
+    asked["window"] = draw(st.sampled_from([None, None, (4, 0), (7, None)]))
     return batch, sizes, used if ragged else None, options, asked, draw(st.integers(0, 99))
 
 
@@ -246,6 +261,7 @@ def test_at_full_rank_it_is_exact_whatever_was_appended(history, method):
         q[..., start - n_last :, :],
         mask=mask,
         is_causal=asked["is_causal"],
+        window=asked["window"],
         lengths=counts,
         return_lse=True,
     )
@@ -262,22 +278,21 @@ def test_at_full_rank_it_is_exact_whatever_was_appended(history, method):
         np.testing.assert_array_equal(out[at][:, mine[-1] :], 0)
         if mine[-1] == 0:
             continue
-        right, right_lse = _exactly(*here, mine[-1], options, part, asked["is_causal"])
+        right, right_lse = _exactly(*here, mine[-1], options, **{**asked, "mask": part})
         np.testing.assert_allclose(out[at][:, : mine[-1]], right, atol=1e-6)
         np.testing.assert_allclose(lse[at][:, : mine[-1]], right_lse, atol=1e-6)
 
 
-def _exactly(q, k, v, n_queries, options, mask, is_causal):
+def _exactly(q, k, v, n_queries, options, **asked):
     if options["rotary"]:
         q, k = rotated(q), rotated(k)
     return naive_attention(
         q[:, q.shape[1] - n_queries :],
         k,
         v,
-        mask=mask,
-        is_causal=is_causal,
         softcap=options["softcap"],
         enable_gqa=True,
+        **asked,
     )
 
 
@@ -469,6 +484,133 @@ def test_with_a_capacity_memory_stays(xp):
         cache.append(to_xp(xp, k[:, :1]), to_xp(xp, v[:, :1]))
 
 
+# A few keys in full
+
+
+def read_in_part(q, k, v, basis, how, **asked):
+    """Output, log-sum-exp and what is left, of the last queries of one sequence, each key chosen or not in a table."""
+    shared, n = HQ // HK, k.shape[-2]
+    parts = [how.get(name, 0) for name in ("window", "n_sink")]
+    index = how.get("rank_index", D // 4)
+    low = [stood_for(k, v, cut(basis, r), *parts, 0) for r in (index, max(D, DV))]
+    (low_k, low_v), (all_k, all_v) = low
+    asked |= {"is_causal": True, "scale": how.get("scale"), "softcap": how.get("softcap")}
+    eye = np.broadcast_to(np.eye(n), (HQ, n, n))
+    place = np.arange(n)
+    is_exact = (place < parts[1]) | (place >= n - parts[0])
+    mass = naive_attention(q, low_k, eye, **asked)[0].reshape(HK, shared, -1, n).sum(1)
+    mass = np.where(is_exact, 0, mass)
+    order = np.argsort(-mass, axis=-1, kind="stable")
+    ranked = np.take_along_axis(mass, order, axis=-1)
+    before = np.cumsum(ranked, axis=-1) - ranked
+    needed = mass.sum(-1, keepdims=True) - before > (1 - how.get("top_p", 2)) * shared
+    needed &= place < np.broadcast_to(how.get("n_top", n), HK)[:, None, None]
+    is_chosen = np.take_along_axis(needed, np.argsort(order, axis=-1), axis=-1)
+    is_chosen = np.repeat(is_chosen, shared, axis=0)[..., None]
+    rows = []
+    for i in range(q.shape[-2]):
+        keys, values = (
+            np.where(is_chosen[:, i], a, b) for a, b in ((all_k, low_k), (all_v, low_v))
+        )
+        out, lse = naive_attention(q, keys, values, **asked)
+        weights, _ = naive_attention(q, keys, eye, **asked)
+        is_left = ~(is_chosen[:, i, :, 0] | is_exact)
+        rows.append((out[:, i], lse[:, i], np.sum(weights[:, i] * is_left, axis=-1)))
+    return [np.stack(x, axis=1) for x in zip(*rows, strict=True)]
+
+
+def cut(basis, rank):
+    """The basis with no more than so many coordinates."""
+    parts = {"wq": basis.wq[..., :rank], "wk": basis.wk[..., :rank]}
+    parts |= {"wv": basis.wv[..., :rank], "uv": basis.uv[..., :rank, :]}
+    return dataclasses.replace(basis, **parts)
+
+
+CHOICES = {
+    "number": {"n_top": 5},
+    "number, window and sinks": {"n_top": 4, "window": 5, "n_sink": 2},
+    "mass, softcap": {"top_p": 0.8, "softcap": 2.0, "scale": 0.5},
+    "both": {"n_top": 6, "top_p": 0.6, "n_sink": 1, "rank_index": 5},
+    "none": {"n_top": 0, "rank_index": 1, "window": 3},
+    "by head": {"n_top": (3, 40), "n_sink": 1},
+}
+
+
+@EAGER
+@pytest.mark.parametrize("case", list(CHOICES))
+def test_each_query_reads_a_few_keys_in_full(xp, case):
+    skip_most_on_jax(xp, case, kept="both")
+    q, k, v = tokens()
+    basis = basis_of((6, 5))
+    cache = slra.KVCache(moved(basis, xp), **CHOICES[case])
+    cache = appended(cache, to_xp(xp, k), to_xp(xp, v), [20, 1, 0, 9, 10])
+    for asked in ({}, {"window": (20, 0), "sinks": SINKS, "alibi": SLOPES}):
+        given = structure_to_xp(xp, asked)
+        found = cache.attend(to_xp(xp, q[:, -3:]), return_lse=True, return_rest=True, **given)
+        right = read_in_part(q[:, -3:], k, v, basis, CHOICES[case], **asked)
+        for one, other in zip(found, right, strict=True):
+            np.testing.assert_allclose(to_numpy(one), other, rtol=0, atol=1e-12)
+
+
+def test_what_a_query_chooses_does_not_depend_on_the_others(monkeypatch, tmp_path):
+    """Nor on how many are computed at once; and a cache that was written, cropped or selected from chooses the same."""
+    q, k, v = tokens(batch=(2,))
+    basis, options = basis_of((6, 5)), {"n_top": 9, "top_p": 0.9, "window": 3, "n_sink": 1}
+    cache = slra.KVCache(basis, batch=(2,), **options)
+    cache = cache.append(k, v, lengths=np.asarray([40, 31]))
+    asked = {"return_lse": True, "return_rest": True}
+    whole = cache.attend(q[..., -6:, :], lengths=np.asarray([6, 4]), **asked)
+    for b, (n, m) in enumerate([(40, 6), (31, 4)]):
+        here = [x[b, :, :n] for x in (k, v)]
+        right = read_in_part(q[b, :, -6:][:, :m], *here, basis, options)
+        for one, other in zip(whole, right, strict=True):
+            np.testing.assert_allclose(one[b, :, :m], other, rtol=0, atol=1e-12)
+            assert not np.any(one[b, :, m:]) or np.all(np.isneginf(one[b, :, m:]))
+    cache.save(tmp_path / "cache")
+    monkeypatch.setattr(_chosen, "MOST_NUMBERS", 1 << 8)
+    for other in (cache, slra.KVCache.load(tmp_path / "cache"), cache.select([0, 1])):
+        found = other.attend(q[..., -6:, :], lengths=np.asarray([6, 4]), **asked)
+        for one, right in zip(found, whole, strict=True):
+            np.testing.assert_allclose(one, right, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="return_rest must be False in a cache without n_top"):
+        slra.KVCache(basis).append(k[0], v[0]).attend(q[0], return_rest=True)
+
+
+def test_heads_get_as_few_keys_as_keep_to_rtol(monkeypatch):
+    """Checked on steps that the fit has not seen: at fewer keys each head errs more, and one that misleads is exact."""
+    q, k, v = tokens(200)
+    # The second head attends to many keys, whose coordinates all count alike.
+    rng = np.random.default_rng(0)
+    q[HQ // HK :], k[1:], v[1:] = (rng.standard_normal(x.shape) for x in (q[2:], k[1:], v[1:]))
+    made = []
+    init = slra.KVCache.__init__
+    monkeypatch.setattr(
+        slra.KVCache,
+        "__init__",
+        lambda self, *args, **more: made.append((args, more)) or init(self, *args, **more),
+    )
+    cache = slra.KVCache.from_prefix(q, k, v, rtol=0.2, n_top="auto", n_sink=2)
+    assert np.all(cache.error <= 0.2)
+    layout = cache._contents.layout
+    assert layout.n_top[0] < 100
+    assert layout.n_top[1] == _layout.ALL
+    (early,), _ = made[0]
+    fitted = slra.fit_attention(
+        q[:, :100], k[:, :100], v[:, :100], (D, DV), is_causal=True, enable_gqa=True
+    )
+    np.testing.assert_allclose(early.wk, fitted.wk)
+    last = cache.attend(q[:, -1:])
+    exact, _ = naive_attention(q[:, -1:], k, v, enable_gqa=True)
+    np.testing.assert_allclose(last[2:], exact[2:], rtol=0, atol=1e-10)
+    for options in ({"n_top": "auto"}, {"n_top": "auto", "rtol": 0.1, "top_p": 0.5}):
+        with pytest.raises(ValueError, match='n_top="auto" must come with rtol'):
+            slra.KVCache.from_prefix(q, k, v, **options)
+    with pytest.raises(ValueError, match="rtol must be None with top_p or n_top"):
+        slra.KVCache.from_prefix(q, k, v, rtol=0.1, n_top=4)
+    whole = slra.KVCache.from_prefix(q, k, v, n_top=200)
+    np.testing.assert_allclose(whole.attend(q[:, -1:]), exact, rtol=0, atol=1e-10)
+
+
 # JAX: one structure, compiled once
 
 
@@ -529,6 +671,28 @@ def test_under_jit_sequences_differ_in_length_and_an_overflow_shows():
     out = cache.append(*last, lengths=np.asarray([1, 0])).attend(jnp.asarray(q[..., :1, :]))
     assert np.all(np.isnan(out[0]))
     assert not np.any(np.isnan(out[1]))
+
+
+def test_under_jit_queries_choose():
+    jax = pytest.importorskip("jax")
+    q, k, v = tokens(20, batch=(2,))
+    options = {"n_top": 4, "top_p": 0.7, "window": 2, "batch": (2,)}
+    lengths = np.asarray([20, 13])
+    cache = slra.KVCache(moved(basis_of((6, 5)), jax.numpy), capacity=22, **options)
+    host = slra.KVCache(basis_of((6, 5)), **options).append(k, v, lengths=lengths)
+
+    @jax.jit
+    def step(cache, q, k, v, lengths):
+        cache = cache.append(k, v, lengths=lengths)
+        return cache.attend(q, lengths=lengths, return_lse=True, return_rest=True)
+
+    found = step(cache, *(jax.numpy.asarray(x) for x in (q, k, v, lengths)))
+    for one, right in zip(
+        found, host.attend(q, lengths=lengths, return_lse=True, return_rest=True), strict=True
+    ):
+        np.testing.assert_allclose(one, right, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="n_top must be given besides top_p"):
+        slra.KVCache(moved(basis_of((6, 5)), jax.numpy), capacity=22, top_p=0.7)
 
 
 def test_a_cache_that_grows_does_not_pass_through_jit():
@@ -1200,6 +1364,17 @@ WRONG = {
     "bits must be a number or a pair": {"bits": (1, 2, 3)},
     "bits or rtol must be None": {"bits": 4, "rtol": 0.1},
     "n_sparse must be 0 with bits": {"bits": 4, "n_sparse": 1},
+    "n_top must be an int, got": {"n_top": 0.5},
+    "n_top must be an int, or 2, one for each key head": {"n_top": (1, 2, 3)},
+    "top_p must be at most 1, got 1.5": {"top_p": 1.5},
+    "top_p must be finite and": {"top_p": 0},
+    "rank_index must be between 1 and 8": {"n_top": 3, "rank_index": 9},
+    "rank_index must be None without n_top or top_p": {"rank_index": 2},
+    "n_sparse must be left out with n_top": {"n_top": 3, "n_sparse": 1},
+    "bits must be left out with n_top": {"n_top": 3, "bits": 4},
+    "rtol must be left out with n_top": {"top_p": 0.5, "rtol": 0.1},
+    "rotary must be left out with n_top": {"n_top": 3, "rotary": FREQUENCIES},
+    "drift_bound must be left out with n_top": {"n_top": 3, "window": 8, "drift_bound": 0.1},
 }
 
 

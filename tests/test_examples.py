@@ -14,6 +14,7 @@ NEEDS = {
     "robust_pca_video": ("matplotlib", "sklearn"),
     "tfidf_svd": ("matplotlib", "sklearn"),
     "total_variation": ("matplotlib", "sklearn"),
+    "train_compiled": ("matplotlib", "sklearn", "torch"),
     "train_with_l1": ("matplotlib", "sklearn", "torch"),
 }
 NUMBER = re.compile(r"\d[\d.]*(?:e[+-]\d+)?")
@@ -109,6 +110,29 @@ def test_training_with_l1(run):
     # Of 92,160 entries in float32 one or another may come out as zero by cancellation.
     assert max(done.zeros["none"] + done.zeros["penalty"]) < 1e-4
     assert min(done.zeros["prox"]) > 0.3
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected:UserWarning")
+def test_training_compiled_in_bfloat16(run):
+    torch = pytest.importorskip("torch")
+    torch.compiler.reset()
+    try:
+        done = run("train_compiled")
+    finally:
+        torch.compiler.reset()
+    for task, plain in done.plain.items():
+        compiled = done.compiled[task]
+        losses = [one.loss for one in plain]
+        # A guess costs about 2.1.
+        assert max(losses) < 1.6
+        # Runs with one seed are no further apart than three seeds are, a few times as far as they were (the page).
+        assert abs(compiled.loss - losses[0]) < max(losses) - min(losses)
+        assert abs(compiled.accuracy - plain[0].accuracy) < 0.1
+        # A lambda that stayed where it began would leave no zeros.
+        assert abs(compiled.zeros - plain[0].zeros) < 0.05
+        assert (min(one.zeros for one in plain) > 0.08) == (task != "copying")
+        # They fall from 2.4.
+        assert done.apart[task] < 0.1
 
 
 def test_every_script_has_a_page_with_its_picture():

@@ -424,3 +424,42 @@ def test_what_a_window_hides_takes_no_part_in_a_fit():
     np.testing.assert_allclose(
         other.attend(q, k, v, lengths_k=40), padded.attend(q, k, v, lengths_k=40)
     )
+
+
+def test_thresholds_may_be_learned_and_traced():
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch.from_numpy(x) for x in np.random.default_rng(0).standard_normal((3, 2, 9, 4)))
+    levels = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64, requires_grad=True)
+
+    def attend(levels, **options):
+        return slra.low_rank_attention(q, k, v, 2, method="svd", l1=tuple(levels), **options)
+
+    assert torch.autograd.gradcheck(attend, levels)
+    out, lse = attend(levels, return_lse=True)
+    right, _ = attend((0.1, 0.2, 0.3), return_lse=True)
+    torch.testing.assert_close(out, right, rtol=0, atol=1e-15)
+    grads = [
+        slra.low_rank_attention_vjp(q, k, v, out, lse, out, 2, method="svd", l1=l1)
+        for l1 in (tuple(levels), (0.1, 0.2, 0.3))
+    ]
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-15)
+    single = torch.tensor(0.1)
+    narrow = slra.low_rank_attention(q, k, v, 2, method="svd", l1=single)
+    torch.testing.assert_close(narrow, attend((single.item(),) * 3), rtol=0, atol=1e-15)
+    with pytest.raises(ValueError, match="l1 must be finite"):
+        attend((-levels).unbind())
+    with pytest.raises(ValueError, match="l1 must have no dimensions"):
+        slra.low_rank_attention(q, k, v, 2, method="svd", l1=levels)
+    with pytest.raises(ValueError, match='l1 must be 0 unless method is "svd"'):
+        slra.low_rank_attention(q, k, v, 2, l1=levels[0])
+    jax = pytest.importorskip("jax")
+    arrays = [x.numpy() for x in (q, k, v)]
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def traced(l1):
+            return slra.low_rank_attention(*map(jax.numpy.asarray, arrays), 2, method="svd", l1=l1)
+
+        got = traced((0.1, 0.2, 0.3))
+        np.testing.assert_allclose(got, out.detach().numpy(), rtol=0, atol=1e-13)

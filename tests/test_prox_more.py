@@ -501,3 +501,59 @@ def test_a_derivative_for_the_step_of_total_variation_is_not_lost():
     prox.prox_tv(x, tau, n_iter=2000).square().sum().backward()
     ahead, behind = (np.sum(prox.prox_tv(X[0], 0.3 + d) ** 2) for d in (1e-4, -1e-4))
     np.testing.assert_allclose(tau.grad.item(), (ahead - behind) / 2e-4, rtol=1e-5)
+
+
+# Numbers of 0.3 to 3 as options: functions of x and the number, and the name of the option.
+NUMBERS = {
+    "elastic_net": (lambda x, n: prox.prox_elastic_net(x, 0.7, l2=n), "l2"),
+    "norm_elastic_net": (lambda x, n: prox.norm_elastic_net(x, l2=n), "l2"),
+    "huber": (lambda x, n: prox.prox_huber(x, 0.7, delta=n), "delta"),
+    "norm_huber": (lambda x, n: prox.norm_huber(x, delta=n), "delta"),
+    "sparse_group": (lambda x, n: prox.prox_sparse_group(x, 0.7, groups=GROUPS, l1=n), "l1"),
+    "norm_sparse_group": (lambda x, n: prox.norm_sparse_group(x, groups=GROUPS, l1=n), "l1"),
+    "mcp": (lambda x, n: prox.prox_mcp(x, 0.7, l1=n, gamma=1.5 + n), "l1"),
+    "norm_mcp": (lambda x, n: prox.norm_mcp(x, l1=n, gamma=1.5 + n), "l1"),
+    "scad": (lambda x, n: prox.prox_scad(x, 0.7, l1=n, gamma=2.5 + n), "l1"),
+    "norm_scad": (lambda x, n: prox.norm_scad(x, l1=n, gamma=2.5 + n), "l1"),
+    "scale factor": (lambda x, n: prox.scale(prox.prox_l1, n)(x, 0.7), "factor"),
+    "scale argument": (lambda x, n: prox.scale(prox.prox_l1, argument=n)(x, 0.7), "argument"),
+    "envelope": (lambda x, n: prox.envelope(prox.prox_l1, n)(x, 0.7), "mu"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_may_be_an_array_without_dimensions(xp, name):
+    function, option = NUMBERS[name]
+    x = to_xp(xp, X)
+    right = to_numpy(function(x, 0.4))
+    got = to_numpy(function(x, xp.asarray(0.4, dtype=x.dtype)))
+    np.testing.assert_allclose(got, right, rtol=8 * np.finfo(right.dtype).eps, atol=0)
+    with pytest.raises(ValueError, match=f"{option} must have no dimensions"):
+        function(x, xp.asarray([0.4], dtype=x.dtype))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_is_negative_is_refused_where_it_can_be_looked_at(name):
+    function, option = NUMBERS[name]
+    with pytest.raises(ValueError, match=f"{option} must be finite"):
+        function(X, np.asarray(-0.4))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_may_be_learned_and_traced(name):
+    torch, function = pytest.importorskip("torch"), NUMBERS[name][0]
+    # Away from kinks.
+    x = torch.tensor(X[1:], requires_grad=True)
+    number = torch.tensor(0.4137, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (x, number), fast_mode=True)
+    (slope,) = torch.autograd.grad(function(x, number).sum(), number)
+    assert slope != 0
+    narrow = torch.tensor(0.4137, requires_grad=True)
+    assert function(x, narrow).dtype == torch.float64
+    jax = pytest.importorskip("jax")
+    with jax.enable_x64(True):
+        value, got = jax.jit(
+            jax.value_and_grad(lambda n: function(jax.numpy.asarray(X[1:]), n).sum())
+        )(0.4137)
+        np.testing.assert_allclose(value, function(x, number).sum().item(), rtol=1e-13)
+        np.testing.assert_allclose(got, slope.item(), rtol=1e-12)

@@ -348,6 +348,100 @@ def test_compiles_to_one_graph_with_a_frozen_basis(l1_form):
     assert_close(gradient, module.in_proj_weight.grad)
 
 
+class SelfAttention(torch.nn.Module):
+    """Takes what tracers hand over: tensors, by position."""
+
+    def __init__(self, attention, is_causal=False):
+        super().__init__()
+        self.attention, self.is_causal = attention, is_causal
+
+    def forward(self, x, padding=None, mask=None):
+        options = {"is_causal": self.is_causal, "need_weights": False}
+        return self.attention(x, x, x, key_padding_mask=padding, attn_mask=mask, **options)[0]
+
+
+def tokens(n_batch, n):
+    """Return tokens, padding of some, and a mask of all; each token sees itself."""
+    padding = torch.arange(n) >= n - torch.arange(n_batch)[:, None]
+    mask = (torch.rand(n, n) < 0.3) & ~torch.eye(n, dtype=torch.bool)
+    return torch.randn(n_batch, n, WIDTH), padding, mask
+
+
+DYNAMIC = [
+    {"is_causal": True, "method": "output"},
+    {"l1": 0.1, "l1_form": "prox"},
+    {"basis_per": "sequence"},
+]
+
+
+@pytest.mark.parametrize("how", ["trace", "export"])
+@pytest.mark.parametrize("options", DYNAMIC, ids=str)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced_and_exported_for_any_batch_and_length(options, how):
+    given = dict(options)
+    is_causal = given.pop("is_causal", False)
+    made = layer(rank=2, refit_every=0, **given)
+    x = data()
+    if "basis_per" not in options:
+        made.fit_basis(x, x, x)
+    module = SelfAttention(made, is_causal).eval()
+    if how == "trace":
+        run = torch.jit.trace(module, tokens(3, N_K), check_trace=False)
+    else:
+        dim = torch.export.Dim
+        batch, length = dim("batch", min=2, max=64), dim("length", min=HEADS + 1, max=64)
+        shapes = {0: batch, 1: length}, {0: batch, 1: length}, {0: length, 1: length}
+        run = torch.export.export(module, tokens(3, N_K), dynamic_shapes=shapes).module()
+    for n_batch, n in [(3, N_K), (5, N_K), (2, 25)]:
+        with torch.no_grad():
+            args = tokens(n_batch, n)
+            assert_close(run(*args), module(*args))
+    if how == "trace":
+        run = torch.jit.trace(module, tokens(3, N_K)[:1], check_trace=False)
+        args = tokens(4, N_Q)[:1]
+        run(*args).square().sum().backward()
+        got = made.in_proj_weight.grad.clone()
+        module.zero_grad()
+        module(*args).square().sum().backward()
+        assert_close(got, made.in_proj_weight.grad)
+
+
+@pytest.mark.parametrize("method", ["scores", "output"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_rows_chosen_by_a_length_that_is_traced_are_refused(method):
+    module = SelfAttention(layer(rank=2, basis_per="sequence", method=method)).eval()
+    with pytest.raises(ValueError, match='method must be "svd" where the length'):
+        torch.jit.trace(module, tokens(3, N_K), check_trace=False)
+
+
+@pytest.mark.parametrize("options", DYNAMIC[:2], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_takes_any_batch_and_length(options, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    given = dict(options)
+    is_causal = given.pop("is_causal", False)
+    made, x = layer(rank=2, refit_every=0, **given).float(), data().float()
+    made.fit_basis(x, x, x)
+    module = SelfAttention(made, is_causal).eval()
+    dim = torch.export.Dim
+    batch, length = dim("batch", min=2, max=64), dim("length", min=HEADS + 1, max=64)
+    shapes = {0: batch, 1: length}, {0: batch, 1: length}, {0: length, 1: length}
+    example, *hidden = tokens(3, N_K)
+    program = torch.onnx.export(
+        module, (example.float(), *hidden), dynamo=True, dynamic_shapes=shapes, verbose=False
+    )
+    program.save(tmp_path / "layer.onnx")
+    session = runtime.InferenceSession(tmp_path / "layer.onnx")
+    for n_batch, n in [(3, N_K), (5, N_K), (2, 25)]:
+        x, *hidden = tokens(n_batch, n)
+        args = x.float(), *hidden
+        names = [one.name for one in session.get_inputs()]
+        inputs = {name: one.numpy() for name, one in zip(names, args, strict=True)}
+        (got,) = session.run(None, inputs)
+        assert_close(torch.from_numpy(got), module(*args).detach(), 1e-5)
+
+
 def test_an_encoder_layer_calls_it_in_eval_mode_too():
     """Its fused kernel would compute exact attention from our parameters."""
     encoder = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 16, 0.0, batch_first=True)

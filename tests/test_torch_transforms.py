@@ -204,3 +204,37 @@ def test_without_the_kernel_of_torch_numpy_attends(monkeypatch):
     monkeypatch.setattr("slra._backends.torch.cpu_kernel", lambda: None)
     found = slra.attention(q, k, v, is_causal=True, return_lse=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("how", ["trace", "export"])
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"enable_gqa": True, "mask": True}])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_attention_is_traced_and_exported_for_any_batch_and_length(options, how):
+    heads = (4, 2) if "enable_gqa" in options else (2, 2)
+
+    def arguments(n_batch, n):
+        rng = np.random.default_rng(n)
+        shapes = [(n_batch, h, n, 6) for h in (heads[0], heads[1], heads[1])]
+        made = [torch.from_numpy(rng.standard_normal(shape)) for shape in shapes]
+        return (*made, torch.from_numpy(rng.random((n, n)) < 0.5))
+
+    basis = slra.fit_attention(
+        *arguments(3, 30)[:3], 3, enable_gqa="enable_gqa" in options, pool_batch=True
+    )
+
+    class Both(torch.nn.Module):
+        def forward(self, q, k, v, mask):
+            given = {**options, "mask": mask} if "mask" in options else options
+            return slra.attention(q, k, v, **given), basis.attend(q, k, v, **given)
+
+    if how == "trace":
+        run = torch.jit.trace(Both(), arguments(3, 10), check_trace=False)
+    else:
+        dim = torch.export.Dim
+        batch, length = dim("batch", min=2, max=64), dim("length", min=4, max=64)
+        shapes = *[{0: batch, 2: length}] * 3, {0: length, 1: length}
+        run = torch.export.export(Both(), arguments(3, 10), dynamic_shapes=shapes).module()
+    for n_batch, n in [(3, 10), (5, 10), (2, 25)]:
+        given = arguments(n_batch, n)
+        for got, right in zip(run(*given), Both()(*given), strict=True):
+            torch.testing.assert_close(got, right, rtol=0, atol=1e-13)

@@ -97,10 +97,11 @@ def few_scores_attention(
     if options.softcap is not None:
         scores = np.tanh(scores / q.dtype.type(options.softcap)) * q.dtype.type(options.softcap)
     n_queries, n_keys = scores.shape[-2:]
-    diagonal = options.diagonal(n_queries, n_keys)
-    bounds = TileBounds(mask, options, Tile(0, n_queries, 0, n_keys), diagonal)
-    part, seen = bounds.additive(np, scores.dtype, None), bounds.seen(np, None)
-    scores = hide_scores(np, scores, part, seen)
+    if mask is not None or options.alibi is not None or not options.sees_all(n_queries, n_keys):
+        diagonal = options.diagonal(n_queries, n_keys)
+        bounds = TileBounds(mask, options, Tile(0, n_queries, 0, n_keys), diagonal)
+        part, seen = bounds.additive(np, scores.dtype, None), bounds.seen(np, None)
+        scores = hide_scores(np, scores, part, seen)
     shift = scores.max(axis=-1, keepdims=True)
     shift[shift == -np.inf] = 0
     scores -= shift

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import array_api_compat.torch as compat_torch
 import numpy as np
 import torch
 import torch.utils.checkpoint
@@ -27,7 +28,7 @@ from slra._backends.torch_attention import (
 )
 from slra._typing import Array
 
-__all__ = ["TorchBackend"]
+__all__ = ["WHILE_COMPILING", "TorchBackend"]
 
 # For fewer matrices than this, starting threads takes longer than they save.
 WORTH_THREADS = 256
@@ -57,7 +58,7 @@ def _needs_formula(*xs: Array) -> bool:
 
 def _is_plain(*xs: Array) -> bool:
     """Whether these are tensors in a CPU's memory and nothing else."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return all(
         type(x) in (torch.Tensor, torch.nn.Parameter)
@@ -165,10 +166,14 @@ class TorchBackend(Backend):
     attends_in_half = True
 
     def is_eager(self, x: Array) -> bool:
-        """Values can be read outside torch.compile and torch.func transforms, off the meta device."""
-        if torch.compiler.is_compiling() or x.device.type == "meta":
+        """Values can be read outside torch.compile, tracers and torch.func transforms, off the meta device."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type == "meta":
             return False
         return not _is_wrapped(x)
+
+    def is_known(self, size: int) -> bool:
+        """While torch.export traces bytecode a symbol passes for a number."""
+        return not torch.compiler.is_exporting() and super().is_known(size)
 
     def freezes_draws(self, x: Array) -> bool:
         """Say whether torch.compile is tracing: a NumPy draw is not traced."""
@@ -208,6 +213,12 @@ class TorchBackend(Backend):
         """Factor without raising, and mark what failed."""
         factor, info = torch.linalg.cholesky_ex(g)
         return torch.where((info == 0)[..., None, None], factor, torch.nan)
+
+    def triangular_factor(self, x: Array) -> Array:
+        """For torch.export alone: of the other one's size it proves too little for a length that is a symbol."""
+        if torch.compiler.is_exporting() and not x.requires_grad:
+            return torch.linalg.qr(x, mode="r")[1]
+        return super().triangular_factor(x)
 
     def singular_values(self, x: Array) -> Array:
         """Without a QR, whose derivative needs full rank; this one needs no differences of values."""
@@ -366,10 +377,10 @@ class TorchBackend(Backend):
     def _widened(self, x: Array) -> Array:
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
+    def tile_shape(self, n_matrices: int, lengths: tuple[int, int], like: Array) -> tuple[int, int]:
         """As many scores as stay in the second-level cache of a CPU; elsewhere as the standard."""
         if like.device.type != "cpu":
-            return super().tile_shape(n_matrices, like)
+            return super().tile_shape(n_matrices, lengths, like)
         area = max(1 << 14, (1 << 19) // max(1, n_matrices))
         width = min(1024, max(256, 1 << (area.bit_length() // 2)))
         return area // width, width
@@ -418,6 +429,24 @@ class TorchBackend(Backend):
         dense = torch.zeros((*values.shape[:-1], n), dtype=values.dtype, device=values.device)
         return dense.scatter(-1, indices.to(torch.int64), values)
 
+    def largest_places(self, x: Array, k: int) -> Array:
+        """Select instead of sorting."""
+        return torch.sort(torch.topk(x, k, dim=-1, sorted=False).indices).values
+
+    def gather_rows(self, x: Array, indices: Array) -> Array:
+        """Copy row by row, not number by number, where rows lie one after another."""
+        is_empty = x.numel() == 0 or indices.numel() == 0
+        if is_empty or x.shape[:-2] != indices.shape[:-1] or not x.is_contiguous():
+            return super().gather_rows(x, indices)
+        n, width = x.shape[-2:]
+        starts = n * torch.arange(indices.shape[:-1].numel(), device=x.device)
+        at = (indices.reshape(-1, indices.shape[-1]) + starts[:, None]).reshape(-1)
+        return x.reshape(-1, width).index_select(0, at).reshape(*indices.shape, width)
+
+    def add_in_rows(self, x: Array, indices: Array, values: Array) -> Array:
+        """Add where the entries belong."""
+        return x.scatter_add(-1, indices, values)
+
 
 class _Formula(TorchBackend):
     """Attention by operations that have derivatives of every order, in both modes."""
@@ -433,3 +462,6 @@ class _Formula(TorchBackend):
     def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Keep everything: what recomputes has no second derivative."""
         return function
+
+
+WHILE_COMPILING = TorchBackend(compat_torch)

@@ -96,9 +96,11 @@ def _parts(q: Array, k: Array, mask: Array | None, options: ScoreOptions) -> Ite
     if sees_all and mask is not None and mask.shape[-2] == 1 and options.alibi is None:
         yield _Part(rows, keys, mask, False)
         return
-    height = options.tile_height(QUERY_TILE, n_queries, n_keys)
-    for top in range(0, n_queries, height):
-        bottom = min(top + height, n_queries)
+    # Of a size that is a symbol nobody can say how many tiles it makes.
+    known = isinstance(n_queries, int) and not torch.compiler.is_exporting()
+    height = options.tile_height(QUERY_TILE, n_queries, n_keys) if known else n_queries
+    for top in range(0, n_queries, height) if known else (0,):
+        bottom = min(top + height, n_queries) if known else n_queries
         left, right = options.first_key(top, n_keys), options.last_key(bottom, n_queries, n_keys)
         tile = Tile(top, bottom, left, max(left, right))
         bounds = TileBounds(mask, options, tile, diagonal)

@@ -159,13 +159,15 @@ def _some_queries(problem: AttentionProblem, sample: RowSample) -> Array:
 
 def _triangle(x: Array, backend: Backend) -> Array:
     """Return a matrix of at most D rows with the Gram matrix of ``x``."""
-    return backend.qr(x)[1] if x.shape[-2] > x.shape[-1] else x
+    return backend.triangular_factor(x) if x.shape[-2] > x.shape[-1] else x
 
 
 def _right_vectors(x: Array, backend: Backend) -> Array:
     """All right singular vectors, as columns; the scale does not matter, but squares are to stay in range."""
     x = _square(x / _peak(x, backend.xp), backend)
-    return backend.xp.matrix_transpose(thin_svd(x, backend)[2])
+    if backend.is_eager(x):
+        return backend.xp.matrix_transpose(thin_svd(x, backend)[2])
+    return backend.xp.matrix_transpose(backend.small_svd(backend.triangular_factor(x))[2])
 
 
 def _square(x: Array, backend: Backend) -> Array:

@@ -218,7 +218,9 @@ def fit_problem(
     problem = problem.constant().with_lengths_written_out().broadcast()
     seen = problem.seen()
     problem = problem.keep(seen)
-    rows = _sample(problem, seen.queries, n_rows, rng)
+    # The formula looks at all of them; what a generator gives later must not depend on the method.
+    is_needed = method != "svd" or rng is not None
+    rows = _sample(problem, seen.queries, n_rows, rng) if is_needed else []
     factors = METHODS[method](problem, RowSample(rows, pool_batch, keep, seen))
     if rtol is None:
         ranks: Ranks = (limits,) * factors.wk.shape[-4]

@@ -30,13 +30,16 @@ from slra.attn.rows import sample_seen_rows
 
 __all__ = ["low_rank_attention", "low_rank_attention_vjp"]
 
+L1: TypeAlias = "float | AnyArray | tuple[float | AnyArray, float | AnyArray, float | AnyArray]"
+Thresholds: TypeAlias = tuple[Any, Any, Any]
+
 
 class LowRankOptions(AttentionOptions, total=False):
     """What `low_rank_attention` takes besides, for the signatures that differ in their result only."""
 
     rtol: float | None
     method: str
-    l1: float | tuple[float, float, float]
+    l1: L1
     n_exact: int
     basis: AttentionBasis | None
 
@@ -86,7 +89,7 @@ def low_rank_attention(
     *,
     rtol: float | None = None,
     method: str = "output",
-    l1: float | tuple[float, float, float] = 0.0,
+    l1: L1 = 0.0,
     n_exact: int = 0,
     basis: AttentionBasis | None = None,
     mask: AnyArray | None = None,
@@ -119,9 +122,10 @@ def low_rank_attention(
     method : {"output", "scores", "svd"}
         How the basis is fitted, see `fit_attention`: "svd" replaces Q, K and V each by its truncated SVD. Methods of
         others are in `slra.baselines`.
-    l1 : float or (float, float, float)
+    l1 : float, 0-d array, or three of them
         Only with "svd": thresholds of the l1 proximal step on Q^, K^ and V^, in the units of their entries. 0 leaves
-        it out. A thresholded matrix is sparse but no longer of low rank: attention then runs in all D dimensions.
+        it out; an array may be traced or learned. A thresholded matrix is sparse but no longer of low rank: attention
+        then runs in all D dimensions.
     n_exact : int
         Number of keys, per key head, that keep exact scores and values: those that receive most attention. They are
         left out of the fit, and both parts meet in one softmax. Not with ``rtol`` or ``l1``.
@@ -217,7 +221,7 @@ def low_rank_attention_vjp(
     grad_lse: ArrayT | None = None,
     rtol: float | None = None,
     method: str = "output",
-    l1: float | tuple[float, float, float] = 0.0,
+    l1: L1 = 0.0,
     n_exact: int = 0,
     basis: AttentionBasis | None = None,
     mask: AnyArray | None = None,
@@ -344,29 +348,40 @@ class ThresholdedProjections(NamedTuple):
     """Projections in all dimensions, whose entries shrink by these thresholds."""
 
     projections: Projections
-    thresholds: tuple[float, float, float]
+    thresholds: Thresholds
 
     def replace(self, problem: AttentionProblem) -> AttentionProblem:
         """Put Q^, K^ and V^, after the threshold, in the place of q, k and v."""
         hats = self.projections.approximate(*problem[:3])
         q, k, v = (
-            problem.backend.soft_threshold(x, tau) if tau else x
+            problem.backend.soft_threshold(x, tau) if _shrinks(tau) else x
             for x, tau in zip(hats, self.thresholds, strict=True)
         )
         return problem._replace(q=q, k=k, v=v)
 
 
+def _shrinks(*thresholds: Any) -> bool:
+    """Whether one of them may be above 0: what is not a float cannot be looked at."""
+    return any(not isinstance(one, float) or one > 0 for one in thresholds)
+
+
 def _check_options(
     problem: AttentionProblem, method: str, rtol: Any, l1: Any, n_exact: Any
-) -> tuple[tuple[float, float, float], int]:
+) -> tuple[Thresholds, int]:
     """Check what does not depend on the kind of approximation; return thresholds and the number of exact keys."""
     check_choice(method, tuple(METHODS), "method")
     problem.check_finite()
-    thresholds = check_l1(l1, [problem.xp.finfo(problem.q.dtype)] * 3)
+    backend, dtype = problem.backend, problem.q.dtype
+    weights = check_l1(l1, [problem.xp.finfo(dtype)] * 3, backend)
+    l_q, l_k, l_v = [
+        one if isinstance(one, float) else problem.xp.astype(one, dtype, copy=False)
+        for one in weights
+    ]
+    thresholds = l_q, l_k, l_v
     n_exact, n_keys = check_count(n_exact, "n_exact"), int(problem.k.shape[-2])
     if n_exact >= n_keys:
         raise ValueError(f"n_exact must be less than {n_keys}, the number of keys, got {n_exact}")
-    if n_exact and (rtol is not None or any(thresholds)):
+    if n_exact and (rtol is not None or _shrinks(*thresholds)):
         raise ValueError(f"n_exact must be 0 with rtol or l1, got {n_exact}")
     return thresholds, n_exact
 
@@ -376,16 +391,16 @@ def _approximate(
     rank: Any,
     rtol: float | None,
     method: str,
-    thresholds: tuple[float, float, float],
+    thresholds: Thresholds,
     n_exact: int,
     basis: AttentionBasis | None,
 ) -> tuple[AttentionProblem, MapsAndKeys | ThresholdedProjections]:
     """Fit, or take the basis that is given; with it the problem as it is answered. Raise where options clash."""
     if basis is not None:
-        if rank is not None or rtol is not None or any(thresholds):
+        if rank is not None or rtol is not None or _shrinks(*thresholds):
             raise ValueError("rank, rtol and l1 must be left out where a basis is given")
         problem = check_basis(basis, problem)
-    if any(thresholds):
+    if _shrinks(*thresholds):
         if method != "svd" or rtol is not None:
             raise ValueError(
                 'l1 must be 0 unless method is "svd" and rank is given, '
@@ -431,7 +446,7 @@ def _through_threshold(
     of_output = output_gradient(problem, hats.lse_shape(), *given)
     grads = exact_gradients(hats, of_output)
     passed = (
-        xp.where(x != 0, gradient, xp.zeros_like(gradient)) if tau else gradient
+        xp.where(x != 0, gradient, xp.zeros_like(gradient)) if _shrinks(tau) else gradient
         for gradient, x, tau in zip(grads, hats[:3], chosen.thresholds, strict=True)
     )
     return Through(chosen.projections.pull_back(*passed), hats, of_output)

@@ -121,7 +121,7 @@ class AttentionProblem(NamedTuple):
     def broadcast(self) -> "AttentionProblem":
         """Give q, k and v all the leading axes of the result but G, which fits sum over."""
         xp = self.xp
-        lead = np.broadcast_shapes(*(x.shape[:-3] for x in (self.q, self.k, self.v)))
+        lead = broadcast_shapes(*(x.shape[:-3] for x in (self.q, self.k, self.v)))
         q, k, v = (xp.broadcast_to(x, (*lead, *x.shape[-3:])) for x in (self.q, self.k, self.v))
         return self._replace(q=q, k=k, v=v)
 

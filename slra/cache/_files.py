@@ -156,7 +156,10 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     """Make an empty cache of the options and maps in a file, by the checks that those of a new cache go through."""
     given = json.loads(described)
     bases = [_basis(named, i, given) for i in range(n_segments)]
-    names = ("batch", "window", "n_sink", "n_sparse", "rotary", "drift_bound", "method")
+    names = (
+        *("batch", "window", "n_sink", "n_sparse", "rotary", "drift_bound", "method"),
+        *("n_top", "top_p", "rank_index"),
+    )
     is_coded = given["bits"] is not None or given["rtol"] is not None
     options = {name: given[name] for name in names} | given["score_options"]
     options = {name: options[name] for name in (*names, "scale", "softcap")}

@@ -17,6 +17,7 @@ from slra._validate import (
     check_count,
     check_finite,
     check_flag,
+    check_known_weight,
     check_matrix,
     check_positive,
     check_rank,
@@ -156,7 +157,7 @@ def complete(
     rtol : float, optional
         Take the smallest rank whose relative error on held-out entries is no more, and no more than ``rank``. Where
         none reaches it, that with the least error is taken: see ``error``.
-    l1 : float, optional
+    l1 : float or 0-d array, optional
         Weight of sparse outliers: residuals beyond ``l1`` count linearly, not squared (Huber). None: no outliers.
     mask : boolean array, broadcastable to the shape of x, optional
         True where ``x`` was observed; anything may stand elsewhere.
@@ -230,7 +231,10 @@ def complete(
     if rank is not None:
         cap = check_rank(rank, min(entries.shape[-2:]))
     target = None if rtol is None else check_positive(rtol, "rtol")
-    threshold = None if l1 is None else check_positive(l1, "l1", limits=finfo) / unit
+    threshold = None
+    if l1 is not None:
+        known = check_known_weight(backend, l1, "l1", limits=finfo, allow_zero=False)
+        threshold = known / unit
     tol = max(check_positive(tol, "tol"), 30 * float(finfo.eps))
     fit = _Fit(center, threshold, tol, limit, generator, backend)
     with backend.ignore_overflow():
@@ -490,7 +494,7 @@ def _read(x: Any, mask: Array | None) -> tuple[Entries, float, Promoted]:
             raise ValueError(
                 "mask must be None for a sparse matrix: its stored entries are the observed ones"
             )
-        return _read_sparse(x)
+        return _read_sparse(found.entries.matrix)
     backend = resolve(x=x, optional={"mask": mask})
     check_matrix(x, "x")
     if not backend.is_eager(x):

@@ -15,6 +15,7 @@ from slra._validate import (
     check_callable,
     check_count,
     check_finite,
+    check_known_weight,
     check_matrix,
     check_positive,
     check_rank,
@@ -109,11 +110,11 @@ def robust_pca(
         Real or complex floating; half precision is computed in float32. A batch is so many problems, each with a
         penalty, a residual and an end of its own. Values must be there to be looked at: the number of iterations and
         the ranks depend on them, so traced and Dask arrays are refused.
-    l1 : float, optional
+    l1 : float or 0-d array, optional
         Weight of the sparse part; ``1 / sqrt(max(m, n))`` by default, over the root of the observed fraction.
     mask : boolean array, shape of x, optional
         True where ``x`` was observed; anything may stand elsewhere, NaN too.
-    noise : float
+    noise : float or 0-d array
         Frobenius norm of the dense noise: so much of each matrix may be left to neither part. 0 leaves nothing.
         For independent noise of standard deviation s, ``s * sqrt(m * n)``.
     rank : int, optional
@@ -202,7 +203,7 @@ def robust_pca(
     limits = xp.finfo(work.dtype)
     weights = _weights(l1, mask, work, limits, backend)
     tol = max(check_positive(tol, "tol"), 30 * float(limits.eps))
-    delta = check_positive(noise, "noise", allow_zero=True, limits=limits)
+    delta = check_known_weight(backend, noise, "noise", limits=limits)
     generator = check_rng(rng)
     check_callable(callback, "callback", optional=True)
     if (limit := check_count(max_iter, "max_iter")) == 0:
@@ -292,7 +293,8 @@ def _weights(
             raise ValueError("mask must be True somewhere in each matrix")
     if l1 is None:
         return np.asarray(1 / np.sqrt(observed * max(x.shape[-2:])))
-    return np.full(x.shape[0], check_positive(l1, "l1", limits=limits))
+    weight = check_known_weight(backend, l1, "l1", limits=limits, allow_zero=False)
+    return np.full(x.shape[0], weight)
 
 
 def _pursue(

@@ -11,6 +11,7 @@ from slra._validate import (
     check_choice,
     check_count,
     check_finite,
+    check_known_weight,
     check_matrix,
     check_positive,
     check_rank,
@@ -107,7 +108,7 @@ def sparse_low_rank(
         traced and Dask arrays are refused.
     rank : int
         Between 1 and ``min(m, n)``.
-    l1 : float
+    l1 : float or 0-d array
         Weight of the l1 norm, 0 or more.
     start : {"best", "soft", "svd"}
         Where to start: from the truncated SVD of the soft-thresholded ``x`` or of ``x``; "best" runs both and returns
@@ -167,7 +168,7 @@ def sparse_low_rank(
     if x.ndim != 2:
         raise ValueError(f"x must be one matrix, (m, n), got shape {tuple(x.shape)}")
     rank = check_rank(rank, min(x.shape), limit_is="min of the last two axes of x")
-    l1 = check_positive(l1, "l1", allow_zero=True)
+    l1 = check_known_weight(backend, l1, "l1")
     check_choice(start, ("best", "soft", "svd"), "start")
     n_max = check_count(max_iter, "max_iter")
     if not backend.is_eager(x):

@@ -416,6 +416,7 @@ class LowRankAttention(nn.MultiheadAttention):
         """Count calls whose penalty is not read, up to the backward pass that ends a step."""
         if (
             torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
             or not out.requires_grad
             or _in_backward()
             or _is_wrapped(out)
@@ -646,7 +647,7 @@ class LowRankAttention(nn.MultiheadAttention):
         error = (up_map @ down_map - torch.diag_embed(ones.to(up_map.dtype))).abs()
         # Rounding as they were stored, and of the product.
         most = 4 * eps + 64 * up_map.shape[-1] ** 0.5 * torch.finfo(up_map.dtype).eps
-        return (error <= most * (up_map.abs() @ down_map.abs()).amax()).all()
+        return (error <= most * (up_map.abs() @ down_map.abs()).max()).all()
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     @isolated

@@ -9,7 +9,14 @@ from typing import Any
 
 from slra._backends.ambient import isolated
 from slra._typing import Array
-from slra._validate import check_axis, check_callable, check_positive, resolve
+from slra._validate import (
+    check_axis,
+    check_callable,
+    check_positive,
+    check_weight,
+    is_array,
+    resolve,
+)
 
 __all__ = ["conjugate", "envelope", "scale", "separable", "translate"]
 
@@ -56,16 +63,16 @@ def translate(prox: Prox, shift: Array) -> Prox:
     return isolated(lambda x, tau: shift + prox(x - shift, tau))
 
 
-def scale(prox: Prox, factor: float = 1.0, *, argument: float = 1.0) -> Prox:
+def scale(prox: Prox, factor: float | Array = 1.0, *, argument: float | Array = 1.0) -> Prox:
     r"""Operator of ``factor * f(argument * x)``, from that of ``f``.
 
     Parameters
     ----------
     prox : callable
         ``prox(x, tau)``, the operator of ``tau * f``.
-    factor : float
-        0 or more.
-    argument : float
+    factor : float or 0-d array
+        0 or more. An array may be traced or learned; it is checked on the call, where it can be looked at.
+    argument : float or 0-d array
         Greater than 0.
 
     Returns
@@ -96,11 +103,26 @@ def scale(prox: Prox, factor: float = 1.0, *, argument: float = 1.0) -> Prox:
     [1.0, 0.0]
     """
     check_callable(prox, "prox")
-    c = check_positive(factor, "factor", allow_zero=True)
-    a = check_positive(argument, "argument")
-    if a == 1:
-        return isolated(lambda x, tau: prox(x, c * tau))
-    return isolated(lambda x, tau: prox(a * x, c * a * a * tau) / a)
+    if not is_array(factor):
+        factor = check_positive(factor, "factor", allow_zero=True)
+    if not is_array(argument):
+        argument = check_positive(argument, "argument")
+
+    def call(x: Array, tau: Any) -> Array:
+        c = _in_call(x, factor, "factor", allow_zero=True)
+        a = _in_call(x, argument, "argument")
+        if isinstance(a, float) and a == 1:
+            return prox(x, c * tau)
+        return prox(a * x, c * a * a * tau) / a
+
+    return isolated(call)
+
+
+def _in_call(x: Array, number: Any, name: str, *, allow_zero: bool = False) -> Any:
+    """Return a number as it is, or an array for use with ``x``."""
+    if isinstance(number, float):
+        return number
+    return check_weight(resolve(x=x), x, number, name, allow_zero=allow_zero)
 
 
 def conjugate(prox: Prox) -> Prox:
@@ -142,14 +164,14 @@ def conjugate(prox: Prox) -> Prox:
     return isolated(lambda x, tau: x - tau * prox(x / tau, 1 / tau))
 
 
-def envelope(prox: Prox, mu: float = 1.0) -> Prox:
+def envelope(prox: Prox, mu: float | Array = 1.0) -> Prox:
     r"""Operator of the Moreau envelope of ``f``, which is ``f`` made smooth, from that of a convex ``f``.
 
     Parameters
     ----------
     prox : callable
         ``prox(x, tau)``, the operator of ``tau * f``.
-    mu : float
+    mu : float or 0-d array
         How smooth, greater than 0: the gradient ``(x - prox(x, mu)) / mu`` has the Lipschitz constant ``1 / mu``.
 
     Returns
@@ -184,8 +206,14 @@ def envelope(prox: Prox, mu: float = 1.0) -> Prox:
     ([-2.0, 0.25, 1.0], [-2.0, 0.25, 1.0])
     """
     check_callable(prox, "prox")
-    mu = check_positive(mu, "mu")
-    return isolated(lambda x, tau: (mu * x + tau * prox(x, mu + tau)) / (mu + tau))
+    if not is_array(mu):
+        mu = check_positive(mu, "mu")
+
+    def call(x: Array, tau: Any) -> Array:
+        m = _in_call(x, mu, "mu")
+        return (m * x + tau * prox(x, m + tau)) / (m + tau)
+
+    return isolated(call)
 
 
 def separable(proxes: Sequence[Prox], sizes: Sequence[int], *, axis: int = -1) -> Prox:

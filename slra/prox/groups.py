@@ -12,8 +12,8 @@ from slra._typing import Array
 from slra._validate import (
     check_axis,
     check_numbers,
-    check_positive,
     check_tau,
+    check_weight,
     on_host,
     promote,
     resolve,
@@ -146,7 +146,7 @@ def prox_sparse_group(
     tau: float | Array,
     *,
     groups: Groups,
-    l1: float = 1.0,
+    l1: float | Array = 1.0,
     weights: Sequence[float] | None = None,
     axis: int = -1,
 ) -> Array:
@@ -160,8 +160,8 @@ def prox_sparse_group(
         Threshold, 0 or more; an array broadcasts to ``x`` and has length one along ``axis``.
     groups : sequence of int, or sequence of sequences of int
         As for `prox_groups`.
-    l1 : float
-        Weight of the l1 norm, 0 or more.
+    l1 : float or 0-d array
+        Weight of the l1 norm, 0 or more. An array may be traced or learned.
     weights : sequence of float, optional
         As for `prox_groups`.
     axis : int
@@ -201,7 +201,7 @@ def prox_sparse_group(
     (x,) = promoted.arrays
     axes = check_axis(x, (axis,))
     tau = check_tau(backend, x, tau, axes=axes)
-    l1 = check_positive(l1, "l1", allow_zero=True, limits=backend.xp.finfo(x.dtype))
+    l1 = check_weight(backend, x, l1, "l1", allow_zero=True)
     layout = _layout(groups, weights, x.shape[axes[0]])
     with backend.ignore_overflow():
         shrunk = backend.soft_threshold(x, tau * l1)
@@ -213,7 +213,7 @@ def norm_sparse_group(
     x: Array,
     *,
     groups: Groups,
-    l1: float = 1.0,
+    l1: float | Array = 1.0,
     weights: Sequence[float] | None = None,
     axis: int = -1,
 ) -> Array:
@@ -225,8 +225,8 @@ def norm_sparse_group(
         Real or complex floating.
     groups : sequence of int, or sequence of sequences of int
         As for `prox_groups`.
-    l1 : float
-        Weight of the l1 norm, 0 or more.
+    l1 : float or 0-d array
+        Weight of the l1 norm, 0 or more. An array may be traced or learned.
     weights : sequence of float, optional
         As for `prox_groups`.
     axis : int
@@ -258,7 +258,7 @@ def norm_sparse_group(
     backend = resolve(x=x)
     (x,) = promote(backend, x=x).arrays
     (along,) = check_axis(x, (axis,))
-    l1 = check_positive(l1, "l1", allow_zero=True, limits=backend.xp.finfo(x.dtype))
+    l1 = check_weight(backend, x, l1, "l1", allow_zero=True)
     layout = _layout(groups, weights, x.shape[along])
     with backend.ignore_overflow():
         return l1 * backend.sum_abs(x, along) + _total(x, layout, along, backend)

@@ -2,13 +2,13 @@
 
 from slra._backends.ambient import isolated
 from slra._typing import Array
-from slra._validate import check_positive, check_sum_axis, check_tau, promote, resolve
+from slra._validate import check_sum_axis, check_tau, check_weight, promote, resolve
 
 __all__ = ["norm_huber", "prox_huber"]
 
 
 @isolated
-def prox_huber(x: Array, tau: float | Array, *, delta: float) -> Array:
+def prox_huber(x: Array, tau: float | Array, *, delta: float | Array) -> Array:
     r"""Proximal operator of ``tau`` times the sum of Huber's function of the moduli.
 
     Parameters
@@ -17,8 +17,8 @@ def prox_huber(x: Array, tau: float | Array, *, delta: float) -> Array:
         Real or complex floating, any shape.
     tau : float or array
         Step, 0 or more; an array broadcasts to ``x``.
-    delta : float
-        Modulus at which the square turns into a straight line, greater than 0.
+    delta : float or 0-d array
+        Modulus at which the square turns into a straight line, greater than 0. An array may be traced or learned.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def prox_huber(x: Array, tau: float | Array, *, delta: float) -> Array:
     promoted = promote(backend, x=x)
     (x,) = promoted.arrays
     tau = check_tau(backend, x, tau)
-    delta = check_positive(delta, "delta", limits=backend.xp.finfo(x.dtype))
+    delta = check_weight(backend, x, delta, "delta")
     with backend.ignore_overflow():
         shrunk = x / (1 + tau)
         # What lies beyond delta is the soft threshold of the shrunk x; it moves by tau * delta instead.
@@ -65,15 +65,17 @@ def prox_huber(x: Array, tau: float | Array, *, delta: float) -> Array:
 
 
 @isolated
-def norm_huber(x: Array, *, delta: float, axis: int | tuple[int, ...] | None = None) -> Array:
+def norm_huber(
+    x: Array, *, delta: float | Array, axis: int | tuple[int, ...] | None = None
+) -> Array:
     r"""Sum of Huber's function of the moduli, the function behind `prox_huber`; not a norm.
 
     Parameters
     ----------
     x : array
         Real or complex floating, any shape.
-    delta : float
-        Modulus at which the square turns into a straight line, greater than 0.
+    delta : float or 0-d array
+        Modulus at which the square turns into a straight line, greater than 0. An array may be traced or learned.
     axis : int, tuple of int or None
         Axes to sum over; None means all of them.
 
@@ -102,7 +104,7 @@ def norm_huber(x: Array, *, delta: float, axis: int | tuple[int, ...] | None = N
     """
     backend = resolve(x=x)
     (x,) = promote(backend, x=x).arrays
-    delta = check_positive(delta, "delta", limits=backend.xp.finfo(x.dtype))
+    delta = check_weight(backend, x, delta, "delta")
     axis = check_sum_axis(x, axis)
     with backend.ignore_overflow():
         modulus = backend.xp.abs(x)

@@ -2,7 +2,7 @@
 
 from slra._backends.ambient import isolated
 from slra._typing import Array
-from slra._validate import check_positive, check_sum_axis, check_tau, promote, resolve
+from slra._validate import check_sum_axis, check_tau, check_weight, promote, resolve
 
 __all__ = [
     "norm_elastic_net",
@@ -187,7 +187,7 @@ def norm_nonneg_l1(x: Array, *, axis: Axis = None) -> Array:
 
 
 @isolated
-def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
+def prox_elastic_net(x: Array, tau: float | Array, *, l2: float | Array) -> Array:
     r"""Shrink and scale: the proximal operator of ``tau * (||x||_1 + l2/2 * ||x||_2^2)``.
 
     Parameters
@@ -196,8 +196,8 @@ def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
         Real or complex floating, any shape.
     tau : float or array
         Step, 0 or more, infinity to keep an entry at zero; an array broadcasts to ``x``.
-    l2 : float
-        Weight of the square, 0 or more.
+    l2 : float or 0-d array
+        Weight of the square, 0 or more. An array may be traced or learned; it is checked where it can be looked at.
 
     Returns
     -------
@@ -230,7 +230,7 @@ def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
     promoted = promote(backend, keep_half=backend.takes_half, x=x)
     tau = check_tau(backend, promoted.arrays[0], tau, allow_inf=True)
     limits = backend.xp.finfo(promote(backend, x=x).arrays[0].dtype)
-    l2 = check_positive(l2, "l2", allow_zero=True, limits=limits)
+    l2 = check_weight(backend, x, l2, "l2", allow_zero=True)
     # Infinity times an l2 of 0 would be NaN; this is as large as any modulus.
     tau = (
         backend.at_most(tau, float(limits.max))
@@ -244,15 +244,15 @@ def prox_elastic_net(x: Array, tau: float | Array, *, l2: float) -> Array:
 
 
 @isolated
-def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:
+def norm_elastic_net(x: Array, *, l2: float | Array, axis: Axis = None) -> Array:
     r"""Sum of moduli and halved squares, the function behind `prox_elastic_net`.
 
     Parameters
     ----------
     x : array
         Real or complex floating, any shape.
-    l2 : float
-        Weight of the square, 0 or more.
+    l2 : float or 0-d array
+        Weight of the square, 0 or more. An array may be traced or learned; it is checked where it can be looked at.
     axis : int, tuple of int or None
         Axes to sum over; None means all of them.
 
@@ -281,10 +281,16 @@ def norm_elastic_net(x: Array, *, l2: float, axis: Axis = None) -> Array:
     """
     backend = resolve(x=x)
     (x,) = promote(backend, x=x).arrays
-    l2 = check_positive(l2, "l2", allow_zero=True, limits=backend.xp.finfo(x.dtype))
+    l2 = check_weight(backend, x, l2, "l2", allow_zero=True)
     axis = check_sum_axis(x, axis)
     with backend.ignore_overflow():
         modulus = backend.modulus(x)
         # Without a weight the square is nothing, even where it is infinite.
-        square = l2 / 2 * modulus * modulus if l2 else 0.0
+        if isinstance(l2, float):
+            square = l2 / 2 * modulus * modulus if l2 else 0.0
+        else:
+            xp = backend.xp
+            is_nothing = (l2 == 0) & ~xp.isfinite(modulus * modulus)
+            finite = xp.where(is_nothing, xp.zeros_like(modulus), modulus)
+            square = l2 / 2 * finite * finite
         return backend.total(modulus + square, axis)

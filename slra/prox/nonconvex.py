@@ -5,7 +5,7 @@ from typing import Any
 from slra._backends import Backend
 from slra._backends.ambient import isolated
 from slra._typing import Array
-from slra._validate import check_positive, check_sum_axis, check_tau, promote, resolve
+from slra._validate import check_sum_axis, check_tau, check_weight, promote, resolve
 
 __all__ = ["norm_mcp", "norm_scad", "prox_mcp", "prox_scad"]
 
@@ -13,7 +13,9 @@ Axis = int | tuple[int, ...] | None
 
 
 @isolated
-def prox_mcp(x: Array, tau: float | Array, *, l1: float = 1.0, gamma: float = 3.0) -> Array:
+def prox_mcp(
+    x: Array, tau: float | Array, *, l1: float | Array = 1.0, gamma: float | Array = 3.0
+) -> Array:
     r"""Proximal operator of ``tau`` times the minimax concave penalty (MCP).
 
     Parameters
@@ -22,10 +24,10 @@ def prox_mcp(x: Array, tau: float | Array, *, l1: float = 1.0, gamma: float = 3.
         Real or complex floating, any shape.
     tau : float or array
         Step, 0 or more; an array broadcasts to ``x``.
-    l1 : float
+    l1 : float or 0-d array
         Slope at 0, greater than 0.
-    gamma : float
-        The penalty is constant from ``gamma * l1`` on; greater than 1.
+    gamma : float or 0-d array
+        The penalty is constant from ``gamma * l1`` on; greater than 1. Arrays may be traced or learned.
 
     Returns
     -------
@@ -79,17 +81,19 @@ def prox_mcp(x: Array, tau: float | Array, *, l1: float = 1.0, gamma: float = 3.
 
 
 @isolated
-def norm_mcp(x: Array, *, l1: float = 1.0, gamma: float = 3.0, axis: Axis = None) -> Array:
+def norm_mcp(
+    x: Array, *, l1: float | Array = 1.0, gamma: float | Array = 3.0, axis: Axis = None
+) -> Array:
     r"""Sum of minimax concave penalties, the function behind `prox_mcp`; not a norm.
 
     Parameters
     ----------
     x : array
         Real or complex floating, any shape.
-    l1 : float
+    l1 : float or 0-d array
         Slope at 0, greater than 0.
-    gamma : float
-        The penalty is constant from ``gamma * l1`` on; greater than 1.
+    gamma : float or 0-d array
+        The penalty is constant from ``gamma * l1`` on; greater than 1. Arrays may be traced or learned.
     axis : int, tuple of int or None
         Axes to sum over; None means all of them.
 
@@ -125,7 +129,9 @@ def norm_mcp(x: Array, *, l1: float = 1.0, gamma: float = 3.0, axis: Axis = None
 
 
 @isolated
-def prox_scad(x: Array, tau: float | Array, *, l1: float = 1.0, gamma: float = 3.7) -> Array:
+def prox_scad(
+    x: Array, tau: float | Array, *, l1: float | Array = 1.0, gamma: float | Array = 3.7
+) -> Array:
     r"""Proximal operator of ``tau`` times the smoothly clipped absolute deviation (SCAD).
 
     Parameters
@@ -134,10 +140,10 @@ def prox_scad(x: Array, tau: float | Array, *, l1: float = 1.0, gamma: float = 3
         Real or complex floating, any shape.
     tau : float or array
         Step, 0 or more; an array broadcasts to ``x``.
-    l1 : float
+    l1 : float or 0-d array
         Slope up to ``l1``, greater than 0.
-    gamma : float
-        The penalty is constant from ``gamma * l1`` on; greater than 2.
+    gamma : float or 0-d array
+        The penalty is constant from ``gamma * l1`` on; greater than 2. Arrays may be traced or learned.
 
     Returns
     -------
@@ -189,17 +195,19 @@ def prox_scad(x: Array, tau: float | Array, *, l1: float = 1.0, gamma: float = 3
 
 
 @isolated
-def norm_scad(x: Array, *, l1: float = 1.0, gamma: float = 3.7, axis: Axis = None) -> Array:
+def norm_scad(
+    x: Array, *, l1: float | Array = 1.0, gamma: float | Array = 3.7, axis: Axis = None
+) -> Array:
     r"""Sum of smoothly clipped absolute deviations, the function behind `prox_scad`; not a norm.
 
     Parameters
     ----------
     x : array
         Real or complex floating, any shape.
-    l1 : float
+    l1 : float or 0-d array
         Slope up to ``l1``, greater than 0.
-    gamma : float
-        The penalty is constant from ``gamma * l1`` on; greater than 2.
+    gamma : float or 0-d array
+        The penalty is constant from ``gamma * l1`` on; greater than 2. Arrays may be traced or learned.
     axis : int, tuple of int or None
         Axes to sum over; None means all of them.
 
@@ -236,23 +244,21 @@ def norm_scad(x: Array, *, l1: float = 1.0, gamma: float = 3.7, axis: Axis = Non
         return backend.total(_scad(backend.modulus(x), l1, gamma, backend), axis)
 
 
-def _check_shape(
-    l1: Any, gamma: Any, least: float, backend: Backend, x: Array
-) -> tuple[float, float]:
-    limits = backend.xp.finfo(x.dtype)
-    l1 = check_positive(l1, "l1", limits=limits)
-    gamma = check_positive(gamma, "gamma", limits=limits)
-    if gamma <= least:
+def _check_shape(l1: Any, gamma: Any, least: float, backend: Backend, x: Array) -> tuple[Any, Any]:
+    l1 = check_weight(backend, x, l1, "l1")
+    gamma = check_weight(backend, x, gamma, "gamma")
+    can_look = isinstance(gamma, float) or backend.is_eager(gamma)
+    if can_look and float(gamma if isinstance(gamma, float) else backend.to_numpy(gamma)) <= least:
         raise ValueError(f"gamma must be greater than {least:g}, got {gamma!r}")
     return l1, gamma
 
 
-def _mcp(modulus: Array, l1: float, gamma: float, backend: Backend) -> Array:
+def _mcp(modulus: Array, l1: Any, gamma: Any, backend: Backend) -> Array:
     m = backend.at_most(modulus, gamma * l1)
     return m * (l1 - m / (2 * gamma))
 
 
-def _scad(modulus: Array, l1: float, gamma: float, backend: Backend) -> Array:
+def _scad(modulus: Array, l1: Any, gamma: Any, backend: Backend) -> Array:
     m = backend.at_most(modulus, gamma * l1)
     excess = backend.at_least(m - l1, 0.0)
     return l1 * m - excess * excess / (2 * (gamma - 1))

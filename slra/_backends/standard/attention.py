@@ -5,10 +5,8 @@ Shapes throughout: q (..., Nq, D), k (..., Nk, D), v (..., Nk, Dv), mask broadca
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from slra._typing import Array, CausalAlign, DType, Namespace
 
@@ -18,6 +16,7 @@ __all__ = [
     "SoftmaxState",
     "Tile",
     "TileBounds",
+    "Tiling",
     "broadcast_shapes",
     "capped",
     "combine_masks",
@@ -200,11 +199,20 @@ def scores_batch_shape(q: Array, k: Array, v: Array, mask: Array | None) -> tupl
     return broadcast_shapes(*shapes)
 
 
-def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """Broadcast; where all shapes are equal without NumPy, which takes longer than attention of a few queries."""
-    if len({*map(tuple, shapes)}) == 1:
-        return tuple(shapes[0])
-    return np.broadcast_shapes(*shapes)
+def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """Broadcast as NumPy does, which would make numbers of sizes that are symbols (torch.export) or traced."""
+    whole: list[int] = []
+    for axis in range(-max([len(shape) for shape in shapes]), 0):
+        size: int = 1
+        for shape in shapes:
+            n = shape[axis] if len(shape) >= -axis else 1
+            if n is size or n == 1:
+                continue
+            if size != 1 and n != size:
+                raise ValueError(f"shapes must broadcast, got {', '.join(map(str, shapes))}")
+            size = n
+        whole.append(size)
+    return tuple(whole)
 
 
 def capped(xp: Namespace, products: Array, softcap: Any) -> Array:
@@ -318,22 +326,22 @@ class Attention:
         dv = [xp.zeros_like(v[..., keys, :]) for keys in tiling.columns()]
         dq = []
         for rows in tiling.rows():
-            q_rows, grad_rows = q[..., rows, :] * options.scale, grad_out[..., rows, :]
+            q_rows, grad_rows = q[..., rows, :] * options.scale, self.tile_rows(grad_out, rows)
             dq_rows = xp.zeros_like(q_rows)
             for tile in tiling.row(rows):
                 i = tile.left // tiling.width
                 k_tile = k[..., tile.left : tile.right, :]
                 v_tile = v[..., tile.left : tile.right, :]
                 weights, grad_scores = self.tile_gradients(
-                    q_rows @ xp.matrix_transpose(k_tile),
-                    grad_rows @ xp.matrix_transpose(v_tile),
+                    self.matmul(q_rows, xp.matrix_transpose(k_tile)),
+                    self.matmul(grad_rows, xp.matrix_transpose(v_tile)),
                     tiling.bounds(mask, tile),
                     lse[..., rows, None],
                     delta[..., rows, None],
                 )
-                dq_rows = dq_rows + sum_to(grad_scores @ k_tile, q_rows.shape, xp)
-                dk[i] = dk[i] + sum_to(xp.matrix_transpose(grad_scores) @ q_rows, k_tile.shape, xp)
-                dv[i] = dv[i] + sum_to(xp.matrix_transpose(weights) @ grad_rows, v_tile.shape, xp)
+                dq_rows = dq_rows + sum_to(self.matmul(grad_scores, k_tile), q_rows.shape, xp)
+                dk[i] = dk[i] + self.sum_over_rows(grad_scores, q_rows, k_tile.shape)
+                dv[i] = dv[i] + self.sum_over_rows(weights, grad_rows, v_tile.shape)
             dq.append(dq_rows * options.scale)
         return xp.concat(dq, axis=-2), xp.concat(dk, axis=-2), xp.concat(dv, axis=-2)
 
@@ -359,8 +367,8 @@ class Attention:
             for tile in tiling.seen_row(rows):
                 k_tile, v_tile = (x[..., tile.left : tile.right, :] for x in (k, v))
                 bounds = tiling.bounds(mask, tile)
-                grad_weights = grad_rows @ xp.matrix_transpose(v_tile)
-                products = q_rows @ xp.matrix_transpose(k_tile)
+                grad_weights = self.matmul(grad_rows, xp.matrix_transpose(v_tile))
+                products = self.matmul(q_rows, xp.matrix_transpose(k_tile))
                 sums = lse[..., rows, None], delta[..., rows, None]
                 weights, _ = self.tile_gradients(products, grad_weights, bounds, *sums)
                 grad_scores = weights * (grad_weights - sums[1])
@@ -375,7 +383,7 @@ class Attention:
             math.prod(scores_batch_shape(q, k, v, mask)),
             (q.shape[-2], k.shape[-2]),
         )
-        height, width = self.tile_shape(n_matrices, q)
+        height, width = self.tile_shape(n_matrices, lengths, q)
         return Tiling(options.tile_height(height, *lengths), width, *lengths, options)
 
     def _attention_rows(
@@ -393,13 +401,29 @@ class Attention:
         state = SoftmaxState.empty(xp, shape, v.shape[-1], **like)
         for tile in tiling.seen_row(queries):
             keys = slice(tile.left, tile.right)
-            products = q @ xp.matrix_transpose(k[..., keys, :])
+            products = self.matmul(q, xp.matrix_transpose(k[..., keys, :]))
             scores = self.tile_scores(products, tiling.bounds(mask, tile))
             state = self.softmax_step(state, scores, v[..., keys, :])
-        return state.result(xp)
+        return self.softmax_result(state)
 
-    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
-        """Height and width of a tile of scores, which is held for ``n_matrices`` pairs of q and k at once."""
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Multiply operands that may be views: ``a @ b``."""
+        raise NotImplementedError
+
+    def tile_rows(self, x: Array, rows: slice) -> Array:
+        """Rows of ``x`` that are multiplied by one tile after the other."""
+        return x[..., rows, :]
+
+    def sum_over_rows(self, a: Array, b: Array, shape: tuple[int, ...]) -> Array:
+        """``a^T b``, summed to ``shape`` over the axes of the batch along which that was broadcast."""
+        xp = self.xp
+        return sum_to(self.matmul(xp.matrix_transpose(a), b), shape, xp)
+
+    def tile_shape(self, n_matrices: int, lengths: tuple[int, int], like: Array) -> tuple[int, int]:
+        """Height and width of a tile of scores, which is held for ``n_matrices`` pairs of q and k at once.
+
+        ``lengths`` are the numbers of queries and keys.
+        """
         # 2 MB in float32 for each, which stays in the second-level cache.
         return 512, 1024
 
@@ -410,6 +434,10 @@ class Attention:
     def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
         """Take one tile of scores, and the values that belong to it, into the online softmax."""
         return state.add(self.xp, scores, v, self.stop_gradient)
+
+    def softmax_result(self, state: SoftmaxState) -> tuple[Array, Array]:
+        """Return the output and the log-sum-exp; 0 and -inf for a row without keys."""
+        return state.result(self.xp)
 
     def tile_gradients(
         self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array

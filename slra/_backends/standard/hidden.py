@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from slra._backends.standard.attention import Attention, ScoreOptions, Tile, TileBounds
+from slra._backends.standard.attention import (
+    Attention,
+    ScoreOptions,
+    Tile,
+    TileBounds,
+    broadcast_shapes,
+)
 from slra._typing import Array
 
 __all__ = [
@@ -221,7 +227,7 @@ def marks(
     It is NaN where a query, or a key that it sees, is not finite; NaN or an infinity where a value is that it sees.
     """
     xp, width = backend.xp, v.shape[-1]
-    lead = np.broadcast_shapes(k.shape[:-2], v.shape[:-2])
+    lead = broadcast_shapes(k.shape[:-2], v.shape[:-2])
     any_key = xp.ones_like(k[..., :1], dtype=xp.bool)
     bad = ~xp.all(xp.isfinite(k), axis=-1, keepdims=True)
     kinds = [any_key, bad, xp.isnan(v), v == math.inf, v == -math.inf]
@@ -234,7 +240,7 @@ def marks(
     def where(here: Array, value: float, other: Array) -> Array:
         return xp.where(here, xp.full_like(other, value), other)
 
-    shape = np.broadcast_shapes(is_lost.shape, is_nan.shape[:-1])
+    shape = broadcast_shapes(is_lost.shape, is_nan.shape[:-1])
     like = {"dtype": v.dtype, "device": backend.creation_device(v)}
     mark = where(is_up, math.inf, xp.zeros((*shape, width), **like))
     mark = where(is_down, -math.inf, mark)
@@ -318,16 +324,24 @@ def _tiles(
 ) -> Iterator[tuple[Any, Array]]:
     """Go down a mask that has rows: those ``among``, (..., S, 1), with what they show, (..., S, Nk)."""
     xp = backend.xp
-    height = max(1, TILE_SIZE // max(1, math.prod(mask.shape[:-2]) * n_keys))
-    height = max(height, -(-n_queries // N_TILES))
     device, diagonal = backend.creation_device(mask), options.diagonal(n_queries, n_keys)
-    for top in range(0, n_queries, height):
-        bottom = min(top + height, n_queries)
+    for top, bottom in _heights(backend, mask, n_queries, n_keys):
         tile = Tile(top, bottom, 0, n_keys)
         seen = _shows(tile.of(mask), xp)
         within = TileBounds(None, options, tile, diagonal).seen(xp, device)
         seen = seen if within is None else seen & within
         yield None if among is None else among[..., top:bottom, None], seen
+
+
+def _heights(backend: Any, mask: Any, n_queries: int, n_keys: int) -> Iterator[tuple[int, int]]:
+    """Where tiles of a mask begin and end; there is one where nobody can say how many a symbol makes."""
+    if not backend.is_known(n_queries):
+        yield 0, n_queries
+        return
+    height = max(1, TILE_SIZE // max(1, math.prod(mask.shape[:-2]) * n_keys))
+    height = max(height, -(-n_queries // N_TILES))
+    for top in range(0, n_queries, height):
+        yield top, min(top + height, n_queries)
 
 
 def _shows(mask: Array, xp: Any) -> Array:
