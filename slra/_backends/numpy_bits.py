@@ -8,8 +8,8 @@ from slra._typing import Array, DType
 __all__ = ["pack_tiles", "unpack_blocks"]
 
 
-# Numbers that are unpacked at once: what is between stays in a second-level cache of 1 MB.
-BLOCKS_BYTES = 1 << 18
+# Numbers that are unpacked at once: what is between takes some MB.
+BLOCKS_BYTES = 1 << 21
 TILE = np.dtype(f"V{TOKENS}")
 
 
