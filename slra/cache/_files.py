@@ -28,8 +28,7 @@ POSITIONS = (
     *("filled", "headers", "widest", "used"),
     *Coded._fields,
 )
-# Of the bits asked for, what the description of a file may take at most, and what says how its chunks are coded: in a
-# cache of a few tokens the rest comes on top.
+# Of the bits asked for, what says how chunks are coded may take at most; of a few tokens the rest comes on top.
 MOST_OF_HEADERS = 0.1
 # How near to the bits asked for is near enough, of them.
 NEAR = 0.005
@@ -61,14 +60,11 @@ def _parked(contents: Contents, bits: Any) -> bytes:
             n_bytes += parked.k.nbytes, parked.v.nbytes
             # Such rows are nowhere but in files.
             segments.append(segment._replace(maps=maps, rows=cast(Any, parked)))
-        content = _content(contents._replace(segments=tuple(segments)))
         took = 8 * n_bytes / numbers
-        description = 8 * int.from_bytes(content[:8], "little") / np.sum(numbers)
-        left = asked - np.minimum(description, MOST_OF_HEADERS * asked)
-        if np.all((np.abs(took - left) < NEAR * asked) | (is_finest & (took < left))):
+        if np.all((np.abs(took - asked) < NEAR * asked) | (is_finest & (took < asked))):
             break
-        target = np.maximum(target - (took - left), (1 - 2 * MOST_OF_HEADERS) * asked)
-    return content
+        target = np.maximum(target - (took - asked), (1 - MOST_OF_HEADERS) * asked)
+    return _content(contents._replace(segments=tuple(segments)))
 
 
 def _content(contents: Contents) -> bytes:

@@ -517,8 +517,9 @@ class KVCache:
             Park a cache that has bits: 0.5 to 10 bits a number of the keys and values, a pair for keys and for values,
             under an entropy code (needs the package constriction: ``pip install "slra[codec]"``). Coordinates are
             rounded once more, by one step for each head that is no finer than that of the cache: where there are bits
-            enough, what was rounded before stays as it is. Counted is all but maps and exact tokens, as long as headers
-            are a tenth of it at most. What is loaded is a cache in bits as any other, this one is as it was.
+            enough, what was rounded before stays as it is. Counted is the code with all that says how it is to be
+            read, where that is a tenth at most; not maps, exact tokens, and some 2.5 KB that describe the file. What is
+            loaded is a cache in bits as any other, this one is as it was.
 
         Raises
         ------
