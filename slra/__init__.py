@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from slra import objective, prox
+from slra._backends import register_backend
 from slra.attn import (
     AttentionBasis,
     FoldedProjections,
@@ -75,6 +76,7 @@ __all__ = [
     "proximal_gradient",
     "randomized_eigh",
     "randomized_svd",
+    "register_backend",
     "robust_pca",
     "soft_threshold",
     "sparse_low_rank",

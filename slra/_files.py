@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
 from typing import IO, Any, TypeAlias
@@ -25,6 +25,7 @@ __all__ = [
     "npz",
     "opened",
     "read_safetensors",
+    "safetensors_content",
     "safetensors_metadata",
     "write_file",
     "write_safetensors",
@@ -149,10 +150,16 @@ def _safetensors() -> Any:
 
 def write_safetensors(target: File, arrays: Arrays, metadata: dict[str, str]) -> None:
     """Write arrays and metadata, and a checksum of both."""
+    write_file(target, safetensors_content(arrays, metadata))
+
+
+def safetensors_content(arrays: Arrays, metadata: dict[str, str]) -> bytes:
+    """Return what `write_safetensors` writes."""
     library = _safetensors()
     arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
     metadata = metadata | {"checksum": checksum(arrays, metadata)}
-    write_file(target, library.save(arrays, metadata))
+    content: bytes = library.save(arrays, metadata)
+    return content
 
 
 def checksum(arrays: Arrays, metadata: Mapping[str, str]) -> str:
@@ -165,8 +172,12 @@ def checksum(arrays: Arrays, metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def read_safetensors(source: File, written_as: str) -> tuple[Arrays, dict[str, str]]:
+def read_safetensors(
+    source: File, written_as: str, damage: Callable[[Arrays], str] = lambda arrays: ""
+) -> tuple[Arrays, dict[str, str]]:
     """Read what `write_safetensors` wrote with this ``format`` in the metadata.
+
+    ``damage`` may say more of arrays whose checksum is wrong.
 
     Raises
     ------
@@ -185,7 +196,7 @@ def read_safetensors(source: File, written_as: str) -> tuple[Arrays, dict[str, s
         arrays: Arrays = library.load(content)
         del content
         if metadata.get("checksum") != checksum(arrays, metadata):
-            raise ValueError("its checksum is not that of its content")
+            raise ValueError(f"its checksum is not that of its content{damage(arrays)}")
     except Exception as error:  # of three parsers, none of which says what it may raise
         raise ValueError(str(error)) from error
     return arrays, metadata

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from slra._backends import Backend, backend_of, backend_while_compiling
+from slra._backends import Backend, backend_for, known_backend
+from slra._backends.lacking import title
 from slra._typing import Array, DType
 
 __all__ = [
@@ -87,7 +88,7 @@ def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Arr
         if (other := _backend(x, name)).xp is not backend.xp:
             raise TypeError(
                 f"{first} and {name} must come from one array library, "
-                f"got {_title(backend.xp)} and {_title(other.xp)}"
+                f"got {title(backend.xp)} and {title(other.xp)}"
             )
     if others:
         _check_one_device(backend, given)
@@ -113,25 +114,21 @@ def _check_one_device(backend: Backend, given: Mapping[str, Array]) -> None:
 
 
 def _backend(x: Array, name: str) -> Backend:
-    if (known := backend_while_compiling(x)) is not None:
+    if (known := known_backend(x)) is not None:
         return known
     if not is_array(x):
         raise TypeError(
             f"{name} must be an array of a library that follows the array API standard, "
             f"got {type(x).__name__}"
         )
-    return backend_of(compat.array_namespace(x))
+    return backend_for(x)
 
 
 def is_array(value: Any) -> bool:
     """Whether a value is an array of some library, and not a number of NumPy's."""
-    if backend_while_compiling(value) is not None:
+    if known_backend(value) is not None:
         return True
     return not isinstance(value, np.generic) and bool(compat.is_array_api_obj(value))
-
-
-def _title(xp: Any) -> str:
-    return str(xp.__name__).removeprefix("array_api_compat.")
 
 
 def _device_title(device: Any) -> str:
@@ -263,7 +260,7 @@ def check_product(
     ``factors`` are what the operator says that it is like, and what it was given.
     """
     if resolve(**{name: product}).xp is not backend.xp:
-        raise TypeError(f"{name} must return an array of {_title(backend.xp)}, as x.like is")
+        raise TypeError(f"{name} must return an array of {title(backend.xp)}, as x.like is")
     if tuple(product.shape) != shape:
         raise ValueError(
             f"{name} must return an array of shape {shape}, got {tuple(product.shape)}"
@@ -393,7 +390,7 @@ def check_scalar(backend: Backend, value: Any, name: str) -> Any:
     if not is_array(value):
         return _real(value, name, "number or array")
     if resolve(**{name: value}).xp is not backend.xp:
-        raise TypeError(f"{name} must come from {_title(backend.xp)}, as the other arrays do")
+        raise TypeError(f"{name} must come from {title(backend.xp)}, as the other arrays do")
     _check_floating(backend, value, name, allow_complex=False)
     if value.ndim:
         raise ValueError(f"{name} must have no dimensions, got shape {tuple(value.shape)}")
@@ -669,12 +666,15 @@ def check_tau(
             tau, name, allow_zero=True, limits=backend.xp.finfo(_computed_in(backend, x))
         )
     given, tau = tau, check_bound(backend, x, tau, name, axes=axes)
-    if backend.is_eager(tau):
+    if backend.is_eager(tau) and 0 not in tau.shape:
         xp = backend.xp
-        is_right = (tau >= 0) & xp.isfinite(tau)
-        if allow_inf:  # but not a number that has become infinite in the dtype of x
-            is_right = is_right | (xp.isinf(given) & (given > 0))
-        if not bool(xp.all(is_right)):
+        # Of NaN the smallest is NaN, and no number reaches that.
+        is_right = xp.min(tau) >= 0
+        if not allow_inf:
+            is_right = is_right & (xp.max(tau) < math.inf)
+        elif given.dtype != tau.dtype:  # and a number has become infinite in the dtype of x
+            is_right = is_right & xp.all(xp.isfinite(tau) | (given == math.inf))
+        if not bool(is_right):
             kind = (
                 "0 or more, finite in the dtype of x or infinite,"
                 if allow_inf

@@ -28,6 +28,7 @@ MODULES = (slra, slra.prox, slra.objective)
 # Classes whose method stands for what they do.
 CLASSES = (slra.AttentionBasis, slra.KVCache)
 METHOD = "attend"
+WITHOUT_ARRAYS = ("slra.prox.calculus", "slra._backends.registered")
 COLUMNS = {
     "NumPy": ("numpy", "numpy-readonly"),
     "CuPy, on a host": ("cupy-on-host",),
@@ -49,8 +50,8 @@ def functions() -> dict[FunctionType, list[str]]:
     for module in MODULES:
         for name in module.__all__:
             function = getattr(module, name)
-            # The calculus of operators takes and returns functions.
-            takes_arrays = getattr(function, "__module__", "") != "slra.prox.calculus"
+            # The calculus of operators takes and returns functions, and registration a class.
+            takes_arrays = getattr(function, "__module__", "") not in WITHOUT_ARRAYS
             if isinstance(function, FunctionType) and takes_arrays:
                 found[function].append(f"{module.__name__}.{name}".removeprefix("slra."))
     return found

@@ -82,6 +82,58 @@ def test_topk_attends_to_the_keys_with_the_largest_low_rank_scores(xp, options):
     np.testing.assert_allclose(to_numpy(out), expected, atol=TOL)
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["plain", "causal"])
+def test_quest_attends_to_the_pages_with_the_largest_bounds(xp, options):
+    q, k, v = data(heads=4)
+    out = slra.baselines.quest(
+        *(to_xp(xp, x) for x in (q, k, v)), 2, page_size=6, enable_gqa=True, **options
+    )
+    k_all, v_all = (np.repeat(x, 2, axis=0) for x in (k, v))
+    seen = np.tri(20, dtype=bool) if options else np.ones((20, 20), bool)
+    pages = [slice(i, i + 6) for i in range(0, 20, 6)]
+    # No product with a key of the page is larger.
+    bounds = np.stack(
+        [
+            np.maximum(q * k_all[:, p].min(1)[:, None], q * k_all[:, p].max(1)[:, None]).sum(-1)
+            for p in pages
+        ],
+        axis=-1,
+    )
+    bounds = np.where([[row[p].any() for p in pages] for row in seen], bounds, -np.inf)
+    place = np.argsort(np.argsort(-bounds, axis=-1), axis=-1)
+    mask = np.repeat(place < 2, 6, axis=-1)[..., :20] & seen
+    expected, _ = naive_attention(q, k_all, v_all, mask=mask)
+    np.testing.assert_allclose(to_numpy(out), expected, atol=TOL)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["plain", "causal"])
+def test_sparq_puts_the_mean_value_for_keys_that_are_not_chosen(xp, options):
+    q, k, v = data(heads=4)
+    out = slra.baselines.sparq(*(to_xp(xp, x) for x in (q, k, v)), 2, 6, enable_gqa=True, **options)
+    k_all, v_all = (np.repeat(x, 2, axis=0) for x in (k, v))
+    seen = np.tri(20, dtype=bool) if options else np.ones((20, 20), bool)
+    few = q * (np.argsort(np.argsort(-abs(q), axis=-1), axis=-1) < 2)
+    temperature = np.sqrt(4 * abs(few).sum(-1, keepdims=True) / abs(q).sum(-1, keepdims=True))
+    weights = softmax(np.where(seen, few @ k_all.swapaxes(1, 2) / temperature, -np.inf))
+    chosen = (np.argsort(np.argsort(-weights, axis=-1), axis=-1) < 6) & seen
+    share = (weights * chosen).sum(-1, keepdims=True)
+    best, _ = naive_attention(q, k_all, v_all, mask=chosen)
+    mean = seen / seen.sum(-1, keepdims=True) @ v_all
+    np.testing.assert_allclose(to_numpy(out), share * best + (1 - share) * mean, atol=TOL)
+
+
+def test_streaming_attends_to_sinks_and_a_window(xp):
+    q, k, v = data(heads=4)
+    mask = np.random.default_rng(0).random((20, 20)) < 0.8
+    out = slra.baselines.streaming(
+        *(to_xp(xp, x) for x in (q, k, v)), 2, 5, mask=to_xp(xp, mask), enable_gqa=True
+    )
+    ahead = np.arange(20) - np.arange(20)[:, None]
+    seen = (ahead <= 0) & ((ahead > -5) | (np.arange(20) < 2))
+    expected, _ = naive_attention(q, k, v, mask=mask & seen, enable_gqa=True)
+    np.testing.assert_allclose(to_numpy(out), expected, atol=TOL)
+
+
 def rounded(x, bits, step, axis):
     """The formula, group by group."""
     out = x.copy()
@@ -143,6 +195,9 @@ def test_random_features_are_unbiased():
         ("linformer", (2,), {"return_lse": True}, TypeError, "'return_lse'"),
         ("topk", (2,), {}, TypeError, "'n_keys'"),
         ("topk", (2, 21), {}, ValueError, r"n_keys must be between 1 and 20 \(Nk\), got 21"),
+        ("quest", (3,), {"page_size": 10}, ValueError, "n_pages must be between 1 and 2"),
+        ("sparq", (5, 6), {}, ValueError, r"rank must be between 1 and 4 \(D\), got 5"),
+        ("streaming", (4, 0), {}, ValueError, r"window must be between 1 and 20 \(Nk\), got 0"),
         ("nystrom", (21,), {}, ValueError, r"between 1 and 20 \(min of Nq and Nk\), got 21"),
         ("linformer", (0,), {}, ValueError, "n_combinations must be between 1 and 20"),
         ("kivi", (0,), {}, ValueError, "bits must be between 1 and 16"),

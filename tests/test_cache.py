@@ -1,8 +1,12 @@
 """The cache against attention on whole matrices of what it stands for, in double precision."""
 
+import dataclasses
 import doctest
 import functools
 import gc
+import io
+import sys
+from importlib.util import find_spec
 
 import array_api_compat as compat
 import numpy as np
@@ -13,9 +17,10 @@ from hypothesis import strategies as st
 import slra
 from slra._backends import backend_of
 from slra._backends.standard.rows import runs
+from slra.cache import _chosen, _layout
 from slra.cache import kv_cache as module
 from tests.backends import structure_to_xp, to_numpy, to_xp
-from tests.naive_attention import decaying, naive_attention
+from tests.naive_attention import SINKS, SLOPES, decaying, naive_attention
 
 
 # JAX compiles every operation anew for every shape: there, only the cases that take another path than elsewhere.
@@ -186,6 +191,16 @@ def test_query_heads_may_have_maps_of_their_own(method):
     np.testing.assert_allclose(cache.attend(q[:, -2:]), right, atol=1e-12)
 
 
+# Choices by which all keys are read in all coordinates.
+ALL_KEYS = [
+    {},
+    {"top_p": 1.0},
+    {"top_p": 1.0, "n_top": 64, "rank_index": 5},
+    {"n_top": 64, "rank_index": 1},
+    {"n_top": 0, "rank_index": D},
+]
+
+
 @st.composite
 def histories(draw):
     """Options of a cache, sizes of the blocks appended, how many tokens of each a sequence has, and what is asked."""
@@ -207,8 +222,11 @@ def histories(draw):
         "rotary": draw(st.sampled_from([None, None, FREQUENCIES])),
         "capacity": draw(st.sampled_from([None, 64])),
     }
+    if not options["n_sparse"] and options["rotary"] is None:
+        options |= draw(st.sampled_from(ALL_KEYS))
     ragged = draw(st.booleans()) and batch != ()
     asked = {"mask": draw(st.sampled_from([None, bool, float])), "is_causal": draw(st.booleans())}
+    asked["window"] = draw(st.sampled_from([None, None, (4, 0), (7, None)]))
     return batch, sizes, used if ragged else None, options, asked, draw(st.integers(0, 99))
 
 
@@ -243,6 +261,7 @@ def test_at_full_rank_it_is_exact_whatever_was_appended(history, method):
         q[..., start - n_last :, :],
         mask=mask,
         is_causal=asked["is_causal"],
+        window=asked["window"],
         lengths=counts,
         return_lse=True,
     )
@@ -259,22 +278,21 @@ def test_at_full_rank_it_is_exact_whatever_was_appended(history, method):
         np.testing.assert_array_equal(out[at][:, mine[-1] :], 0)
         if mine[-1] == 0:
             continue
-        right, right_lse = _exactly(*here, mine[-1], options, part, asked["is_causal"])
+        right, right_lse = _exactly(*here, mine[-1], options, **{**asked, "mask": part})
         np.testing.assert_allclose(out[at][:, : mine[-1]], right, atol=1e-6)
         np.testing.assert_allclose(lse[at][:, : mine[-1]], right_lse, atol=1e-6)
 
 
-def _exactly(q, k, v, n_queries, options, mask, is_causal):
+def _exactly(q, k, v, n_queries, options, **asked):
     if options["rotary"]:
         q, k = rotated(q), rotated(k)
     return naive_attention(
         q[:, q.shape[1] - n_queries :],
         k,
         v,
-        mask=mask,
-        is_causal=is_causal,
         softcap=options["softcap"],
         enable_gqa=True,
+        **asked,
     )
 
 
@@ -466,6 +484,133 @@ def test_with_a_capacity_memory_stays(xp):
         cache.append(to_xp(xp, k[:, :1]), to_xp(xp, v[:, :1]))
 
 
+# A few keys in full
+
+
+def read_in_part(q, k, v, basis, how, **asked):
+    """Output, log-sum-exp and what is left, of the last queries of one sequence, each key chosen or not in a table."""
+    shared, n = HQ // HK, k.shape[-2]
+    parts = [how.get(name, 0) for name in ("window", "n_sink")]
+    index = how.get("rank_index", D // 4)
+    low = [stood_for(k, v, cut(basis, r), *parts, 0) for r in (index, max(D, DV))]
+    (low_k, low_v), (all_k, all_v) = low
+    asked |= {"is_causal": True, "scale": how.get("scale"), "softcap": how.get("softcap")}
+    eye = np.broadcast_to(np.eye(n), (HQ, n, n))
+    place = np.arange(n)
+    is_exact = (place < parts[1]) | (place >= n - parts[0])
+    mass = naive_attention(q, low_k, eye, **asked)[0].reshape(HK, shared, -1, n).sum(1)
+    mass = np.where(is_exact, 0, mass)
+    order = np.argsort(-mass, axis=-1, kind="stable")
+    ranked = np.take_along_axis(mass, order, axis=-1)
+    before = np.cumsum(ranked, axis=-1) - ranked
+    needed = mass.sum(-1, keepdims=True) - before > (1 - how.get("top_p", 2)) * shared
+    needed &= place < np.broadcast_to(how.get("n_top", n), HK)[:, None, None]
+    is_chosen = np.take_along_axis(needed, np.argsort(order, axis=-1), axis=-1)
+    is_chosen = np.repeat(is_chosen, shared, axis=0)[..., None]
+    rows = []
+    for i in range(q.shape[-2]):
+        keys, values = (
+            np.where(is_chosen[:, i], a, b) for a, b in ((all_k, low_k), (all_v, low_v))
+        )
+        out, lse = naive_attention(q, keys, values, **asked)
+        weights, _ = naive_attention(q, keys, eye, **asked)
+        is_left = ~(is_chosen[:, i, :, 0] | is_exact)
+        rows.append((out[:, i], lse[:, i], np.sum(weights[:, i] * is_left, axis=-1)))
+    return [np.stack(x, axis=1) for x in zip(*rows, strict=True)]
+
+
+def cut(basis, rank):
+    """The basis with no more than so many coordinates."""
+    parts = {"wq": basis.wq[..., :rank], "wk": basis.wk[..., :rank]}
+    parts |= {"wv": basis.wv[..., :rank], "uv": basis.uv[..., :rank, :]}
+    return dataclasses.replace(basis, **parts)
+
+
+CHOICES = {
+    "number": {"n_top": 5},
+    "number, window and sinks": {"n_top": 4, "window": 5, "n_sink": 2},
+    "mass, softcap": {"top_p": 0.8, "softcap": 2.0, "scale": 0.5},
+    "both": {"n_top": 6, "top_p": 0.6, "n_sink": 1, "rank_index": 5},
+    "none": {"n_top": 0, "rank_index": 1, "window": 3},
+    "by head": {"n_top": (3, 40), "n_sink": 1},
+}
+
+
+@EAGER
+@pytest.mark.parametrize("case", list(CHOICES))
+def test_each_query_reads_a_few_keys_in_full(xp, case):
+    skip_most_on_jax(xp, case, kept="both")
+    q, k, v = tokens()
+    basis = basis_of((6, 5))
+    cache = slra.KVCache(moved(basis, xp), **CHOICES[case])
+    cache = appended(cache, to_xp(xp, k), to_xp(xp, v), [20, 1, 0, 9, 10])
+    for asked in ({}, {"window": (20, 0), "sinks": SINKS, "alibi": SLOPES}):
+        given = structure_to_xp(xp, asked)
+        found = cache.attend(to_xp(xp, q[:, -3:]), return_lse=True, return_rest=True, **given)
+        right = read_in_part(q[:, -3:], k, v, basis, CHOICES[case], **asked)
+        for one, other in zip(found, right, strict=True):
+            np.testing.assert_allclose(to_numpy(one), other, rtol=0, atol=1e-12)
+
+
+def test_what_a_query_chooses_does_not_depend_on_the_others(monkeypatch, tmp_path):
+    """Nor on how many are computed at once; and a cache that was written, cropped or selected from chooses the same."""
+    q, k, v = tokens(batch=(2,))
+    basis, options = basis_of((6, 5)), {"n_top": 9, "top_p": 0.9, "window": 3, "n_sink": 1}
+    cache = slra.KVCache(basis, batch=(2,), **options)
+    cache = cache.append(k, v, lengths=np.asarray([40, 31]))
+    asked = {"return_lse": True, "return_rest": True}
+    whole = cache.attend(q[..., -6:, :], lengths=np.asarray([6, 4]), **asked)
+    for b, (n, m) in enumerate([(40, 6), (31, 4)]):
+        here = [x[b, :, :n] for x in (k, v)]
+        right = read_in_part(q[b, :, -6:][:, :m], *here, basis, options)
+        for one, other in zip(whole, right, strict=True):
+            np.testing.assert_allclose(one[b, :, :m], other, rtol=0, atol=1e-12)
+            assert not np.any(one[b, :, m:]) or np.all(np.isneginf(one[b, :, m:]))
+    cache.save(tmp_path / "cache")
+    monkeypatch.setattr(_chosen, "MOST_NUMBERS", 1 << 8)
+    for other in (cache, slra.KVCache.load(tmp_path / "cache"), cache.select([0, 1])):
+        found = other.attend(q[..., -6:, :], lengths=np.asarray([6, 4]), **asked)
+        for one, right in zip(found, whole, strict=True):
+            np.testing.assert_allclose(one, right, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="return_rest must be False in a cache without n_top"):
+        slra.KVCache(basis).append(k[0], v[0]).attend(q[0], return_rest=True)
+
+
+def test_heads_get_as_few_keys_as_keep_to_rtol(monkeypatch):
+    """Checked on steps that the fit has not seen: at fewer keys each head errs more, and one that misleads is exact."""
+    q, k, v = tokens(200)
+    # The second head attends to many keys, whose coordinates all count alike.
+    rng = np.random.default_rng(0)
+    q[HQ // HK :], k[1:], v[1:] = (rng.standard_normal(x.shape) for x in (q[2:], k[1:], v[1:]))
+    made = []
+    init = slra.KVCache.__init__
+    monkeypatch.setattr(
+        slra.KVCache,
+        "__init__",
+        lambda self, *args, **more: made.append((args, more)) or init(self, *args, **more),
+    )
+    cache = slra.KVCache.from_prefix(q, k, v, rtol=0.2, n_top="auto", n_sink=2)
+    assert np.all(cache.error <= 0.2)
+    layout = cache._contents.layout
+    assert layout.n_top[0] < 100
+    assert layout.n_top[1] == _layout.ALL
+    (early,), _ = made[0]
+    fitted = slra.fit_attention(
+        q[:, :100], k[:, :100], v[:, :100], (D, DV), is_causal=True, enable_gqa=True
+    )
+    np.testing.assert_allclose(early.wk, fitted.wk)
+    last = cache.attend(q[:, -1:])
+    exact, _ = naive_attention(q[:, -1:], k, v, enable_gqa=True)
+    np.testing.assert_allclose(last[2:], exact[2:], rtol=0, atol=1e-10)
+    for options in ({"n_top": "auto"}, {"n_top": "auto", "rtol": 0.1, "top_p": 0.5}):
+        with pytest.raises(ValueError, match='n_top="auto" must come with rtol'):
+            slra.KVCache.from_prefix(q, k, v, **options)
+    with pytest.raises(ValueError, match="rtol must be None with top_p or n_top"):
+        slra.KVCache.from_prefix(q, k, v, rtol=0.1, n_top=4)
+    whole = slra.KVCache.from_prefix(q, k, v, n_top=200)
+    np.testing.assert_allclose(whole.attend(q[:, -1:]), exact, rtol=0, atol=1e-10)
+
+
 # JAX: one structure, compiled once
 
 
@@ -526,6 +671,28 @@ def test_under_jit_sequences_differ_in_length_and_an_overflow_shows():
     out = cache.append(*last, lengths=np.asarray([1, 0])).attend(jnp.asarray(q[..., :1, :]))
     assert np.all(np.isnan(out[0]))
     assert not np.any(np.isnan(out[1]))
+
+
+def test_under_jit_queries_choose():
+    jax = pytest.importorskip("jax")
+    q, k, v = tokens(20, batch=(2,))
+    options = {"n_top": 4, "top_p": 0.7, "window": 2, "batch": (2,)}
+    lengths = np.asarray([20, 13])
+    cache = slra.KVCache(moved(basis_of((6, 5)), jax.numpy), capacity=22, **options)
+    host = slra.KVCache(basis_of((6, 5)), **options).append(k, v, lengths=lengths)
+
+    @jax.jit
+    def step(cache, q, k, v, lengths):
+        cache = cache.append(k, v, lengths=lengths)
+        return cache.attend(q, lengths=lengths, return_lse=True, return_rest=True)
+
+    found = step(cache, *(jax.numpy.asarray(x) for x in (q, k, v, lengths)))
+    for one, right in zip(
+        found, host.attend(q, lengths=lengths, return_lse=True, return_rest=True), strict=True
+    ):
+        np.testing.assert_allclose(one, right, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="n_top must be given besides top_p"):
+        slra.KVCache(moved(basis_of((6, 5)), jax.numpy), capacity=22, top_p=0.7)
 
 
 def test_a_cache_that_grows_does_not_pass_through_jit():
@@ -764,6 +931,228 @@ def test_a_tampered_file_of_bits_is_one_clear_error(change, tmp_path):
         slra.KVCache.load(path)
 
 
+# Parked
+
+
+@pytest.fixture
+def codec():
+    pytest.importorskip("safetensors")
+    return pytest.importorskip("constriction")
+
+
+def parked(cache, bits, like=None):
+    """The cache that comes back from a file, and the file."""
+    file = io.BytesIO()
+    cache.save(file, bits=bits)
+    return slra.KVCache.load(io.BytesIO(file.getvalue()), like=like), file.getvalue()
+
+
+def coded_integers(cache):
+    """Of the one sequence of a cache whose tokens have all been rounded: keys and values, (H, n, d)."""
+    rows = cache._contents.segments[0].rows
+    return [to_numpy(x)[0] for x in rows.coordinates(slice(0, int(rows.filled[0])), np.float64)]
+
+
+@EAGER
+@pytest.mark.parametrize("case", list(BITS))
+def test_a_parked_cache_is_attention_to_what_it_stands_for(xp, case, codec):
+    skip_most_on_jax(xp, case, None)
+    options = BITS[case]
+    q, k, v = tokens(70)
+    like = to_xp(xp, q)
+    cache = slra.KVCache(moved(basis_of((4, 3)), xp), bits=(6, 7), **options)
+    cache = appended(cache, to_xp(xp, k[:, :69]), to_xp(xp, v[:, :69]), [20, 1, 48])
+    before = [to_numpy(x) for x in cache.decode()]
+    back, _ = parked(cache, (3, 4), like)
+    for one, other in zip(cache.decode(), before, strict=True):
+        np.testing.assert_array_equal(to_numpy(one), other)
+    back = back.append(to_xp(xp, k[:, 69:]), to_xp(xp, v[:, 69:]))
+    assert back.bits < cache.bits - 1
+    low_k, low_v = (to_numpy(x) for x in back.decode())
+    for low, right, bound in zip((low_k, low_v), (k, v), back.error_bound, strict=True):
+        error = np.linalg.norm(low - right, axis=-1)
+        assert np.all(error <= to_numpy(bound)[:, None])
+        assert np.max(error) > 0.1 * np.max(to_numpy(bound))
+    given = {name: x for name, x in options.items() if name in ("softcap", "scale")}
+    rows = q[:, -9:]
+    if "rotary" in options:
+        rows, low_k = rotated(q)[:, -9:], rotated(low_k)
+    right, _ = naive_attention(rows, low_k, low_v, is_causal=True, enable_gqa=True, **given)
+    out = back.attend(to_xp(xp, q[:, -9:]))
+    np.testing.assert_allclose(to_numpy(out), right, atol=1e-11)
+
+
+def test_what_was_rounded_before_is_parked_without_loss(codec):
+    """Sequences of unlike lengths, one of them of more than a chunk, numbers that are no integers, and another time."""
+    q, k, v = tokens(1200, batch=(3,))
+    basis = slra.fit_attention(
+        q[..., :60, :], k[..., :60, :], v[..., :60, :], 3, pool_batch=True, enable_gqa=True
+    )
+    k[0, 0, 700, 3], v[2, 1, 5, 2], k[0, 1, 40] = np.nan, np.inf, 1e12
+    cache = slra.KVCache(basis, batch=(3,), bits=3)
+    cache = cache.append(k, v, lengths=np.asarray([1200, 0, 48]))
+    back, _ = parked(cache, 10)
+    for one, other in zip(back.decode(), cache.decode(), strict=True):
+        # Beside numbers that are no integers the other ones of a block were exact.
+        one, other = (
+            np.delete(x, [*range(32, 48), *range(688, 704)], axis=-2) for x in (one, other)
+        )
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[2, :, 16:], other[2, :, 16:])
+    for one, other in zip(back.error_bound, cache.error_bound, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert back.bits == cache.bits
+    again, _ = parked(back, 10)
+    for one, other in zip(again.decode(), back.decode(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    few, _ = parked(cache, 1)
+    for one, came, bound in zip(few.decode(), (k, v), few.error_bound, strict=True):
+        error = np.linalg.norm(one[0] - came[0], axis=-1)
+        assert np.all(np.isnan(error) | (error <= bound[0][:, None]))
+        assert np.sum(np.isnan(error)) == np.sum(~np.isfinite(came[0]))
+    empty, _ = parked(slra.KVCache(basis, batch=(3,), bits=3), 2)
+    assert not empty.lengths.any()
+
+
+@pytest.mark.parametrize("bits", [1.5, 2.2, 4])
+def test_a_file_takes_the_bits_asked_for_and_hardly_more_than_the_entropy(bits, codec):
+    n, d = 1500, 32
+    q, k, v = decaying(0, heads=HQ, heads_k=HK, n_q=n, n_k=n, d=d, d_v=d, batch=(), dtype="float32")
+    basis = slra.fit_attention(q[:, :400], k[:, :400], v[:, :400], 3, enable_gqa=True)
+    cache = slra.KVCache(basis, bits=9, window=8).append(k, v)
+    back, content = parked(cache, bits)
+    numbers = HK * n * 2 * d
+    rows, exact = back._contents.segments[0], back._contents.exact
+    apart = sum(x.nbytes for x in (*rows.maps[:-1], exact.k, exact.v))
+    description = int.from_bytes(content[:8], "little")
+    took = (len(content) - apart) * 8 / numbers
+    # The description is more than a tenth of few bits, and then on top.
+    assert took - 8 * description / numbers <= bits * 1.01
+    assert bits * 0.99 <= took <= bits * 1.01 or bits < 3
+    entropy = 0
+    for x in coded_integers(back):
+        for column in np.swapaxes(x, 1, 2).reshape(-1, n):
+            _, counts = np.unique(column, return_counts=True)
+            entropy -= np.sum(counts * np.log2(counts / n))
+    # Of many bits a histogram of 1500 is no measure.
+    assert (len(content) - apart - description) * 8 <= 1.03 * entropy or bits > 3
+    # Of a few tokens the description would be more than all the rest: it comes on top.
+    few, content = parked(slra.KVCache(basis, bits=9).append(k[:, :48], v[:, :48]), bits)
+    assert np.abs(coded_integers(few)[0]).max() >= 1
+
+
+def test_numbers_far_from_the_fit_are_coded_too(codec):
+    """A mean that is many deviations off, an outlier, coordinates of one value: models fit them, or say how much."""
+    q, k, v = tokens(60, seed=9)
+    rng = np.random.default_rng(0)
+    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True)
+    k, v = rng.standard_normal((HK, 600, D)) * 0.01 + 5, np.ones((HK, 600, DV))
+    k[:, 0] = 1e4
+    cache = slra.KVCache(basis, bits=8).append(k, v)
+    back, _ = parked(cache, 8)
+    for one, came, bound in zip(back.decode(), (k, v), back.error_bound, strict=True):
+        assert np.all(np.linalg.norm(one - came, axis=-1) <= bound[:, None])
+
+
+def _of_chunks(field, change):
+    return lambda named: change(named[f"segments.0.rows.{field}"])
+
+
+def _replaced(field, change):
+    name = f"segments.0.rows.{field}"
+    return lambda named: named.update({name: np.ascontiguousarray(change(named[name]))})
+
+
+NO_CHUNKS = {
+    "filled": _of_chunks("filled", lambda x: x.__iadd__(1000)),
+    "2^60 tokens": _of_chunks("filled", lambda x: x.__iadd__(2**60)),
+    "negative": _of_chunks("filled", lambda x: x.__imul__(-1)),
+    "lengths": lambda named: named.update(lengths=named["lengths"] + 16),
+    "fewer words": _replaced("k.words", lambda x: x[:-1]),
+    "another word": _of_chunks("v.words", lambda x: x[:1].__ixor__(1)),
+    "a word of zero": _of_chunks("k.words", lambda x: x[-1:].__imul__(0)),
+    "words of the table": _of_chunks("k.table", lambda x: x[:, 0].__isub__(1)),
+    "a table of unlike rows": _replaced("k.table", lambda x: x[:, :3]),
+    "fewer rows": _replaced("k.table", lambda x: x[:-1]),
+    "a support of gigabytes": _of_chunks("k.table", lambda x: x[:, 2].__iadd__(2**31)),
+    "an empty support": _of_chunks("v.table", lambda x: x[:, 2].__imul__(0)),
+    "another support": _of_chunks("v.table", lambda x: x[:, 1:3].__iadd__(3)),
+    "integers of the table": _of_chunks("v.table", lambda x: x[:, 4].__ixor__(1)),
+    "odd places": _of_chunks("k.odd_at", lambda x: x.__iadd__(10**6)),
+    "negative places": _of_chunks("k.odd_at", lambda x: x.__imul__(-1)),
+    "odd numbers": _replaced("k.odd", lambda x: x[:-1]),
+    "wide numbers": _replaced("k.odd", lambda x: x.astype("complex64")),
+    "halves": lambda named: named.pop("segments.0.rows.half_k"),
+}
+
+
+@pytest.mark.parametrize("change", NO_CHUNKS.values(), ids=NO_CHUNKS)
+def test_a_tampered_parked_file_is_one_clear_error(change, tmp_path, codec):
+    _, k, v = tokens()
+    k[1, 33] = 1e30
+    path = tmp_path / "cache"
+    slra.KVCache(basis_of((4, 3)), bits=6, n_sink=1).append(k, v).save(path, bits=3)
+    slra.KVCache.load(path)
+    _rewritten(path, lambda named, meta: change(named))
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path)
+
+
+def test_a_damaged_parked_file_says_which_tokens(tmp_path, codec):
+    q, k, v = tokens(1600, batch=(2,))
+    basis = slra.fit_attention(q, k, v, 3, pool_batch=True, enable_gqa=True)
+    _, content = parked(slra.KVCache(basis, batch=(2,), bits=6).append(k, v), 2)
+    import safetensors.numpy
+
+    named = safetensors.numpy.load(content)
+    for part in "kv":
+        words, table = (named[f"segments.0.rows.{part}.{name}"] for name in ("words", "table"))
+        # In the middle of the second chunk of the second sequence.
+        at = content.index(words.tobytes()) + 4 * int(table[:4, 0].sum() + table[4, 0] // 2)
+        bad = bytearray(content)
+        bad[at] ^= 4
+        with pytest.raises(ValueError, match=rf"{part}: tokens 528 to 1055 of sequence 1$"):
+            slra.KVCache.load(io.BytesIO(bytes(bad)))
+    # What is damaged where nothing says what it was, is damaged somewhere.
+    bad = bytearray(content)
+    bad[content.index(named["segments.0.maps.wk"].tobytes())] ^= 4
+    with pytest.raises(ValueError, match="its checksum is not that of its content$"):
+        slra.KVCache.load(io.BytesIO(bytes(bad)))
+
+
+def test_parking_without_the_coder_names_the_extra(monkeypatch, tmp_path):
+    pytest.importorskip("safetensors")
+    _, k, v = tokens()
+    cache, path = slra.KVCache(basis_of(3), bits=3).append(k, v), tmp_path / "cache"
+    is_there = find_spec("constriction") is not None
+    if is_there:
+        cache.save(path, bits=2)
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    with pytest.raises(ImportError, match=r"constriction: pip install 'slra\[codec\]'"):
+        cache.save(tmp_path / "other", bits=2)
+    assert not (tmp_path / "other").exists()
+    if is_there:
+        with pytest.raises(ImportError, match=r"constriction: pip install 'slra\[codec\]'"):
+            slra.KVCache.load(path)
+
+
+def test_what_cannot_be_parked_is_one_clear_error(tmp_path):
+    _, k, v = tokens()
+    for cache in (slra.KVCache(basis_of(3)), slra.KVCache(basis_of(3)).append(k, v)):
+        with pytest.raises(ValueError, match="bits must be None but for a cache that has bits"):
+            cache.save(tmp_path / "cache", bits=2)
+    cache = slra.KVCache(basis_of(3), bits=3).append(k, v)
+    for wrong, error in (
+        (0, ValueError),
+        (11, ValueError),
+        ("2", TypeError),
+        ((1, 2, 3), TypeError),
+    ):
+        with pytest.raises(error, match="bits must"):
+            cache.save(tmp_path / "cache", bits=wrong)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tile_that_is_not_finite_or_too_wide_stays_as_it_is():
     _, k, v = tokens(48)
     k[0, 20, 3], v[1, 5, 2], k[1, 40] = np.nan, np.inf, 1e12
@@ -978,6 +1367,17 @@ WRONG = {
     "bits must be a number or a pair": {"bits": (1, 2, 3)},
     "bits or rtol must be None": {"bits": 4, "rtol": 0.1},
     "n_sparse must be 0 with bits": {"bits": 4, "n_sparse": 1},
+    "n_top must be an int, got": {"n_top": 0.5},
+    "n_top must be an int, or 2, one for each key head": {"n_top": (1, 2, 3)},
+    "top_p must be at most 1, got 1.5": {"top_p": 1.5},
+    "top_p must be finite and": {"top_p": 0},
+    "rank_index must be between 1 and 8": {"n_top": 3, "rank_index": 9},
+    "rank_index must be None without n_top or top_p": {"rank_index": 2},
+    "n_sparse must be left out with n_top": {"n_top": 3, "n_sparse": 1},
+    "bits must be left out with n_top": {"n_top": 3, "bits": 4},
+    "rtol must be left out with n_top": {"top_p": 0.5, "rtol": 0.1},
+    "rotary must be left out with n_top": {"n_top": 3, "rotary": FREQUENCIES},
+    "drift_bound must be left out with n_top": {"n_top": 3, "window": 8, "drift_bound": 0.1},
 }
 
 

@@ -10,6 +10,7 @@ Beyond this file, every test that takes ``xp`` runs on the backend ``cupy-on-hos
 
 import functools
 from typing import NamedTuple
+from unittest import mock
 
 import array_api_compat.numpy as np_xp
 import numpy as np
@@ -18,8 +19,8 @@ from hypothesis import Phase
 
 import slra
 from slra._backends import backend_of
-from tests.cuda_host import host, nvrtc
-from tests.cuda_host.cases import check_values, primitives_and_dtypes
+from tests.cuda_host import host, nvrtc, prices
+from tests.cuda_host.cases import OPERANDS, check_values, primitives_and_dtypes
 
 ARCHITECTURES = [75, 80, 90, 100]
 needs_compiler = pytest.mark.skipif(host.why_not() is not None, reason=str(host.why_not()))
@@ -45,7 +46,7 @@ def check_compiles(kernels, architecture, **options):
     for name, _, body in entries:
         # A constant or a function of C may be one of doubles, which g++ does not show and many cards take 64 times as
         # long for.
-        if not name.endswith(("float64", "complex128")):
+        if not name.endswith(("float64", "complex128")) and "_wide_" not in name:
             assert ".f64" not in body
 
 
@@ -90,6 +91,18 @@ def attend(**options):
     return slra.attention(X, X, X, **options)
 
 
+def attend_in_tiles():
+    backend = type(backend_of(host.namespace))
+    with mock.patch.object(backend, "tile_shape", return_value=(3, 2)):
+        attend()
+
+
+TALL_QR = {"column_norm", "unit_gram", "lifted", "misfit", "factor"}
+NORM = {"max_abs", "unit", "norm"}
+ONE_TILE = {"row_sums", "weights", "mean", "log_sum"}
+LONG, TALL = np.zeros((4097, 6)), np.random.default_rng(0).standard_normal((2, 300, 100))
+
+
 def solve(prox, x0=X, **options):
     return slra.proximal_gradient(x0, lambda x: (0.0, x), prox, step=0.1, max_iter=2, **options)
 
@@ -121,56 +134,79 @@ CALLS = {
     ),
     "prox_l2": (
         lambda: slra.prox.prox_l2(X, 0.5, axis=-1),
-        {"max_abs", "norm", "group_threshold"},
+        {*NORM, "group_threshold"},
     ),
     "prox_l21, complex, array tau": (
         lambda: slra.prox.prox_l21(X + 1j, abs(X[:, :1]), axis=-1),
-        {"max_abs", "norm", "group_threshold"},
+        {*NORM, "group_threshold"},
     ),
     "prox_l21, half": (
         lambda: slra.prox.prox_l21(X.astype("float16"), 0.5, axis=-2),
-        {"max_abs", "norm", "group_threshold"},
+        {*NORM, "group_threshold"},
     ),
-    "norm_l2": (lambda: slra.prox.norm_l2(X, axis=-1), {"max_abs", "norm"}),
-    "prox_nuclear": (lambda: slra.prox.prox_nuclear(X, 0.5), {"nonneg_threshold"}),
+    "norm_l2": (lambda: slra.prox.norm_l2(X, axis=-1), NORM),
+    "prox_nuclear": (lambda: slra.prox.prox_nuclear(X, 0.5), {"nonneg_threshold", "max_part"}),
     "norm_l1": (lambda: slra.prox.norm_l1(X), {"sum_abs"}),
     "proximal_gradient": (
         lambda: solve(slra.prox.prox_l1),
-        {"soft_threshold_step", "extrapolate"},
+        {"soft_threshold_step", "extrapolate", "max_part", "wide_step"},
     ),
     "proximal_gradient, complex, weights": (
         lambda: solve(slra.prox.prox_l1, X + 1j, weight=abs(X)),
-        {"soft_threshold_step", "extrapolate"},
+        {"soft_threshold_step", "extrapolate", "max_part", "wide_step"},
     ),
     "proximal_gradient, nonneg": (
         lambda: solve(slra.prox.prox_nonneg_l1, weight=0.5),
-        {"nonneg_threshold_step", "extrapolate"},
+        {"nonneg_threshold_step", "extrapolate", "max_part", "wide_step"},
     ),
     "proximal_gradient, elastic net": (
         lambda: solve(functools.partial(slra.prox.prox_elastic_net, l2=1.0), weight=0.5),
-        {"elastic_threshold_step", "extrapolate"},
+        {"elastic_threshold_step", "extrapolate", "max_part", "wide_step"},
     ),
     # What it does is not known, so it is called.
     "proximal_gradient, any other": (
         lambda: solve(lambda x, tau: slra.prox.prox_l1(x, tau)),
-        {"soft_threshold", "extrapolate"},
+        {"soft_threshold", "extrapolate", "max_part", "wide_step"},
     ),
-    "attention": (attend, {"row_sums", "join", "weights", "rescale"}),
+    "attention": (attend, ONE_TILE),
+    "attention in several tiles": (attend_in_tiles, {*ONE_TILE, "join", "rescale"}),
+    "attention, long rows": (
+        lambda: slra.attention(X[:1], LONG, LONG),
+        {*ONE_TILE, "row_joins"},
+    ),
     "attention, causal": (
         lambda: attend(is_causal=True),
-        {"scores", "row_sums", "join", "weights", "rescale"},
+        {*ONE_TILE, "scores"},
     ),
     "attention, softcap": (
         lambda: attend(softcap=2.0),
-        {"scores", "row_sums", "join", "weights", "rescale"},
+        {*ONE_TILE, "scores"},
     ),
     "attention, mask": (
         lambda: attend(mask=np.eye(4, dtype=bool)),
-        {"scores", "row_sums", "join", "weights", "rescale"},
+        {*ONE_TILE, "scores"},
     ),
     "attention, added mask": (
         lambda: attend(mask=np.eye(4)),
-        {"biased_scores", "row_sums", "join", "weights", "rescale"},
+        {*ONE_TILE, "biased_scores"},
+    ),
+    "randomized_svd, a batch": (
+        lambda: slra.randomized_svd(TALL, 2, method="krylov", rng=0),
+        {"max_part", *TALL_QR, "max_abs", "first", "phase"},
+    ),
+    "randomized_svd, centred": (
+        lambda: slra.randomized_svd(LONG + X[0], rtol=0.5, center=True, rng=0),
+        {"max_part", *TALL_QR, "max_abs", "first", "phase", "least"}
+        | {"wide_sum", "wide_centered", "wide_squares", "sum_abs"},
+    ),
+    "prox_nuclear, out of range": (
+        lambda: slra.prox.prox_nuclear(X * 2.0**60, 0.5),
+        {"nonneg_threshold", "max_part", "power_of_two"},
+    ),
+    "compress": (
+        lambda: slra.compress(TALL[0], 3, 0.1, n_iter=1).to_dense(),
+        {"max_part", "wide_squares", "sum_abs", "keep_largest", "mark_largest", "gather", "scatter"}
+        | {*TALL_QR, "max_abs", "first", "phase"},
     ),
     "KVCache in bits": (lambda: cached().decode(), {"unpack"}),
     "attention_vjp": (differentiate, {"gradients"}),
@@ -209,14 +245,40 @@ def test_every_kernel_is_compared_with_a_reference_and_reached_by_a_public_call(
     assert names == set().union(*(kernels for _, kernels in CALLS.values()))
 
 
-def test_cholesky_asks_cupy_to_say_when_it_fails(cupy_table):
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_a_factor_that_there_is_not_is_seen_without_waiting(cupy_table, monkeypatch, dtype):
+    """CuPy leaves anything in its place: what LAPACK leaves, or a factor but for the sign or size of a pivot."""
+    rng, n, xp = np.random.default_rng(0), 40, cupy_table.xp
+    x = rng.standard_normal((6, n, n)).astype(dtype)
+    if dtype == "complex128":
+        x += 1j * rng.standard_normal(x.shape)
+    good = (x @ np.conj(x).swapaxes(-1, -2)).astype(dtype)
+    # Ill-conditioned too, of rank one to rounding, and of every size.
+    good[1] *= np.logspace(-8, 0, n)[:, None] * np.logspace(-8, 0, n)
+    good[2] = np.ones((n, n)) + 200 * np.finfo(dtype).eps * np.eye(n)
+    good[3] *= 1e-20
+    for factor, g in zip(cupy_table.cholesky(good), good, strict=True):
+        side = np.sqrt(np.diagonal(g).real)
+        gap = factor @ np.conj(factor).T - g
+        assert np.all(abs(gap) <= 8 * (n + 1) * np.finfo(dtype).eps * side[:, None] * side)
+    bad = np.stack([np.diag([*[1.0] * (n - 1), -1.0]), np.zeros((n, n)), np.ones((n, n))])
+    bad = np.concatenate([bad, np.full((1, n, n), np.nan), bad[:1] - 2]).astype(dtype)
+    factors = cupy_table.cholesky(np.concatenate([good[:1], bad]))
+    assert np.all(np.isfinite(factors[0]))
+    assert np.all(np.isnan(factors[1:]))
+    left = xp.linalg.cholesky(good[:1])
+    for spoilt in (left * -1.0, left * np.float32(1 + 1e-3), np.full_like(left, np.inf)):
+        monkeypatch.setattr(type(xp.linalg), "cholesky", lambda _, g, spoilt=spoilt: spoilt)
+        assert np.all(np.isnan(cupy_table.cholesky(good[:1])))
+
+
+def test_what_a_user_asked_cupy_to_raise_is_not_raised(cupy_table):
     import cupyx
 
     cupyx.asked.clear()
-    good, bad = np.eye(2), np.diag([1.0, -1.0])
-    factors = cupy_table.cholesky(np.stack([good, bad]))
-    assert {"linalg": "raise"} in cupyx.asked
-    np.testing.assert_array_equal(factors, np.stack([good, np.full((2, 2), np.nan)]))
+    cupy_table.cholesky(np.diag([1.0, -1.0]))
+    assert cupyx.asked == [{"linalg": "ignore"}]
 
 
 @pytest.mark.parametrize(
@@ -233,43 +295,52 @@ def test_batches_of_svds_are_eigenvalue_problems(cupy_table, monkeypatch, shape,
     np.testing.assert_allclose((U * S[:, None, :]) @ Vh, x, atol=1e-12)
 
 
+SEGMENTED = [
+    "step_products",
+    "sum_abs",
+    "group_norm",
+    "max_abs",
+    "norm_squared",
+    "column_means",
+    "pivots",
+]
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
-@pytest.mark.parametrize("name", ["sum_abs", "group_norm"])
+@pytest.mark.parametrize("name", SEGMENTED)
 def test_reductions_by_segments(cupy_table, monkeypatch, name, dtype):
+    if (name, dtype) in primitives_and_dtypes():
+        in_segments(monkeypatch)
+        check_values(cupy_table, name, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_of_scores_by_segments(cupy_table, monkeypatch, dtype):
+    in_segments(monkeypatch)
+    check_values(cupy_table, "softmax_step", dtype)
+
+
+def in_segments(monkeypatch):
     from slra._backends import cupy as module
 
-    monkeypatch.setattr(module, "SEGMENT", 2)
-    check_values(cupy_table, name, dtype)
+    monkeypatch.setattr(module, "LEAST_SEGMENT", 2)
+    monkeypatch.setattr(module, "ENOUGH_BLOCKS", 40)
 
 
 @needs_compiler
 @pytest.mark.parametrize("axis", [None, 0, -1, (0, 1), (2, 0)])
-def test_no_result_is_left_to_few_threads(cupy_table, monkeypatch, axis):
+def test_no_result_is_left_to_few_threads(cupy_table, axis):
     """CuPy gives each result one block: a sum over a large array must be many sums first."""
-    from slra._backends import cupy as module
-    from slra._backends.cupy_kernels import KERNELS
-
-    lengths = []
-
-    def noting(kernel):
-        def call(x, *args, axis, **options):
-            result = kernel(x, *args, axis=axis, **options)
-            lengths.append(x.size // result.size)
-            return result
-
-        return call
-
-    for name in ("sum_abs", "max_abs", "norm"):
-        monkeypatch.setitem(KERNELS, (name, "float32"), noting(KERNELS[name, "float32"]))
-    x = np.linspace(-1.0, 1.0, 6 * 20_001, dtype="float32").reshape(3, -1, 2)
-    total = slra.prox.norm_l1(x, axis=axis)
+    x = np.linspace(-1.0, 1.0, 6 * 200_001, dtype="float32").reshape(3, -1, 2)
+    with prices.counting() as bill:
+        total = slra.prox.norm_l1(prices.priced(x), axis=axis)
+        norm = slra.prox.norm_l2(prices.priced(x), axis=-1 if axis is None else axis)
     np.testing.assert_allclose(total, np.sum(abs(x), axis=axis, dtype="float64"), rtol=1e-5)
-    if axis is not None:
-        norm = slra.prox.norm_l2(x, axis=axis)
-        squares = x.astype("float64") ** 2
-        np.testing.assert_allclose(norm, np.sqrt(np.sum(squares, axis=axis)), rtol=1e-5)
-    assert 0 < max(lengths) <= module.SEGMENT
+    squares = np.sum(x.astype("float64") ** 2, axis=-1 if axis is None else axis)
+    np.testing.assert_allclose(norm, np.sqrt(squares), rtol=1e-5)
+    assert bill.fewest_blocks(x.size) >= 132
 
 
 def test_arrays_on_another_device_are_refused(cupy_table, monkeypatch):
@@ -278,6 +349,54 @@ def test_arrays_on_another_device_are_refused(cupy_table, monkeypatch):
     monkeypatch.setattr(cupy.cuda, "Device", lambda: "another device")
     with pytest.raises(TypeError, match="x must be on CuPy's current device, another device, got"):
         slra.soft_threshold(X, 0.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+@pytest.mark.parametrize("view", OPERANDS)
+def test_products_of_operands_as_they_lie(cupy_table, view, dtype):
+    rng = np.random.default_rng(0)
+    shapes = (2, 3, 5, 4), (2, 3, 4, 6)
+    a, b = (rng.integers(-8, 8, shape).astype(dtype) for shape in shapes)
+    if dtype == "complex128":
+        a, b = a + 1j * a[::-1], b - 1j * b
+    a, b = OPERANDS[view](a, b)
+    ours = cupy_table.matmul(a, b)
+    # Whole numbers, whose sums are exact in whichever order.
+    np.testing.assert_array_equal(ours, np.einsum("...mk,...kn->...mn", a, b))
+    assert ours.dtype == dtype
+
+
+@pytest.mark.parametrize("view", OPERANDS)
+def test_products_of_half_precision_are_summed_in_single(cupy_table, view):
+    from slra._backends.cupy_products import product
+
+    rng = np.random.default_rng(0)
+    shapes = (2, 3, 5, 4), (2, 3, 4, 6)
+    # Sums that half precision has no numbers for, nor for their size.
+    a, b = (rng.integers(400, 500, shape).astype("float16") for shape in shapes)
+    a, b = OPERANDS[view](a, b)
+    ours = product(a, b, 0.5)
+    assert ours.dtype == "float32"
+    np.testing.assert_array_equal(
+        ours, 0.5 * np.einsum("...mk,...kn->...mn", a.astype("float32"), b.astype("float32"))
+    )
+
+
+@needs_compiler
+def test_half_precision_is_multiplied_as_it_is(cupy_table):
+    """Large queries, whose scaled products are in range, and shared heads; as good as computed in single precision."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, 4, 40, 32)).astype("float16")
+    k, v = rng.standard_normal((2, 1, 2, 90, 32)).astype("float16")
+    for size in (1.0, 2.0**13):
+        scale = 2.0**-3 / size
+        given = (np.float16(size) * q, k, v)
+        ours = slra.attention(*given, scale=scale, enable_gqa=True)
+        wide = [x.astype("float64") for x in given]
+        exact = slra.attention(*wide, scale=scale, enable_gqa=True)
+        assert ours.dtype == "float16"
+        # Rounded once in the end; weights before, of which errors average.
+        np.testing.assert_allclose(ours, exact, atol=2 * np.finfo("float16").eps)
 
 
 @needs_compiler
@@ -399,6 +518,47 @@ MUTANTS = {
     "0/0 in a group": Mutant("group_threshold", "float64", SHORTER, "x * (shrunk / size)"),
     "longer": Mutant("group_threshold", "complex64", "size - tau", "size + tau"),
     "negative length": Mutant("group_threshold", "float16", "size <= tau ? R(0) : ", ""),
+    "product and matrix added": Mutant(
+        "misfit", "float32", "product - given", "product + given", "cholesky"
+    ),
+    "product forgotten": Mutant("misfit", "complex64", "product - given", "given", "cholesky"),
+    "kept, whatever": Mutant("factor", "float64", "misfit <= limit ?", "limit > 0 ?", "cholesky"),
+    "a step added": Mutant(
+        "wide_step", "float64", "turn + factor", "turn - factor", "step_products"
+    ),
+    "imaginary parts forgotten": Mutant(
+        "wide_step", "complex64", " + slra_wide_product(x.imag(), y.imag())", "", "step_products"
+    ),
+    "squares of doubles": Mutant(
+        "wide_squares", "complex128", "slra_wide_square(x.imag())", "0", "norm_squared"
+    ),
+    "one part": Mutant("max_part", "complex64", "R(abs(x.real())), ", "R(0), ", "max_abs"),
+    "NaN dropped from maxima": Mutant("max_part", "float32", " || a != a", "", "max_abs"),
+    "a mean of moduli": Mutant("wide_sum", "float32", "slra_wide(x)", "abs(x)", "column_means"),
+    "mean added": Mutant("wide_centered", "complex64", "- mean", "+ mean", "centered"),
+    "the last of those that tie": Mutant("first", "float32", "a < b", "a > b", "pivots"),
+    "a norm without a root": Mutant(
+        "column_norm", "float32", "sqrt(square)", "square", "unit_gram"
+    ),
+    "one side": Mutant("unit_gram", "float64", "(left * right)", "left", "unit_gram"),
+    "all lifted": Mutant("lifted", "float32", "i / width % width == i % width", "true", "lifted"),
+    "of the first matrix alone": Mutant(
+        "lifted", "complex128", "i / width % width", "i / width", "lifted"
+    ),
+    "the phase of zero": Mutant("phase", "float32", "size > least", "size >= R(0)", "phases"),
+    "twice the exponent": Mutant(
+        "power_of_two", "float32", "slra_ldexp(x, exponent)", "slra_ldexp(x, 2 * exponent)"
+    ),
+    "ties kept": Mutant("keep_largest", "float32", "j < i)", "false)", "keep_largest"),
+    "the smallest kept": Mutant(
+        "mark_largest", "float64", "other > size", "other < size", "largest_in_rows"
+    ),
+    "the next column": Mutant(
+        "gather", "float32", "columns[place] = i", "columns[place] = i + 1", "largest_in_rows"
+    ),
+    "rows that overlap": Mutant(
+        "scatter", "float32", "i / k * width + column", "i / k + column", "scatter_rows"
+    ),
     "smallest": Mutant("max_abs", "float32", "a > b", "a < b", "group_norm"),
     "largest without moduli": Mutant("max_abs", "float32", "abs({X})", "{X}", "group_norm"),
     "squares overflow": Mutant("norm", "float32", "/ unit", "", "group_norm"),
@@ -429,6 +589,19 @@ MUTANTS = {
     ),
     "decay of the tile": Mutant(
         "join", "float32", "slra_weight(peak, both", "slra_weight(tile_peak, both", "softmax_step"
+    ),
+    "parts forgotten": Mutant(
+        "row_joins", "float32", "{peak, total}", "{peak, R(1)}", "softmax_step"
+    ),
+    "sum instead of mean": Mutant(
+        "mean", "float64", "sum / (total == 0 ? {C}(1) : total)", "sum", "softmax_result"
+    ),
+    "0/0 of a row without keys": Mutant(
+        "mean", "float32", "total == 0 ? {C}(1) : total", "total", "softmax_result"
+    ),
+    "log of 1 more": Mutant("log_sum", "float32", "log(total)", "log(total + 1)", "softmax_result"),
+    "peak forgotten": Mutant(
+        "log_sum", "float64", "peak + log(total)", "log(total)", "softmax_result"
     ),
     "decay forgotten": Mutant(
         "rescale", "float32", "total * decay + part", "total + part", "softmax_step"
@@ -462,6 +635,8 @@ def check_mutant(backend, mutant, kernel, monkeypatch):
     from slra._backends.cupy_kernels import KERNELS
 
     monkeypatch.setitem(KERNELS, (mutant.name, mutant.dtype), kernel)
+    if mutant.name == "row_joins":
+        in_segments(monkeypatch)
     # Most fall to the first few examples; those that none of the usual 40 happens to meet get more.
     check_values(
         backend,

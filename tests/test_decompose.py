@@ -496,6 +496,9 @@ def test_sparse_row_primitives_equal_the_reference(xp):
         np.testing.assert_array_equal(to_numpy(values), to_numpy(expected_values))
         dense = to_numpy(reference.scatter_rows(values, indices, 300))
         np.testing.assert_array_equal(to_numpy(backend.scatter_rows(values, indices, 300)), dense)
+        places = xp.astype(indices, backend.place_dtype)
+        sums = backend.add_in_rows(backend.copied(x), places, values)
+        np.testing.assert_array_equal(to_numpy(sums), to_numpy(x) + dense)
         for one in (slice(None), 0):
             product = backend.sparse_matmul(values[one, ...], indices[one, ...], y[one, ...])
             np.testing.assert_allclose(to_numpy(product), dense[one] @ to_numpy(y)[one], atol=1e-12)

@@ -71,6 +71,15 @@ def _cache(number, size=4):
     return slra.KVCache(_basis(0), window=2).append(k, v)
 
 
+def _parked(number, size=48):
+    """A cache that has come back from a file already: parked with bits enough it stays as it is."""
+    q, k, v = np.random.default_rng(number).standard_normal((3, 2, size, 4))
+    basis = slra.fit_attention(q[:, :48], k[:, :48], v[:, :48], 1)
+    file = io.BytesIO()
+    slra.KVCache(basis, bits=4, window=2).append(k, v).save(file, bits=10)
+    return slra.KVCache.load(io.BytesIO(file.getvalue()))
+
+
 def _cache_arrays(cache):
     from slra.cache import _files
     from slra.cache._layout import named_arrays
@@ -109,6 +118,14 @@ FORMATS = {
     ),
     "cache": Format(
         ".cache", ("safetensors",), _cache, slra.KVCache.save, slra.KVCache.load, _cache_arrays
+    ),
+    "parked": Format(
+        ".cache",
+        ("safetensors", "constriction"),
+        _parked,
+        lambda cache, path: cache.save(path, bits=10),
+        slra.KVCache.load,
+        _cache_arrays,
     ),
     # What slra.integrations.transformers saves, without the seconds that its import takes.
     "layers": Format(

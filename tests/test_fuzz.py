@@ -148,7 +148,8 @@ def public_callables() -> set[str]:
             }
             own |= {m for m in ("__matmul__", "__rmatmul__") if m in vars(thing)}
             found |= {f"{name}.{method}" for method in own}
-        elif callable(thing):
+        # Registration takes no array, and would outlast its call.
+        elif callable(thing) and name != "register_backend":
             found.add(name)
     return found
 

@@ -95,7 +95,7 @@ def test_it_can_be_used_again_after_a_reset(model):
     cache.reset()
     # The older name of the argument, which is deprecated.
     with pytest.warns(FutureWarning):
-        assert torch.equal(generated(model, None, past_key_values=cache), first)
+        assert torch.equal(generated(model, None, cache=cache), first)
 
 
 def test_tokens_of_one_call_see_each_other_exactly(model):
@@ -198,6 +198,56 @@ def test_a_cache_that_saves_nothing_says_so():
     cache = LowRankCache(bases(WIDTH)[:1], bits=4)
     cache.update(k, v, 0)
     assert cache.nbytes < cache.nbytes_exact
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_with_all_keys_chosen_generate_gives_the_same_tokens(model, options):
+    integration.register("slra-choosing")
+    right = generated(model, None, **options)
+    model.set_attn_implementation("slra-choosing")
+    try:
+        for chosen in ({"n_top": 24}, {"top_p": 1.0, "rank_index": 1, "window": 2}):
+            cache = LowRankCache(bases(WIDTH), **chosen)
+            np.testing.assert_array_equal(generated(model, cache, **options), right)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_a_model_attends_to_the_keys_that_its_queries_choose(model):
+    """As to a cache of the same tokens made anew at each step; and no other attention takes its keys."""
+    integration.register("slra-choosing")
+    options = {"n_top": 3, "window": 2, "n_sink": 1}
+    held, tokens = bases(WIDTH), torch.arange(1, 21)[None]
+
+    def anew(module, q, k, v, mask, scaling=None, **others):
+        cache = slra.KVCache(held[module.layer_idx], batch=(1,), scale=scaling, **options)
+        out = (
+            cache.append(k, v).attend(q)
+            if q.shape[2] < k.shape[2]
+            else slra.attention(q, k, v, is_causal=True, enable_gqa=True)
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("anew", anew)
+    transformers.AttentionMaskInterface.register("anew", transformers.masking_utils.sdpa_mask)
+    found = []
+    try:
+        for name, cache in (
+            ("anew", transformers.DynamicCache()),
+            ("slra-choosing", LowRankCache(held, **options)),
+        ):
+            model.set_attn_implementation(name)
+            steps = [tokens[:, :16], tokens[:, 16:17], tokens[:, 17:]]
+            with torch.no_grad():
+                found.append([model(step, cache=cache).logits for step in steps])
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+        for name in ("sdpa", "eager"):
+            model.set_attn_implementation(name)
+            with torch.no_grad(), pytest.raises(RuntimeError):
+                model(tokens[:, :1], cache=cache)
+    finally:
+        model.set_attn_implementation("sdpa")
 
 
 def test_options_that_need_queries_are_refused():

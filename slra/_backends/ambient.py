@@ -13,6 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from slra._backends.lacking import explained
+
 __all__ = ["isolated", "with_callers_errors"]
 
 P = ParamSpec("P")
@@ -94,6 +96,11 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
                 for context in contexts:
                     stack.enter_context(context)
                 return function(*args, **kwargs)
+        except Exception as error:
+            better = explained(function.__qualname__, error, (*args, *kwargs.values()))
+            if better is error:
+                raise
+            raise better from error
         finally:
             _errors.set(callers)
             _callers_errors.set(noted)

@@ -17,8 +17,16 @@ __all__ = ["DEFINITIONS", "KERNELS", "SOURCE", "build", "kernel"]
 HALF = {"float16": "float32"}
 REAL = {"float32": "float32", "float64": "float64"}
 COMPLEX = {"complex64": "float32", "complex128": "float64"}
+WHOLE = {"int32": "int32"}
 # What C calls a real dtype.
-C_NAMES = {"float32": "float", "float64": "double"}
+C_NAMES = {
+    "float16": "float16",
+    "float32": "float",
+    "float64": "double",
+    "complex64": "complex<float>",
+    "complex128": "complex<double>",
+    "int32": "int",
+}
 
 SOURCE = r"""
 // NaN takes neither branch, and x - x is NaN again.
@@ -36,8 +44,79 @@ template <typename R> __device__ complex<R> slra_shrink(complex<R> x, R tau) {
     return slra_shorten(x, abs(x), tau);
 }
 
+template <typename R> __device__ R slra_ldexp(R x, int exponent) {
+    return ldexp(x, exponent);
+}
+
+template <typename R> __device__ complex<R> slra_ldexp(complex<R> x, int exponent) {
+    return complex<R>(slra_ldexp(x.real(), exponent), slra_ldexp(x.imag(), exponent));
+}
+
+template <typename T, typename R> __device__ T slra_phase(T x, R size, R least) {
+    return size > least ? x / size : T(R(1));
+}
+
 template <typename R> __device__ R slra_square(R x) {
     return x * x;
+}
+
+// In double precision, whatever the precision of x.
+template <typename R> __device__ double slra_wide(R x) {
+    return x;
+}
+
+template <typename R> __device__ complex<double> slra_wide(complex<R> x) {
+    return complex<double>(x.real(), x.imag());
+}
+
+template <typename R> __device__ double slra_wide_square(R x) {
+    return double(x) * double(x);
+}
+
+template <typename R> __device__ double slra_wide_square(complex<R> x) {
+    return slra_wide_square(x.real()) + slra_wide_square(x.imag());
+}
+
+template <typename R> __device__ double slra_wide_product(R x, R y) {
+    return double(x) * double(y);
+}
+
+template <typename R> __device__ double slra_wide_product(complex<R> x, complex<R> y) {
+    return slra_wide_product(x.real(), y.real()) + slra_wide_product(x.imag(), y.imag());
+}
+
+// What a step is judged by, see `step_products`.
+struct slra_sums {
+    double of[7];
+};
+
+template <typename T, typename R>
+__device__ slra_sums slra_step(T y, T slope, T next, T grad, T move, R factor) {
+    const T d = next - y, turn = grad - slope, r = turn + factor * d;
+    return {{
+        slra_wide_square(d), slra_wide_square(turn), slra_wide_square(r), slra_wide_square(grad),
+        slra_wide_square(next), slra_wide_product(d, turn), slra_wide_product(d, move),
+    }};
+}
+
+inline __device__ slra_sums slra_add(slra_sums a, slra_sums b) {
+    for (int k = 0; k < 7; k++) {
+        a.of[k] += b.of[k];
+    }
+    return a;
+}
+
+// NaN where one is NaN.
+template <typename R> __device__ R slra_larger(R a, R b) {
+    return a > b || a != a ? a : b;
+}
+
+template <typename R> __device__ R slra_part_size(R x) {
+    return abs(x);
+}
+
+template <typename R> __device__ R slra_part_size(complex<R> x) {
+    return slra_larger(R(abs(x.real())), R(abs(x.imag())));
 }
 
 // NaN takes the second branch, and stays.
@@ -67,6 +146,18 @@ template <typename R> __device__ R slra_weight(R score, R peak) {
     return exp(score - (peak == -R(CUDART_INF) ? R(0) : peak));
 }
 
+// How far a product of a triangular factor with itself is off, in units of the diagonal; NaN counts as infinite, as
+// does a pivot that is not positive.
+template <typename T, typename R>
+__device__ R slra_misfit(T product, T given, R left, R right, R pivot) {
+    const R off = abs(product - given) / sqrt(left * right);
+    return off == off && pivot > R(0) ? off : R(CUDART_INF);
+}
+
+template <typename T, typename R> __device__ T slra_kept(T x, R misfit, R limit) {
+    return misfit <= limit ? x : T(R(CUDART_NAN));
+}
+
 // Largest score of a row, and the sum of exp(score - peak); one for a row of -inf, which joins to others as nothing.
 template <typename R> struct slra_row {
     R peak;
@@ -77,11 +168,37 @@ template <typename R> __device__ slra_row<R> slra_one(R score) {
     return {score, R(1)};
 }
 
+template <typename R> __device__ slra_row<R> slra_part(R peak, R total) {
+    return {peak, total};
+}
+
 template <typename R> __device__ slra_row<R> slra_join(slra_row<R> a, slra_row<R> b) {
     // NaN goes on top, and makes the total NaN.
     const bool first = a.peak >= b.peak || a.peak != a.peak;
     const slra_row<R> top = first ? a : b, low = first ? b : a;
     return {top.peak, top.total + low.total * slra_weight(low.peak, top.peak)};
+}
+
+// Whether entry i is one of the k of largest modulus in its row of n, the first of those that tie.
+template <typename A, typename T>
+__device__ bool slra_is_among(const A& all, T x, long long i, long long n, long long k) {
+    const auto size = abs(x);
+    const long long start = i - i % n;
+    long long rank = 0;
+    for (long long j = start; j < start + n && rank < k; j++) {
+        const auto other = abs(all[j]);
+        rank += other > size || (other == size && j < i);
+    }
+    return rank < k;
+}
+
+// Place of what is kept among what is kept of its row, in an array of k a row.
+template <typename A> __device__ long long slra_place(const A& kept, long long i, long long n, long long k) {
+    long long place = i / n * k;
+    for (long long j = i - i % n; j < i; j++) {
+        place += kept[j];
+    }
+    return place;
 }
 
 // An integer in two's complement from its planes, each two bytes of one bit a token.
@@ -120,8 +237,8 @@ _GRADIENTS = """
 class Elementwise(NamedTuple):
     """A kernel over arrays that broadcast.
 
-    T stands for the dtype, R for the real one it is computed in, C for what C calls that, X for ``x`` as it enters the
-    computation.
+    T stands for the dtype, R for the real one it is computed in, W for its kind in double precision; U and C for what
+    C calls the first two; X for ``x`` as it enters the computation.
     """
 
     dtypes: dict[str, str]
@@ -178,8 +295,21 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "{T} y",
         "y = slra_shrink(x - step * grad, tau) / divisor",
     ),
+    "power_of_two": Elementwise(
+        REAL | COMPLEX, "{T} x, int32 exponent", "{T} y", "y = slra_ldexp(x, exponent)"
+    ),
     "extrapolate": Elementwise(
         REAL | COMPLEX, "{T} x, {T} move, {R} factor", "{T} y", "y = x + factor * move"
+    ),
+    "wide_step": Reduction(
+        REAL | COMPLEX,
+        "{T} y, {T} slope, {T} next, {T} grad, {T} move, {R} factor",
+        ", ".join(f"float64 sum{k}" for k in range(7)),
+        "slra_step(y, slope, next, grad, move, factor)",
+        ", ".join(f"sum{k} = a.of[{k}]" for k in range(7)),
+        "slra_add(a, b)",
+        "slra_sums()",
+        "slra_sums",
     ),
     "sum_abs": Reduction(HALF | REAL | COMPLEX, "{T} x", "{R} total", "abs({X})", "total = a"),
     "max_abs": Reduction(
@@ -190,12 +320,67 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "largest = a",
         "a > b ? a : b",
     ),
+    "max_part": Reduction(
+        REAL | COMPLEX,
+        "{T} x",
+        "{R} largest",
+        "slra_part_size(x)",
+        "largest = a",
+        "slra_larger(a, b)",
+    ),
+    "wide_squares": Reduction(
+        REAL | COMPLEX, "{T} x", "float64 total", "slra_wide_square(x)", "total = a"
+    ),
+    "wide_sum": Reduction(REAL | COMPLEX, "{T} x", "{W} total", "slra_wide(x)", "total = a"),
+    "wide_centered": Elementwise(
+        REAL | COMPLEX, "{T} x, {W} mean", "{T} y", "y = {U}(slra_wide(x) - mean)"
+    ),
+    # The first row where a modulus reaches a level; a number that no row has where none does.
+    "first": Reduction(
+        REAL | COMPLEX,
+        "{T} x, int32 row, {R} level",
+        "int32 place",
+        "abs(x) >= level ? row : 2147483647",
+        "place = a",
+        "a < b ? a : b",
+        "2147483647",
+    ),
+    "least": Reduction(
+        WHOLE, "{T} x", "{T} smallest", "x", "smallest = a", "a < b ? a : b", "2147483647"
+    ),
+    "unit": Elementwise(REAL, "{T} x", "{T} y", "y = x == 0 || x == {C}(CUDART_INF) ? {C}(1) : x"),
+    "column_norm": Elementwise(
+        REAL, "{T} square, {T} least", "{T} norm", "norm = square > least ? sqrt(square) : {C}(1)"
+    ),
+    "lifted": Elementwise(
+        REAL | COMPLEX,
+        "{T} x, {R} shift, int64 width",
+        "{T} y",
+        "y = i / width % width == i % width ? x + shift : x",
+    ),
+    "phase": Elementwise(
+        REAL | COMPLEX, "{T} x, {R} least", "{T} y", "y = slra_phase(x, abs(x), least)"
+    ),
+    "unit_gram": Elementwise(
+        REAL | COMPLEX, "{T} x, {R} left, {R} right", "{T} y", "y = x / (left * right)"
+    ),
     "norm": Reduction(
         HALF | REAL | COMPLEX,
         "{T} x, {R} unit",
         "{R} size",
         "slra_square(abs({X}) / unit)",
         "size = sqrt(a)",
+    ),
+    "misfit": Reduction(
+        REAL | COMPLEX,
+        "{T} product, {T} given, {R} left, {R} right, {R} pivot",
+        "{R} largest",
+        "slra_misfit(product, given, left, right, pivot)",
+        "largest = a",
+        "a > b ? a : b",
+    ),
+    "factor": Elementwise(
+        REAL | COMPLEX, "{T} x, {R} misfit, {R} limit", "{T} y", "y = slra_kept(x, misfit, limit)"
     ),
     "group_threshold": Elementwise(
         HALF | REAL | COMPLEX,
@@ -206,7 +391,7 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
     "scores": Elementwise(REAL, "{T} product, bool mask, " + _TILE, "{T} score", _SCORE),
     "biased_scores": Elementwise(REAL, "{T} product, {T} mask, " + _TILE, "{T} score", _SCORE),
     "weights": Elementwise(
-        REAL, "{T} score, {T} peak", "{T} weight", "weight = slra_weight(score, peak)"
+        HALF | REAL, "{R} score, {R} peak", "{T} weight", "weight = slra_weight(score, peak)"
     ),
     "row_sums": Reduction(
         REAL,
@@ -217,6 +402,22 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "slra_join(a, b)",
         "slra_one(-{C}(CUDART_INF))",
         "slra_row<{C}>",
+    ),
+    "row_joins": Reduction(
+        REAL,
+        "{T} part_peak, {T} part_total",
+        "{T} peak, {T} total",
+        "slra_part(part_peak, part_total)",
+        "peak = a.peak, total = a.total",
+        "slra_join(a, b)",
+        "slra_one(-{C}(CUDART_INF))",
+        "slra_row<{C}>",
+    ),
+    "mean": Elementwise(
+        REAL, "{T} sum, {T} total", "{T} y", "y = sum / (total == 0 ? {C}(1) : total)"
+    ),
+    "log_sum": Elementwise(
+        REAL, "{T} peak, {T} total", "{T} lse", "lse = total == 0 ? peak : peak + log(total)"
     ),
     "join": Elementwise(
         REAL,
@@ -232,6 +433,36 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "raw uint8 heap, int32 width, int64 start, int32 token",
         "{T} y",
         "y = slra_integer(heap, start, width, token)",
+    ),
+    "keep_largest": Elementwise(
+        REAL | COMPLEX,
+        "raw {T} all, {T} x, int64 width, int64 k",
+        "{T} y",
+        "y = slra_is_among(all, x, i, width, k) ? x : {U}(0)",
+    ),
+    "mark_largest": Elementwise(
+        REAL | COMPLEX,
+        "raw {T} all, {T} x, int64 width, int64 k",
+        "bool kept",
+        "kept = slra_is_among(all, x, i, width, k)",
+    ),
+    "gather": Elementwise(
+        REAL | COMPLEX,
+        "raw bool kept, {T} x, int64 width, int64 k",
+        "raw {T} values, raw int32 columns",
+        """
+        if (kept[i]) {{
+            const long long place = slra_place(kept, i, width, k);
+            values[place] = x;
+            columns[place] = i % width;
+        }}
+        """,
+    ),
+    "scatter": Elementwise(
+        HALF | REAL | COMPLEX,
+        "{T} x, int64 column, int64 width, int64 k",
+        "raw {T} dense",
+        "dense[i / k * width + column] = x",
     ),
     "gradients": Elementwise(
         REAL,
@@ -254,6 +485,8 @@ def build(definition: Elementwise | Reduction, name: str, dtype: str, source: st
         "T": dtype,
         "R": definition.dtypes[dtype],
         "C": C_NAMES[definition.dtypes[dtype]],
+        "U": C_NAMES[dtype],
+        "W": "complex128" if dtype in COMPLEX else "float64",
         "X": "static_cast<float>(x)" if dtype in HALF else "x",
     }
     texts = definition._asdict()

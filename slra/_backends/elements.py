@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from slra._backends.standard import Backend
 from slra._typing import Array
 
@@ -19,22 +21,22 @@ def redo(
 
     ``ok`` has the shape of the batch; the leading axes of every array are those of the batch. Eager arrays only.
     """
-    xp = backend.xp
-    if bool(xp.all(ok)):
+    xp, batch = backend.xp, ok.shape
+    # All at once: each read of a value waits for a device.
+    flags = backend.to_numpy(ok).reshape(-1)
+    if flags.all():
         return results
-    if not bool(xp.any(ok)):
+    if not flags.any():
         return again(*arguments)
-    batch = ok.shape
-    flags = [bool(flag) for flag in xp.reshape(ok, (-1,))]
-    failed = [i for i, flag in enumerate(flags) if not flag]
+    (failed,) = np.nonzero(~flags)
     # Where each element is found once the redone ones are appended.
-    places = {i: len(flags) + j for j, i in enumerate(failed)}
+    places = np.arange(flags.size)
+    places[failed] = flags.size + np.arange(failed.size)
     device = backend.creation_device(results[0])
-    pick = xp.asarray(failed, device=device)
-    order = xp.asarray([places.get(i, i) for i in range(len(flags))], device=device)
+    pick, order = (xp.asarray(x.tolist(), device=device) for x in (failed, places))
 
     def flat(x: Array) -> Array:
-        return xp.reshape(x, (len(flags), *x.shape[len(batch) :]))
+        return xp.reshape(x, (flags.size, *x.shape[len(batch) :]))
 
     redone = again(*(xp.take(flat(x), pick, axis=0) for x in arguments))
     merged = (

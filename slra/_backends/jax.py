@@ -102,6 +102,11 @@ class JaxBackend(Backend):
         rows = jax.numpy.swapaxes(rows, 1, 2).astype(buffer.dtype)
         return buffer.at[element, :, places, :].set(rows, mode="drop")
 
+    def add_in_rows(self, x: Array, indices: Array, values: Array) -> Array:
+        """Scatter."""
+        sums = jax.numpy.take_along_axis(x, indices, axis=-1) + values
+        return jax.numpy.put_along_axis(x, indices, sums, axis=-1, inplace=False)
+
     def modulus(self, x: Array) -> Array:
         """Multiply by the sign: its gradient at 0 is 0, where that of ``jax.numpy.abs`` is 1."""
         if self.is_complex(x):

@@ -4,13 +4,16 @@ Needs: numpy, scipy. Reads its input only, which may be read-only.
 """
 
 import contextlib
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from slra._backends import numpy_attention, numpy_bits
 from slra._backends.blas_threads import workers
+from slra._backends.numpy_attention import at
 from slra._backends.numpy_decode import (
     FEW_QUERIES,
     FEW_SCORES,
@@ -18,6 +21,7 @@ from slra._backends.numpy_decode import (
     few_scores_attention,
 )
 from slra._backends.standard import Backend, ScoreOptions
+from slra._backends.standard.attention import broadcast_shapes
 from slra._backends.standard.elementwise import FloatFormat
 from slra._backends.standard.sparse import index_dtype
 from slra._typing import Array, DType
@@ -26,6 +30,8 @@ __all__ = ["NumpyBackend"]
 
 # Two blocks of this size, one read and one written, stay in a second-level cache of 1 MB.
 BLOCK_BYTES = 1 << 19
+# Scores of heads that go together: as many bytes, in single precision.
+CACHED_SCORES = BLOCK_BYTES // 4
 # Arrays for which the time of a call decides.
 SMALL_BYTES = 1 << 16
 
@@ -159,6 +165,38 @@ class NumpyBackend(Backend):
         """Tiles in place, on several threads."""
         return numpy_attention.attention_vjp(q, k, v, mask, options, lse, delta, grad_out)
 
+    def gather_rows(self, x: Array, indices: Array) -> Array:
+        """Copy row by row, not number by number."""
+        lead, places = broadcast_shapes(x.shape[:-2], indices.shape[:-1]), indices[..., None]
+        out = np.empty((*lead, indices.shape[-1], x.shape[-1]), x.dtype)
+        for index in np.ndindex(*lead):
+            out[index] = np.take(at(x, index), at(places, index)[:, 0], axis=0)
+        return out
+
+    def by_head(
+        self,
+        function: Callable[[slice, slice], tuple[Array, ...]],
+        shape: tuple[int, int],
+        n_scores: int,
+        width: int,
+    ) -> tuple[Array, ...]:
+        """As many heads at once as their scores stay in the cache of a core; on several threads."""
+        n_batch, n_heads = shape
+        size = max(1, min(n_heads, CACHED_SCORES // max(1, n_scores)))
+        groups = [slice(h, min(h + size, n_heads)) for h in range(0, n_heads, size)]
+        tasks = list(itertools.product(range(n_batch), range(len(groups))))
+        found: dict[Any, tuple[Array, ...]] = {}
+
+        def run(task: tuple[int, int], buffers: numpy_attention.Buffers) -> None:
+            found[task] = function(slice(task[0], task[0] + 1), groups[task[1]])
+
+        n_products = n_batch * n_heads * n_scores * width
+        numpy_attention.in_threads(tasks, run, np.dtype(np.float32), n_products)
+        parts = zip(*(found[task] for task in tasks), strict=True)
+        # Heads of one element of the batch follow one another.
+        joined = (np.concatenate(x, axis=1) for x in parts)
+        return tuple(x.reshape(*shape, *x.shape[2:]) for x in joined)
+
     def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
         """By the array's own method: the function takes four times as long."""
         return x.reshape(shape)
@@ -206,6 +244,28 @@ class NumpyBackend(Backend):
         dense = np.zeros((*values.shape[:-1], n), dtype=values.dtype)
         np.put_along_axis(dense, indices.astype(np.intp), values, axis=-1)
         return dense
+
+    def largest_places(self, x: Array, k: int) -> Array:
+        """Partition instead of sorting."""
+        n = x.shape[-1]
+        if not 0 < k < n:
+            return np.broadcast_to(np.arange(k), (*x.shape[:-1], k))
+        return np.sort(np.argpartition(x, n - k, axis=-1)[..., n - k :], axis=-1)
+
+    def at_places(self, x: Array, places: Array) -> Array:
+        """Take from one long row: NumPy's own function takes as long as a product of small matrices to start."""
+        return np.take(x, self._flat(x, places))
+
+    def add_in_rows(self, x: Array, indices: Array, values: Array) -> Array:
+        """Add where the entries belong."""
+        flat, at = x.reshape(-1), self._flat(x, indices)
+        flat[at] += values
+        return flat.reshape(x.shape)
+
+    def _flat(self, x: Array, places: Array) -> Array:
+        """Places counted over all rows."""
+        starts = x.shape[-1] * np.arange(math.prod(x.shape[:-1]))
+        return places + starts.reshape(*x.shape[:-1], 1)
 
     def sparse_matmul(self, values: Array, indices: Array, y: Array) -> Array:
         """SciPy's compressed sparse rows, where there is one matrix."""

@@ -1,8 +1,9 @@
-"""Sparse matrices and linear operators of SciPy and CuPy: which library their products belong to.
+"""Sparse matrices and linear operators of SciPy, CuPy and pydata: which library their products belong to.
 
-Needs: nothing. SciPy's and CuPy's modules are recognised once the caller has imported them, never imported here.
+Needs: nothing. Their modules are recognised once the caller has imported them, never imported here.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ class SparseProducts(NamedTuple):
 
 
 def sparse_products(x: Any) -> SparseProducts | None:
-    """Describe a sparse matrix or linear operator of scipy or cupyx; None for anything else."""
+    """Describe a sparse matrix or linear operator of scipy, cupyx or pydata's sparse; None for anything else."""
     for package, xp in (("scipy", _numpy), ("cupyx.scipy", _cupy)):
         sparse: Any = sys.modules.get(f"{package}.sparse")
         if sparse is not None and sparse.issparse(x):
@@ -100,6 +101,10 @@ def sparse_products(x: Any) -> SparseProducts | None:
         if linalg is not None and isinstance(x, linalg.LinearOperator):
             like = _like(x, xp)
             return SparseProducts(compat.array_namespace(like), like, x.matmat, x.rmatmat, None)
+    pydata: Any = sys.modules.get("sparse")
+    kind: Any = getattr(pydata, "SparseArray", None)
+    if kind is not None and isinstance(x, kind) and (x.ndim, x.fill_value) == (2, 0):
+        return _of_sparse(x.to_scipy_sparse(), _numpy())
     return None
 
 
@@ -126,10 +131,15 @@ def _of_sparse(x: Any, xp: Namespace) -> SparseProducts:
 
 def products_of(rows: Any) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """Products of compressed sparse rows, and of their conjugate transpose, with a dense block."""
-    columns = rows.T
+
+    @functools.cache
+    def columns() -> Any:
+        # cupyx would sort the entries of a transpose anew for each product.
+        is_cupy = type(rows).__module__.startswith("cupyx.")
+        return rows.T.tocsr() if is_cupy else rows.T
 
     def rmatmat(u: Array) -> Array:
-        return (columns @ u.conj()).conj() if u.dtype.kind == "c" else columns @ u
+        return (columns() @ u.conj()).conj() if u.dtype.kind == "c" else columns() @ u
 
     return lambda v: rows @ v, rmatmat
 

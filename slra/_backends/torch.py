@@ -381,10 +381,10 @@ class TorchBackend(Backend):
     def _widened(self, x: Array) -> Array:
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
+    def tile_shape(self, n_matrices: int, lengths: tuple[int, int], like: Array) -> tuple[int, int]:
         """As many scores as stay in the second-level cache of a CPU; elsewhere as the standard."""
         if like.device.type != "cpu":
-            return super().tile_shape(n_matrices, like)
+            return super().tile_shape(n_matrices, lengths, like)
         area = max(1 << 14, (1 << 19) // max(1, n_matrices))
         width = min(1024, max(256, 1 << (area.bit_length() // 2)))
         return area // width, width
@@ -432,6 +432,24 @@ class TorchBackend(Backend):
         """Write the entries where they belong."""
         dense = torch.zeros((*values.shape[:-1], n), dtype=values.dtype, device=values.device)
         return dense.scatter(-1, indices.to(torch.int64), values)
+
+    def largest_places(self, x: Array, k: int) -> Array:
+        """Select instead of sorting."""
+        return torch.sort(torch.topk(x, k, dim=-1, sorted=False).indices).values
+
+    def gather_rows(self, x: Array, indices: Array) -> Array:
+        """Copy row by row, not number by number, where rows lie one after another."""
+        is_empty = x.numel() == 0 or indices.numel() == 0
+        if is_empty or x.shape[:-2] != indices.shape[:-1] or not x.is_contiguous():
+            return super().gather_rows(x, indices)
+        n, width = x.shape[-2:]
+        starts = n * torch.arange(indices.shape[:-1].numel(), device=x.device)
+        at = (indices.reshape(-1, indices.shape[-1]) + starts[:, None]).reshape(-1)
+        return x.reshape(-1, width).index_select(0, at).reshape(*indices.shape, width)
+
+    def add_in_rows(self, x: Array, indices: Array, values: Array) -> Array:
+        """Add where the entries belong."""
+        return x.scatter_add(-1, indices, values)
 
 
 class _Formula(TorchBackend):

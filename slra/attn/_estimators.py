@@ -159,7 +159,7 @@ def _some_queries(problem: AttentionProblem, sample: RowSample) -> Array:
 
 def _triangle(x: Array, backend: Backend) -> Array:
     """Return a matrix of at most D rows with the Gram matrix of ``x``."""
-    return backend.qr(x)[1] if x.shape[-2] > x.shape[-1] else x
+    return backend.triangular_factor(x) if x.shape[-2] > x.shape[-1] else x
 
 
 def _right_vectors(x: Array, backend: Backend) -> Array:

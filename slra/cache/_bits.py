@@ -247,13 +247,18 @@ class BitRows(NamedTuple):
     filled: Array  # (B,), NumPy: tokens held
     far_k: Array  # (B, H): how far a number of a key was from the shift
     far_v: Array
+    half_k: (
+        Array  # (B, H): how far off a coordinate may be, half a step but where it was rounded twice
+    )
+    half_v: Array
 
     @classmethod
     def empty(cls, layout: Layout, like: Array) -> "BitRows":
         """No token."""
         k, v = (Packed.empty(layout, d, like) for d in layout.rank)
         far = layout.zeros((layout.n_batch, layout.n_heads), like)
-        return cls(layout, k, v, np.zeros(layout.n_batch, dtype=np.int64), far, far)
+        filled, half = np.zeros(layout.n_batch, dtype=np.int64), far + 0.5
+        return cls(layout, k, v, filled, far, far, half, half)
 
     @property
     def n_rows(self) -> int:
@@ -310,9 +315,9 @@ class BitRows(NamedTuple):
         k, v = (one.cropped(filled, self.filled, self.layout) for one in (self.k, self.v))
         return self._replace(k=k, v=v, filled=filled)
 
-    def half_steps(self) -> tuple[float, float]:
-        """Say how far off a coordinate may be, but for rounding where it is computed."""
-        return 0.5, 0.5
+    def half_steps(self) -> tuple[Array, Array]:
+        """Say how far off a coordinate may be, (B, H), but for rounding where it is computed."""
+        return self.half_k, self.half_v
 
     def check(self) -> None:
         """Raise ValueError where parts do not belong together."""

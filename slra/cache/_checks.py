@@ -14,6 +14,7 @@ from slra._validate import (
     check_flag,
     check_mask,
     check_positive,
+    check_rank,
     promote,
     resolve,
     shown,
@@ -61,6 +62,9 @@ def check_options(
     capacity: Any,
     bits: Any = None,
     rtol: Any = None,
+    n_top: Any = None,
+    top_p: Any = None,
+    rank_index: Any = None,
 ) -> Layout:
     """Check what a cache is made with; raise on the first that is wrong."""
     check_parts(basis)
@@ -92,6 +96,11 @@ def check_options(
         dtype=None if dtype is None else _check_dtype(dtype, backend),
         bits=None if bits is None else check_bits(bits),
         rtol=None if rtol is None else check_positive(rtol, "rtol"),
+        n_top=None if n_top is None else _check_n_top(n_top, n_heads),
+        top_p=None if top_p is None else _check_share(top_p),
+        rank_index=_check_rank_index(
+            rank_index, width, chooses=n_top is not None or top_p is not None
+        ),
         score_options=ScoreOptions(
             scale=width**-0.5 if scale is None else check_scale(scale, limits),
             softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
@@ -102,6 +111,8 @@ def check_options(
     )
     check_choice(method, tuple(METHODS), "method")
     _check_together(layout)
+    if layout.rank_index is not None:
+        _check_choosing(layout)
     if layout.is_coded:
         _check_coded(layout, basis)
     return layout
@@ -124,6 +135,52 @@ def _check_together(layout: Layout) -> None:
         raise ValueError(
             f"drift_bound must be None with a capacity, as a new basis takes more room, got {layout.drift_bound}"
         )
+
+
+def _check_n_top(n_top: Any, n_heads: int) -> int | tuple[int, ...]:
+    if not isinstance(n_top, (tuple, list)):
+        return check_count(n_top, "n_top", most=MOST)
+    counts = tuple(check_count(one, "n_top", most=MOST) for one in n_top)
+    if len(counts) != n_heads:
+        raise ValueError(
+            f"n_top must be an int, or {n_heads}, one for each key head, got {shown(n_top)}"
+        )
+    return counts
+
+
+def _check_share(top_p: Any) -> float:
+    share = check_positive(top_p, "top_p")
+    if share > 1:
+        raise ValueError(f"top_p must be at most 1, got {shown(top_p)}")
+    return share
+
+
+def _check_rank_index(rank_index: Any, width: int, *, chooses: bool) -> int | None:
+    """Return how many leading coordinates choose, a quarter by default; None where there is nothing to choose."""
+    if not chooses:
+        if rank_index is not None:
+            raise ValueError(
+                f"rank_index must be None without n_top or top_p, got {shown(rank_index)}"
+            )
+        return None
+    return (
+        -(-width // 4) if rank_index is None else check_rank(rank_index, width, "rank_index", "D")
+    )
+
+
+def _check_choosing(layout: Layout) -> None:
+    """Raise where an option does not go with queries that choose."""
+    others: dict[str, Any] = {
+        "n_sparse": layout.n_sparse or None,
+        "bits": layout.bits,
+        "rtol": layout.rtol,
+    }
+    others |= {"rotary": layout.rotary, "drift_bound": layout.drift_bound}
+    for name, given in others.items():
+        if given is not None:
+            raise ValueError(f"{name} must be left out with n_top or top_p, got {given}")
+    if layout.is_static and layout.n_top is None:
+        raise ValueError("n_top must be given besides top_p where shapes are static: the most keys")
 
 
 def _check_coded(layout: Layout, basis: AttentionBasis) -> None:

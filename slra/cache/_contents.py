@@ -1,16 +1,18 @@
 """All that a cache holds: stored when tokens come, attended to when asked, decoded when wanted back."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
-import array_api_compat as compat
 import numpy as np
 
+from slra._backends import namespace_of
 from slra._typing import Array, DType
 from slra._validate import dtype_limits
 from slra.attn.exact import merge_attention
 from slra.attn.fit import fit_attention
 from slra.attn.maps import Maps
+from slra.attn.problem import add_sinks
 from slra.cache._exact_tokens import ExactTokens, RecentQueries
 from slra.cache._layout import Layout, named_arrays, on_host, with_arrays
 from slra.cache._queries import Queries
@@ -82,7 +84,7 @@ class Contents(NamedTuple):
         they have left it. They came in ``dtype``.
         """
         held = self._storing(dtype)
-        xp, lengths = compat.array_namespace(self.lengths), self.lengths
+        xp, lengths = namespace_of(self.lengths), self.lengths
         each = self.layout.arange(0, k.shape[-2], lengths)
         counts = 0 * lengths + k.shape[-2] if counts is None else counts
         positions, is_used = lengths[:, None] + each, each < counts[:, None]
@@ -147,38 +149,62 @@ class Contents(NamedTuple):
 
     def _ends(self) -> list[Array]:
         """Where each segment ends: where the next one or the window begins."""
-        xp = compat.array_namespace(self.lengths)
+        xp = namespace_of(self.lengths)
         starts = [segment.start for segment in self.segments]
         ends = [*starts[1:], xp.maximum(starts[-1], self.lengths - self.layout.window)]
         return [xp.minimum(end, ends[-1]) for end in ends]
 
-    def attend(self, queries: Queries) -> tuple[Array, Array]:
-        """Attention to all tokens, and its log-sum-exp, (B, H * shared, M, .)."""
+    def attend(self, queries: Queries) -> tuple[Array, Array, Array | None]:
+        """Attention to all tokens, and its log-sum-exp, (B, H * shared, M, .).
+
+        Where queries choose, also the share that keys not chosen have.
+        """
         xp, q = self.layout.xp, queries.q
         if on_host(self.lengths) and not np.any(self.lengths):
             out = self.layout.zeros((*q.shape[:-1], self.layout.width_v), q)
-            return out, xp.full_like(out[..., 0], -xp.inf)
-        parts: list[tuple[Array, Array]] = []
-        for segment, end in zip(self.segments, self._ends(), strict=True):
-            parts += segment.attend(queries, end, self.turns)
-        if self.layout.n_exact:
-            parts.append(self.exact.attend(queries, self.lengths))
+            parts, left = [(out, xp.full_like(out[..., 0], -xp.inf))], None
+        else:
+            parts, left = self._parts(queries)
         if len(parts) > 1:
             out, lse = merge_attention(*zip(*parts, strict=True))
         else:
             ((out, lse),) = parts
             out = xp.where(lse[..., None] == -xp.inf, xp.zeros_like(out), out)
+        if queries.sinks is not None:
+            out, lse = add_sinks(xp, out, lse, queries.sinks)
+        if left is not None:
+            whole = xp.where(lse == -xp.inf, xp.zeros_like(lse), lse)
+            left = left * xp.exp(parts[0][1] - whole)
         if self.layout.capacity is None or on_host(self.lengths):
-            return out, lse
+            return out, lse, left
         # Tokens beyond a static capacity are lost: no number may look as if they were not.
         is_over = (self.lengths > self.layout.capacity)[:, None, None]
         nan = xp.asarray(xp.nan, dtype=out.dtype)
-        return xp.where(is_over[..., None], nan, out), xp.where(is_over, nan, lse)
+        left = None if left is None else xp.where(is_over, nan, left)
+        return xp.where(is_over[..., None], nan, out), xp.where(is_over, nan, lse), left
+
+    def _parts(self, queries: Queries) -> tuple[list[tuple[Array, Array]], Array | None]:
+        """Attention to parts of the tokens; where queries choose, first to those they choose from, and what is left."""
+        ends, first = self._ends(), self.segments[0]
+        exact = [self.exact.attend(queries, self.lengths)] if self.layout.n_exact else []
+        if self.layout.chooses and first.has_more_than(min(self.layout.n_tops), ends[0]):
+            others = [exact[0][1]] if exact else []
+            if queries.sinks is not None:
+                others.append(
+                    queries.sinks[..., None] + self.layout.xp.zeros_like(queries.q[..., 0])
+                )
+            elsewhere = functools.reduce(self.layout.xp.logaddexp, others) if others else None
+            out, lse, left = first.attend_chosen(queries, ends[0], elsewhere)
+            return [(out, lse), *exact], left
+        parts: list[tuple[Array, Array]] = []
+        for segment, end in zip(self.segments, ends, strict=True):
+            parts += segment.attend(queries, end, self.turns)
+        return parts + exact, None
 
     def decode(self) -> tuple[Array, Array]:
         """Keys and values of all tokens, (B, H, n, .), zero beyond the length of a sequence."""
         layout, n_tokens = self.layout, self.n_tokens
-        xp, put_rows = compat.array_namespace(self.lengths), layout.backend.put_rows
+        xp, put_rows = namespace_of(self.lengths), layout.backend.put_rows
         lead = (layout.n_batch, layout.n_heads, n_tokens)
         k, v = (layout.zeros((*lead, width), self.like) for width in (layout.width, layout.width_v))
         for segment, end in zip(self.segments, self._ends(), strict=True):
@@ -198,7 +224,7 @@ class Contents(NamedTuple):
 
         Tokens that come into the window again, as the window moves back, are what the cache stands for.
         """
-        layout, xp = self.layout, compat.array_namespace(self.lengths)
+        layout, xp = self.layout, namespace_of(self.lengths)
         if on_host(self.lengths) and np.all(lengths >= self.lengths):
             return self
         lengths = xp.minimum(lengths, self.lengths)

@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-import array_api_compat as compat
-
+from slra._backends import namespace_of
 from slra._typing import Array, DType
 from slra.cache._layout import Layout
 from slra.cache._queries import Queries
@@ -40,7 +39,7 @@ class ExactTokens(NamedTuple):
             return self
         is_sink = positions < n_sink
         is_last = (positions >= lengths[:, None] - window) & ~is_sink
-        where = compat.array_namespace(lengths).where
+        where = namespace_of(lengths).where
         places = where(is_sink, positions, n_sink + (positions - n_sink) % max(1, window))
         places = where(is_used & (is_sink | is_last), places, 0 * places - 1)
         put_rows = self.layout.backend.put_rows
@@ -55,7 +54,7 @@ class ExactTokens(NamedTuple):
 
     def positions(self, lengths: Array) -> tuple[Array, Array, Array]:
         """Which token each row holds (B, n_sink + window), the least that it may hold, and the end."""
-        xp, n_sink = compat.array_namespace(lengths), self.layout.n_sink
+        xp, n_sink = namespace_of(lengths), self.layout.n_sink
         sinks = self.layout.arange(0, n_sink, lengths) + 0 * lengths[:, None]
         positions = xp.concat([sinks, self.window_positions(lengths)], axis=-1)
         row = self.layout.arange(0, positions.shape[-1], lengths)

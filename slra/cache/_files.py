@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from slra._backends import Backend
-from slra._files import Arrays, File, read_safetensors, write_safetensors
+from slra._files import Arrays, File, read_safetensors, safetensors_content, write_file
 from slra._typing import Array
 from slra._validate import check_rank
 from slra.attn.basis import AttentionBasis
@@ -16,23 +16,65 @@ from slra.cache._bits import BitRows, ByteRows
 from slra.cache._checks import MOST, check_bits, check_options
 from slra.cache._contents import Contents
 from slra.cache._layout import Layout, map_arrays, named_arrays, on_host, with_arrays
+from slra.cache._parked import Coded, ParkedRows, codec, damaged_chunks, park, unparked
 from slra.cache._segment import FloatRows, laid_out
 
 __all__ = ["load_contents", "save_contents"]
 
-FORMAT = "slra.KVCache 3"
+FORMAT = "slra.KVCache 4"
 # Arrays that are NumPy's, unless shapes are static.
 POSITIONS = (
     *("lengths", "start", "since_check"),
     *("filled", "headers", "widest", "used"),
+    *Coded._fields,
 )
+# Of the bits asked for, what the description of a file may take at most, and what says how its chunks are coded: in a
+# cache of a few tokens the rest comes on top.
+MOST_OF_HEADERS = 0.1
+# How near to the bits asked for is near enough, of them.
+NEAR = 0.005
 
 
-def save_contents(path: File, contents: Contents) -> None:
-    """Write what is in use to exactly this path."""
+def save_contents(path: File, contents: Contents, bits: Any) -> None:
+    """Write what is in use to exactly this path; with an entropy code where bits are given."""
+    contents = _without_room(contents)
+    write_file(path, _content(contents) if bits is None else _parked(contents, bits))
+
+
+def _parked(contents: Contents, bits: Any) -> bytes:
+    """Content of a file that takes so many bits a number of the keys and of the values, headers and all."""
+    asked, layout = np.asarray(check_bits(bits)), contents.layout
+    held = [segment.rows for segment in contents.segments if isinstance(segment.rows, BitRows)]
+    if not held:
+        raise ValueError(
+            "bits must be None but for a cache that has bits or rtol (8 bits lose next to nothing), and no static "
+            f"shapes; got {bits}"
+        )
+    codec()
+    target = asked
+    numbers = layout.n_heads * np.asarray(layout.rank) * max(1, sum(x.filled.sum() for x in held))
+    for _ in range(3):
+        segments, n_bytes, is_finest = [], np.zeros(2), np.ones(2, dtype=bool)
+        for segment, rows in zip(contents.segments, held, strict=True):
+            maps, parked, is_same = park(rows, segment.maps, target)
+            is_finest &= is_same
+            n_bytes += parked.k.nbytes, parked.v.nbytes
+            # Such rows are nowhere but in files.
+            segments.append(segment._replace(maps=maps, rows=cast(Any, parked)))
+        content = _content(contents._replace(segments=tuple(segments)))
+        took = 8 * n_bytes / numbers
+        description = 8 * int.from_bytes(content[:8], "little") / np.sum(numbers)
+        left = asked - np.minimum(description, MOST_OF_HEADERS * asked)
+        if np.all((np.abs(took - left) < NEAR * asked) | (is_finest & (took < left))):
+            break
+        target = np.maximum(target - (took - left), (1 - 2 * MOST_OF_HEADERS) * asked)
+    return content
+
+
+def _content(contents: Contents) -> bytes:
     backend = contents.layout.backend
     named, in_bfloat16 = {}, []
-    for name, x in named_arrays(_without_room(contents)._replace(turns=None)).items():
+    for name, x in named_arrays(contents._replace(turns=None)).items():
         if not on_host(x) and x.dtype == getattr(backend.xp, "bfloat16", None):
             # NumPy has no such dtype; single precision holds all its values.
             x = backend.xp.astype(x, backend.xp.float32)
@@ -44,7 +86,7 @@ def save_contents(path: File, contents: Contents) -> None:
         "n_segments": str(len(contents.segments)),
         "bfloat16": json.dumps(in_bfloat16),
     }
-    write_safetensors(path, named, metadata)
+    return safetensors_content(named, metadata)
 
 
 def _without_room(contents: Contents) -> Contents:
@@ -68,7 +110,7 @@ def _described(layout: Layout) -> str:
 def load_contents(path: File, like: Array, backend: Backend) -> Contents:
     """Read them back; ValueError where the file is not what `save_contents` writes."""
     try:
-        named, metadata = read_safetensors(path, FORMAT)
+        named, metadata = read_safetensors(path, FORMAT, damaged_chunks)
     except ValueError as error:
         raise _not_one(path, error) from error
     try:
@@ -82,6 +124,10 @@ def load_contents(path: File, like: Array, backend: Backend) -> Contents:
         raise ValueError(
             "like must be an array of a library that has bfloat16, as the cache is stored in"
         )
+    if layout.is_static and layout.is_coded and "segments.0.rows.step_k" not in named:
+        raise ValueError(
+            "like must be an array that can be written to: the cache has a capacity, and bits in blocks"
+        )
     for name, x in named.items():
         if layout.is_static or not _is_position(name):
             dtype = "bfloat16" if name in in_bfloat16 else x.dtype.name
@@ -89,7 +135,13 @@ def load_contents(path: File, like: Array, backend: Backend) -> Contents:
     contents = with_arrays(template, named, layout)
     segments = []
     for segment in contents.segments:
-        held = segment.rows
+        held: Any = segment.rows
+        if isinstance(held, ParkedRows):
+            try:
+                segments.append(segment._replace(rows=unparked(held, segment.maps.wk)))
+            except ValueError as error:
+                raise _not_one(path, error) from error
+            continue
         if not isinstance(held, FloatRows):
             segments.append(segment)
             continue
@@ -108,7 +160,10 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     """Make an empty cache of the options and maps in a file, by the checks that those of a new cache go through."""
     given = json.loads(described)
     bases = [_basis(named, i, given) for i in range(n_segments)]
-    names = ("batch", "window", "n_sink", "n_sparse", "rotary", "drift_bound", "method")
+    names = (
+        *("batch", "window", "n_sink", "n_sparse", "rotary", "drift_bound", "method"),
+        *("n_top", "top_p", "rank_index"),
+    )
     is_coded = given["bits"] is not None or given["rtol"] is not None
     options = {name: given[name] for name in names} | given["score_options"]
     options = {name: options[name] for name in (*names, "scale", "softcap")}
@@ -138,6 +193,8 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     (segment,) = template.segments
     if "segments.0.rows.step_k" in named:
         segment = segment._replace(rows=ByteRows.empty(layout, 0, maps[0].wk))
+    if "segments.0.rows.k.words" in named:
+        segment = segment._replace(rows=cast(Any, ParkedRows.empty(layout, maps[0].wk)))
     segments = tuple(segment._replace(maps=one) for one in maps)
     layout = dataclasses.replace(layout, capacity=given["capacity"], dtype=given["dtype"])
     template = template._replace(segments=segments)
@@ -171,7 +228,9 @@ def _check_arrays(named: Arrays, template: Contents) -> None:
         x, shape, (held, _, field) = named[name], list(right.shape), name.rpartition(".")
         at, is_row, part = name.partition(".rows.")
         if is_row and part.startswith(("k.", "v.")):
-            axis = {"heap": 2, "whole": 2, "headers": 1}.get(field)
+            axis = {"heap": 2, "whole": 2, "headers": 1, **dict.fromkeys(Coded._fields, 0)}.get(
+                field
+            )
             if axis is not None:
                 shape[axis] = x.shape[axis]
         elif is_row and len(shape) == 4:
@@ -207,8 +266,10 @@ def _check_arrays(named: Arrays, template: Contents) -> None:
 def _check_bits(contents: Contents, lengths: Array, starts: list[Array]) -> None:
     """Raise ValueError where packed rows do not hold what positions say."""
     for segment, start, end in zip(contents.segments, starts, [*starts[1:], lengths], strict=True):
-        rows = segment.rows
-        if not isinstance(rows, BitRows) or np.any(rows.filled < np.maximum(end - start, 0)):
+        rows: Any = segment.rows
+        if not isinstance(rows, (BitRows, ParkedRows)) or np.any(
+            rows.filled < np.maximum(end - start, 0)
+        ):
             raise ValueError("its segments hold fewer tokens than its lengths say")
         if np.any(rows.filled < 0):
             raise ValueError("its segments hold fewer tokens than none")

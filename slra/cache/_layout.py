@@ -18,9 +18,11 @@ from slra._backends import Backend, backend_of
 from slra._backends.standard import ScoreOptions
 from slra._typing import Array, DType, Namespace
 
-__all__ = ["Layout", "map_arrays", "named_arrays", "on_host", "register", "with_arrays"]
+__all__ = ["ALL", "Layout", "map_arrays", "named_arrays", "on_host", "register", "with_arrays"]
 
 T = TypeVar("T")
+# So many chosen tokens are all of them.
+ALL = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Layout:
     dtype: str | None
     bits: tuple[float, float] | None  # average of a number of the keys, and of the values
     rtol: float | None
+    n_top: (
+        int | tuple[int, ...] | None
+    )  # keys that a query reads in all coordinates, of each key head
+    top_p: float | None  # or as few as hold this share of the softmax
+    rank_index: int | None  # by the leading coordinates, so many, where it chooses
     score_options: ScoreOptions
     rotary: tuple[float, ...] | None
     drift_bound: float | None
@@ -76,6 +83,24 @@ class Layout:
     def is_coded(self) -> bool:
         """Whether coordinates are stored in bits."""
         return self.bits is not None or self.rtol is not None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether each query reads but a few keys in all coordinates that are stored, and has others to choose by."""
+        return self.rank_index is not None and self.rank_index < max(self.rank)
+
+    @property
+    def n_tops(self) -> tuple[int, ...]:
+        """The most that a query chooses, for each key head."""
+        if isinstance(self.n_top, tuple):
+            return self.n_top
+        return (ALL if self.n_top is None else self.n_top,) * self.n_heads
+
+    @property
+    def n_leading(self) -> tuple[int, int]:
+        """Coordinates of the keys that choose, and of the values that are not chosen."""
+        index = max(self.rank) if self.rank_index is None else self.rank_index
+        return min(index, self.rank[0]), min(index, self.rank[1])
 
     @property
     def carries_shift(self) -> bool:

@@ -18,6 +18,7 @@ class Queries(NamedTuple):
     positions: Array  # (B, M): the token each query belongs to
     last_seen: Array  # (B, M): the last token it sees, -1 for none
     first_seen: Array | None = None  # (B, M): the first token it sees, where there is a window
+    sinks: Array | None = None  # (B or 1, H * shared): one more score, of a key whose value is 0
     slopes: Array | None = None  # (B or 1, H, shared): what a score loses for each token between
     mask: Array | None = None  # (B or 1, H or 1, shared or 1, M or 1, N or 1), N counts tokens
 
@@ -43,6 +44,17 @@ class Queries(NamedTuple):
             last_seen = xp.minimum(last_seen, positions + right)
         last_seen = xp.where(each < used, last_seen, 0 * last_seen - 1)
         return cls(layout, q, positions, last_seen, None if left is None else positions - left)
+
+    def part(self, rows: slice) -> "Queries":
+        """Take some of the queries."""
+        mask, first = self.mask, self.first_seen
+        return self._replace(
+            q=self.q[:, :, rows, :],
+            positions=self.positions[:, rows],
+            last_seen=self.last_seen[:, rows],
+            first_seen=None if first is None else first[:, rows],
+            mask=mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :],
+        )
 
     def see_all(self, start: Array, end: Array, rows: slice) -> bool:
         """Whether it is known that these rows from ``start`` on all hold tokens, and every query sees them."""

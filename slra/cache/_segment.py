@@ -1,7 +1,8 @@
 """Tokens in r dimensions: how they are stored, read, and attended to."""
 
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from slra.cache._bits import (
     fitted_steps,
     scaled_maps,
 )
+from slra.cache._chosen import choose, tile_of_queries
 from slra.cache._layout import Layout, map_arrays, on_host
 from slra.cache._queries import Queries
 from slra.cache._rotary import rotate, turns_at
@@ -56,18 +58,26 @@ class FloatRows(NamedTuple):
     layout: Layout
     k: Array  # (B, H, n, r), and where the layout says so a column of ones, to be read as it is
     v: Array  # (B, H, n, r_v)
-    sparse_k: SparseEntries | None
-    sparse_v: SparseEntries | None
+    sparse_k: SparseEntries | None = None
+    sparse_v: SparseEntries | None = None
+    # Where queries choose, ``k`` and ``v`` are the leading coordinates, read of all tokens, and these are the others.
+    rest_k: Array | None = None
+    rest_v: Array | None = None
 
     @classmethod
     def empty(cls, layout: Layout, n_rows: int, like: Array, dtype: DType) -> "FloatRows":
         """Room for so many tokens."""
-        backend, (rank_qk, rank_v) = layout.backend, layout.rank
+        backend, (rank_qk, rank_v) = layout.backend, layout.n_leading
         lead = (layout.n_batch, layout.n_heads, n_rows)
-        k = backend.key_buffer((*lead, rank_qk + layout.carries_shift), dtype, like)
+        has_ones = layout.carries_shift and not layout.chooses
+        k = backend.key_buffer((*lead, rank_qk + has_ones), dtype, like)
         v = layout.zeros((*lead, rank_v), like, dtype)
+        if layout.chooses:
+            widths = layout.rank[0] - rank_qk, layout.rank[1] - rank_v
+            rest = (layout.zeros((*lead, width), like, dtype) for width in widths)
+            return cls(layout, k, v, None, None, *rest)
         if not layout.n_sparse:
-            return cls(layout, k, v, None, None)
+            return cls(layout, k, v)
         shape, sparse = (*lead, layout.n_sparse), []
         for width in (layout.width, layout.width_v):
             # The backend chooses the dtype of indices.
@@ -88,28 +98,63 @@ class FloatRows(NamedTuple):
 
     def rounded(self, x: Array) -> Array:
         """Coordinates as they will be read again."""
-        return self.layout.xp.astype(x, self.dtype)
+        return self.layout.xp.astype(x, self.dtype, copy=False)
 
     def put(
         self, k: Array, v: Array, rest: tuple[Array, Array] | None, places: Array
     ) -> "FloatRows":
         """Write coordinates (B, H, m, .) at places (B, m), and the largest entries of what they leave of each row."""
         xp, backend = self.layout.xp, self.layout.backend
+        held = self if not on_host(places) else self.with_room(int(places.max()) + 1)
+        if self.layout.chooses:
+            n_k, n_v = self.layout.n_leading
+            leading, rest_of_each = (k[..., :n_k], v[..., :n_v]), (k[..., n_k:], v[..., n_v:])
+            new = FloatRows(self.layout, *leading, None, None, *rest_of_each)
+            return held._written(new, places)
         if self.layout.carries_shift:
             k = xp.concat([k, xp.ones_like(k[..., :1])], axis=-1)
         sparse: list[SparseEntries | None] = [None, None]
         if rest is not None:
             largest = [backend.largest_in_rows(x, self.layout.n_sparse) for x in rest]
             sparse = [SparseEntries(self.rounded(values), at) for values, at in largest]
-        held = self if not on_host(places) else self.with_room(int(places.max()) + 1)
         return held._written(FloatRows(self.layout, k, v, *sparse), places)
 
     def coordinates(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
         """Read k', with its column of ones, and v'."""
-        k, v = (
-            self.layout.xp.astype(x[:, :, rows, :], dtype, copy=False) for x in (self.k, self.v)
-        )
+        xp = self.layout.xp
+        k, v = self.leading(rows, dtype)
+        if self.rest_k is not None and self.rest_v is not None:
+            rest_k, rest_v = (
+                xp.astype(x[:, :, rows, :], dtype) for x in (self.rest_k, self.rest_v)
+            )
+            ones = [xp.ones_like(k[..., :1])] if self.layout.carries_shift else []
+            k, v = xp.concat([k, rest_k, *ones], axis=-1), xp.concat([v, rest_v], axis=-1)
         return k, v
+
+    def leading(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        """Read those coordinates of k' and v' that stand by themselves."""
+        astype = self.layout.xp.astype
+        k, v = (astype(x[:, :, rows, :], dtype, copy=False) for x in (self.k, self.v))
+        return k, v
+
+    def others(self, places: Array, dtype: DType) -> tuple[Array, Array]:
+        """Read the other coordinates of k' and v' at places (B, H, M, t); (B, H, M, t, .)."""
+        xp, (*lead, n_queries, n) = self.layout.xp, places.shape
+        at = xp.reshape(places, (*lead, n_queries * n))
+
+        def read(x: Array) -> Array:
+            found = xp.astype(self.layout.backend.gather_rows(x, at), dtype, copy=False)
+            return xp.reshape(found, (*lead, n_queries, n, x.shape[-1]))
+
+        return read(self.rest_k), read(self.rest_v)
+
+    def all_others(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        """Read the other coordinates of rows as `others` does; (B, H, 1, rows, .)."""
+
+        def read(x: Array) -> Array:
+            return self.layout.xp.astype(x[:, :, None, rows, :], dtype, copy=False)
+
+        return read(self.rest_k), read(self.rest_v)
 
     def corrections(self, rows: slice, dtype: DType) -> tuple[Array, Array] | None:
         """Read what is to be added to the keys (B, H, rows, D) and to the values that coordinates stand for."""
@@ -124,7 +169,7 @@ class FloatRows(NamedTuple):
 
     def is_read_as_is(self, dtype: DType) -> bool:
         """Whether reading makes no new array, however many rows."""
-        return bool(self.sparse_k is None and self.dtype == dtype)
+        return self.sparse_k is None and self.rest_k is None and bool(self.dtype == dtype)
 
     def astype(self, dtype: DType) -> "FloatRows":
         """Store floats in another dtype."""
@@ -210,9 +255,9 @@ class Segment(NamedTuple):
         """Write tokens (B, H, m, .) at places (B, m), counted from the start; negative ones are left out."""
         if not isinstance(self.rows, FloatRows):
             return self._put_bits(self.rows, k, v, places)
-        maps, rest = self._key_head_maps(), None
-        small_k = self.rows.rounded(k @ maps.wk - maps.c @ maps.wk)
-        small_v = self.rows.rounded(v @ maps.wv - maps.mu @ maps.wv)
+        maps, rest, matmul = self._key_head_maps(), None, self.layout.backend.matmul
+        small_k = self.rows.rounded(matmul(k, maps.wk) - matmul(maps.c, maps.wk))
+        small_v = self.rows.rounded(matmul(v, maps.wv) - matmul(maps.mu, maps.wv))
         if self.layout.n_sparse:
             astype = self.layout.xp.astype
             hat_k = self._decoded_keys(astype(small_k, k.dtype))
@@ -271,9 +316,7 @@ class Segment(NamedTuple):
         self, queries: Queries, end: Array, turns: tuple[Array, Array] | None
     ) -> list[tuple[Array, Array]]:
         """Attention to the tokens before ``end``, and its log-sum-exp, chunk by chunk where rows must be made first."""
-        n_rows = self.rows.n_rows
-        if on_host(self.start):
-            n_rows = min(n_rows, int(np.max(end - self.start)))
+        n_rows = self._n_rows(end)
         is_whole = turns is None and self.rows.is_read_as_is(queries.q.dtype)
         step = max(1, n_rows if is_whole else CHUNK_ROWS)
         first = queries.first_row(self.start, n_rows)
@@ -285,10 +328,7 @@ class Segment(NamedTuple):
         self, queries: Queries, end: Array, rows: slice, turns: tuple[Array, Array] | None
     ) -> tuple[Array, Array]:
         layout, maps, rank_v = self.layout, self._key_head_maps(), self.layout.rank[1]
-        mask, shift, dtype = None, None, queries.q.dtype
-        if not queries.see_all(self.start, end, rows):
-            positions = self.start[:, None] + layout.arange(rows.start, rows.stop, self.start)
-            mask = queries.mask_for(positions, self.start[:, None], end[:, None])
+        mask, shift, dtype = self._mask(queries, end, rows), None, queries.q.dtype
         k, v = self.rows.coordinates(rows, dtype)
         corrections = self.rows.corrections(rows, dtype)
         if turns is None:
@@ -298,12 +338,88 @@ class Segment(NamedTuple):
         if corrections is not None:
             v = layout.xp.concat([v, corrections[1]], axis=-1)
         out, lse = layout.attend(q, k, v, mask)
-        whole = out[..., :rank_v] @ maps.uv + maps.mu
+        whole = layout.backend.matmul(out[..., :rank_v], maps.uv) + maps.mu
         if corrections is not None:
             whole = whole + out[..., rank_v:]
         if shift is not None:
             lse = lse + layout.score_options.scale * shift[..., 0]
         return layout.unstack_heads(whole), layout.unstack_heads(lse)
+
+    def _n_rows(self, end: Array) -> int:
+        """Rows that hold tokens before ``end``, as far as that is known."""
+        n_rows = self.rows.n_rows
+        return min(n_rows, int(np.max(end - self.start))) if on_host(self.start) else n_rows
+
+    def has_more_than(self, n_top: int, end: Array) -> bool:
+        """Whether so many chosen tokens before ``end`` might not be all."""
+        is_fewer = self.layout.top_p is not None and self._n_rows(end) > 0
+        return is_fewer or self._n_rows(end) > n_top
+
+    def _mask(self, queries: Queries, end: Array, rows: slice) -> Array | None:
+        """Which of these rows each query sees; None where it is known to be all."""
+        if queries.see_all(self.start, end, rows):
+            return None
+        positions = self.start[:, None] + self.layout.arange(rows.start, rows.stop, self.start)
+        return queries.mask_for(positions, self.start[:, None], end[:, None])
+
+    def attend_chosen(
+        self, queries: Queries, end: Array, others: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """Attention to the tokens before ``end``, its log-sum-exp, and the share in it of what was not chosen.
+
+        ``others`` is the log-sum-exp of the tokens elsewhere. Some queries at once, so that memory stays in bounds.
+        """
+        n_queries = queries.q.shape[-2]
+        size = tile_of_queries(self.layout, self.rows.n_rows)
+        tiles = [slice(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
+        parts = [
+            self._attend_chosen(queries.part(x), end, None if others is None else others[..., x])
+            for x in tiles
+        ]
+        out, lse, left = zip(*parts, strict=True)
+        concat = self.layout.xp.concat
+        return concat(out, axis=2), concat(lse, axis=2), concat(left, axis=2)
+
+    def _attend_chosen(
+        self, queries: Queries, end: Array, others: Array | None
+    ) -> tuple[Array, Array, Array]:
+        layout, maps, dtype = self.layout, self._key_head_maps(), queries.q.dtype
+        held, n_rows = self.rows, self._n_rows(end)
+        assert isinstance(held, FloatRows)
+        rows = slice(queries.first_row(self.start, n_rows), n_rows)
+        k, v = held.leading(rows, dtype)
+        q, shift = self._projected(queries, maps.c)
+        if others is not None:
+            others = layout.stack_heads(others[..., None])[..., 0]
+        mask = self._mask(queries, end, rows)
+
+        parts = []
+        for n_top, found in itertools.groupby(range(layout.n_heads), layout.n_tops.__getitem__):
+            heads = list(found)
+
+            def run(b: slice, h: slice, n_top: int = n_top, top: int = heads[0]) -> Any:
+                h = slice(h.start + top, h.stop + top)
+
+                def at(x: Array) -> Array:
+                    one, other = (
+                        part if x.shape[i] > 1 else slice(None) for i, part in enumerate((b, h))
+                    )
+                    return x[one, other, ...]
+
+                given = (None if x is None else at(x) for x in (q, shift, k, mask, others))
+                chosen, part = choose(layout, n_top, *given), map_arrays(at, held)
+                if chosen.places is None:
+                    return chosen.attend(at(v), *part.all_others(rows, dtype))
+                return chosen.attend(at(v), *part.others(chosen.places + rows.start, dtype))
+
+            shape, width = (layout.n_batch, len(heads)), k.shape[-1] + v.shape[-1]
+            parts.append(layout.backend.by_head(run, shape, q.shape[-2] * n_rows, width))
+        out, lse, left = (layout.xp.concat(x, axis=1) for x in zip(*parts, strict=True))
+        if not layout.carries_shift:
+            lse = lse + layout.score_options.scale * shift[..., 0]
+        whole = out @ maps.uv + maps.mu
+        out, lse, left = (layout.unstack_heads(x) for x in (whole, lse, left))
+        return out, lse, left
 
     def _features(
         self, queries: Queries, k: Array, c: Array, corrections: tuple[Array, Array] | None
@@ -312,19 +428,25 @@ class Segment(NamedTuple):
 
         With sparse entries there are more features: q'k' + q s = (q', q) (k', s).
         """
-        xp, stack = self.layout.xp, self.layout.stack_heads
-        wq, whole = self.maps.wq, stack(queries.q)
-        if wq.shape[2] == 1:
-            q = whole @ wq[:, :, 0, ...]
-        else:
-            wq = xp.reshape(wq, (wq.shape[0], self.layout.n_query_heads, *wq.shape[-2:]))
-            q = stack(queries.q @ wq)
-        shift = whole @ xp.matrix_transpose(c)
+        xp = self.layout.xp
+        q, shift = self._projected(queries, c)
         if self.layout.carries_shift:
             q = xp.concat([q, shift], axis=-1)
         if corrections is not None:
+            whole = self.layout.stack_heads(queries.q)
             q, k = xp.concat([q, whole], axis=-1), xp.concat([k, corrections[0]], axis=-1)
         return q, k, None if self.layout.carries_shift else shift
+
+    def _projected(self, queries: Queries, c: Array) -> tuple[Array, Array]:
+        """Make the queries q', stacked, and what the shift of the keys has in each of their scores."""
+        xp, stack, matmul = self.layout.xp, self.layout.stack_heads, self.layout.backend.matmul
+        wq, whole = self.maps.wq, stack(queries.q)
+        if wq.shape[2] == 1:
+            q = matmul(whole, wq[:, :, 0, ...])
+        else:
+            wq = xp.reshape(wq, (wq.shape[0], self.layout.n_query_heads, *wq.shape[-2:]))
+            q = stack(matmul(queries.q, wq))
+        return q, matmul(whole, xp.matrix_transpose(c))
 
     def _rotated(
         self,

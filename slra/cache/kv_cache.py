@@ -13,7 +13,6 @@ from slra._files import File
 from slra._typing import RNG, Array, DType
 from slra._validate import check_flag, resolve
 from slra.attn.basis import AttentionBasis
-from slra.attn.problem import add_sinks
 from slra.cache._checks import (
     check_crop,
     check_heads,
@@ -27,7 +26,7 @@ from slra.cache._checks import (
 from slra.cache._contents import Contents
 from slra.cache._files import load_contents, save_contents
 from slra.cache._layout import named_arrays, on_host, register
-from slra.cache._prefix import fit_prefix
+from slra.cache._prefix import fit_choosing, fit_prefix
 from slra.cache._segment import FloatRows, maps_of
 from slra.decompose._sparse_low_rank_matrix import size_in_bytes
 
@@ -86,6 +85,17 @@ class KVCache:
     rtol : float, optional
         Instead of ``bits``: the largest error of a token's coordinates, keys and values each, relative to the root
         mean square of those of the fit.
+    n_top : int or sequence of int, optional
+        How many keys, of those in the coordinates of the basis, a query reads in all of them; or as many as there are
+        key heads, one for each, a head being exact where it is no less than the tokens there are. The leading
+        ``rank_index`` coordinates of all keys choose, one set for the query heads that share a key head, and are what
+        counts of the other keys and of their values; all meet in one softmax. So the basis may be of rank D: what is
+        stored then is exact. Not with ``bits``, ``n_sparse``, ``rotary`` or ``drift_bound``.
+    top_p : float, optional
+        Instead of ``n_top``, or besides: as few keys as hold this share of the softmax, exact tokens counted, as far
+        as the leading coordinates tell, on average over the query heads that share a key head.
+    rank_index : int, optional
+        Coordinates of each key that choose, D/4 by default.
     capacity : int, optional
         Tokens to make room for; not with ``drift_bound``. Then memory does not grow, and more tokens are an error. On
         JAX it makes the cache a pytree of static shapes, to be used under ``jax.jit``, where tokens beyond it make
@@ -137,7 +147,8 @@ class KVCache:
     One decoding step over n tokens reads n (r + r_v) numbers a key head where exact attention reads n (D + Dv). Where
     reading is the limit, as it is for one query, that is the gain in time too. ``dtype`` and ``n_sparse`` save bytes
     but not time: half precision is widened, and sparse entries are computed with as D more features. So does
-    ``rotary``: all keys are decoded to D features at every step. Keys that were rotated before they were appended
+    ``rotary``: all keys are decoded to D features at every step. With ``n_top`` a step reads ``rank_index`` numbers of
+    each key and each value, and the others of the few chosen. Keys that were rotated before they were appended
     cost r, but a basis of the same rank fits them less well.
 
     In bits every coordinate of every token is within half a step, whatever the text: nothing saturates, and what does
@@ -152,6 +163,8 @@ class KVCache:
     References
     ----------
     The exact first tokens: G. Xiao et al., Efficient streaming language models with attention sinks, arXiv:2309.17453.
+    Keys chosen by leading coordinates: P. Singhania et al., Loki, arXiv:2406.02542; by mass: C. Lin et al., Twilight,
+    arXiv:2502.02770. Both drop the others.
 
     Examples
     --------
@@ -179,6 +192,9 @@ class KVCache:
         n_sparse: int = 0,
         bits: float | tuple[float, float] | None = None,
         rtol: float | None = None,
+        n_top: int | Sequence[int] | None = None,
+        top_p: float | None = None,
+        rank_index: int | None = None,
         capacity: int | None = None,
         dtype: str | DType | None = None,
         scale: float | None = None,
@@ -195,6 +211,9 @@ class KVCache:
             n_sparse=n_sparse,
             bits=bits,
             rtol=rtol,
+            n_top=n_top,
+            top_p=top_p,
+            rank_index=rank_index,
             capacity=capacity,
             dtype=dtype,
             scale=scale,
@@ -230,11 +249,14 @@ class KVCache:
         k : array, shape (..., Hkv, n, D)
         v : array, shape (..., Hkv, n, Dv)
         rank : int or (int, int), optional
-            As in `fit_attention`. With ``bits`` it plays no part, nor is there ``rtol``.
+            As in `fit_attention`. With ``bits`` it plays no part, nor is there ``rtol``. With ``n_top`` or ``top_p`` it
+            is what is stored, all there is by default.
         rtol : float, optional
             Relative error of the output to stay within, for every query head. It is checked on up to 64 steps of
             the prefix, the last one among them, against exact keys and values, with all that the cache does to
-            them; where it is exceeded, ranks are raised. Not under `jax.jit`.
+            them; where it is exceeded, ranks are raised. With ``n_top="auto"`` instead each key head gets the fewest
+            keys that keep to it, and ``rank_index`` is what makes the step read least: found with a basis of the first
+            half of the prefix on steps of the second. Not under `jax.jit`.
         method, pool_batch, rng
             As in `fit_attention`; by default one basis serves all leading axes.
         **options
@@ -259,6 +281,9 @@ class KVCache:
         >>> cache = slra.KVCache.from_prefix(q, k, v, rtol=0.1)
         >>> bool(np.all(cache.error <= 0.1))
         True
+        >>> choosing = slra.KVCache.from_prefix(q, k, v, rtol=0.3, n_top="auto")
+        >>> bool(np.all(choosing.error <= 0.3))
+        True
         """
         if "batch" in options:
             raise TypeError("batch must be left out of from_prefix: it is that of k")
@@ -268,14 +293,30 @@ class KVCache:
                     f"rtol must be None with bits, which ranks do not change, got {rtol}"
                 )
             rank = 1
+        is_auto, chooses = options.get("n_top") == "auto", False
+        if is_auto:
+            if rtol is None or options.get("top_p") or options.get("rank_index"):
+                raise ValueError(
+                    'n_top="auto" must come with rtol, and without top_p and rank_index'
+                )
+        elif options.get("n_top") is not None or options.get("top_p") is not None:
+            if rtol is not None:
+                raise ValueError(
+                    f'rtol must be None with top_p or n_top unless that is "auto", got {rtol}'
+                )
+            chooses = True
         fit: dict[str, Any] = {"rtol": rtol, "method": method, "pool_batch": pool_batch, "rng": rng}
         fit |= {name: options[name] for name in ("scale", "softcap") if name in options}
         fit |= {"is_causal": True, "enable_gqa": True}
 
-        def make(basis: AttentionBasis) -> Contents:
-            cache = cls(basis, batch=tuple(k.shape[:-3]), method=method, **options)
+        def make(basis: AttentionBasis, **chosen: Any) -> Contents:
+            cache = cls(basis, batch=tuple(k.shape[:-3]), method=method, **options | chosen)
             return cache.append(k, v, q=q)._contents
 
+        if is_auto:
+            return _made(fit_choosing((q, k, v), rank, fit, make))
+        if chooses and rank is None and min(k.ndim, v.ndim) > 1:
+            rank = min(k.shape[-2:]), min(v.shape[-2:])
         return _made(fit_prefix((q, k, v), rank, fit, make))
 
     @isolated
@@ -332,7 +373,8 @@ class KVCache:
         alibi: Array | None = None,
         lengths: Array | None = None,
         return_lse: bool = False,
-    ) -> Array | tuple[Array, Array]:
+        return_rest: bool = False,
+    ) -> Array | tuple[Array, ...]:
         """Attention of one or a few queries to the tokens held.
 
         Parameters
@@ -353,6 +395,8 @@ class KVCache:
             How many of the ``m`` queries each sequence has, the first ones: as given to `append`. The others get 0.
         return_lse : bool
             Whether to return the log-sum-exp of the scores too.
+        return_rest : bool
+            Whether to return what was left to the leading coordinates too, in a cache with ``n_top`` or ``top_p``.
 
         Returns
         -------
@@ -360,13 +404,16 @@ class KVCache:
             In the dtype of ``q``. A query that attends to nothing gets 0.
         lse : array, shape (..., Hq, m)
             Only with ``return_lse``: natural logarithm, in the dtype computed in.
+        rest : array, shape (..., Hq, m)
+            Only with ``return_rest``, the last one: share of the softmax that keys not chosen have, by their leading
+            coordinates. 0 says that all that was attended to was read in all coordinates.
 
         Raises
         ------
         TypeError
             If ``q`` is not real floating, or comes from another library than the basis.
         ValueError
-            If shapes do not fit.
+            If shapes do not fit, or ``return_rest`` is asked of a cache whose queries do not choose.
 
         Notes
         -----
@@ -375,16 +422,18 @@ class KVCache:
         """
         held = self._contents
         check_flag(return_lse, "return_lse")
+        if check_flag(return_rest, "return_rest") and held.layout.rank_index is None:
+            raise ValueError("return_rest must be False in a cache without n_top or top_p")
         queries = check_queries(q, mask, lengths, is_causal, window, alibi, held)
         sinks = check_heads(sinks, "sinks", held)
         xp = held.layout.xp
         with (same_bits := held.layout.backend.same_bits()), same_bits:
-            out, lse = held.attend(queries)
-            if sinks is not None:
-                out, lse = add_sinks(xp, out, lse, sinks)
+            out, lse, rest = held.attend(queries._replace(sinks=sinks))
+            rest = xp.zeros_like(lse) if rest is None else rest
             out = xp.reshape(out, (*q.shape[:-1], held.layout.width_v))
             out = xp.astype(out, q.dtype, copy=False)
-        return (out, xp.reshape(lse, q.shape[:-1])) if return_lse else out
+        asked = [x for x, is_asked in ((lse, return_lse), (rest, return_rest)) if is_asked]
+        return (out, *(xp.reshape(x, q.shape[:-1]) for x in asked)) if asked else out
 
     @isolated
     def decode(self) -> tuple[Array, Array]:
@@ -456,22 +505,34 @@ class KVCache:
         self._contents = held
         return self
 
-    def save(self, path: File) -> None:
+    @isolated
+    def save(self, path: File, *, bits: float | tuple[float, float] | None = None) -> None:
         """Write the cache to a file, with a checksum (needs the package safetensors).
 
         Parameters
         ----------
         path : str, path-like or file opened for bytes
             Written as it is, no suffix is added. Room that is left is not written.
+        bits : float or (float, float), optional
+            Park a cache that has bits: 0.5 to 10 bits a number of the keys and values, a pair for keys and for values,
+            under an entropy code (needs the package constriction: ``pip install "slra[codec]"``). Coordinates are
+            rounded once more, by one step for each head that is no finer than that of the cache: where there are bits
+            enough, what was rounded before stays as it is. Counted is all but maps and exact tokens, as long as headers
+            are a tenth of it at most. What is loaded is a cache in bits as any other, this one is as it was.
 
         Raises
         ------
+        ImportError
+            If a package is missing.
         OSError
             If it cannot be written; a file that was there is then as it was.
+        TypeError, ValueError
+            If ``bits`` are not such numbers, or the cache stores floats or has static shapes.
         """
-        save_contents(path, self._contents)
+        save_contents(path, self._contents, bits)
 
     @classmethod
+    @isolated
     def load(cls, path: File, *, like: Array | None = None) -> "KVCache":
         """Read a cache written by `save`, to attend or append to; nothing in the file is executed.
 
@@ -490,8 +551,10 @@ class KVCache:
         OSError
             If there is no such file, or it is a folder or a pipe.
         ValueError
-            If the file is cut short, changed, or not what `save` writes; or if it holds a dtype that the library of
-            ``like`` does not have (bfloat16 on NumPy).
+            If the file is cut short, changed, or not what `save` writes; of a parked one it says which tokens are
+            damaged. Or if it holds a dtype that the library of ``like`` does not have (bfloat16 on NumPy).
+        ImportError
+            If a package is missing: safetensors, or constriction for a parked one.
         """
         like = np.empty(0) if like is None else like
         backend = resolve(like=like)
@@ -563,11 +626,14 @@ class KVCache:
         layout, held = self._contents.layout, self._contents
         heads = f"{layout.n_query_heads} on {layout.n_heads}"
         stored = f"bits={self.bits:.3g}" if layout.is_coded else f"rank={layout.rank}"
+        names = ("n_top", "top_p", "rank_index")
+        given = {name: getattr(layout, name) for name in names}
+        chosen = "".join(f"{name}={x}, " for name, x in given.items() if x is not None)
         return (
             f"KVCache(batch={layout.batch}, n_tokens={held.n_tokens}, heads={heads}, "
             f"D={layout.width}, Dv={layout.width_v},\n"
             f"        {stored}, window={layout.window}, n_sink={layout.n_sink}, "
-            f"n_sparse={layout.n_sparse}, n_segments={self.n_segments},\n"
+            f"n_sparse={layout.n_sparse}, {chosen}n_segments={self.n_segments},\n"
             f"        dtype={held.segments[-1].rows.dtype}, nbytes={self.nbytes}, nbytes_exact={self.nbytes_exact})"
         )
 

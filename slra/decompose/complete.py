@@ -494,7 +494,7 @@ def _read(x: Any, mask: Array | None) -> tuple[Entries, float, Promoted]:
             raise ValueError(
                 "mask must be None for a sparse matrix: its stored entries are the observed ones"
             )
-        return _read_sparse(x)
+        return _read_sparse(found.entries.matrix)
     backend = resolve(x=x, optional={"mask": mask})
     check_matrix(x, "x")
     if not backend.is_eager(x):

@@ -12,10 +12,20 @@ import torch
 import slra
 from slra.attn.basis import AttentionBasis
 
-__all__ = ["BASIS", "RECORD", "LayerBasis", "Settings", "implementation", "is_implementation"]
+__all__ = [
+    "ATTEND",
+    "BASIS",
+    "RECORD",
+    "LayerBasis",
+    "Settings",
+    "implementation",
+    "is_implementation",
+]
 
 # Attributes on the attention modules of the caller's model.
 BASIS, RECORD = "slra_basis", "_slra_record"
+# And on keys that a cache returns: a function of queries and options that attends to what they stand for.
+ATTEND = "_slra_attend"
 # What some models pass that changes the scores; each has a meaning that low-rank attention does not know.
 NOT_TAKEN = ("position_bias", "indices", "block_indices")
 
@@ -75,6 +85,8 @@ def _attention(
     if record is not None:
         record(query, key, value, options, settings)
         out = slra.attention(query, key, value, **options)
+    elif (attend := getattr(key, ATTEND, None)) is not None:
+        out = attend(query, options)
     elif basis is not None:
         out = basis().attend(query, key, value, **options)
     else:

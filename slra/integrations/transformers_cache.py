@@ -1,23 +1,27 @@
 """A compressed key/value cache for ``model.generate(cache=...)`` of Hugging Face transformers.
 
 Needs: transformers, torch. Between steps each layer holds a `slra.KVCache`; for a step its keys and values are decoded
-to all dimensions, because that is what a model's attention takes. It saves memory, not time.
+to all dimensions, because that is what a model's attention takes: it saves memory, not time. Only where queries choose
+their keys (``n_top``) do they attend to the cache itself, by the attention registered in `slra.integrations`.
 """
 
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+import slra
 from slra.attn.basis import AttentionBasis
 from slra.cache import KVCache
+from slra.integrations._transformers_layer import ATTEND
 
 __all__ = ["LowRankCache"]
 
+OPTIONS = {"window", "n_sink", "n_sparse", "dtype", "bits", "rtol", "n_top", "top_p", "rank_index"}
 # Below so many tokens maps may well be most of the bytes.
 LONG = 512
 
@@ -36,7 +40,8 @@ class LowRankCache(Cache):
         That of the model. Layers that attend within a sliding window then keep the window only, exact, and layers of
         another kind than attention what is theirs, whatever basis they have.
     **options
-        As for `slra.KVCache`: ``window``, ``n_sink``, ``n_sparse``, ``dtype``, ``bits``, ``rtol``.
+        As for `slra.KVCache`: ``window``, ``n_sink``, ``n_sparse``, ``dtype``, ``bits``, ``rtol``. With ``n_top``,
+        ``top_p`` and ``rank_index`` the model must use an attention of `slra.integrations.transformers.register`.
 
     Attributes
     ----------
@@ -88,7 +93,7 @@ class LowRankCache(Cache):
         config: Any = None,
         **options: Any,
     ) -> None:
-        if unknown := set(options) - {"window", "n_sink", "n_sparse", "dtype", "bits", "rtol"}:
+        if unknown := set(options) - OPTIONS:
             raise TypeError(f"options must be those of a cache with a fixed basis, got {unknown}")
         self._may_miss_layers = isinstance(bases, Mapping)
         ordered = _by_layer(bases) if isinstance(bases, Mapping) else bases
@@ -141,7 +146,9 @@ class LowRankCache(Cache):
 
     def _warn(self) -> None:
         """Say so where the cache saves nothing, though there are tokens enough to."""
-        held = [x.cache for x in self.layers if isinstance(x, _Layer) and x.cache is not None]
+        layers = [x for x in self.layers if isinstance(x, _Layer)]
+        # Where queries choose, what is saved is time.
+        held = [x.cache for x in layers if x.cache is not None and not x.chooses]
         is_long = any(int(cache.lengths.max()) >= LONG for cache in held)
         if is_long and self.nbytes > self.nbytes_exact:
             self._has_warned = True
@@ -150,6 +157,15 @@ class LowRankCache(Cache):
                 "use fewer bits, a smaller rank or window, or a narrower dtype",
                 stacklevel=3,
             )
+
+
+def _attended_to(
+    k: torch.Tensor, v: torch.Tensor, attend: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys that say how to attend to them."""
+    k = k.view_as(k)
+    setattr(k, ATTEND, attend)
+    return k, v
 
 
 def _bytes(layer: CacheLayerMixin, kind: str) -> int:
@@ -185,6 +201,11 @@ class _Layer(CacheLayerMixin):
         self.basis, self.options = basis, options
         self.cache: KVCache | None = None
 
+    @property
+    def chooses(self) -> bool:
+        """Whether queries choose the keys that they read in full."""
+        return any(self.options.get(name) is not None for name in ("n_top", "top_p"))
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.cache = KVCache(self.basis, batch=tuple(key_states.shape[:1]), **self.options)
         self.is_initialized = True
@@ -199,13 +220,36 @@ class _Layer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.cache is not None
         self.cache = self.cache.append(key_states, value_states)
+        if is_prompt and self.chooses:
+            return _attended_to(
+                key_states,
+                value_states,
+                lambda q, options: slra.attention(q, key_states, value_states, **options),
+            )
         if is_prompt:
             return key_states, value_states
+        if self.chooses:
+            # Without features, so that no other attention takes them for keys.
+            shape = (*key_states.shape[:2], self.get_seq_length(), 0)
+            return _attended_to(
+                key_states.new_empty(shape), value_states.new_empty(shape), self._attend
+            )
         k, v = self.cache.decode()
         k, v = k.to(key_states.dtype), v.to(value_states.dtype)
         # Those of this call see each other as they are: what is stored of them is for later calls.
         k[..., -n_new:, :], v[..., -n_new:, :] = key_states, value_states
         return k, v
+
+    def _attend(self, q: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        """Attend to the cache, with the options that a model gives."""
+        if options["softcap"] is not None:
+            raise ValueError("n_top and top_p must be left out for a model with a softcap")
+        assert self.cache is not None
+        if options["scale"] is not None:
+            # That of the cache is the usual one.
+            q = q * (options["scale"] * q.shape[-1] ** 0.5)
+        answer: torch.Tensor = self.cache.attend(q, mask=options["mask"], sinks=options["sinks"])
+        return answer
 
     def get_seq_length(self) -> int:
         return 0 if self.cache is None else int(self.cache.lengths.max())

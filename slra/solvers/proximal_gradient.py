@@ -345,10 +345,7 @@ class _Problem(NamedTuple):
             slope = backend.extrapolate(grad, state.turn, m.spread(beta))
         new = self.forward_backward(y, slope, m.spread(step) if self.fixed is None else self.fixed)
         value, new_grad = self.evaluate(new)
-        d, turn = new - y, new_grad - slope
-        # A subgradient of f + w g at the new point: (y - new) / step - slope is one of w g.
-        r = backend.extrapolate(turn, d, m.spread(-1 / step))
-        found = self._measure(d, turn, r, new, new_grad, state.move, beta)
+        found = self._measure(y, slope, new, new_grad, state.move, beta, step)
         choice = self._judge(state, found, self._is_finite(value), momentum)
         accepted = choice.accepted
         following = _State(
@@ -415,27 +412,28 @@ class _Problem(NamedTuple):
         )
 
     def _measure(
-        self, d: Array, turn: Array, r: Array, new: Array, grad: Array, move: Array, beta: Any
+        self, y: Array, slope: Array, new: Array, grad: Array, move: Array, beta: Any, step: Any
     ) -> "_Measured":
         """Norms, and the cosine of the angle between a step and what it changed in the gradient."""
         m, backend = self.scalars, self.backend
-        if not m.are_numbers:
-            d, turn, r, new, grad, move = map(backend.stop_gradient, (d, turn, r, new, grad, move))
-            moved, turned, rest, slope, size = map(self._norm, (d, turn, r, grad, new))
-            across, along = self._inner(d, turn, moved, turned), self._inner(d, move, moved, 1.0)
-            return _Measured(moved, turned, across, rest, slope, size, -moved - beta * along)
-        pairs = [(d, d), (turn, turn), (r, r), (grad, grad), (new, new), (d, turn), (d, move)]
-        *squares, across, along = backend.inner_numbers(pairs)
-        low, high = self.limits.least / self.limits.eps, self.limits.most
-        if all(low < square < high for square in squares):
-            moved, turned, rest, slope, size = map(math.sqrt, squares)
-            across, along = across / (moved * turned), along / moved
-        else:
+        if m.are_numbers:
+            *squares, across, along = backend.step_products(y, slope, new, grad, move, -1 / step)
+            low, high = self.limits.least / self.limits.eps, self.limits.most
+            if all(low < square < high for square in squares):
+                moved, turned, rest, height, size = map(math.sqrt, squares)
+                across, along = across / (moved * turned), along / moved
+                uphill = -moved - beta * along
+                return _Measured(moved, turned, across, rest, height, size, uphill)
             # Squares left the range of the dtype.
-            moved, turned, rest, slope, size = map(self._norm, (d, turn, r, grad, new))
-            across = float(self._inner(d, turn, moved, turned))
-            along = float(self._inner(d, move, moved, 1.0))
-        return _Measured(moved, turned, across, rest, slope, size, -moved - beta * along)
+        y, slope, new, grad, move = map(backend.stop_gradient, (y, slope, new, grad, move))
+        d, turn = new - y, grad - slope
+        # A subgradient of f + w g at the new point: (y - new) / step - slope is one of w g.
+        r = backend.extrapolate(turn, d, m.spread(-1 / step))
+        moved, turned, rest, height, size = map(self._norm, (d, turn, r, grad, new))
+        across, along = self._inner(d, turn, moved, turned), self._inner(d, move, moved, 1.0)
+        if m.are_numbers:
+            across, along = float(across), float(along)
+        return _Measured(moved, turned, across, rest, height, size, -moved - beta * along)
 
     def _inner(self, x: Array, y: Array, x_unit: Any, y_unit: Any) -> Any:
         """Inner product in these units, each array scaled before; 0 where a unit is."""

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from slra._backends import Backend
 from slra._backends.standard import matrix_h
 from slra._typing import Array
@@ -105,11 +107,13 @@ def dense_map(x: Array, backend: Backend) -> LinearMap:
 
 def scaling_exponent(largest: Array, backend: Backend) -> Array | None:
     """Return the exponents that bring entries of modulus ``largest`` near one; None where all are near."""
-    xp = backend.xp
-    is_usual = (largest > 0) & xp.isfinite(largest)
-    positive = xp.where(is_usual, largest, xp.ones_like(largest))
-    exponent = -xp.floor(xp.log2(positive))
-    return exponent if bool(xp.any(xp.abs(exponent) > _HARMLESS_EXPONENT)) else None
+    # On the host, which has to know anyway.
+    sizes = backend.to_numpy(largest)
+    is_usual = (sizes > 0) & np.isfinite(sizes)
+    exponent = 1 - np.frexp(np.where(is_usual, sizes, 1))[1]
+    if not np.any(np.abs(exponent) > _HARMLESS_EXPONENT):
+        return None
+    return backend.from_numpy(exponent, largest)
 
 
 def brought_in_range(x: Array, backend: Backend) -> tuple[Array, Array | None]:
@@ -129,10 +133,6 @@ def scaled_back(x: Array, exponent: Array | None, backend: Backend) -> Array:
 
 
 def power_of_two(x: Array, exponent: Array, backend: Backend) -> Array:
-    """Return ``x * 2**exponent``, in two steps so that neither factor leaves the range."""
-    xp = backend.xp
-    half = xp.floor(exponent / 2)
+    """Return ``x * 2**exponent``."""
     with backend.ignore_overflow():
-        for part in (half, exponent - half):
-            x = x * xp.astype(xp.pow(xp.full_like(part, 2.0), part), x.dtype)
-    return x
+        return backend.power_of_two(x, exponent)

@@ -95,9 +95,6 @@ def _put_together(_: None, parts: Sequence[Array]) -> CenteredSVDResult:
 
 def fix_signs(U: Array, S: Array, Vh: Array, backend: Backend) -> SVDResult:
     """Make the entry of largest modulus in each column of ``U`` real and positive, lowest index of those that tie."""
-    xp, pivot = backend.xp, backend.pivots(U)
-    size = xp.abs(pivot)
-    phase = pivot / xp.where(size == 0, xp.ones_like(size), size)
-    phase = xp.where(size == 0, xp.ones_like(phase), phase)
-    turn = xp.conj(phase) if backend.is_complex(U) else phase
+    phase = backend.phases(backend.pivots(U))
+    turn = backend.conj(phase)
     return SVDResult(U * turn[..., None, :], S, Vh * phase[..., :, None])

@@ -24,8 +24,6 @@ _GROWTH, _SETTLED = 1.1, 0.01
 _CAPPED_DEPTH, _CAPPED_OVERSAMPLES = 3, 8
 # The squared residual, as the difference of two sums, is known to some such multiple of eps.
 _CANCELLATION = 1000
-# Entries of one tile of the residual.
-_TILE = 1 << 20
 
 
 def tolerance_svd(
@@ -55,7 +53,7 @@ def _by_krylov(
     A: LinearMap, sample: Callable[[int], Array], rtol: float, cap: int, norm: Array
 ) -> Found | None:
     cancels = rtol**2 <= _CANCELLATION * A.backend.xp.finfo(norm.dtype).eps
-    if A.dense is not None and (cancels or min(A.shape[-2:]) <= _EXACT_SHARE * BLOCK):
+    if A.dense is not None and (cancels or min(A.shape[-2:]) <= _EXACT_SHARE * _width(A)):
         return None
     grown = _grow(A, sample, rtol, cap, norm)
     if grown is None:
@@ -76,7 +74,9 @@ def _by_gram(
         return found and (found[2], found[1], found[0], found[3])
     backend, x = A.backend, A.materialize()
     gram = backend.gram(x)
-    _check_norm(A, backend.real_part(backend.xp.linalg.trace(gram)), norm**2, is_all=True)
+    if A.dense is None:
+        trace = backend.real_part(backend.xp.linalg.trace(gram))
+        _check_norm(A, trace, norm**2, is_all=True)
     if rtol**2 <= 16 * x.shape[-1] * backend.xp.finfo(gram.dtype).eps:
         return None
     known = spectrum(gram, backend)
@@ -98,15 +98,17 @@ def _grow(
     """Grow a space until the ranks it needs have settled; None where the exact way is cheaper."""
     backend, limit = A.backend, min(A.shape[-2:])
     xp = backend.xp
-    space = started(A, sample(BLOCK))
+    width = _width(A)
+    space = started(A, sample(width))
     widest = limit // _EXACT_SHARE if A.dense is not None else limit
     enough = min(widest, _CAPPED_DEPTH * (cap + _CAPPED_OVERSAMPLES))
     total, allowed = norm**2, (rtol * norm) ** 2
     before, looked_at = None, 0
-    while space.dimension + BLOCK <= widest:
+    while space.dimension + width <= widest:
         space.grow()
         captured = backend.real_part(xp.linalg.trace(space.gram))
-        _check_norm(A, captured, total)
+        if A.dense is None:
+            _check_norm(A, captured, total)
         if space.dimension < enough and not bool(xp.all(total - captured <= allowed)):
             continue
         if space.dimension < _GROWTH * looked_at:
@@ -121,6 +123,12 @@ def _grow(
     return None
 
 
+def _width(A: LinearMap) -> int:
+    """Columns of a block; of an operator that is not large a narrow one, which may not be decomposed instead."""
+    wide = A.backend.tolerance_width
+    return BLOCK if A.dense is None and min(A.shape[-2:]) < _EXACT_SHARE * wide else wide
+
+
 def _check_norm(A: LinearMap, captured: Array, total: Array, *, is_all: bool = False) -> None:
     """See whether the norm that an operator came with is at least that of a part of it."""
     xp = A.backend.xp
@@ -129,7 +137,7 @@ def _check_norm(A: LinearMap, captured: Array, total: Array, *, is_all: bool = F
     wrong = captured - slack > total
     if is_all:
         wrong = wrong | (captured + slack < total)
-    if A.dense is None and bool(xp.any(wrong)):
+    if bool(xp.any(wrong)):
         raise ValueError(NORM_IS_WRONG)
 
 
@@ -147,7 +155,7 @@ def residual_norm(A: LinearMap, U: Array, S: Array, V: Array, norm: Array) -> Ar
         square = norm**2 + xp.sum(S * (S - 2 * xp.astype(overlaps, norm.dtype)), axis=-1)
         return xp.sqrt(xp.maximum(square, xp.zeros_like(square)))
     scaled, vh = U * xp.astype(S, U.dtype)[..., None, :], matrix_h(V, xp)
-    step = max(1, _TILE // A.shape[-1])
+    step = max(1, backend.n_at_once // A.shape[-1])
     tiles = [slice(i, min(i + step, A.shape[-2])) for i in range(0, A.shape[-2], step)]
     squares = [
         backend.norm_squared(A.dense[..., rows, :] - scaled[..., rows, :] @ vh) for rows in tiles

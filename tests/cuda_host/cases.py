@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from slra._backends import Backend
 from slra._backends.standard.attention import ScoreOptions, SoftmaxState, Tile, TileBounds
 
-__all__ = ["check_values", "device_slack", "primitives_and_dtypes"]
+__all__ = ["OPERANDS", "check_values", "device_slack", "primitives_and_dtypes"]
 
 
 class Rounded:
@@ -20,6 +20,9 @@ class Rounded:
 
     def exp(self, x):
         return np.exp(x.astype(np.longdouble)).astype(x.dtype)
+
+    def log(self, x):
+        return np.log(x.astype(np.longdouble)).astype(x.dtype)
 
     def tanh(self, x):
         return np.tanh(x.astype(np.longdouble)).astype(x.dtype)
@@ -133,6 +136,32 @@ def gradient_arguments(dtype):
     )
 
 
+def factored(dtype):
+    """Positive definite matrices of any size, some made indefinite or singular."""
+    side = st.integers(-4, 4)
+    real = hnp.arrays(np.finfo(dtype).dtype, (2, 3, 3), elements=side)
+    scales = st.sampled_from([1.0, 2.0**-40, 2.0**40])
+    spoilt = st.sampled_from([1.0, 1.0, 0.0, -1.0])
+
+    def make(a, b, scale, factor):
+        lower = np.tril(a, -1) + (1j * np.tril(b, -1) if np.dtype(dtype).kind == "c" else 0)
+        lower = lower + (np.eye(3) + abs(a) * np.eye(3))
+        g = scale * (lower @ np.conj(lower).swapaxes(-1, -2))
+        g[0, 2, 2] *= factor
+        return (g.astype(dtype),)
+
+    return st.builds(make, real, real, scales, spoilt)
+
+
+EXPONENTS = np.asarray([[0.0], [20.0], [-61.0], [63.0]])
+COLUMNS = np.asarray([[[0, 5], [2, 3], [1, 2]], [[0, 1], [4, 5], [0, 3]]], dtype="int8")
+
+
+def repeated(dtype):
+    """Rows of few different numbers, so that moduli tie."""
+    return hnp.arrays(dtype, (2, 3, 6), elements=st.sampled_from([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]))
+
+
 def packed(dtype):
     """Planes that hold anything, widths of 2 blocks of 3 tiles, and the dtype to answer in."""
     widths = hnp.arrays(np.uint8, (2, 1, 3), elements=st.integers(0, 15))
@@ -140,8 +169,30 @@ def packed(dtype):
     return st.tuples(heaps, widths, st.just(np.dtype(dtype)))
 
 
+# Views of batches (2, 3, 5, 4) and (2, 3, 4, 6) that can be multiplied.
+OPERANDS = {
+    "transposed": lambda a, b: (a, b.swapaxes(-1, -2).copy().swapaxes(-1, -2)),
+    "both transposed": lambda a, b: (
+        a.swapaxes(-1, -2).copy().swapaxes(-1, -2),
+        b.swapaxes(-1, -2).copy().swapaxes(-1, -2),
+    ),
+    "parts of rows and of columns": lambda a, b: (a[..., 1:4, :], b[..., 1:3]),
+    "shared by a group of heads": lambda a, b: (a, b[:, :1]),
+    "a part of a group's rows": lambda a, b: (a[..., 1:, :], b[:, :1]),
+    "shared by all": lambda a, b: (a, b[0, 0]),
+    "the left one shared": lambda a, b: (a[:1, :1], b),
+    "one row, one column": lambda a, b: (a[..., :1, :], b[..., :1]),
+    "one term": lambda a, b: (a[..., :1], b[..., :1, :]),
+    "axes of the batch exchanged": lambda a, b: (a[:, :2].swapaxes(0, 1), b[:, :2].swapaxes(0, 1)),
+    "backwards and with gaps": lambda a, b: (a[..., ::-1], b[..., ::-1, ::2]),
+    "the same numbers in each row": lambda a, b: (np.broadcast_to(a[..., :1, :], a.shape), b),
+    "two axes": lambda a, b: (a[0, 0], b[0, 0]),
+}
+
+
 FLOATING = ["float32", "float64", "complex64", "complex128"]
 REAL, HALF = FLOATING[:2], ["float16"]
+WIDE = dict(zip(FLOATING, 2 * ["float64"] + 2 * ["complex128"], strict=True))
 # What each primitive with kernels is given: dtypes, and a strategy for its arguments.
 ARGUMENTS = {
     "soft_threshold": (HALF + FLOATING, lambda t: st.tuples(arrays(t), thresholds(t))),
@@ -161,7 +212,36 @@ ARGUMENTS = {
         lambda t: st.tuples(arrays(t), st.sampled_from([(0,), (1,), (0, 1)])),
     ),
     "group_threshold": (HALF + FLOATING, groups),
+    "cholesky": (FLOATING, factored),
+    "max_abs": (FLOATING, lambda t: st.tuples(arrays(t, shape=(2, 4, 3)))),
+    "norm_squared": (FLOATING, lambda t: st.tuples(arrays(t, shape=(2, 4, 3)))),
+    "column_means": (FLOATING, lambda t: st.tuples(arrays(t, -1e3, 1e3, shape=(2, 5, 3)))),
+    "centered": (FLOATING, lambda t: st.tuples(arrays(t), arrays(WIDE[t], -8.0, 8.0, (1, 3)))),
+    "pivots": (FLOATING, lambda t: st.tuples(arrays(t, -8.0, 8.0, shape=(2, 5, 3)))),
+    "lifted": (
+        FLOATING,
+        lambda t: st.tuples(arrays(t, -8.0, 8.0, (2, 3, 3)), st.floats(-1, 1, width=32)),
+    ),
+    "power_of_two": (
+        FLOATING,
+        lambda t: st.tuples(arrays(t), st.sampled_from([EXPONENTS, 2 * EXPONENTS])),
+    ),
+    "phases": (FLOATING, lambda t: st.tuples(arrays(t))),
+    "unit_gram": (
+        FLOATING,
+        lambda t: st.tuples(arrays(t, -8.0, 8.0, (2, 3, 3)), st.sampled_from([1e-30, 1.0])),
+    ),
     "extrapolate": (FLOATING, lambda t: st.tuples(arrays(t), arrays(t), st.floats(0, 1))),
+    "keep_largest": (FLOATING, lambda t: st.tuples(repeated(t), st.integers(0, 6))),
+    "largest_in_rows": (FLOATING, lambda t: st.tuples(repeated(t), st.integers(0, 6))),
+    "scatter_rows": (
+        HALF + FLOATING,
+        lambda t: st.tuples(arrays(t, shape=(2, 3, 2)), st.just(COLUMNS), st.just(6)),
+    ),
+    "step_products": (
+        FLOATING,
+        lambda t: st.tuples(*[arrays(t, -8.0, 8.0, (5, 2))] * 5, st.floats(-2, 2, width=32)),
+    ),
     "sum_abs": (
         HALF + FLOATING,
         lambda t: st.tuples(arrays(t), st.sampled_from([None, 0, 1, (0, 1)])),
@@ -171,6 +251,7 @@ ARGUMENTS = {
         REAL,
         lambda t: st.tuples(states(t), moderate(t), arrays(t, -8.0, 8.0, shape=(2, 5, 3))),
     ),
+    "softmax_result": (REAL, lambda t: st.tuples(states(t))),
     "tile_gradients": (REAL, gradient_arguments),
     "unpack_blocks": (REAL, packed),
 }
@@ -184,6 +265,8 @@ def primitives_and_dtypes():
 def slack(name, args, results):
     """Difference that rounding explains, for each result; none where the operations are the same."""
     result = results[0]
+    if name in ("keep_largest", "largest_in_rows", "scatter_rows"):
+        return (0.0,) * len(results)
     info = np.finfo(result.dtype)
     eps = info.eps
     if name == "sum_abs":
@@ -208,6 +291,31 @@ def slack(name, args, results):
         total = state.total + 5
         out = np.abs(state.out) + np.sum(np.abs(v), axis=-2, keepdims=True)
         return 0.0, 16 * eps * total, 8 * eps * out
+    if name == "step_products":
+        # Differences are rounded once by either, products and sums of ten by one of them.
+        own = np.finfo(args[0].dtype).eps
+        largest = max(np.max(np.abs(x)) for x in args[:5])
+        return (200 * own * 10 * (6 * largest) ** 2 + 1e-300,) * len(results)
+    if name == "power_of_two":
+        # By way of a denormal number, one more digit is lost.
+        return (2 * info.smallest_subnormal,)
+    if name == "phases":
+        return (8 * eps,)
+    if name in ("cholesky", "max_abs", "pivots", "lifted"):
+        return (0.0,)
+    if name == "norm_squared":
+        return (2 * args[0].size * eps * np.where(np.isfinite(result), result, 0),)
+    if name == "column_means":
+        return (8 * eps * np.sum(np.abs(args[0]), axis=-2, keepdims=True, dtype="float64"),)
+    if name == "centered":
+        return (4 * eps * np.where(np.isfinite(args[0]), np.abs(args[0]) + 16, 0),)
+    if name == "unit_gram":
+        return tuple(8 * eps * np.abs(x) for x in results)
+    if name == "softmax_result":
+        # glibc's logarithm is good to 1 ulp, of up to log(64) and of what cancels against a peak of its size.
+        (state,) = args
+        peak = np.where(np.isfinite(state.peak), np.abs(state.peak), 0)
+        return 0.0, 4 * eps * (peak + 5) + abs(np.log(info.smallest_subnormal)) * eps
     if name == "tile_gradients":
         grad_weights, cap, delta = args[1], args[2].options.softcap or 0.0, args[-1]
         # The error of a score is a relative one of its exponential.
@@ -280,6 +388,8 @@ def check_values(
             ours = getattr(backend, name)(*map(bring, args))
             args = [widened(a) for a in args]
             reference = getattr(REFERENCE, name)(*args)
+            if isinstance(reference, list):
+                ours, reference = (tuple(map(np.asarray, x)) for x in (ours, reference))
             if not isinstance(reference, tuple):
                 ours, reference = (ours,), (reference,)
             bound = allowed(name, args, reference)

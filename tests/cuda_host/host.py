@@ -19,11 +19,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import array_api_compat as compat
 import array_api_compat.numpy
 import numpy as np
+
+from tests.cuda_host import prices
 
 __all__ = ["CompileError", "HostCupy", "cupy_on_host", "namespace", "why_not"]
 
@@ -101,6 +103,19 @@ extern "C" void {self.symbol}(ptrdiff_t n, ptrdiff_t width, {", ".join(parameter
         sizes = ctypes.c_ssize_t(n), ctypes.c_ssize_t(width)
         self.library.function(self)(*sizes, *pointers)
 
+    @property
+    def is_dry(self) -> bool:
+        """Whether nothing is to be computed."""
+        bill = prices.current()
+        return bill is not None and bill.is_dry
+
+    def is_priced(self, given: list[Any], results: list[Any]) -> bool:
+        """Write the kernel into the bill, where there is one; whether that is all."""
+        bill = prices.current()
+        if bill is not None:
+            bill.launch(self.name, [a for a in given if a.ndim], results)
+        return self.is_dry
+
     def as_arrays(self, args: tuple[Any, ...]) -> list[Any]:
         """Numbers take the type of the parameter; arrays must have it, as in CuPy."""
         if len(args) != len(self.inputs):
@@ -135,19 +150,31 @@ class HostElementwise(HostKernel):
             else f"const {p.c_type}& {p.name} = _{p.name}[i];"
             for p in self.inputs
         ]
-        names += [f"{p.c_type}& {p.name} = _{p.name}[i];" for p in self.outputs]
+        names += [
+            f"{p.c_type}* {p.name} = _{p.name};"
+            if p.is_raw
+            else f"{p.c_type}& {p.name} = _{p.name}[i];"
+            for p in self.outputs
+        ]
         return f"for (ptrdiff_t i = 0; i < n; i++) {{ {' '.join(names)} {self.operation}; }}"
 
     def __call__(self, *args: Any) -> Any:
-        """Broadcast, allocate the outputs, run."""
-        arrays = self.as_arrays(args)
-        pairs = list(zip(arrays, self.inputs, strict=True))
+        """Broadcast, allocate the outputs that do not follow the inputs, run."""
+        given, results = self.as_arrays(args[: len(self.inputs)]), args[len(self.inputs) :]
+        pairs = list(zip(given, self.inputs, strict=True))
         shape = np.broadcast_shapes(*(a.shape for a, p in pairs if not p.is_raw))
-        arrays = [
-            np.ascontiguousarray(a if p.is_raw else np.broadcast_to(a, shape)) for a, p in pairs
-        ]
-        results = [np.empty(shape, dtype=p.dtype) for p in self.outputs]
-        self.run(results[0].size, 1, arrays + results)
+        arrays = [a if p.is_raw else np.broadcast_to(a, shape) for a, p in pairs]
+        if not self.is_dry:
+            arrays = list(map(np.ascontiguousarray, arrays))
+        if results:
+            assert all(
+                p.is_raw and x.flags.c_contiguous
+                for x, p in zip(results, self.outputs, strict=True)
+            )
+        results = list(results) or [np.empty(shape, dtype=p.dtype) for p in self.outputs]
+        if not self.is_priced(given, results):
+            self.run(math.prod(shape), 1, arrays + results)
+        results = [prices.priced(x) for x in results] if prices.current() else results
         return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -212,8 +239,18 @@ for (ptrdiff_t i = 0; i < n; i++) {{
             if result.dtype != p.dtype or list(result.shape) != lengths:
                 raise ValueError(f"{self.name}: {p.name} must be {p.dtype} of shape {lengths}")
         width = math.prod(shape[a] for a in axes)
-        self.run(results[0].size, width, [*map(np.ascontiguousarray, arrays), *results])
-        return np.expand_dims(results[0], axes) if keepdims else results[0]
+        if bill := prices.current():
+            whole = [np.broadcast_to(a, shape) for a in self.as_arrays(args[: len(self.inputs)])]
+            entries = math.prod(shape)
+            bill.reductions.append((prices.blocks(whole, axes, len(results)), entries))
+        if not self.is_priced(arrays, results):
+            # What it is given to write to may be a view.
+            made = [np.empty(lengths, dtype=p.dtype) for p in self.outputs]
+            self.run(made[0].size, width, [*map(np.ascontiguousarray, arrays), *made])
+            for result, values in zip(results, made, strict=True):
+                np.asarray(result)[...] = values
+        result = prices.priced(results[0]) if prices.current() else results[0]
+        return np.expand_dims(result, axes) if keepdims else result
 
 
 class Library:
@@ -289,18 +326,108 @@ class HostDevice(str):
         return super().__new__(cls, "cpu")
 
 
+def _asnumpy(x: Any) -> Any:
+    if (bill := prices.current()) is not None:
+        bill.reads += 1
+    return np.asarray(x)
+
+
+class HostCublas:
+    """In the place of ``cupy.cuda.cublas``: one product of a batch, of matrices at addresses, by columns."""
+
+    CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
+    CUBLAS_GEMM_DEFAULT = -1
+    CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F = 68, 70
+    TYPES: ClassVar = {0: "float32", 1: "float64", 2: "float16", 4: "complex64", 5: "complex128"}
+
+    def gemmStridedBatchedEx(
+        self,
+        handle: int,
+        op_a: int,
+        op_b: int,
+        m: int,
+        n: int,
+        k: int,
+        alpha: int,
+        a: int,
+        type_a: int,
+        lda: int,
+        stride_a: int,
+        b: int,
+        type_b: int,
+        ldb: int,
+        stride_b: int,
+        beta: int,
+        c: int,
+        type_c: int,
+        ldc: int,
+        stride_c: int,
+        count: int,
+        compute: int,
+        algorithm: int,
+    ) -> None:
+        """Compute ``C = alpha op(A) op(B) + beta C`` for each matrix of the batch."""
+        dtype = self.TYPES[type_c]
+        is_double = dtype in ("float64", "complex128")
+        assert compute == (self.CUBLAS_COMPUTE_64F if is_double else self.CUBLAS_COMPUTE_32F)
+        scalar = np.dtype("complex128" if dtype == "complex128" else dtype)
+        adds = _at(beta, scalar, (1,), (0,))[0] != 0
+        if (bill := prices.current()) is not None:
+            sides = ((m * k, type_a, stride_a), (k * n, type_b, stride_b))
+            sizes = [
+                (size * np.dtype(self.TYPES[t]).itemsize, count if stride else 1)
+                for size, t, stride in sides
+            ]
+            result = m * n * count * np.dtype(dtype).itemsize
+            prices.product(bill, sizes, result, bool(adds))
+            if bill.is_dry:
+                return
+        # Leading dimensions are those of columns.
+        assert lda >= (m if op_a == 0 else k)
+        assert ldb >= (k if op_b == 0 else n)
+        assert ldc >= m
+        x = _at(a, self.TYPES[type_a], *_columns(op_a, (m, k), lda, stride_a, count))
+        y = _at(b, self.TYPES[type_b], *_columns(op_b, (k, n), ldb, stride_b, count))
+        z = _at(c, dtype, *_columns(0, (m, n), ldc, stride_c, count))
+        before = _at(beta, scalar, (1,), (0,))[0] * z if adds else 0
+        x, y = (side if side.dtype == scalar else side.astype(scalar) for side in (x, y))
+        with np.errstate(all="ignore"):
+            # As the products of NumPy's arrays would be made: by rows.
+            product = np.swapaxes(np.swapaxes(y, -1, -2) @ np.swapaxes(x, -1, -2), -1, -2)
+            z[...] = _at(alpha, scalar, (1,), (0,))[0] * product + before
+
+
+def _columns(
+    op: int, shape: tuple[int, int], ld: int, stride: int, count: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape, and strides in entries, of a batch of op(A) of this shape."""
+    return (count, *shape), (stride, *((1, ld) if op == 0 else (ld, 1)))
+
+
+def _at(address: int, dtype: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+    """Make an array of what lies at an address."""
+    dtype = np.dtype(dtype)
+    last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    memory = (ctypes.c_char * ((last + 1) * dtype.itemsize)).from_address(address)
+    flat = np.frombuffer(memory, dtype=dtype)
+    strides = tuple(stride * dtype.itemsize for stride in strides)
+    return np.lib.stride_tricks.as_strided(flat, shape, strides)
+
+
 class HostCupy(ModuleType):
     """In the place of ``cupy``; what it does not define is NumPy's."""
 
     def __init__(self) -> None:
         super().__init__("cupy")
         self.ndarray = type("ndarray", (), {})
-        self.asnumpy = np.asarray
+        self.asnumpy = _asnumpy
         self.library = Library()
         self.ElementwiseKernel = functools.partial(HostElementwise, self.library)
         self.ReductionKernel = functools.partial(HostReduction, self.library)
         self.cuda = SimpleNamespace(
             Device=HostDevice,
+            get_cublas_handle=lambda: 0,
+            cublas=HostCublas(),
             runtime=SimpleNamespace(
                 getDeviceCount=lambda: 1,
                 getDeviceProperties=lambda _: {"name": b"none"},
@@ -313,7 +440,8 @@ class HostCupy(ModuleType):
         )
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
+        found = getattr(np, name)
+        return prices.creation(name, found) if name in prices.CREATIONS else found
 
 
 class HostCupyx(ModuleType):
@@ -329,11 +457,30 @@ class HostCupyx(ModuleType):
         return contextlib.nullcontext()
 
 
+class _Linalg(ModuleType):
+    """Linear algebra of NumPy's that does not say when it fails, unless told to, as CuPy's does not."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(array_api_compat.numpy.linalg, name)
+
+    def cholesky(self, x: Any) -> Any:
+        """Leave something in the place of a factor that there is not."""
+        try:
+            return array_api_compat.numpy.linalg.cholesky(x)
+        except np.linalg.LinAlgError:
+            if x.ndim == 2:
+                return np.tril(x)
+            return np.stack([self.cholesky(each) for each in x])
+
+
 class _Namespace(ModuleType):
     """Looks like CuPy to whoever asks for its name, and computes with NumPy."""
 
+    linalg = _Linalg("array_api_compat.cupy.linalg")
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(array_api_compat.numpy, name)
+        found = getattr(array_api_compat.numpy, name)
+        return prices.creation(name, found) if name in prices.CREATIONS else found
 
 
 namespace = _Namespace("array_api_compat.cupy")
@@ -365,6 +512,10 @@ def why_not() -> str | None:
     return None if shutil.which(COMPILER) else f"{COMPILER} is not installed"
 
 
+def _address(x: Any) -> int:
+    return int(x.ctypes.data)
+
+
 @contextlib.contextmanager
 def cupy_on_host() -> Iterator[Any]:
     """Let ``slra`` take every array for CuPy's, and load its CuPy backend over `HostCupy`."""
@@ -378,6 +529,9 @@ def cupy_on_host() -> Iterator[Any]:
     compat.array_namespace = as_cupy
     try:
         importlib.import_module(_PREFIX)
+        # NumPy's arrays say in another way than CuPy's where they are.
+        products: Any = importlib.import_module(f"{_PREFIX}_products")
+        products.address = _address
         yield namespace
     finally:
         compat.array_namespace = array_namespace

@@ -4,9 +4,12 @@
 #include <cstddef>
 #define __device__
 #define CUDART_INF HUGE_VAL
+#define CUDART_NAN NAN
 typedef _Float16 float16;
 template <typename T> using complex = std::complex<T>;
 using std::abs;
 using std::exp;
+using std::ldexp;
+using std::log;
 using std::sqrt;
 using std::tanh;

@@ -25,6 +25,9 @@ def _add_cache() -> None:
         "n_sparse": 0,
         "bits": None,
         "rtol": None,
+        "n_top": None,
+        "top_p": None,
+        "rank_index": None,
         "capacity": None,
         "dtype": None,
         "scale": None,
@@ -81,6 +84,7 @@ def _add_cache() -> None:
             "alibi": None,
             "lengths": None,
             "return_lse": False,
+            "return_rest": False,
         },
         st.fixed_dictionaries(
             {"q": fixed_qkv()["q"], "is_causal": st.booleans(), "return_lse": st.booleans()}
@@ -141,11 +145,17 @@ def _cache_options(draw: Any) -> dict[str, Any]:
     args["n_sparse"] = draw(st.integers(0, 4))
     if not args["n_sparse"]:
         args["bits"] = draw(st.sampled_from([None, 0.5, 3, (2, 7.5)]))
+    if not args["n_sparse"] and args["bits"] is None and draw(st.booleans()):
+        args["n_top"] = draw(st.integers(0, 7))
+        args["top_p"] = draw(st.sampled_from([None, 0.5, 1.0, 1e-9]))
+        args["rank_index"] = draw(st.sampled_from([None, 1, 3, 4]))
     args["capacity"] = draw(st.sampled_from([None, 8, 20]))
     args["dtype"] = draw(st.sampled_from([None, "float16", "float32", "float64"]))
     args["scale"] = draw(st.sampled_from([None, 0, -0.5, 2.0]))
     args["softcap"] = draw(st.sampled_from([None, 1.0, 30]))
-    args["rotary"] = draw(st.sampled_from([None, [1.0, 0.1], (0.5,), np.asarray([1.0, 0.01])]))
+    if args.get("n_top") is None:
+        kinds = [None, [1.0, 0.1], (0.5,), np.asarray([1.0, 0.01])]
+        args["rotary"] = draw(st.sampled_from(kinds))
     return args
 
 

@@ -33,6 +33,11 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     # Whether attention takes half precision as it is: it accumulates in single, and gives the log-sum-exp in it.
     attends_in_half = False
 
+    # Columns by which a space grows until a tolerance is met.
+    tolerance_width = 16
+    # Entries of a large matrix that are looked at together: so many stay in a CPU's cache.
+    n_at_once = 1 << 20
+
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
 
@@ -141,6 +146,10 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
     ) -> tuple[Array, Any]:
         """Attend such that what is hidden does not matter, whatever it holds."""
         return hidden.heeded(self, attend, q, k, v, mask, options)
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Multiply operands that may be views: ``a @ b``."""
+        return a @ b
 
     # Control flow
 

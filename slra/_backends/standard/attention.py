@@ -16,6 +16,7 @@ __all__ = [
     "SoftmaxState",
     "Tile",
     "TileBounds",
+    "Tiling",
     "broadcast_shapes",
     "capped",
     "combine_masks",
@@ -325,22 +326,22 @@ class Attention:
         dv = [xp.zeros_like(v[..., keys, :]) for keys in tiling.columns()]
         dq = []
         for rows in tiling.rows():
-            q_rows, grad_rows = q[..., rows, :] * options.scale, grad_out[..., rows, :]
+            q_rows, grad_rows = q[..., rows, :] * options.scale, self.tile_rows(grad_out, rows)
             dq_rows = xp.zeros_like(q_rows)
             for tile in tiling.row(rows):
                 i = tile.left // tiling.width
                 k_tile = k[..., tile.left : tile.right, :]
                 v_tile = v[..., tile.left : tile.right, :]
                 weights, grad_scores = self.tile_gradients(
-                    q_rows @ xp.matrix_transpose(k_tile),
-                    grad_rows @ xp.matrix_transpose(v_tile),
+                    self.matmul(q_rows, xp.matrix_transpose(k_tile)),
+                    self.matmul(grad_rows, xp.matrix_transpose(v_tile)),
                     tiling.bounds(mask, tile),
                     lse[..., rows, None],
                     delta[..., rows, None],
                 )
-                dq_rows = dq_rows + sum_to(grad_scores @ k_tile, q_rows.shape, xp)
-                dk[i] = dk[i] + sum_to(xp.matrix_transpose(grad_scores) @ q_rows, k_tile.shape, xp)
-                dv[i] = dv[i] + sum_to(xp.matrix_transpose(weights) @ grad_rows, v_tile.shape, xp)
+                dq_rows = dq_rows + sum_to(self.matmul(grad_scores, k_tile), q_rows.shape, xp)
+                dk[i] = dk[i] + self.sum_over_rows(grad_scores, q_rows, k_tile.shape)
+                dv[i] = dv[i] + self.sum_over_rows(weights, grad_rows, v_tile.shape)
             dq.append(dq_rows * options.scale)
         return xp.concat(dq, axis=-2), xp.concat(dk, axis=-2), xp.concat(dv, axis=-2)
 
@@ -366,8 +367,8 @@ class Attention:
             for tile in tiling.seen_row(rows):
                 k_tile, v_tile = (x[..., tile.left : tile.right, :] for x in (k, v))
                 bounds = tiling.bounds(mask, tile)
-                grad_weights = grad_rows @ xp.matrix_transpose(v_tile)
-                products = q_rows @ xp.matrix_transpose(k_tile)
+                grad_weights = self.matmul(grad_rows, xp.matrix_transpose(v_tile))
+                products = self.matmul(q_rows, xp.matrix_transpose(k_tile))
                 sums = lse[..., rows, None], delta[..., rows, None]
                 weights, _ = self.tile_gradients(products, grad_weights, bounds, *sums)
                 grad_scores = weights * (grad_weights - sums[1])
@@ -382,7 +383,7 @@ class Attention:
             math.prod(scores_batch_shape(q, k, v, mask)),
             (q.shape[-2], k.shape[-2]),
         )
-        height, width = self.tile_shape(n_matrices, q)
+        height, width = self.tile_shape(n_matrices, lengths, q)
         return Tiling(options.tile_height(height, *lengths), width, *lengths, options)
 
     def _attention_rows(
@@ -400,13 +401,29 @@ class Attention:
         state = SoftmaxState.empty(xp, shape, v.shape[-1], **like)
         for tile in tiling.seen_row(queries):
             keys = slice(tile.left, tile.right)
-            products = q @ xp.matrix_transpose(k[..., keys, :])
+            products = self.matmul(q, xp.matrix_transpose(k[..., keys, :]))
             scores = self.tile_scores(products, tiling.bounds(mask, tile))
             state = self.softmax_step(state, scores, v[..., keys, :])
-        return state.result(xp)
+        return self.softmax_result(state)
 
-    def tile_shape(self, n_matrices: int, like: Array) -> tuple[int, int]:
-        """Height and width of a tile of scores, which is held for ``n_matrices`` pairs of q and k at once."""
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Multiply operands that may be views: ``a @ b``."""
+        raise NotImplementedError
+
+    def tile_rows(self, x: Array, rows: slice) -> Array:
+        """Rows of ``x`` that are multiplied by one tile after the other."""
+        return x[..., rows, :]
+
+    def sum_over_rows(self, a: Array, b: Array, shape: tuple[int, ...]) -> Array:
+        """``a^T b``, summed to ``shape`` over the axes of the batch along which that was broadcast."""
+        xp = self.xp
+        return sum_to(self.matmul(xp.matrix_transpose(a), b), shape, xp)
+
+    def tile_shape(self, n_matrices: int, lengths: tuple[int, int], like: Array) -> tuple[int, int]:
+        """Height and width of a tile of scores, which is held for ``n_matrices`` pairs of q and k at once.
+
+        ``lengths`` are the numbers of queries and keys.
+        """
         # 2 MB in float32 for each, which stays in the second-level cache.
         return 512, 1024
 
@@ -417,6 +434,10 @@ class Attention:
     def softmax_step(self, state: SoftmaxState, scores: Array, v: Array) -> SoftmaxState:
         """Take one tile of scores, and the values that belong to it, into the online softmax."""
         return state.add(self.xp, scores, v, self.stop_gradient)
+
+    def softmax_result(self, state: SoftmaxState) -> tuple[Array, Array]:
+        """Return the output and the log-sum-exp; 0 and -inf for a row without keys."""
+        return state.result(self.xp)
 
     def tile_gradients(
         self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array

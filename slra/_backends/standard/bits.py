@@ -54,6 +54,11 @@ class Bits:
         """Bring a small NumPy array to the library, device and (unless given) dtype of ``like``."""
         raise NotImplementedError
 
+    @property
+    def place_dtype(self) -> DType:
+        """Dtype of places in an array, wide enough for any."""
+        raise NotImplementedError
+
     def pack_tiles(self, x: Array, widths: np.ndarray[Any, Any]) -> Array:
         """Pack integers, floats (n, TOKENS), in so many bits each tile, (n,); none in WHOLE. Returns bytes, (m,)."""
         xp = self.xp
@@ -70,7 +75,7 @@ class Bits:
             return xp.zeros((0,), dtype=xp.uint8, device=self.creation_device(x))
         stacked = xp.reshape(xp.stack(planes, axis=1), (-1, PLANE))
         (kept,) = np.nonzero(is_used.reshape(-1))
-        taken = xp.take(stacked, self.from_numpy(kept, x, xp.int64), axis=0)
+        taken = xp.take(stacked, self.from_numpy(kept, x, self.place_dtype), axis=0)
         return xp.astype(xp.reshape(taken, (-1,)), xp.uint8)
 
     def unpack_blocks(self, heap: Array, widths: np.ndarray[Any, Any], dtype: DType) -> Array:
@@ -87,7 +92,7 @@ class Bits:
         for plane in range(int(np.max(narrow, initial=0))):
             is_used = plane < narrow
             at = np.where(is_used, starts + PLANE * plane, 0)[:, None] + np.arange(PLANE)
-            read = xp.take(heap, self.from_numpy(at.reshape(-1), heap, xp.int64), axis=0)
+            read = xp.take(heap, self.from_numpy(at.reshape(-1), heap, self.place_dtype), axis=0)
             read = xp.reshape(xp.astype(read, xp.int32), (-1, PLANE, 1))
             # The last plane is the sign.
             worth = np.where(is_used, 2**plane, 0) * np.where(plane == narrow - 1, -1, 1)

@@ -108,6 +108,13 @@ class Elementwise:
         """Step against a gradient, then `elastic_threshold` by ``step * tau``."""
         return self.elastic_threshold(x - step * grad, step * tau, l2)
 
+    def power_of_two(self, x: Array, exponent: Array) -> Array:
+        """``x * 2**exponent`` for whole exponents, in two steps so that neither factor leaves the range."""
+        xp, half = self.xp, self.xp.floor(exponent / 2)
+        for part in (half, exponent - half):
+            x = x * xp.astype(xp.pow(xp.full_like(part, 2.0), part), x.dtype)
+        return x
+
     def extrapolate(self, x: Array, move: Array, factor: Array | float) -> Array:
         """Go from ``x`` by ``factor`` times ``move``."""
         return x + factor * move
@@ -140,6 +147,19 @@ class Elementwise:
     def inner_numbers(self, pairs: list[tuple[Array, Array]]) -> list[float]:
         """Inner products over all axes as plain numbers."""
         return [float(self.inner(x, y)) for x, y in pairs]
+
+    def step_products(
+        self, y: Array, slope: Array, new: Array, grad: Array, move: Array, factor: float
+    ) -> list[float]:
+        """Squared norms, and two products, by which a step from ``y`` to ``new`` is judged.
+
+        With ``d = new - y``, ``turn = grad - slope`` and ``r = turn + factor * d``: the squares of ``d``, ``turn``,
+        ``r``, ``grad`` and ``new``, and the products of ``d`` with ``turn`` and with ``move``.
+        """
+        d, turn = new - y, grad - slope
+        r = self.extrapolate(turn, d, factor)
+        pairs = [(d, d), (turn, turn), (r, r), (grad, grad), (new, new), (d, turn), (d, move)]
+        return self.inner_numbers(pairs)
 
     def group_norm(self, x: Array, axes: tuple[int, ...]) -> Array:
         """Euclidean norm along ``axes``, which are kept; scaled, because squares overflow."""

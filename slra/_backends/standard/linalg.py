@@ -23,6 +23,8 @@ def matrix_h(x: Array, xp: Namespace) -> Array:
 class LinearAlgebra(Elementwise):
     """Linear algebra for one namespace, ``xp``."""
 
+    slab = SLAB
+
     def qr(self, y: Array) -> tuple[Array, Array]:
         """Reduced QR of ``y``, shape (..., m, l) with m >= l."""
         q, r = self.xp.linalg.qr(y, mode="reduced")
@@ -72,6 +74,26 @@ class LinearAlgebra(Elementwise):
         """Inverse of a small matrix."""
         return self.xp.linalg.inv(g)
 
+    def unit_gram(self, gram: Array, least: float) -> tuple[Array, Array]:
+        """Gram matrix of columns scaled to unit norm, and their norms: one where the square is at most ``least``."""
+        xp = self.xp
+        squares = self.real_part(xp.linalg.diagonal(gram))
+        norms = xp.sqrt(xp.where(squares > least, squares, xp.ones_like(squares)))
+        norms = xp.astype(norms, gram.dtype)
+        return gram / (norms[..., :, None] * norms[..., None, :]), norms
+
+    def lifted(self, g: Array, shift: Array | float) -> Array:
+        """``g + shift I``; the shift a number, or one for each matrix, (..., 1, 1)."""
+        n, device = g.shape[-1], self.creation_device(g)
+        return g + shift * self.xp.eye(n, dtype=g.dtype, device=device)
+
+    def phases(self, x: Array) -> Array:
+        """``x / |x|``, a sign where ``x`` is real; one where it is zero or so small that it cannot be divided."""
+        xp = self.xp
+        size, one = xp.abs(x), xp.ones_like(x)
+        has_phase = size > float(xp.finfo(x.dtype).smallest_normal)
+        return xp.where(has_phase, x / xp.where(has_phase, size, xp.ones_like(size)), one)
+
     def accumulation_dtype(self, like: Array) -> DType:
         """Dtype to accumulate sums over ``like`` in: double precision where the library has it."""
         return self.xp.complex128 if self.is_complex(like) else self.xp.float64
@@ -81,20 +103,24 @@ class LinearAlgebra(Elementwise):
         wide = self.accumulation_dtype(x)
         x = self.xp.astype(x, wide, copy=False)
         y = x if y is None else self.xp.astype(y, wide, copy=False)
-        return matrix_h(x, self.xp) @ y
+        return self.matmul(matrix_h(x, self.xp), y)
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Multiply operands that may be views: ``a @ b``."""
+        raise NotImplementedError
 
     def gram_by_slabs(self, x: Array, y: Array | None = None) -> Array:
         """`gram` without a wide copy of ``x``: a slab of rows, or a few matrices of a batch, at a time."""
-        if x.dtype == self.accumulation_dtype(x) or math.prod(x.shape) <= SLAB:
+        if x.dtype == self.accumulation_dtype(x) or math.prod(x.shape) <= self.slab:
             return LinearAlgebra.gram(self, x, y)
         if x.ndim > 2:
-            step = SLAB // math.prod(x.shape[1:])
+            step = self.slab // math.prod(x.shape[1:])
             if step < 2:
                 rest = (None if y is None else y[i, ...] for i in range(x.shape[0]))
                 return self.xp.stack([self.gram_by_slabs(x[i, ...], b) for i, b in enumerate(rest)])
         else:
             # A slab at least half as large as the result: else adding to that is most of the work.
-            step = max(SLAB // x.shape[1], (x if y is None else y).shape[1] // 2, 1)
+            step = max(self.slab // x.shape[1], (x if y is None else y).shape[1] // 2, 1)
         slabs = (slice(i, i + step) for i in range(0, x.shape[0], step))
         parts = (
             LinearAlgebra.gram(self, x[s, ...], None if y is None else y[s, ...]) for s in slabs
@@ -104,7 +130,7 @@ class LinearAlgebra(Elementwise):
 
     def adjoint_product(self, x: Array, y: Array) -> Array:
         """``x^H y`` for a large ``x``, which is not copied to be conjugated."""
-        return self.conj(self.xp.matrix_transpose(x) @ self.conj(y))
+        return self.conj(self.matmul(self.xp.matrix_transpose(x), self.conj(y)))
 
     def accumulated(self, x: Array) -> Array:
         """``x`` in the `accumulation_dtype` dtype."""

@@ -1,6 +1,7 @@
 """Backend that read and write rows of matrices at given places, in the array API standard alone."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,19 @@ class Rows:
     def gather_rows(self, x: Array, indices: Array) -> Array:
         """Rows of ``x`` (..., n, d) at ``indices`` (..., m), whose leading axes broadcast; (..., m, d)."""
         return self.xp.take_along_axis(x, indices[..., None], axis=-2)
+
+    def by_head(
+        self,
+        function: Callable[[slice, slice], tuple[Array, ...]],
+        shape: tuple[int, int],
+        n_scores: int,
+        width: int,
+    ) -> tuple[Array, ...]:
+        """Call a function of elements of the batch and of heads, of which there are (B, H), for all of them.
+
+        What it returns, (B, H, ...), takes so many scores for each head, of ``width`` multiplications each.
+        """
+        return function(slice(0, shape[0]), slice(0, shape[1]))
 
     def creation_device(self, like: Array) -> Any:
         """Device to create an array on that is to meet ``like``."""

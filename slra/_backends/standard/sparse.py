@@ -74,6 +74,19 @@ class SparseRows:
         is_place = xp.take(places, nearest, axis=0) == grid
         return xp.reshape(xp.where(is_place, found, xp.zeros_like(found)), (*lead, n))
 
+    def largest_places(self, x: Array, k: int) -> Array:
+        """Ascending places of the ``k`` largest entries of each row, not of the largest modulus."""
+        xp = self.xp
+        return xp.sort(xp.argsort(x, axis=-1, descending=True, stable=True)[..., :k], axis=-1)
+
+    def at_places(self, x: Array, places: Array) -> Array:
+        """Entries of each row of ``x`` (..., m, n) at places (..., m, k)."""
+        return self.xp.take_along_axis(x, places, axis=-1)
+
+    def add_in_rows(self, x: Array, indices: Array, values: Array) -> Array:
+        """Add sparse rows to ``x`` (..., m, n), which may be written to."""
+        return x + self.scatter_rows(values, indices, x.shape[-1])
+
     def sparse_matmul(self, values: Array, indices: Array, y: Array) -> Array:
         """Product of sparse rows (..., m, k) and a dense matrix (..., n, p)."""
         return self.scatter_rows(values, indices, y.shape[-2]) @ y

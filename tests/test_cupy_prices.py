@@ -1,0 +1,334 @@
+"""Budgets: what calls may cost on a GPU, in launches, bytes and waits, counted by CuPy's rules on the host stand-in.
+
+Sizes are those of a GPU where nothing needs to be computed to count; see `tests.cuda_host.prices`.
+"""
+
+import numpy as np
+import pytest
+
+import slra
+from slra._backends import backend_of
+from tests.cuda_host import host, prices
+from tests.cuda_host.prices import counting, priced, virtual
+
+pytestmark = pytest.mark.skipif(host.why_not() is not None, reason=str(host.why_not()))
+MEGABYTE, GIGABYTE = 1e6, 1e9
+
+
+@pytest.fixture
+def cupy_table():
+    """The CuPy backend over NumPy's arrays."""
+    with host.cupy_on_host() as xp:
+        yield backend_of(xp)
+
+
+def qkv(n_matrices, n_queries, n_keys, d, dtype="float32"):
+    return [virtual((n_matrices, n, d), dtype) for n in (n_queries, n_keys, n_keys)]
+
+
+# The price list itself
+
+
+def test_what_is_counted(cupy_table):
+    xp = cupy_table.xp
+    x, row = virtual((4, 1000, 50), "float32"), virtual((50,), "float32")
+    with counting(is_dry=True) as bill:
+        y = xp.where(x > row, x, xp.zeros_like(x))
+    assert bill.launches == 3
+    entries = x.size
+    # Compared: 4 bytes read, 1 written, and the row; zeros written; three arrays read, one written.
+    assert bill.n_bytes == 5 * entries + row.nbytes + 4 * entries + (1 + 4 + 4 + 4) * entries
+    assert y.shape == x.shape
+    with counting(is_dry=True) as bill:
+        xp.matrix_transpose(x)[..., :3] @ x[..., :7]
+    assert (bill.operand_copies, bill.pointer_kernels) == (2, 0)
+    with counting(is_dry=True) as bill:
+        x[:, None] @ virtual((2, 50, 3), "float32")
+    assert (bill.operand_copies, bill.pointer_kernels) == (0, 6)
+    with counting() as bill:
+        assert bool(xp.any(priced(np.eye(3)) > 0))
+        float(xp.sum(priced(np.eye(3))))
+    assert bill.reads == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "expected"),
+    [
+        # One block takes 32 of results that lie side by side, or 512 // 50 = 10, of which a power of two.
+        ((100_000, 50), (0,), 2),
+        ((100_000, 50), (1,), 12_500),
+        ((5, 100_000), (1,), 5),
+        ((1 << 20,), (0,), 512),
+    ],
+)
+def test_blocks_of_a_reduction(shape, axes, expected):
+    """`_get_block_specs` of CuPy's ``_reduction.pyx``, and CUB for all of one contiguous array."""
+    assert prices.blocks([np.empty(shape)], axes) == expected
+
+
+# Attention
+
+
+def test_decoding_reads_keys_and_values_once(cupy_table):
+    q, k, v = qkv(16, 1, 65536, 128)
+    with counting(is_dry=True) as bill:
+        slra.attention(q, k, v)
+    assert bill.launches <= 12
+    assert bill.n_bytes <= 1.15 * GIGABYTE
+    assert bill.operand_copies == bill.reads == 0
+    # 16 rows of scores: one block for each would leave most of the device idle.
+    assert bill.fewest_blocks(65536) >= 132
+
+
+def test_half_precision_is_read_as_it_is(cupy_table):
+    q, k, v = qkv(16, 1, 65536, 128, "float16")
+    with counting(is_dry=True) as bill:
+        slra.attention(q, k, v)
+    assert bill.launches <= 12
+    assert bill.n_bytes <= 0.58 * GIGABYTE
+
+
+@pytest.mark.parametrize(
+    ("n_matrices", "n_queries", "n_keys"),
+    [(2048, 512, 512), (1, 100_000, 30), (1, 30, 100_000), (16, 16384, 16384), (1 << 20, 40, 40)],
+)
+def test_tiles_are_as_large_as_they_may_be(cupy_table, n_matrices, n_queries, n_keys):
+    like = virtual((1,), "float32")
+    height, width = cupy_table.tile_shape(n_matrices, (n_queries, n_keys), like)
+    assert n_matrices * height * width * 4 <= 1 << 26
+    assert 1 <= height <= n_queries
+    assert 1 <= width <= n_keys
+    whole = n_matrices * n_queries * n_keys * 4
+    assert n_matrices * height * width * 4 >= min(whole, 1 << 24)
+
+
+VIEWS = {
+    "contiguous": lambda x: x,
+    "heads after tokens": lambda x: virtual((2, x.shape[-2], 8, x.shape[-1]), x.dtype).swapaxes(
+        1, 2
+    ),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_copies_no_operand(cupy_table, view, is_causal):
+    q, k, v = (VIEWS[view](virtual((2, 8, 2048, 64), "float32")) for _ in range(3))
+    with counting(is_dry=True) as bill:
+        out, lse = slra.attention(q, k, v, is_causal=is_causal, return_lse=True)
+    assert bill.operand_copies == bill.pointer_kernels == bill.names["copy"] == 0
+    # Causal attention looks once whether what is hidden has come through.
+    assert bill.reads == is_causal
+    with counting(is_dry=True) as bill:
+        slra.attention_vjp(q, k, v, out, lse, out, is_causal=is_causal)
+    assert bill.operand_copies == bill.pointer_kernels == bill.names["copy"] == 0
+
+
+def test_heads_that_share_keys_are_rows(cupy_table):
+    q = virtual((1, 32, 4096, 128), "float32")
+    k, v = (virtual((1, 8, 4096, 128), "float32") for _ in range(2))
+    with counting(is_dry=True) as shared:
+        slra.attention(q, k, v, enable_gqa=True)
+        slra.attention_vjp(q, k, v, q, virtual(q.shape[:-1], "float32"), q, enable_gqa=True)
+    with counting(is_dry=True) as alone:
+        slra.attention(q, q, q)
+        slra.attention_vjp(q, q, q, q, virtual(q.shape[:-1], "float32"), q)
+    assert shared.pointer_kernels == shared.operand_copies == shared.names["reshape"] == 0
+    # Rows of a group are brought together once for each row of tiles of the gradient.
+    assert shared.names["copy"] <= shared.names["slra_mean_float32"]
+    assert shared.launches <= alone.launches + shared.names["copy"]
+    assert shared.n_bytes <= alone.n_bytes
+
+
+# Reductions
+
+
+@pytest.mark.parametrize("axis", [-2, -1, None])
+def test_reductions_run_on_the_whole_device(cupy_table, axis):
+    x = virtual((1_000_000, 50), "float32")
+    calls = [
+        lambda: slra.prox.norm_l1(x, axis=axis),
+        lambda: cupy_table.column_means(x),
+        lambda: cupy_table.pivots(x),
+        lambda: cupy_table.max_abs(x),
+        lambda: cupy_table.norm_squared(x),
+    ]
+    if axis is not None:
+        calls += [lambda: slra.prox.prox_l21(x, 0.1, axis=axis), lambda: slra.prox.norm_l2(x)]
+    for call in calls:
+        with counting(is_dry=True) as bill:
+            call()
+        assert bill.fewest_blocks(x.size) >= 132
+        # Nothing as large as x is copied on the way.
+        assert bill.names["reshape"] == bill.names["astype"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_large_arrays_are_read_as_they_are(cupy_table, dtype):
+    x, mean = virtual((1_000_000, 50), dtype), virtual((1, 50), "complex128")
+    mean = mean.real if dtype == "float32" else mean
+    calls = {
+        lambda: cupy_table.norm_squared(x): 1.01,
+        lambda: cupy_table.max_abs(x): 1.01,
+        lambda: cupy_table.column_means(x): 1.01,
+        lambda: cupy_table.pivots(x): 2.1,
+        lambda: cupy_table.centered(x, mean): 2.01,
+    }
+    for call, accesses in calls.items():
+        with counting(is_dry=True) as bill:
+            call()
+        assert bill.n_bytes <= accesses * x.nbytes
+    with counting(is_dry=True) as bill:
+        cupy_table.gram(x)
+    assert bill.largest <= 1 << 27
+    with counting(is_dry=True) as bill:
+        cupy_table.gram(virtual((512, 2048, 64), dtype))
+    assert bill.largest <= 1 << 27
+    assert bill.operand_copies == bill.pointer_kernels == 0
+
+
+# Decompositions
+
+
+def random(*shape, dtype="float32"):
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("n_matrices", [4, 64])
+def test_batches_are_decomposed_together(cupy_table, n_matrices):
+    x = priced(random(n_matrices, 48, 40))
+    with counting() as bill:
+        slra.truncated_svd(x, 8)
+        cupy_table.qr(x)
+        cupy_table.triangular_factor(x)
+    assert bill.solver_calls <= 25
+    assert bill.launches <= 300
+    with counting() as bill:
+        cupy_table.triangular_factor(x[0])
+    assert bill.solver_calls == 1
+
+
+@pytest.mark.parametrize("n_matrices", [4, 64])
+def test_a_batch_is_looked_at_once(cupy_table, n_matrices):
+    """Where some elements fail: of a check, to be done again, and of Cholesky's factorisation."""
+    x = random(n_matrices, 48, 40)
+    x[1, :, 3:] = 0
+    with counting() as bill:
+        slra.truncated_svd(priced(x), 8)
+    assert bill.reads <= 12
+    g = np.stack([np.eye(3)] * n_matrices)
+    g[::2, 1, 1] = -1
+    with counting() as bill:
+        factors = cupy_table.cholesky(priced(g))
+    assert bill.reads == 0
+    np.testing.assert_array_equal(
+        np.isnan(factors).any(axis=(1, 2)), np.arange(n_matrices) % 2 == 0
+    )
+
+
+def test_a_tolerance_is_met_in_few_launches(cupy_table):
+    x = priced(random(2000, 600))
+    with counting() as bill:
+        result = slra.randomized_svd(x, rtol=0.5, rng=0)
+    assert bill.launches <= 300
+    assert bill.reads <= 20
+    rest = x - (result.U * result.S) @ result.Vh
+    assert np.linalg.norm(rest) <= 0.5 * np.linalg.norm(x)
+
+
+# Solvers
+
+
+def test_a_step_of_fista(cupy_table):
+    """Beside what the function costs whose values and gradients are taken: that is nothing here."""
+    x0 = priced(1 + random(100_000, dtype="float32") ** 2)
+    bills = []
+    for n_iter in (10, 20):
+        with counting() as bill:
+            limits = {"max_iter": n_iter, "tol": 0.0, "atol": 0.0}
+            slra.proximal_gradient(x0, lambda x: (0.0, x), slra.prox.prox_l1, step=0.01, **limits)
+        bills.append(bill)
+    launches, n_bytes, reads = (
+        (getattr(bills[1], name) - getattr(bills[0], name)) / 10
+        for name in ("launches", "n_bytes", "reads")
+    )
+    assert launches <= 12
+    assert n_bytes <= 20.5 * x0.nbytes
+    assert reads <= 1
+    assert bills[1].fewest_blocks(50_000) >= 40
+
+
+# Sparse rows
+
+
+def test_sparse_rows_take_a_kernel_each_way(cupy_table):
+    x = priced(random(2000, 128))
+    with counting() as bill:
+        cupy_table.keep_largest(x, 8)
+    assert bill.launches == 1
+    with counting() as there:
+        values, indices = cupy_table.largest_in_rows(x, 8)
+    with counting() as back:
+        cupy_table.scatter_rows(values, indices, 128)
+    assert there.launches <= 3
+    assert back.launches <= 3
+    # Read for marks, and with them; zeros written, and entries over them.
+    assert there.n_bytes <= 4 * x.nbytes
+    assert back.n_bytes <= 2.5 * x.nbytes
+
+
+def test_a_sparse_matrix_of_cupyx_is_transposed_once():
+    from slra._backends.sparse import products_of
+
+    class Rows:
+        __module__ = "cupyx.scipy.sparse"
+        n_sorted = 0
+
+        def __init__(self, dense, is_sorted):
+            self.dense, self.is_sorted = dense, is_sorted
+
+        @property
+        def T(self):
+            return Rows(self.dense.T, is_sorted=False)
+
+        def tocsr(self):
+            Rows.n_sorted += not self.is_sorted
+            return Rows(self.dense, is_sorted=True)
+
+        def __matmul__(self, other):
+            return self.tocsr().dense @ other
+
+    a = random(7, 5)
+    matmat, rmatmat = products_of(Rows(a, is_sorted=True))
+    for _ in range(3):
+        np.testing.assert_array_equal(rmatmat(a), a.T @ a)
+        np.testing.assert_array_equal(matmat(a.T), a @ a.T)
+    assert Rows.n_sorted == 1
+
+
+def test_thresholds_are_looked_at_in_one_pass(cupy_table):
+    x, tau = virtual((1_000_000, 50), "float32"), virtual((1_000_000, 50), "float32")
+    with counting(is_dry=True) as bill:
+        slra.soft_threshold(x, tau)
+    assert bill.launches <= 3
+    assert bill.n_bytes <= 4.01 * x.nbytes
+
+
+def test_a_power_of_two_is_one_pass(cupy_table):
+    x = virtual((4, 1000, 50), "float32")
+    with counting(is_dry=True) as bill:
+        cupy_table.power_of_two(x, virtual((4, 1, 1), "float32"))
+    assert bill.n_bytes <= 2.01 * x.nbytes
+
+
+def test_a_token_in_a_cache(cupy_table):
+    q, k, v = priced(random(3, 1, 4, 64, 16))
+    cache = slra.KVCache(slra.fit_attention(q, k, v, 8, rng=0)).append(k, v)
+    token = [x[..., :1, :] for x in (q, k, v)]
+    cache.append(*token[1:])
+    cache.attend(token[0])
+    with counting() as bill:
+        cache.append(*token[1:])
+        cache.attend(token[0])
+    assert bill.launches <= 24
+    assert bill.operand_copies == bill.pointer_kernels == bill.reads == 0
