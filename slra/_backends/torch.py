@@ -248,9 +248,11 @@ class TorchBackend(Backend):
 
     def small_eigh(self, g: Array) -> tuple[Array, Array]:
         """Split a batch over threads, which torch does not do on a CPU."""
-        n_threads, n_batch = torch.get_num_threads(), math.prod(g.shape[:-2])
-        is_worth = n_threads > 1 and n_batch >= WORTH_THREADS
-        if not is_worth or g.device.type != "cpu" or not self.is_eager(g) or g.requires_grad:
+        # torch.compile does not follow the number of threads.
+        if g.device.type != "cpu" or not self.is_eager(g) or g.requires_grad:
+            return super().small_eigh(g)
+        n_threads = torch.get_num_threads()
+        if n_threads == 1 or math.prod(g.shape[:-2]) < WORTH_THREADS:
             return super().small_eigh(g)
         flat = torch.tensor_split(g.reshape(-1, *g.shape[-2:]), n_threads)
         with ThreadPoolExecutor(n_threads) as pool:
