@@ -20,7 +20,7 @@ from hypothesis import Phase
 import slra
 from slra._backends import backend_of
 from tests.cuda_host import host, nvrtc, prices
-from tests.cuda_host.cases import check_values, primitives_and_dtypes
+from tests.cuda_host.cases import OPERANDS, check_values, primitives_and_dtypes
 
 ARCHITECTURES = [75, 80, 90, 100]
 needs_compiler = pytest.mark.skipif(host.why_not() is not None, reason=str(host.why_not()))
@@ -351,42 +351,22 @@ def test_arrays_on_another_device_are_refused(cupy_table, monkeypatch):
         slra.soft_threshold(X, 0.5)
 
 
-PRODUCTS = {
-    "transposed": lambda a, b: (a, b.swapaxes(-1, -2).copy().swapaxes(-1, -2)),
-    "both transposed": lambda a, b: (
-        a.swapaxes(-1, -2).copy().swapaxes(-1, -2),
-        b.swapaxes(-1, -2).copy().swapaxes(-1, -2),
-    ),
-    "parts of rows and of columns": lambda a, b: (a[..., 1:4, :], b[..., 1:3]),
-    "shared by a group of heads": lambda a, b: (a, b[:, :1]),
-    "a part of a group's rows": lambda a, b: (a[..., 1:, :], b[:, :1]),
-    "shared by all": lambda a, b: (a, b[0, 0]),
-    "the left one shared": lambda a, b: (a[:1, :1], b),
-    "one row, one column": lambda a, b: (a[..., :1, :], b[..., :1]),
-    "one term": lambda a, b: (a[..., :1], b[..., :1, :]),
-    "axes of the batch exchanged": lambda a, b: (a[:, :2].swapaxes(0, 1), b[:, :2].swapaxes(0, 1)),
-    "backwards and with gaps": lambda a, b: (a[..., ::-1], b[..., ::-1, ::2]),
-    "the same numbers in each row": lambda a, b: (np.broadcast_to(a[..., :1, :], a.shape), b),
-    "two axes": lambda a, b: (a[0, 0], b[0, 0]),
-}
-
-
 @pytest.mark.parametrize("dtype", ["float32", "complex128"])
-@pytest.mark.parametrize("view", PRODUCTS)
+@pytest.mark.parametrize("view", OPERANDS)
 def test_products_of_operands_as_they_lie(cupy_table, view, dtype):
     rng = np.random.default_rng(0)
     shapes = (2, 3, 5, 4), (2, 3, 4, 6)
     a, b = (rng.integers(-8, 8, shape).astype(dtype) for shape in shapes)
     if dtype == "complex128":
         a, b = a + 1j * a[::-1], b - 1j * b
-    a, b = PRODUCTS[view](a, b)
+    a, b = OPERANDS[view](a, b)
     ours = cupy_table.matmul(a, b)
     # Whole numbers, whose sums are exact in whichever order.
     np.testing.assert_array_equal(ours, np.einsum("...mk,...kn->...mn", a, b))
     assert ours.dtype == dtype
 
 
-@pytest.mark.parametrize("view", PRODUCTS)
+@pytest.mark.parametrize("view", OPERANDS)
 def test_products_of_half_precision_are_summed_in_single(cupy_table, view):
     from slra._backends.cupy_products import product
 
@@ -394,7 +374,7 @@ def test_products_of_half_precision_are_summed_in_single(cupy_table, view):
     shapes = (2, 3, 5, 4), (2, 3, 4, 6)
     # Sums that half precision has no numbers for, nor for their size.
     a, b = (rng.integers(400, 500, shape).astype("float16") for shape in shapes)
-    a, b = PRODUCTS[view](a, b)
+    a, b = OPERANDS[view](a, b)
     ours = product(a, b, 0.5)
     assert ours.dtype == "float32"
     np.testing.assert_array_equal(

@@ -10,7 +10,7 @@ import slra
 from slra._backends import backend_of
 from slra._backends.standard.attention import SoftmaxState, TileBounds
 from tests.backends import BACKENDS
-from tests.cuda_host.cases import check_values, device_slack, primitives_and_dtypes
+from tests.cuda_host.cases import OPERANDS, check_values, device_slack, primitives_and_dtypes
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +35,21 @@ def test_values_are_the_reference_s(cupy, name, dtype):
         return cupy.asarray(x) if isinstance(x, np.ndarray) else x
 
     check_values(backend_of(xp), name, dtype, bring=bring, fetch=cupy.asnumpy, allowed=device_slack)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
+@pytest.mark.parametrize("view", OPERANDS)
+def test_products_of_operands_as_they_lie(cupy, view, dtype):
+    from slra._backends.cupy_products import product
+
+    rng = np.random.default_rng(0)
+    given = [rng.integers(-8, 8, shape).astype(dtype) for shape in ((2, 3, 5, 4), (2, 3, 4, 6))]
+    ours = product(*OPERANDS[view](*map(cupy.asarray, given)))
+    a, b = OPERANDS[view](*given)
+    # Whole numbers, whose sums are exact in whichever order.
+    expected = np.einsum("...mk,...kn->...mn", *(x.astype("complex128") for x in (a, b)))
+    np.testing.assert_array_equal(cupy.asnumpy(ours), expected)
+    assert ours.dtype == ("float32" if dtype == "float16" else dtype)
 
 
 def test_kernels_run_on_the_current_stream(cupy):

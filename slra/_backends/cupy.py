@@ -32,7 +32,7 @@ TILE_BYTES = 1 << 26
 # CuPy runs a reduction on a block of threads for each result, or for up to 32 that lie side by side, unless CUB spreads
 # it: a single result, of one contiguous input (cupy/cupy#9720). So where there are fewer blocks than this, the entries
 # that make a result are cut into segments, of no fewer than that. Not tuned either.
-ENOUGH_BLOCKS, LEAST_SEGMENT = 256, 1 << 11
+ENOUGH_BLOCKS, LEAST_SEGMENT = 1 << 10, 1 << 11
 # Longest rows in which the place of each entry is found by comparing it with all others.
 LONGEST_RANKED = 1 << 10
 # Threads of a block, and results side by side that it takes at most.

@@ -25,8 +25,8 @@ def sample_rows(
     """
     if not isinstance(n, (int, np.integer)):
         raise ValueError(
-            'method must be "svd" where the length of a sequence is a symbol (torch.export with a dynamic length, '
-            "torch.jit.trace): the others fit to rows chosen by the length; or give a basis, fitted before"
+            'method must be "svd" where the length of a sequence is a symbol, as in a graph for all lengths: '
+            "the others fit to rows chosen by the length; or give a basis, fitted before"
         )
     n_rows = min(n, n_rows)
     return [int(row) for row in _places(n_rows, rng, offset) * n / n_rows]

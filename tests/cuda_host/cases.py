@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from slra._backends import Backend
 from slra._backends.standard.attention import ScoreOptions, SoftmaxState, Tile, TileBounds
 
-__all__ = ["check_values", "device_slack", "primitives_and_dtypes"]
+__all__ = ["OPERANDS", "check_values", "device_slack", "primitives_and_dtypes"]
 
 
 class Rounded:
@@ -167,6 +167,27 @@ def packed(dtype):
     widths = hnp.arrays(np.uint8, (2, 1, 3), elements=st.integers(0, 15))
     heaps = hnp.arrays(np.uint8, 2 * 14 * 6, elements=st.integers(0, 255))
     return st.tuples(heaps, widths, st.just(np.dtype(dtype)))
+
+
+# Views of batches (2, 3, 5, 4) and (2, 3, 4, 6) that can be multiplied.
+OPERANDS = {
+    "transposed": lambda a, b: (a, b.swapaxes(-1, -2).copy().swapaxes(-1, -2)),
+    "both transposed": lambda a, b: (
+        a.swapaxes(-1, -2).copy().swapaxes(-1, -2),
+        b.swapaxes(-1, -2).copy().swapaxes(-1, -2),
+    ),
+    "parts of rows and of columns": lambda a, b: (a[..., 1:4, :], b[..., 1:3]),
+    "shared by a group of heads": lambda a, b: (a, b[:, :1]),
+    "a part of a group's rows": lambda a, b: (a[..., 1:, :], b[:, :1]),
+    "shared by all": lambda a, b: (a, b[0, 0]),
+    "the left one shared": lambda a, b: (a[:1, :1], b),
+    "one row, one column": lambda a, b: (a[..., :1, :], b[..., :1]),
+    "one term": lambda a, b: (a[..., :1], b[..., :1, :]),
+    "axes of the batch exchanged": lambda a, b: (a[:, :2].swapaxes(0, 1), b[:, :2].swapaxes(0, 1)),
+    "backwards and with gaps": lambda a, b: (a[..., ::-1], b[..., ::-1, ::2]),
+    "the same numbers in each row": lambda a, b: (np.broadcast_to(a[..., :1, :], a.shape), b),
+    "two axes": lambda a, b: (a[0, 0], b[0, 0]),
+}
 
 
 FLOATING = ["float32", "float64", "complex64", "complex128"]

@@ -526,13 +526,19 @@ def cupy_on_host() -> Iterator[Any]:
         found = array_namespace(*xs, **options)
         return namespace if compat.is_numpy_namespace(found) else found
 
+    backends = importlib.import_module("slra._backends")
+    by_type = dict(backends._by_type)
+    backends._by_type.clear()
     compat.array_namespace = as_cupy
     try:
         importlib.import_module(_PREFIX)
         # NumPy's arrays say in another way than CuPy's where they are.
         products: Any = importlib.import_module(f"{_PREFIX}_products")
         products.address = _address
+        assert type(backends.backend_for(np.empty(0))).__name__ == "CupyBackend"
         yield namespace
     finally:
         compat.array_namespace = array_namespace
+        backends._by_type.clear()
+        backends._by_type.update(by_type)
         _modules.update(_replace(before))
