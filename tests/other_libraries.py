@@ -139,7 +139,6 @@ LIBRARIES = {
             "ndonnx onnxruntime",
             _ndonnx,
             slow=(
-                "robust_pca",
                 "low_rank_attention, output",
                 "low_rank_attention, svd, l1",
                 "AttentionBasis.attend",

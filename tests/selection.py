@@ -65,6 +65,8 @@ THOROUGH = {
     "test_svd_operators.py::test_more_copies_of_a_singular_value_than_a_block_has_columns": "many blocks",
     "test_svd_tolerance.py::test_a_hundred_seeds": "a hundred of each",
     "test_svd_tolerance.py::test_a_tolerance_that_half_precision_cannot_keep": "many sizes",
+    "test_torch_module.py::test_a_compiled_call_is_one_graph_but_for_fits": "torch.compile takes seconds",
+    "test_torch_module.py::test_a_compiled_layer_fits_as_often_as_it_says_without_new_graphs": "compiles",
     "test_torch_module.py::test_a_schedule_of_l1_is_followed_by_one_graph": "torch.compile takes seconds",
     "test_torch_module.py::test_onnx_takes_any_batch_and_length": "exports",
     "test_torch_module.py::test_traced_and_exported_for_any_batch_and_length": "torch.export takes a second",

@@ -463,3 +463,17 @@ def test_thresholds_may_be_learned_and_traced():
 
         got = traced((0.1, 0.2, 0.3))
         np.testing.assert_allclose(got, out.detach().numpy(), rtol=0, atol=1e-13)
+
+
+def test_a_formula_in_single_precision_is_that_of_double():
+    """Directions far below the first: of the very same numbers, to rounding of the maps."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 2, 60, 8)) * 10.0 ** -np.arange(0, 4, 0.5)
+    mixing = np.linalg.qr(rng.standard_normal((8, 8)))[0]
+    q, k, v = (x @ mixing).astype("float32")
+    basis = slra.fit_attention(q, k, v, 6, method="svd")
+    for got, data in ((basis.wk, k), (basis.wv, v)):
+        right = np.linalg.svd(data.astype("float64"))[2][..., :6, :]
+        right = np.swapaxes(right, -1, -2) @ right
+        found = got @ np.swapaxes(got, -1, -2)
+        np.testing.assert_allclose(found, right, rtol=0, atol=16 * np.finfo("float32").eps)

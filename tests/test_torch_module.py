@@ -348,6 +348,50 @@ def test_compiles_to_one_graph_with_a_frozen_basis(l1_form):
     assert_close(gradient, module.in_proj_weight.grad)
 
 
+@pytest.mark.parametrize(
+    ("options", "is_training", "breaks"),
+    [
+        ({"refit_every": 0}, True, 0),
+        ({"basis_per": "sequence"}, True, 0),
+        # To see whether there is a basis, and to fit.
+        ({"refit_every": 3}, True, 2),
+    ],
+    ids=str,
+)
+# Dynamo warns of what it does itself.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_call_is_one_graph_but_for_fits(options, is_training, breaks):
+    torch.compiler.reset()
+    module, x = layer(rank=2, **options), data()
+    if "basis_per" not in options:
+        module.fit_basis(x, x, x)
+    found = torch._dynamo.explain(module.train(is_training))(x, x, x, need_weights=False)
+    assert found.graph_break_count == breaks
+
+
+# Dynamo warns of what it does itself.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_layer_fits_as_often_as_it_says_without_new_graphs():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    module, twin = layer(rank=2, refit_every=3), layer(rank=2, refit_every=3)
+    twin.load_state_dict(module.state_dict())
+    compiled = torch.compile(module, backend=count)
+    n_graphs = []
+    for _ in range(12):
+        x = data()
+        out, _ = compiled(x, x, x, need_weights=False)
+        n_graphs.append(len(graphs))
+        right, _ = twin(x, x, x, need_weights=False)
+        assert_close(out, right)
+    assert n_graphs[1] == n_graphs[-1]
+
+
 class SelfAttention(torch.nn.Module):
     """Takes what tracers hand over: tensors, by position."""
 

@@ -223,7 +223,8 @@ class _Linalg:
         extension = getattr(whole._xp, "linalg", None)
         found = getattr(extension, name, None)
         if found is not None:
-            return found
+            is_factorisation = name in FACTORISATIONS
+            return functools.partial(_tried, whole, full, found) if is_factorisation else found
         if full in _WRITTEN:
             return functools.partial(_WRITTEN[full], whole)
         if name in FACTORISATIONS:
@@ -264,6 +265,16 @@ def _with_arrays(
         xp.asarray(x, **like) if isinstance(x, int | float | complex) else x for x in operands
     )
     return function(*head, *operands, **kwargs)
+
+
+def _tried(
+    xp: Completed, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a function that may be there in name only."""
+    try:
+        return function(*args, **kwargs)
+    except NotImplementedError:
+        return _on_host(xp, name, *args, **kwargs)
 
 
 def _on_host(xp: Completed, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,9 @@ KNOWN = (
 def title(xp: Namespace) -> str:
     """Name of a library, for messages."""
     # A namespace need not be a module.
-    name = getattr(xp, "__name__", None) or getattr(xp.asarray, "__module__", None)
+    name = getattr(xp, "__name__", None) or getattr(
+        getattr(xp, "asarray", None), "__module__", None
+    )
     return str(name or type(xp).__name__).removeprefix("array_api_compat.")
 
 

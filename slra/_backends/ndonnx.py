@@ -26,6 +26,13 @@ class NdonnxBackend(OtherBackend):
             return False
         return True
 
+    def can_iterate(self, x: Array) -> bool:
+        """Refuse: nodes of hundreds of iterations took all memory (12 x 9 numbers, twenty minutes)."""
+        if self.is_eager(x):
+            hint = ": each operation is a node of a graph; pass x.unwrap_numpy()"
+            raise LackingError("iterations", self.xp, hint)
+        return False
+
     def freezes_draws(self, x: Array) -> bool:
         """Say yes where a graph is written: what is drawn becomes a constant of it."""
         return not self.is_eager(x)

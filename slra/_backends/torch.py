@@ -4,6 +4,7 @@ Needs: torch. Results carry gradients wherever the operations they are made of d
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -247,12 +248,17 @@ class TorchBackend(Backend):
 
     def small_eigh(self, g: Array) -> tuple[Array, Array]:
         """Split a batch over threads, which torch does not do on a CPU."""
-        n_threads = torch.get_num_threads() if g.ndim > 2 and g.shape[0] >= WORTH_THREADS else 1
-        if g.device.type != "cpu" or n_threads == 1 or not self.is_eager(g) or g.requires_grad:
+        # torch.compile does not follow the number of threads.
+        if g.device.type != "cpu" or not self.is_eager(g) or g.requires_grad:
             return super().small_eigh(g)
+        n_threads = torch.get_num_threads()
+        if n_threads == 1 or math.prod(g.shape[:-2]) < WORTH_THREADS:
+            return super().small_eigh(g)
+        flat = torch.tensor_split(g.reshape(-1, *g.shape[-2:]), n_threads)
         with ThreadPoolExecutor(n_threads) as pool:
-            parts = list(pool.map(torch.linalg.eigh, torch.tensor_split(g, n_threads)))
-        return torch.cat([w for w, _ in parts]), torch.cat([v for _, v in parts])
+            parts = list(pool.map(torch.linalg.eigh, flat))
+        values, vectors = (torch.cat(each) for each in zip(*parts, strict=True))
+        return values.reshape(g.shape[:-1]), vectors.reshape(g.shape)
 
     def accumulation_dtype(self, like: Array) -> Any:
         """Stay in single precision on a device that has no double."""

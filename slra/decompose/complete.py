@@ -497,7 +497,7 @@ def _read(x: Any, mask: Array | None) -> tuple[Entries, float, Promoted]:
         return _read_sparse(found.entries.matrix)
     backend = resolve(x=x, optional={"mask": mask})
     check_matrix(x, "x")
-    if not backend.is_eager(x):
+    if not backend.can_iterate(x):
         raise ValueError(
             "x must have values that can be looked at: complete iterates until they say so, "
             "which a traced function cannot follow"

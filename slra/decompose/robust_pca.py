@@ -183,7 +183,7 @@ def robust_pca(
     backend = resolve(x=x, optional={"mask": mask})
     xp = backend.xp
     check_matrix(x, "x")
-    if not backend.is_eager(x):
+    if not backend.can_iterate(x):
         raise ValueError(
             "x must have values that can be looked at: robust_pca iterates until they say so, "
             "which neither a traced function nor a lazy array can follow"

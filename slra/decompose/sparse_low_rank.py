@@ -171,7 +171,7 @@ def sparse_low_rank(
     l1 = check_known_weight(backend, l1, "l1")
     check_choice(start, ("best", "soft", "svd"), "start")
     n_max = check_count(max_iter, "max_iter")
-    if not backend.is_eager(x):
+    if not backend.can_iterate(x):
         raise ValueError(
             "x must have values that can be looked at: sparse_low_rank iterates until they say so, "
             "which neither a traced function nor a lazy array can follow"

@@ -381,7 +381,7 @@ class LowRankAttention(nn.MultiheadAttention):
         )
         self._warn_of_zeros()
         out = self.out_proj(out.transpose(1, 2).flatten(2))
-        if not is_empty:
+        if self.training and self.refit_every and self._keeps_basis and not is_empty:
             self._count_call(q, k, v, fit_mask, is_causal)
         weights = _weights(self._last, mask, is_causal) if need_weights else None
         if weights is not None and average_attn_weights:
@@ -675,12 +675,11 @@ class LowRankAttention(nn.MultiheadAttention):
             self._factor_averages()
         return self
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _count_call(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
     ) -> None:
-        """Fit anew for later batches, where it is time."""
-        if not (self.training and self.refit_every and self._keeps_basis):
-            return
+        """Fit anew for later batches, where it is time; a count in a graph would make a graph for each number."""
         self._calls += 1
         if self._calls % self.refit_every == 0 and _can_fit(q, k, v, mask):
             self._fit(q, k, v, mask, is_causal)
@@ -771,6 +770,9 @@ def _can_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
     What a mask hides may be anything.
     """
+    # A sum is one pass, and finite only of finite numbers.
+    if all(bool(torch.isfinite(x.sum())) for x in (q, k, v)):
+        return True
     queries, keys = what_is_seen(mask, is_self=False)
     is_finite = [
         torch.isfinite(x).all(-1) if seen is None else torch.isfinite(x).all(-1) | ~seen

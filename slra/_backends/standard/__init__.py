@@ -51,6 +51,10 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
         """Whether a size is a number, and not a symbol that any may take the place of."""
         return isinstance(size, (int, np.integer))
 
+    def can_iterate(self, x: Array) -> bool:
+        """Whether an algorithm may go on until values say that it is done."""
+        return self.is_eager(x)
+
     def freezes_draws(self, x: Array) -> bool:
         """Whether numbers drawn by NumPy beside ``x`` become constants of a compiled function."""
         return False
