@@ -16,6 +16,7 @@ THOROUGH = {
     "test_basis.py::test_repr_of_unlike_ranks_and_of_what_transformations_put_into_a_basis": "compiles for long",
     "test_benchmarks.py": "the benchmarks' own pages",
     "test_blas_threads.py::test_eight_threads_give_the_bits_of_one": "eight times everything",
+    "test_cache.py::test_a_file_takes_the_bits_asked_for_and_hardly_more_than_the_entropy": "codes thousands of tokens",
     "test_cache.py::test_appending_copies_each_row_a_few_times_at_most": "ten thousand tokens",
     "test_cache.py::test_under_jit_queries_choose": "compiles for long",
     "test_cache.py::test_under_jit_a_number_is_a_byte": "compiles for long",
