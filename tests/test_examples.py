@@ -139,7 +139,9 @@ def test_every_script_has_a_page_with_its_picture():
     scripts = {path.stem for path in Path(import_module("examples").__file__).parent.glob("*.py")}
     scripts -= {"__init__", "__main__"}
     assert (
-        scripts == {path.stem for path in PAGES.glob("*.md")} == {*EXAMPLES, "train_digits_numpy"}
+        scripts
+        == {path.stem for path in PAGES.glob("*.md")}
+        == {*EXAMPLES, "train_digits_numpy", "export_onnx"}
     )
     for name in scripts:
         assert f"../../examples/{name}.py" in (PAGES / f"{name}.md").read_text(encoding="utf-8")
