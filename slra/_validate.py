@@ -81,11 +81,11 @@ def resolve(*, optional: Mapping[str, Array | None] | None = None, **arrays: Arr
         Where two are on different devices.
     """
     given = arrays if optional is None else arrays | _present(optional)
-    # The most common case, in which nothing below could be wrong, and whose smallest functions take as long as that.
-    if all([type(x) is np.ndarray for x in given.values()]):  # noqa: C419, torch.compile follows no generator here
-        return backend_for(next(iter(given.values())))
     (first, one), *others = given.items()
     backend = _backend(one, first)
+    # The most common case, in which nothing below could be wrong, and whose smallest functions take as long as that.
+    if backend.takes_every_ndarray and all([type(x) is np.ndarray for x in given.values()]):  # noqa: C419, torch.compile follows no generator here
+        return backend
     for name, x in others:
         # Not the backends: torch.compile makes a new one each time.
         if (other := _backend(x, name)).xp is not backend.xp:

@@ -153,7 +153,7 @@ def test_residual_norm(monkeypatch, dtype):
     from slra.svd._inputs import read
 
     # Tiles of seven rows, and one of what is left.
-    monkeypatch.setattr(tolerance, "_TILE", 7 * 30)
+    monkeypatch.setattr("slra._backends.standard.Backend.n_at_once", 7 * 30)
     a = make("polynomial", (2, 50, 30), dtype)
     U, S, Vh = slra.truncated_svd(a, 4)
     V = np.conj(Vh).swapaxes(-1, -2)

@@ -95,7 +95,7 @@ def test_it_can_be_used_again_after_a_reset(model):
     cache.reset()
     # The older name of the argument, which is deprecated.
     with pytest.warns(FutureWarning):
-        assert torch.equal(generated(model, None, cache=cache), first)
+        assert torch.equal(generated(model, None, past_key_values=cache), first)
 
 
 def test_tokens_of_one_call_see_each_other_exactly(model):

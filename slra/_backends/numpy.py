@@ -39,6 +39,8 @@ SMALL_BYTES = 1 << 16
 class NumpyBackend(Backend):
     """Overrides for NumPy."""
 
+    takes_every_ndarray = True
+
     def refusal(self, x: Array) -> str | None:
         """Refuse masked arrays: their arithmetic is not an array's."""
         if isinstance(x, np.ma.MaskedArray):

@@ -43,6 +43,9 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
 
     # What kind of array is this?
 
+    # Whether arrays of NumPy's own type are always right, wherever they are.
+    takes_every_ndarray = False
+
     def is_eager(self, x: Array) -> bool:
         """Whether ``x`` is concrete: its values can be read now, unlike those of traced and lazy arrays."""
         return True
