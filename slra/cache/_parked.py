@@ -107,7 +107,7 @@ def codec() -> Any:
         import constriction
     except ImportError as error:
         raise ImportError(
-            "a cache that is saved with bits needs constriction: pip install 'slra[codec]'"
+            'a cache that is saved with bits needs constriction: pip install ".[codec]" in a clone of slra'
         ) from error
     return constriction.stream
 

@@ -515,7 +515,7 @@ class KVCache:
             Written as it is, no suffix is added. Room that is left is not written.
         bits : float or (float, float), optional
             Park a cache that has bits: 0.5 to 10 bits a number of the keys and values, a pair for keys and for values,
-            under an entropy code (needs the package constriction: ``pip install "slra[codec]"``). Coordinates are
+            under an entropy code (needs the package constriction: extra ``codec``). Coordinates are
             rounded once more, by one step for each head that is no finer than that of the cache: where there are bits
             enough, what was rounded before stays as it is. Counted is the code with all that says how it is to be
             read, where that is a tenth at most; not maps, exact tokens, and some 2.5 KB that describe the file. What is
