@@ -96,7 +96,6 @@ AT_MOST = {
 ONE_IN = {"jax": 12, "jax-jit": 2}
 # Of tests that jax-jit runs as well, so many run on eager JAX even where all are asked for.
 EAGER_ONE_IN = 3
-LAZY_SETS = 6
 
 
 def backend_of(item: pytest.Item) -> str | None:
@@ -148,7 +147,8 @@ def _left_out_of_all(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """Items that no run has but one that names the tests: on libraries that compile each shape, or make graphs.
 
     Eager JAX was half the time of all tests. It gets the last set of parameters of each test, and the first too of
-    one in `EAGER_ONE_IN` tests; of those that jax-jit runs one in `EAGER_ONE_IN`. jax-jit and Dask get `LAZY_SETS`.
+    one in `EAGER_ONE_IN` tests; of those that jax-jit runs one in `EAGER_ONE_IN`. jax-jit and Dask get sets in which each
+    value of each parameter comes up.
     """
     groups: defaultdict[tuple[str, str | None], list[pytest.Item]] = defaultdict(list)
     for item in items:
@@ -163,6 +163,6 @@ def _left_out_of_all(items: Iterable[pytest.Item]) -> set[pytest.Item]:
             else:
                 kept = group[-1:] if is_chosen else []
         elif backend in ("jax-jit", "dask"):
-            kept = _mixed(group)[:LAZY_SETS]
+            kept = _mixed(group)
         found.update(set(group).difference(kept))
     return found
