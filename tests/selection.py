@@ -147,8 +147,8 @@ def _left_out_of_all(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """Items that no run has but one that names the tests: on libraries that compile each shape, or make graphs.
 
     Eager JAX was half the time of all tests. It gets the last set of parameters of each test, and the first too of
-    one in `EAGER_ONE_IN` tests; of those that jax-jit runs one in `EAGER_ONE_IN`. jax-jit and Dask get sets in which each
-    value of each parameter comes up.
+    one in `EAGER_ONE_IN` tests; of those that jax-jit runs one in `EAGER_ONE_IN`. jax-jit and Dask get sets in which
+    each value of each parameter comes up.
     """
     groups: defaultdict[tuple[str, str | None], list[pytest.Item]] = defaultdict(list)
     for item in items:
