@@ -17,7 +17,7 @@ from slra.data import load_sample
 PACKAGE = Path(slra.__file__).parent
 # Frameworks that an adapter, the command line or the table of a library may ask for.
 OPTIONAL = {"cupy", "dask", "jax", "matplotlib", "rich", "safetensors", "sklearn", "torch"}
-OPTIONAL |= {"transformers", "typer"}
+OPTIONAL |= {"transformers", "typer", "cubed", "mlx", "ndonnx", "sparse"}
 
 
 def main() -> None:
