@@ -230,8 +230,8 @@ def test_tall_dask_matrix():
     # The columns come from 1000 rows, which have 700 entries for each of the numbers that are sought.
     assert error(filled, exact, hidden) < 1.1 * best
     whole = slra.complete(x, center=True, rng=0)
-    # Told by a twentieth of those entries, some 1000.
-    np.testing.assert_allclose(result.error, whole.error, rtol=0.15)
+    # By the same seed the rank is chosen, and the error told, by the same entries; loosely, to a hundredth.
+    np.testing.assert_allclose(result.error, whole.error, rtol=0.01)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "complex64"])
