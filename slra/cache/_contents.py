@@ -139,6 +139,7 @@ class Contents(NamedTuple):
             scale=layout.score_options.scale,
             softcap=layout.score_options.softcap,
             enable_gqa=True,
+            across_heads=layout.across_heads,
         )
         maps, dtype = maps_of(basis, layout), last.rows.dtype
         segment = Segment.empty(layout, maps, start, layout.window, dtype)

@@ -267,13 +267,16 @@ class Segment(NamedTuple):
     def _put_bits(self, rows: BitRows | ByteRows, k: Array, v: Array, places: Array) -> "Segment":
         """Write tokens in bits; the first ones may fix the steps."""
         maps, bits = self._key_head_maps(), self.layout.bits
+        beside, xp = self.layout.beside, self.layout.xp
         # Shifted first: a difference of large products would be off by more than a step.
-        k, v = k - maps.c, v - maps.mu
+        k, v = beside(k) - maps.c, beside(v) - maps.mu
         small = k @ maps.wk, v @ maps.wv
-        xp = self.layout.xp
         far = (
-            xp.max(xp.where(xp.isfinite(x), xp.abs(x), xp.zeros_like(x)), axis=(-2, -1))
-            for x in (k, v)
+            xp.max(
+                xp.where(xp.isfinite(x), xp.abs(x), xp.zeros_like(x)),
+                axis=(-2, -1),
+            )
+            for x in map(self.layout.by_head, (k, v))
         )
         far_k, far_v = (
             xp.maximum(x, held) for x, held in zip(far, (rows.far_k, rows.far_v), strict=True)
@@ -295,9 +298,9 @@ class Segment(NamedTuple):
 
     def read(self, rows: slice) -> tuple[Array, Array]:
         """Keys and values (B, H, rows, .) that the segment stands for, as they were appended."""
-        dtype, maps = self.maps.wk.dtype, self._key_head_maps()
+        dtype = self.maps.wk.dtype
         k, v = self.rows.coordinates(rows, dtype)
-        k, v = self._decoded_keys(k), v @ maps.uv + maps.mu
+        k, v = self._decoded_keys(k), self._decoded_values(v)
         if corrections := self.rows.corrections(rows, dtype):
             k, v = k + corrections[0], v + corrections[1]
         return k, v
@@ -306,7 +309,14 @@ class Segment(NamedTuple):
         """Keys that coordinates stand for: what the query heads see of them, on average."""
         xp = self.layout.xp
         back = xp.matrix_transpose(xp.mean(self.maps.wq, axis=2))
-        return small[..., : self.layout.rank[0]] @ back + self.maps.c[:, :, 0, ...]
+        return self.layout.by_head(
+            small[..., : self.layout.rank[0]] @ back + self.maps.c[:, :, 0, ...]
+        )
+
+    def _decoded_values(self, small: Array) -> Array:
+        """Values that coordinates stand for."""
+        maps = self._key_head_maps()
+        return self.layout.by_head(small @ maps.uv + maps.mu)
 
     def _key_head_maps(self) -> Maps:
         """Leave out the axis of the query heads that share a key head, but for their own map."""
@@ -331,6 +341,14 @@ class Segment(NamedTuple):
         mask, shift, dtype = self._mask(queries, end, rows), None, queries.q.dtype
         k, v = self.rows.coordinates(rows, dtype)
         corrections = self.rows.corrections(rows, dtype)
+        if layout.across_heads:
+            v = self._decoded_values(v)
+            if turns is None:
+                q, k = layout.stack_heads(queries.q), self._decoded_keys(k)
+            else:
+                q, k = self._rotated(queries, k, None, rows, turns)
+            out, lse = layout.attend(q, k, v, mask)
+            return layout.unstack_heads(out), layout.unstack_heads(lse)
         if turns is None:
             q, k, shift = self._features(queries, k, maps.c, corrections)
         else:
@@ -472,11 +490,11 @@ class Segment(NamedTuple):
         """Relative error that the maps make in the output of queries over keys and values; the largest of all heads."""
         maps, layout, q = self._key_head_maps(), self.layout, self.layout.stack_heads(q)
         exact, _ = layout.attend(q, k, v, None)
-        small_k, small_v = (k - maps.c) @ maps.wk, (v - maps.mu) @ maps.wv
+        k, v = (layout.beside(k) - maps.c) @ maps.wk, (layout.beside(v) - maps.mu) @ maps.wv
         if layout.is_coded:
-            small_k, small_v = layout.xp.round(small_k), layout.xp.round(small_v)
-        out, _ = layout.attend(q, self._decoded_keys(small_k), small_v, None)
-        outs = (layout.unstack_heads(x) for x in (out @ maps.uv + maps.mu, exact))
+            k, v = layout.xp.round(k), layout.xp.round(v)
+        out, _ = layout.attend(q, self._decoded_keys(k), self._decoded_values(v), None)
+        outs = (layout.unstack_heads(x) for x in (out, exact))
         return float(layout.xp.max(layout.relative_error(*outs)))
 
     def error_bound(self) -> tuple[Array, Array]:
@@ -484,16 +502,18 @@ class Segment(NamedTuple):
         rows = self.rows
         assert not isinstance(rows, FloatRows)
         xp, maps, bounds = self.layout.xp, self._key_head_maps(), []
-        backs = (xp.mean(maps.wq, axis=2), maps.wk, maps.c), (maps.uv, maps.wv, maps.mu)
+        back_k = xp.matrix_transpose(xp.mean(maps.wq, axis=2))
+        backs = (back_k, maps.wk, maps.c), (maps.uv, maps.wv, maps.mu)
         eps = float(xp.finfo(maps.wk.dtype).eps)
         far = rows.far_k, rows.far_v
         for half, size, (back, to, shift) in zip(rows.half_steps(), far, backs, strict=True):
-            d = back.shape[-1]
+            d = back.shape[-2]
             # Coordinates are sums of products no larger than these, and so is what they stand for.
-            size = size[..., None, None] + xp.max(xp.abs(shift), axis=(-2, -1), keepdims=True)
+            size = xp.max(self.layout.beside(size[..., None, None]), axis=-1, keepdims=True)
+            size = size + xp.max(xp.abs(shift), axis=(-2, -1), keepdims=True)
             sums = size * xp.sum(xp.abs(to), axis=-2, keepdims=True)
-            if back is not maps.uv:
-                back = xp.matrix_transpose(back)
+            # Of all coordinates to those of each head.
+            back = self.layout.by_head(back)
             sums = sums @ xp.abs(back) + size
             rounding = 2 * ROUNDINGS * (d**0.5) * eps * xp.sqrt(xp.sum(sums * sums, axis=(-2, -1)))
             largest = xp.max(self.layout.backend.singular_values(back), axis=-1)

@@ -249,6 +249,7 @@ def _low_rank_args(draw: Any, *, fit: bool = False) -> dict[str, Any]:
         args["rtol"] = draw(st.sampled_from([1e-3, 0.5, 2.0]))
     if fit:
         args["pool_batch"] = draw(st.booleans())
+        args["across_heads"] = draw(st.booleans())
     elif choice != "rtol":
         args["n_exact"] = draw(st.integers(0, m - 1))
         if args["method"] == "svd" and not args["n_exact"]:
