@@ -10,6 +10,7 @@ from slra._backends.standard.bits import TOKENS
 from slra._typing import Array, DType
 from slra._validate import promote
 from slra.attn.basis import AttentionBasis
+from slra.attn.chosen import choose, tile_of_queries
 from slra.attn.maps import Maps
 from slra.cache._bits import (
     LEAST_FOR_STEPS,
@@ -20,7 +21,6 @@ from slra.cache._bits import (
     fitted_steps,
     scaled_maps,
 )
-from slra.cache._chosen import choose, tile_of_queries
 from slra.cache._layout import Layout, map_arrays, on_host
 from slra.cache._queries import Queries
 from slra.cache._rotary import rotate, turns_at
@@ -388,7 +388,10 @@ class Segment(NamedTuple):
         ``others`` is the log-sum-exp of the tokens elsewhere. Some queries at once, so that memory stays in bounds.
         """
         n_queries = queries.q.shape[-2]
-        size = tile_of_queries(self.layout, self.rows.n_rows)
+        layout, n_rows = self.layout, self.rows.n_rows
+        n_heads, n_top = layout.n_batch * layout.n_heads, min(n_rows, max(layout.n_tops))
+        width = layout.width + layout.width_v
+        size = tile_of_queries(n_heads * layout.n_shared * n_rows, n_heads * n_top * width)
         tiles = [slice(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
         parts = [
             self._attend_chosen(queries.part(x), end, None if others is None else others[..., x])
