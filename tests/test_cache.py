@@ -908,6 +908,55 @@ def test_across_heads_what_they_have_in_common_is_stored_once():
         np.testing.assert_allclose(of_values @ np.swapaxes(of_values, -1, -2), eye, atol=1e-12)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_before_a_rotation_coordinates_are_those_of_what_comes_after_it(is_causal):
+    """Values count by attention after it, keys by the queries at the distances from which they are seen."""
+    q, k, v = (x[:2] for x in tokens(200))
+    coding = slra.fit_attention(q, k, v, 3, rotary=FREQUENCIES, is_causal=is_causal).coding
+    np.testing.assert_array_equal(coding.rotary, np.broadcast_to(FREQUENCIES, (2, 3)))
+    seen = np.tril(np.ones((200, 200), bool)) if is_causal else np.ones((200, 200), bool)
+    scores = np.where(seen, rotated(q) @ np.swapaxes(rotated(k), -1, -2) / D**0.5, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    received = np.sum(weights**2, axis=-2)
+    received = received / received.sum(-1, keepdims=True) + 0.01 / 200
+    received /= received.sum(-1, keepdims=True)
+    np.testing.assert_allclose(coding.mu[:, 0], np.einsum("hn,hnd->hd", received, v), atol=1e-12)
+    np.testing.assert_allclose(coding.c[:, 0], np.mean(k, axis=1), atol=1e-12)
+    n = len(FREQUENCIES)
+    moment, places = 0, np.arange(200)
+    for key in places:
+        turn = np.exp(1j * (places - key)[:, None] * np.asarray(FREQUENCIES))
+        z = (q[..., :n] + 1j * q[..., n : 2 * n]) * turn
+        small = np.concatenate([z.real, z.imag, q[..., 2 * n :]], axis=-1) @ coding.wq
+        # Each query has a weight of one.
+        share = seen[:, key] / seen.sum(axis=1) / 200
+        moment = moment + np.swapaxes(small, -1, -2) @ (small * share[:, None])
+    # A sample of four distances a query.
+    np.testing.assert_allclose(moment, np.broadcast_to(np.eye(D), moment.shape), atol=0.2)
+
+
+def test_a_rotation_by_no_angle_is_none():
+    q, k, v = tokens(60)
+    none = slra.fit_attention(q, k, v, 3, enable_gqa=True).coding
+    still = slra.fit_attention(q, k, v, 3, enable_gqa=True, rotary=[0.0]).coding
+    for one, other in zip(none[3:-1], still[3:-1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_basis_before_a_rotation_is_for_a_cache_with_the_same():
+    q, k, v = tokens(60)
+    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True, rotary=FREQUENCIES)
+    slra.KVCache(basis, bits=4, rotary=np.float32(FREQUENCIES)).append(k, v)
+    for wrong in (None, FREQUENCIES[:2], (1.0, 0.3, 0.06)):
+        with pytest.raises(ValueError, match="rotary must be what the basis was fitted with"):
+            slra.KVCache(basis, bits=4, rotary=wrong)
+    with pytest.raises(ValueError, match="rotary must be 1 to 4 frequencies, half of D"):
+        slra.fit_attention(q, k, v, 3, enable_gqa=True, rotary=np.ones(5))
+    prefix = slra.KVCache.from_prefix(q, k, v, bits=4, rotary=FREQUENCIES, across_heads=True)
+    assert prefix._contents.layout.across_heads
+
+
 def test_across_one_head_is_that_head():
     q, k, v = tokens(60)
     for some in (np.s_[:1], np.s_[0]):

@@ -310,7 +310,8 @@ class KVCache:
             chooses = True
         fit: dict[str, Any] = {"rtol": rtol, "method": method, "rng": rng}
         fit |= {"pool_batch": pool_batch, "across_heads": across_heads}
-        fit |= {name: options[name] for name in ("scale", "softcap") if name in options}
+        of_both = ("scale", "softcap", "rotary")
+        fit |= {name: options[name] for name in of_both if name in options}
         fit |= {"is_causal": True, "enable_gqa": True}
 
         def make(basis: AttentionBasis, **chosen: Any) -> Contents:

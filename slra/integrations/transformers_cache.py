@@ -18,6 +18,7 @@ import slra
 from slra.attn.basis import AttentionBasis
 from slra.cache import KVCache
 from slra.integrations._transformers_layer import ATTEND
+from slra.integrations._transformers_rotary import turned
 
 __all__ = ["LowRankCache"]
 
@@ -35,7 +36,8 @@ class LowRankCache(Cache):
         One for each attention layer, in the order of the layers, or by their names, as `calibrate` returns them: the
         last number in a name says which layer it is. Layers without a basis (left out of a mapping, None in a sequence)
         keep exact keys and values. Of torch tensors on the layer's device, fitted with ``pool_batch=True`` to queries,
-        keys and values as attention gets them, after any rotary embedding.
+        keys and values as attention gets them, after any rotary embedding; with ``bits`` or ``rtol`` keys are stored
+        before it where `calibrate` was given its frequencies.
     config : transformers.PreTrainedConfig, optional
         That of the model. Layers that attend within a sliding window then keep the window only, exact, and layers of
         another kind than attention what is theirs, whatever basis they have.
@@ -65,7 +67,8 @@ class LowRankCache(Cache):
 
     The tokens of one call (a prompt, a chunk of it, a turn of a chat) attend to each other exactly; those of later
     calls attend to what is left of them. Beam search works, and so does cropping, which assisted generation and prompt
-    look-up need; ``n_sink`` counts padding on the left as tokens.
+    look-up need; ``n_sink`` counts padding on the left as tokens. Where keys are stored before the rotary embedding,
+    those kept exact are rounded to their dtype once more, and a step rotates all keys.
 
     Keys and values are stored in the dtype that they come in, unless ``dtype`` says otherwise. Where the cache takes
     more bytes than exact keys and values would, for more than a few hundred tokens, it warns once.
@@ -199,6 +202,10 @@ class _Layer(CacheLayerMixin):
     def __init__(self, basis: AttentionBasis, options: dict[str, Any]) -> None:
         super().__init__()
         self.basis, self.options = basis, options
+        self.rotary: tuple[float, ...] = ()
+        if basis.coding is not None and any(options.get(x) is not None for x in ("bits", "rtol")):
+            frequencies = basis.coding.rotary
+            self.rotary = tuple(frequencies[(0,) * (frequencies.ndim - 1)].tolist())
         self.cache: KVCache | None = None
 
     @property
@@ -207,7 +214,8 @@ class _Layer(CacheLayerMixin):
         return any(self.options.get(name) is not None for name in ("n_top", "top_p"))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.cache = KVCache(self.basis, batch=tuple(key_states.shape[:1]), **self.options)
+        options = {"rotary": self.rotary, **self.options} if self.rotary else self.options
+        self.cache = KVCache(self.basis, batch=tuple(key_states.shape[:1]), **options)
         self.is_initialized = True
 
     def update(
@@ -219,7 +227,10 @@ class _Layer(CacheLayerMixin):
         if self.cache is None:
             self.lazy_initialization(key_states, value_states)
         assert self.cache is not None
-        self.cache = self.cache.append(key_states, value_states)
+        stored = key_states
+        if self.rotary:
+            stored = turned(key_states, self.rotary, self.get_seq_length(), back=True)
+        self.cache = self.cache.append(stored, value_states)
         if is_prompt and self.chooses:
             return _attended_to(
                 key_states,
@@ -235,6 +246,7 @@ class _Layer(CacheLayerMixin):
                 key_states.new_empty(shape), value_states.new_empty(shape), self._attend
             )
         k, v = self.cache.decode()
+        k = turned(k, self.rotary) if self.rotary else k
         k, v = k.to(key_states.dtype), v.to(value_states.dtype)
         # Those of this call see each other as they are: what is stored of them is for later calls.
         k[..., -n_new:, :], v[..., -n_new:, :] = key_states, value_states
