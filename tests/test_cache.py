@@ -1136,6 +1136,54 @@ def test_a_file_takes_the_bits_asked_for_and_hardly_more_than_the_entropy(bits, 
     assert np.abs(coded_integers(few)[0]).max() >= 1
 
 
+@pytest.mark.parametrize("case", ["plain", "across heads, rotary"])
+@pytest.mark.parametrize("bits", [None, 3])
+def test_a_file_without_maps_comes_back_by_the_basis(case, bits, codec):
+    basis, (_, k, v) = coded_basis(case), tokens(300)
+    cache = slra.KVCache(basis, bits=6, n_sink=1, **BITS[case]).append(k, v)
+    (whole, apart) = io.BytesIO(), io.BytesIO()
+    cache.save(whole, bits=bits)
+    cache.save(apart, bits=bits, basis=basis)
+    maps = cache._contents.segments[0].maps
+    n_bytes = sum(x.nbytes for x in maps[:-1])
+    assert len(apart.getvalue()) < len(whole.getvalue()) - 0.8 * n_bytes
+    right = slra.KVCache.load(io.BytesIO(whole.getvalue()))
+    back = slra.KVCache.load(io.BytesIO(apart.getvalue()), basis=basis)
+    for one, other in zip(back.decode(), right.decode(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+    assert back.bits == right.bits
+    # Again, after it was loaded.
+    again = io.BytesIO()
+    back.save(again, basis=basis)
+    assert slra.KVCache.load(io.BytesIO(again.getvalue()), basis=basis).bits == back.bits
+    other = basis_of(3, across_heads=not case.startswith("across"))
+    for wrong, match in (
+        (None, "basis must be given: the file was saved without its maps"),
+        (other, "basis must be the one that the file was saved with"),
+        (_without_coding(basis), "basis must have heads and its coding"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            slra.KVCache.load(io.BytesIO(apart.getvalue()), basis=wrong)
+    with pytest.raises(ValueError, match="basis must be None: the file has its maps"):
+        slra.KVCache.load(io.BytesIO(whole.getvalue()), basis=basis)
+    with pytest.raises(ValueError, match="basis must be the one that the cache was made with"):
+        cache.save(io.BytesIO(), basis=other)
+    with pytest.raises(ValueError, match="basis must be None for a cache of floats"):
+        slra.KVCache(basis).append(k, v).save(io.BytesIO(), basis=basis)
+
+
+@pytest.mark.parametrize("change", [-1, 0, np.inf, np.nan])
+def test_tampered_steps_are_one_clear_error(change, tmp_path, codec):
+    basis, (_, k, v), path = basis_of(3), tokens(), tmp_path / "cache"
+    slra.KVCache(basis, bits=6).append(k, v).save(path, basis=basis)
+    _rewritten(path, lambda named, meta: named["segments.0.step_v"].__imul__(change))
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path, basis=basis)
+    _rewritten(path, lambda named, meta: named.pop("segments.0.step_k"))
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path, basis=basis)
+
+
 def test_numbers_far_from_the_fit_are_coded_too(codec):
     """A mean that is many deviations off, an outlier, coordinates of one value: models fit them, or say how much."""
     q, k, v = tokens(60, seed=9)
