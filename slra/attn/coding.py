@@ -130,7 +130,7 @@ def fit_coding(
     rates = [_rates(x, one, problem) for x, one in zip((k, v), importance, strict=True)]
     named = [ungroup_heads(x, has_heads, backend) for x in (wq, wk, wv, c, mu)]
     frequencies = backend.from_numpy(np.asarray(rotary or (), dtype=np.float64), k)
-    frequencies = xp.broadcast_to(frequencies, (*rates[0].shape[:-1], frequencies.shape[0]))
+    frequencies = frequencies + xp.zeros_like(rates[0][..., :1])
     rows_of_numbers = [
         ungroup_heads(x, has_heads, backend)[..., 0, :] for x in (*importance, *rates, frequencies)
     ]

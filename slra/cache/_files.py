@@ -180,7 +180,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     layout = layouts.pop()
     if is_coded:
         bits = None if given["bits"] is None else check_bits(given["bits"])
-        coded = {"bits": bits, "rtol": given["rtol"], "across_heads": given["across_heads"]}
+        coded = {"bits": bits, "rtol": given["rtol"], "across_heads": bool(given["across_heads"])}
         layout = dataclasses.replace(layout, **coded)
     described_now = _described(dataclasses.replace(layout, dtype=given["dtype"]))
     n_exact = layout.n_batch * layout.n_heads * layout.n_exact * layout.width
