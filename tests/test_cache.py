@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import slra
 from slra._backends import backend_of
 from slra._backends.standard.rows import runs
-from slra.cache import _chosen, _layout
+from slra.attn import chosen as choosing
+from slra.cache import _layout
 from slra.cache import kv_cache as module
 from tests.backends import structure_to_xp, to_numpy, to_xp
 from tests.naive_attention import SINKS, SLOPES, decaying, naive_attention
@@ -569,7 +570,7 @@ def test_what_a_query_chooses_does_not_depend_on_the_others(monkeypatch, tmp_pat
             np.testing.assert_allclose(one[b, :, :m], other, rtol=0, atol=1e-12)
             assert not np.any(one[b, :, m:]) or np.all(np.isneginf(one[b, :, m:]))
     cache.save(tmp_path / "cache")
-    monkeypatch.setattr(_chosen, "MOST_NUMBERS", 1 << 8)
+    monkeypatch.setattr(choosing, "MOST_NUMBERS", 1 << 8)
     for other in (cache, slra.KVCache.load(tmp_path / "cache"), cache.select([0, 1])):
         found = other.attend(q[..., -6:, :], lengths=np.asarray([6, 4]), **asked)
         for one, right in zip(found, whole, strict=True):

@@ -171,7 +171,8 @@ class Contents(NamedTuple):
             out, lse = merge_attention(*zip(*parts, strict=True))
         else:
             ((out, lse),) = parts
-            out = xp.where(lse[..., None] == -xp.inf, xp.zeros_like(out), out)
+            if left is not None:
+                out = xp.where(lse[..., None] == -xp.inf, xp.zeros_like(out), out)
         if queries.sinks is not None:
             out, lse = add_sinks(xp, out, lse, queries.sinks)
         if left is not None:

@@ -21,4 +21,4 @@ def turns_at(positions: Array, like: Array, layout: Layout) -> tuple[Array, Arra
 
 def rotate(x: Array, turns: tuple[Array, Array], layout: Layout) -> Array:
     """Rotate the leading 2 F features of ``x`` (B, H, n, D); those beyond are left alone."""
-    return rotary.rotate(x, turns, layout.xp)
+    return layout.backend.rotated(x, *turns)

@@ -10,6 +10,7 @@ from slra._backends.standard.bits import TOKENS
 from slra._typing import Array, DType
 from slra._validate import promote
 from slra.attn.basis import AttentionBasis
+from slra.attn.chosen import choose, tile_of_queries
 from slra.attn.maps import Maps
 from slra.cache._bits import (
     LEAST_FOR_STEPS,
@@ -20,7 +21,6 @@ from slra.cache._bits import (
     fitted_steps,
     scaled_maps,
 )
-from slra.cache._chosen import choose, tile_of_queries
 from slra.cache._layout import Layout, map_arrays, on_host
 from slra.cache._queries import Queries
 from slra.cache._rotary import rotate, turns_at
@@ -118,6 +118,20 @@ class FloatRows(NamedTuple):
             largest = [backend.largest_in_rows(x, self.layout.n_sparse) for x in rest]
             sparse = [SparseEntries(self.rounded(values), at) for values, at in largest]
         return held._written(FloatRows(self.layout, k, v, *sparse), places)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether what is stored of a token is two rows of coordinates, and nothing else."""
+        has_ones = self.layout.carries_shift
+        return self.sparse_k is None and self.rest_k is None and not has_ones
+
+    def put_mapped(self, k: Array, v: Array, maps: Maps, places: Array) -> "FloatRows":
+        """Project tokens (B, H, m, .) and write them at places (B, m), where that `is_bare`."""
+        held = self if not on_host(places) else self.with_room(int(places.max()) + 1)
+        put = self.layout.backend.put_mapped
+        return held._replace(
+            k=put(held.k, k, maps.c, maps.wk, places), v=put(held.v, v, maps.mu, maps.wv, places)
+        )
 
     def coordinates(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
         """Read k', with its column of ones, and v'."""
@@ -256,6 +270,8 @@ class Segment(NamedTuple):
         if not isinstance(self.rows, FloatRows):
             return self._put_bits(self.rows, k, v, places)
         maps, rest, matmul = self._key_head_maps(), None, self.layout.backend.matmul
+        if self.rows.is_bare:
+            return self._replace(rows=self.rows.put_mapped(k, v, maps, places))
         small_k = self.rows.rounded(matmul(k, maps.wk) - matmul(maps.c, maps.wk))
         small_v = self.rows.rounded(matmul(v, maps.wv) - matmul(maps.mu, maps.wv))
         if self.layout.n_sparse:
@@ -308,10 +324,11 @@ class Segment(NamedTuple):
     def _decoded_keys(self, small: Array) -> Array:
         """Keys that coordinates stand for: what the query heads see of them, on average."""
         xp = self.layout.xp
-        back = xp.matrix_transpose(xp.mean(self.maps.wq, axis=2))
-        return self.layout.by_head(
-            small[..., : self.layout.rank[0]] @ back + self.maps.c[:, :, 0, ...]
-        )
+        wq = self.maps.wq
+        wq = wq[:, :, 0, ...] if wq.shape[2] == 1 else xp.mean(wq, axis=2)
+        small = small[..., : self.layout.rank[0]]
+        product = self.layout.backend.matmul(small, xp.matrix_transpose(wq))
+        return self.layout.by_head(product + self.maps.c[:, :, 0, ...])
 
     def _decoded_values(self, small: Array) -> Array:
         """Values that coordinates stand for."""
@@ -353,12 +370,14 @@ class Segment(NamedTuple):
             q, k, shift = self._features(queries, k, maps.c, corrections)
         else:
             q, k = self._rotated(queries, k, corrections, rows, turns)
-        if corrections is not None:
-            v = layout.xp.concat([v, corrections[1]], axis=-1)
+        if corrections is None:
+            through = layout.backend.attention_through
+            whole, lse = through(q, k, v, mask, layout.score_options, maps.uv, maps.mu, shift)
+            return layout.unstack_heads(whole), layout.unstack_heads(lse)
+        xp, v = layout.xp, layout.xp.concat([v, corrections[1]], axis=-1)
         out, lse = layout.attend(q, k, v, mask)
-        whole = layout.backend.matmul(out[..., :rank_v], maps.uv) + maps.mu
-        if corrections is not None:
-            whole = whole + out[..., rank_v:]
+        whole = layout.backend.matmul(out[..., :rank_v], maps.uv) + maps.mu + out[..., rank_v:]
+        whole = xp.where(lse[..., None] == -math.inf, xp.zeros_like(whole), whole)
         if shift is not None:
             lse = lse + layout.score_options.scale * shift[..., 0]
         return layout.unstack_heads(whole), layout.unstack_heads(lse)
@@ -388,7 +407,10 @@ class Segment(NamedTuple):
         ``others`` is the log-sum-exp of the tokens elsewhere. Some queries at once, so that memory stays in bounds.
         """
         n_queries = queries.q.shape[-2]
-        size = tile_of_queries(self.layout, self.rows.n_rows)
+        layout, n_rows = self.layout, self.rows.n_rows
+        n_heads, n_top = layout.n_batch * layout.n_heads, min(n_rows, max(layout.n_tops))
+        width = layout.width + layout.width_v
+        size = tile_of_queries(n_heads * layout.n_shared * n_rows, n_heads * n_top * width)
         tiles = [slice(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
         parts = [
             self._attend_chosen(queries.part(x), end, None if others is None else others[..., x])
@@ -457,14 +479,7 @@ class Segment(NamedTuple):
 
     def _projected(self, queries: Queries, c: Array) -> tuple[Array, Array]:
         """Make the queries q', stacked, and what the shift of the keys has in each of their scores."""
-        xp, stack, matmul = self.layout.xp, self.layout.stack_heads, self.layout.backend.matmul
-        wq, whole = self.maps.wq, stack(queries.q)
-        if wq.shape[2] == 1:
-            q = matmul(whole, wq[:, :, 0, ...])
-        else:
-            wq = xp.reshape(wq, (wq.shape[0], self.layout.n_query_heads, *wq.shape[-2:]))
-            q = stack(matmul(queries.q, wq))
-        return q, matmul(whole, xp.matrix_transpose(c))
+        return self.layout.backend.mapped_queries(queries.q, self.maps.wq, c)
 
     def _rotated(
         self,

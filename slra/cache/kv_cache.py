@@ -434,7 +434,7 @@ class KVCache:
         xp = held.layout.xp
         with (same_bits := held.layout.backend.same_bits()), same_bits:
             out, lse, rest = held.attend(queries._replace(sinks=sinks))
-            rest = xp.zeros_like(lse) if rest is None else rest
+            rest = xp.zeros_like(lse) if return_rest and rest is None else rest
             out = xp.reshape(out, (*q.shape[:-1], held.layout.width_v))
             out = xp.astype(out, q.dtype, copy=False)
         asked = [x for x, is_asked in ((lse, return_lse), (rest, return_rest)) if is_asked]

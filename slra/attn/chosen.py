@@ -9,16 +9,33 @@ those of Twilight (C. Lin et al., arXiv:2502.02770); both drop the keys that are
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from slra._backends.standard.attention import capped, hide
+from slra._backends import Backend
+from slra._backends.standard.attention import ScoreOptions, capped, hide
 from slra._typing import Array, Namespace
-from slra.cache._layout import Layout
 
 __all__ = ["Chosen", "choose", "tile_of_queries"]
 
 # Numbers that are made at once: scores, or coordinates of chosen keys.
 MOST_NUMBERS = 1 << 24
+
+
+class _Chooser(Protocol):
+    """What is known of those that choose: the layout of a cache, or a problem."""
+
+    @property
+    def xp(self) -> Namespace: ...
+    @property
+    def backend(self) -> Backend: ...
+    @property
+    def n_shared(self) -> int: ...
+    @property
+    def score_options(self) -> ScoreOptions: ...
+    @property
+    def top_p(self) -> float | None: ...
+    @property
+    def is_static(self) -> bool: ...
 
 
 class Chosen(NamedTuple):
@@ -27,7 +44,7 @@ class Chosen(NamedTuple):
     Queries that share a key head are rows of one matrix, (B, H, shared * M, .), and choose together.
     """
 
-    layout: Layout
+    layout: _Chooser
     q: Array  # (B, H, shared * M, r), scaled
     products: Array  # (B, H, shared * M, n): with leading coordinates, before the softcap
     mask: Array | None
@@ -75,7 +92,7 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    layout: Layout,
+    layout: _Chooser,
     n_top: int,
     q: Array,
     shift: Array,
@@ -120,14 +137,12 @@ def choose(
     return found._replace(places=places, is_chosen=is_chosen)
 
 
-def tile_of_queries(layout: Layout, n: int) -> int:
-    """So many queries choose at once."""
-    n_top = min(n, max(layout.n_tops))
-    width = max(n * layout.n_shared, n_top * (layout.width + layout.width_v))
-    return max(1, MOST_NUMBERS // max(1, width * layout.n_batch * layout.n_heads))
+def tile_of_queries(n_scores: int, n_coordinates: int) -> int:
+    """So many queries choose at once, each of which makes so many scores, and reads coordinates of what it chose."""
+    return max(1, MOST_NUMBERS // max(1, n_scores, n_coordinates))
 
 
-def _places(layout: Layout, mass: Array, n_top: int) -> Array:
+def _places(layout: _Chooser, mass: Array, n_top: int) -> Array:
     places = layout.backend.largest_places(mass, n_top)
     return layout.xp.astype(places, layout.backend.place_dtype, copy=False)
 
