@@ -202,10 +202,6 @@ class _Layer(CacheLayerMixin):
     def __init__(self, basis: AttentionBasis, options: dict[str, Any]) -> None:
         super().__init__()
         self.basis, self.options = basis, options
-        self.rotary: tuple[float, ...] = ()
-        if basis.coding is not None and any(options.get(x) is not None for x in ("bits", "rtol")):
-            frequencies = basis.coding.rotary
-            self.rotary = tuple(frequencies[(0,) * (frequencies.ndim - 1)].tolist())
         self.cache: KVCache | None = None
 
     @property
@@ -213,8 +209,16 @@ class _Layer(CacheLayerMixin):
         """Whether queries choose the keys that they read in full."""
         return any(self.options.get(name) is not None for name in ("n_top", "top_p"))
 
+    @property
+    def rotary(self) -> tuple[float, ...]:
+        """Frequencies of the rotation that keys are stored before; none where they are stored after it."""
+        return (self.cache and self.cache._contents.layout.rotary) or ()
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        options = {"rotary": self.rotary, **self.options} if self.rotary else self.options
+        options, coding = self.options, self.basis.coding
+        is_coded = any(options.get(name) is not None for name in ("bits", "rtol"))
+        if is_coded and coding is not None and coding.rotary.shape[-1]:
+            options = options | {"rotary": coding.rotary[(0,) * (coding.rotary.ndim - 1)]}
         self.cache = KVCache(self.basis, batch=tuple(key_states.shape[:1]), **options)
         self.is_initialized = True
 
