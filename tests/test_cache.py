@@ -5,6 +5,7 @@ import doctest
 import functools
 import gc
 import io
+import json
 import sys
 from importlib.util import find_spec
 
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 import slra
 from slra._backends import backend_of
 from slra._backends.standard.rows import runs
-from slra.cache import _chosen, _layout
+from slra.attn import chosen as choosing
+from slra.cache import _layout
 from slra.cache import kv_cache as module
 from tests.backends import structure_to_xp, to_numpy, to_xp
 from tests.naive_attention import SINKS, SLOPES, decaying, naive_attention
@@ -41,9 +43,10 @@ def tokens(n=40, seed=0, batch=(), dtype="float64"):
 
 
 @functools.cache
-def basis_of(rank, method="output"):
+def basis_of(rank, method="output", across_heads=False):
     q, k, v = tokens(60, seed=9)
-    return slra.fit_attention(q, k, v, rank, method=method, enable_gqa=True)
+    options = {"method": method, "across_heads": across_heads, "enable_gqa": True}
+    return slra.fit_attention(q, k, v, rank, **options)
 
 
 def moved(basis, xp):
@@ -590,7 +593,7 @@ def test_what_a_query_chooses_does_not_depend_on_the_others(monkeypatch, tmp_pat
             np.testing.assert_allclose(one[b, :, :m], other, rtol=0, atol=1e-12)
             assert not np.any(one[b, :, m:]) or np.all(np.isneginf(one[b, :, m:]))
     cache.save(tmp_path / "cache")
-    monkeypatch.setattr(_chosen, "MOST_NUMBERS", 1 << 8)
+    monkeypatch.setattr(choosing, "MOST_NUMBERS", 1 << 8)
     for other in (cache, slra.KVCache.load(tmp_path / "cache"), cache.select([0, 1])):
         found = other.attend(q[..., -6:, :], lengths=np.asarray([6, 4]), **asked)
         for one, right in zip(found, whole, strict=True):
@@ -799,7 +802,13 @@ BITS = {
     "window and sinks": {"window": 7, "n_sink": 3},
     "softcap": {"window": 4, "softcap": 2.0, "scale": 0.5},
     "rotary": {"n_sink": 2, "rotary": FREQUENCIES},
+    "across heads": {"window": 7, "n_sink": 3, "softcap": 2.0},
+    "across heads, rotary": {"rotary": FREQUENCIES},
 }
+
+
+def coded_basis(case):
+    return basis_of((4, 3), across_heads=case.startswith("across heads"))
 
 
 @EAGER
@@ -831,7 +840,7 @@ def test_in_bits_it_is_attention_to_what_it_stands_for(xp, case):
     q, k, v = tokens(70)
     caches = []
     for sizes in ([70], [20, 1, 0, 9, 1, 30, 9]):
-        cache = slra.KVCache(moved(basis_of((4, 3)), xp), bits=(3, 4), **options)
+        cache = slra.KVCache(moved(coded_basis(case), xp), bits=(3, 4), **options)
         caches.append(appended(cache, to_xp(xp, k), to_xp(xp, v), sizes))
     whole, cache = caches
     low_k, low_v = (to_numpy(x) for x in cache.decode())
@@ -859,12 +868,13 @@ def test_in_bits_it_is_attention_to_what_it_stands_for(xp, case):
     st.floats(0.6, 9.5) | st.none(),
     st.lists(st.integers(0, 40), min_size=1, max_size=4),
     st.sampled_from([0, 1e-30, 1e-3, 1e3]),
+    st.booleans(),
 )
-def test_the_error_bound_holds_for_each_token(seed, dtype, bits, sizes, outlier):
+def test_the_error_bound_holds_for_each_token(seed, dtype, bits, sizes, outlier, across_heads):
     """Whatever the text: of another scale than the fit's, far off its mean, with outliers."""
     rng = np.random.default_rng(seed)
     q, k, v = tokens(60, seed=seed, dtype=dtype)
-    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True)
+    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True, across_heads=across_heads)
     other = [
         (rng.standard_normal((HK, sum(sizes), d)) * 4 ** rng.standard_normal(d)).astype(dtype)
         for d in (D, DV)
@@ -900,6 +910,46 @@ def test_rtol_bounds_the_coordinates_and_bits_are_those_asked_for():
         worst = np.linalg.norm(error @ to, axis=-1) / size
         assert np.max(worst) <= 0.05 * (1 + 1e-9)
         assert np.max(worst) > 0.02
+
+
+def test_across_heads_what_they_have_in_common_is_stored_once():
+    """Keys and values of each head are a map of the same numbers: two thirds of the bits say more, of every head."""
+    rng = np.random.default_rng(0)
+    q, common = rng.standard_normal((4, 2, 600, 8)), rng.standard_normal((4, 600, 8))
+    common *= 0.7 ** np.arange(8)
+    k, v = np.einsum("bnd,xhde->xbhne", common, rng.standard_normal((2, 2, 8, 8)))
+    for pool_batch in (False, True):
+        fit = {"pool_batch": pool_batch, "is_causal": True}
+        each, both = (
+            slra.fit_attention(q, k, v, 8, across_heads=across_heads, **fit)
+            for across_heads in (False, True)
+        )
+        errors = []
+        for basis, bits in ((each, 6), (both, 4)):
+            cache = slra.KVCache(basis, batch=(4,), bits=bits).append(k, v)
+            np.testing.assert_allclose(cache.bits, bits, rtol=0.06)
+            low_k, low_v = cache.decode()
+            # In the units of each head.
+            error = (low_k - k) @ each.coding.wk, low_v - v
+            errors.append([np.std(x, axis=(0, 2, 3)) for x in error])
+        assert np.all(np.stack(errors[1]) < 0.8 * np.stack(errors[0]))
+        coding, d = both.coding, 16
+        lead = coding.wk.shape[:-3]
+        to, back, of_values = (x.reshape(*lead, d, d) for x in (coding.wk, coding.wq, coding.wv))
+        eye = np.broadcast_to(np.eye(d), to.shape)
+        np.testing.assert_allclose(back @ np.swapaxes(to, -1, -2), eye, atol=1e-8)
+        np.testing.assert_allclose(of_values @ np.swapaxes(of_values, -1, -2), eye, atol=1e-12)
+
+
+def test_across_one_head_is_that_head():
+    q, k, v = tokens(60)
+    for some in (np.s_[:1], np.s_[0]):
+        one, other = (
+            slra.fit_attention(q[some], k[some], v[some], 3, across_heads=across_heads)
+            for across_heads in (False, True)
+        )
+        for x, y in zip(one.coding, other.coding, strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 def test_in_bits_drift_starts_another_segment():
@@ -992,7 +1042,7 @@ def test_a_parked_cache_is_attention_to_what_it_stands_for(xp, case, codec):
     options = BITS[case]
     q, k, v = tokens(70)
     like = to_xp(xp, q)
-    cache = slra.KVCache(moved(basis_of((4, 3)), xp), bits=(6, 7), **options)
+    cache = slra.KVCache(moved(coded_basis(case), xp), bits=(6, 7), **options)
     cache = appended(cache, to_xp(xp, k[:, :69]), to_xp(xp, v[:, :69]), [20, 1, 48])
     before = [to_numpy(x) for x in cache.decode()]
     back, _ = parked(cache, (3, 4), like)
@@ -1115,12 +1165,60 @@ NO_CHUNKS = {
 }
 
 
+def _of_layout(**fields):
+    return lambda named, meta: meta.update(
+        layout=json.dumps(json.loads(meta["layout"]) | fields, sort_keys=True)
+    )
+
+
+OTHER_HEADS = {
+    "each by itself": _of_layout(across_heads=False),
+    "not a boolean": _of_layout(across_heads=2),
+    "one": _of_layout(n_heads=1),
+    "none": _of_layout(n_heads=0),
+    "more than features": _of_layout(n_heads=40),
+    "no number": _of_layout(n_heads="2"),
+    "maps of one": lambda named, meta: named.update(
+        {
+            name: np.ascontiguousarray(x[..., : x.shape[-1] // 2])
+            for name, x in named.items()
+            if ".maps." in name
+        }
+    ),
+    "maps with another axis": lambda named, meta: named.update(
+        {
+            name: np.ascontiguousarray(np.swapaxes(x, 1, 3))
+            for name, x in named.items()
+            if ".maps." in name
+        }
+    ),
+    "a half for each": lambda named, meta: named.update(
+        {"segments.0.rows.half_k": np.repeat(named["segments.0.rows.half_k"], 2, axis=1)}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_HEADS.values(), ids=OTHER_HEADS)
+@pytest.mark.parametrize("bits", [None, 3])
+def test_a_tampered_file_of_heads_together_is_one_clear_error(change, bits, tmp_path, codec):
+    _, k, v = tokens()
+    path = tmp_path / "cache"
+    cache = slra.KVCache(basis_of((4, 3), across_heads=True), bits=6, n_sink=1).append(k, v)
+    cache.save(path, bits=bits)
+    slra.KVCache.load(path)
+    _rewritten(path, change)
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path)
+
+
 @pytest.mark.parametrize("change", NO_CHUNKS.values(), ids=NO_CHUNKS)
-def test_a_tampered_parked_file_is_one_clear_error(change, tmp_path, codec):
+@pytest.mark.parametrize("across_heads", [False, True], ids=["each head", "across heads"])
+def test_a_tampered_parked_file_is_one_clear_error(change, across_heads, tmp_path, codec):
     _, k, v = tokens()
     k[1, 33] = 1e30
     path = tmp_path / "cache"
-    slra.KVCache(basis_of((4, 3)), bits=6, n_sink=1).append(k, v).save(path, bits=3)
+    basis = basis_of((4, 3), across_heads=across_heads)
+    slra.KVCache(basis, bits=6, n_sink=1).append(k, v).save(path, bits=3)
     slra.KVCache.load(path)
     _rewritten(path, lambda named, meta: change(named))
     with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
@@ -1216,11 +1314,13 @@ def test_a_cropped_cache_goes_on_from_there(xp, options):
         cache.crop(-1)
 
 
-def test_under_jit_a_number_is_a_byte():
+@pytest.mark.parametrize("across_heads", [False, True])
+def test_under_jit_a_number_is_a_byte(across_heads):
     jnp = pytest.importorskip("jax.numpy")
     q, k, v = tokens(15)
-    cache = slra.KVCache(moved(basis_of((4, 3)), jnp), capacity=17, bits=6, window=3, n_sink=1)
-    assert cache.bits == (8 * 14 + 2 * 64) / 14
+    basis = moved(basis_of((4, 3), across_heads=across_heads), jnp)
+    cache = slra.KVCache(basis, capacity=17, bits=6, window=3, n_sink=1)
+    assert cache.bits == 8 + 2 * 64 / 14 / (HK if across_heads else 1)
     cache, outs = jitted(cache, q, k, v, [10, 1, 1, 1, 1, 1])
     low_k, low_v = (np.asarray(x)[:, :15] for x in cache.decode())
     right, _ = naive_attention(q[:, -1:], low_k, low_v, enable_gqa=True)

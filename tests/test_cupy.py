@@ -99,7 +99,7 @@ def attend_in_tiles():
 
 TALL_QR = {"column_norm", "unit_gram", "lifted", "misfit", "factor"}
 NORM = {"max_abs", "unit", "norm"}
-ONE_TILE = {"row_sums", "weights", "mean", "log_sum"}
+ONE_TILE = {"row_sums", "weights", "softmax_result"}
 LONG, TALL = np.zeros((4097, 6)), np.random.default_rng(0).standard_normal((2, 300, 100))
 
 
@@ -117,6 +117,16 @@ def cached():
     return slra.KVCache(FITTED, bits=4).append(k, k)
 
 
+def decoded(n_tokens=1, **options):
+    """Tokens appended and attended to: several, and then one, of two sequences, the second of which may be shorter."""
+    cache = slra.KVCache(FITTED, batch=(2,), **options)
+    tokens = np.random.default_rng(0).standard_normal((3, 2, 1, 40, 6))
+    cache.append(*tokens[1:, ..., :-1, :], lengths=np.asarray([39, 40 - n_tokens]))
+    q, k, v = tokens[..., -1:, :]
+    return cache.append(k, v).attend(q)
+
+
+DECODED = {"row_sums", "weights", "put_mapped", "mapped_queries", "through"}
 FITTED = slra.fit_attention(*np.random.default_rng(0).standard_normal((3, 1, 32, 6)), 6)
 # A public call, and the kernels that must run in it.
 CALLS = {
@@ -209,6 +219,19 @@ CALLS = {
         | {*TALL_QR, "max_abs", "first", "phase"},
     ),
     "KVCache in bits": (lambda: cached().decode(), {"unpack"}),
+    "KVCache": (decoded, DECODED),
+    "KVCache, sequences of different lengths": (
+        lambda: decoded(5),
+        {*DECODED, "put_rows", "scores"},
+    ),
+    "KVCache, exact tokens": (
+        lambda: decoded(window=4, n_sink=1),
+        {*DECODED, "copy_both", "softmax_result", "merged"},
+    ),
+    "KVCache, rotated": (
+        lambda: decoded(rotary=[1.0, 0.1]),
+        {*DECODED, "rotated"} - {"mapped_queries"},
+    ),
     "attention_vjp": (differentiate, {"gradients"}),
     "attention_vjp, added mask": (lambda: differentiate(mask=np.eye(4)), {"biased_gradients"}),
 }
@@ -594,15 +617,46 @@ MUTANTS = {
         "row_joins", "float32", "{peak, total}", "{peak, R(1)}", "softmax_step"
     ),
     "sum instead of mean": Mutant(
-        "mean", "float64", "sum / (total == 0 ? {C}(1) : total)", "sum", "softmax_result"
+        "softmax_result", "float64", "sum / (total == 0 ? {C}(1) : total)", "sum"
     ),
     "0/0 of a row without keys": Mutant(
-        "mean", "float32", "total == 0 ? {C}(1) : total", "total", "softmax_result"
+        "softmax_result", "float32", "total == 0 ? {C}(1) : total", "total"
     ),
-    "log of 1 more": Mutant("log_sum", "float32", "log(total)", "log(total + 1)", "softmax_result"),
-    "peak forgotten": Mutant(
-        "log_sum", "float64", "peak + log(total)", "log(total)", "softmax_result"
+    "log of 1 more": Mutant("softmax_result", "float32", "log(total)", "log(total + 1)"),
+    "peak forgotten": Mutant("softmax_result", "float64", "peak + log(total)", "log(total)"),
+    "the next row's logarithm": Mutant(
+        "softmax_result", "float64", "lse[i / width]", "lse[i / width / 2]"
     ),
+    "the next element's map": Mutant(
+        "put_mapped", "float32", "row / n_rows % n_maps", "row % n_maps"
+    ),
+    "shift added": Mutant("put_mapped", "float64", "- shift[at_shift", "+ shift[at_shift"),
+    "a row of the map": Mutant("put_mapped", "float16", "at_w + k * step", "at_w + k"),
+    "maps of other queries": Mutant(
+        "mapped_queries", "float32", "row % n_rows / (n_rows / n_shared)", "row % n_shared"
+    ),
+    "shift of another head": Mutant("mapped_queries", "float64", "head * depth, 1", "0, 1"),
+    "mean without keys": Mutant(
+        "through", "float32", "is_empty ? {C}(0) : whole", "whole", "attention_through"
+    ),
+    "not divided by the total": Mutant(
+        "through", "float64", "whole / total[row]", "whole", "attention_through"
+    ),
+    "unscaled shift": Mutant("through", "float32", "scale * shift", "shift", "attention_through"),
+    "infinity on top": Mutant(
+        "merged", "float32", "lse == R(CUDART_INF) ? -R(CUDART_INF) : lse", "lse"
+    ),
+    "what does not matter": Mutant(
+        "merged",
+        "float64",
+        "== -R(CUDART_INF) ? R(0) : weight * out",
+        "== R(1e30) ? R(0) : weight * out",
+    ),
+    "weights exchanged": Mutant("merged", "float32", "lse_a, pair.left", "lse_a, pair.right"),
+    "turned backwards": Mutant("rotated", "float64", "- x[i + n] *", "+ x[i + n] *"),
+    "the first table": Mutant("rotated", "float32", "/ (n_rows * n_heads) % n_tables", "* 0"),
+    "written all the same": Mutant("put_rows", "float32", "place >= 0", "place >= -1"),
+    "exchanged": Mutant("copy_both", "float16", "first = a", "first = b", "put_both"),
     "decay forgotten": Mutant(
         "rescale", "float32", "total * decay + part", "total + part", "softmax_step"
     ),

@@ -1,11 +1,21 @@
 """Low-rank attention against each method's own definition, written with whole matrices in double precision."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import slra
+from slra.attn import chosen
 from tests.backends import structure_to_xp, to_numpy, to_xp
-from tests.naive_attention import STRUCTURES, decaying, frobenius, naive_attention, places
+from tests.naive_attention import (
+    SINKS,
+    STRUCTURES,
+    decaying,
+    frobenius,
+    naive_attention,
+    places,
+)
 
 EPS = {"float32": np.finfo("float32").eps, "float64": np.finfo("float64").eps}
 SCALE = 8**-0.5
@@ -477,3 +487,157 @@ def test_a_formula_in_single_precision_is_that_of_double():
         right = np.swapaxes(right, -1, -2) @ right
         found = got @ np.swapaxes(got, -1, -2)
         np.testing.assert_allclose(found, right, rtol=0, atol=16 * np.finfo("float32").eps)
+
+
+# Keys that each query chooses
+
+
+def chosen_by_each(q, k, v, basis, n_top, keys, **options):
+    """Output and log-sum-exp of whole matrices: which key each query reads exactly is looked up in a table.
+
+    ``keys`` says which are exact for all, (..., Hkv, n).
+    """
+    shared, n = q.shape[-3] // k.shape[-3], k.shape[-2]
+    *lead, n_heads, _, _ = k.shape
+    wq, wk, wv, uv, c, mu = (
+        to_numpy(getattr(basis, name)) for name in ("wq", "wk", "wv", "uv", "c", "mu")
+    )
+
+    def by_query_head(x, axis=-3):
+        return np.repeat(x, shared, axis=axis)
+
+    low_k = by_query_head((k - c) @ wk).swapaxes(-1, -2)
+    low = q @ wq @ low_k + q @ by_query_head(c).swapaxes(-1, -2)
+    whole = q @ by_query_head(k).swapaxes(-1, -2)
+    low_v, whole_v = by_query_head((v - mu) @ wv @ uv + mu), by_query_head(v)
+    is_exact = by_query_head(keys, axis=-2)[..., None, :] & np.ones(low.shape, dtype=bool)
+    eye = np.broadcast_to(np.eye(n), (*low.shape[:-2], n, n))
+    options = {"scale": q.shape[-1] ** -0.5, **options}
+    weights, _ = naive_attention(np.where(is_exact, whole, low), eye, eye, **options)
+    weights = np.where(is_exact, -1.0, weights)
+    mass = weights.reshape(*lead, n_heads, shared, -1, n).sum(-3)
+    place = np.argsort(np.argsort(-mass, axis=-1), axis=-1)
+    is_exact |= by_query_head(place < n_top)
+    scores = np.where(is_exact, whole, low)
+    weights, lse = naive_attention(scores, eye, eye, **options)
+    return np.where(is_exact, weights, 0) @ whole_v + np.where(is_exact, 0, weights) @ low_v, lse
+
+
+def basis_in(xp, basis):
+    """The maps, as arrays of a library; nothing else of a basis counts where it is given."""
+    names = ("wq", "wk", "wv", "uv", "c", "mu", "error")
+    moved = {name: to_xp(xp, getattr(basis, name)) for name in names}
+    return dataclasses.replace(basis, **moved, coding=None)
+
+
+TOP_KEYS = {
+    "plain": {"n_top": 2},
+    "exact for all too": {"n_top": 2, "n_exact": 2, "softcap": 2.0, "scale": 0.7, "sinks": SINKS},
+    "float mask": {"n_top": 3, "mask": "float"},
+    "boolean mask": {"n_top": 1, "n_exact": 1, "mask": "bool", "is_causal": True},
+    **{name: {"n_top": 2, **STRUCTURES[name]} for name in ("window", "padded-both", "everything")},
+}
+
+
+@pytest.mark.parametrize("case", list(TOP_KEYS))
+def test_each_query_reads_a_few_keys_exactly(xp, case):
+    q, k, v = decaying(heads=4, n_q=7, n_k=7, d=4, d_v=3, batch=(2,))
+    options = dict(TOP_KEYS[case])
+    rng = np.random.default_rng(1)
+    if kind := options.get("mask"):
+        mask = rng.standard_normal((4, 7, 7)) if kind == "float" else rng.random((2, 1, 7, 7)) < 0.7
+        if kind == "bool":
+            mask[0, :, 5] = False
+        options["mask"] = mask
+    plain = {name: x for name, x in options.items() if name not in ("n_top", "n_exact")}
+    basis = slra.fit_attention(q, k, v, (2, 1), enable_gqa=True, **plain)
+    # The keys that receive most attention, of all heads that share them.
+    weights, _ = naive_attention(
+        q, k, np.broadcast_to(np.eye(7), (2, 2, 7, 7)), enable_gqa=True, **plain
+    )
+    received = weights.reshape(2, 2, 2 * 7, 7).sum(-2)
+    keys = np.argsort(np.argsort(-received, axis=-1), axis=-1) < options.get("n_exact", 0)
+    right = chosen_by_each(q, k, v, basis, options["n_top"], keys, **plain)
+    found = slra.low_rank_attention(
+        *(to_xp(xp, x) for x in (q, k, v)),
+        basis=basis_in(xp, basis),
+        enable_gqa=True,
+        return_lse=True,
+        **structure_to_xp(xp, options),
+    )
+    for got, expected in zip(found, right, strict=True):
+        np.testing.assert_allclose(to_numpy(got), expected, rtol=0, atol=1e-12)
+
+
+def all_chosen(seed):
+    """A random problem in which each query reads all that it sees, whatever the basis; in half precision too."""
+    rng = np.random.default_rng(seed)
+    n_exact = int(rng.integers(3))
+    n_q, n_k, shared = (int(n) for n in rng.integers(1, 12, 3))
+    n_k += n_exact
+    q, k, v = decaying(seed, 2 * (1 + shared % 3), 2, n_q, n_k, 5, 3)
+    other = decaying(seed + 1, q.shape[0], 2, 9, 9, 5, 3)
+    options = {"enable_gqa": True, "causal_align": int(rng.integers(-2, n_k))}
+    options["is_causal"] = bool(rng.integers(2))
+    options["window"] = [None, (3, None), (2, 2)][rng.integers(3)]
+    options["softcap"] = [None, 3.0][rng.integers(2)]
+    options["sinks"] = [None, rng.standard_normal(q.shape[0])][rng.integers(2)]
+    options["alibi"] = [None, rng.random(q.shape[0])][rng.integers(2)]
+    options["mask"] = [None, rng.random((n_q, n_k)) < 0.7][rng.integers(2)]
+    options["lengths_k"] = [None, int(rng.integers(0, n_k + 1))][rng.integers(2)]
+    n_top = int(rng.choice([n_k - n_exact, n_k, 2 * n_k]))
+    basis = slra.fit_attention(*other, (2, 1), enable_gqa=True)
+    for dtype, eps in (("float64", 1e-14), ("float16", 1e-3)):
+        arrays = [x.astype(dtype) for x in (q, k, v)]
+        right = naive_attention(*arrays, **options)
+        found = slra.low_rank_attention(
+            *arrays, basis=basis, n_top=n_top, n_exact=n_exact, return_lse=True, **options
+        )
+        assert found[0].dtype == dtype
+        for got, expected in zip(found, right, strict=True):
+            finite = np.where(np.isfinite(expected), expected, 0)
+            atol = 100 * eps * (1 + np.max(np.abs(finite)))
+            np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
+
+
+def test_with_all_keys_chosen_it_is_exact():
+    for seed in range(60):
+        all_chosen(seed)
+
+
+def test_what_a_query_chooses_is_its_own(monkeypatch):
+    """However many come at once, and whatever is hidden from it, NaN too."""
+    q, k, v = decaying(heads=4)
+    options = {"enable_gqa": True, "is_causal": True, "causal_align": "bottom_right"}
+    basis = slra.fit_attention(q, k, v, (3, 2), **options)
+    k[:, 45], v[:, 47] = np.nan, np.inf
+    asked = {"basis": basis, "n_top": 4, "return_lse": True, **options}
+    with pytest.raises(ValueError, match="k must be finite"):
+        slra.low_rank_attention(q, k, v, **asked)
+    whole = slra.low_rank_attention(q[:, :34], k, v, **{**asked, "causal_align": 10})
+    monkeypatch.setattr(chosen, "MOST_NUMBERS", 1 << 10)
+    tiles = slra.low_rank_attention(q[:, :34], k, v, **{**asked, "causal_align": 10})
+    alone = [
+        slra.low_rank_attention(q[:, i : i + 1], k, v, **{**asked, "causal_align": 10 + i})
+        for i in (0, 33)
+    ]
+    for x, one, first, last in zip(whole, tiles, *alone, strict=True):
+        assert np.all(np.isfinite(x))
+        np.testing.assert_allclose(one, x, rtol=0, atol=1e-13)
+        for i, part in ((0, first), (33, last)):
+            np.testing.assert_allclose(part[:, 0], x[:, i], rtol=0, atol=1e-13)
+
+
+def test_a_number_of_chosen_keys_goes_with_a_rank_only():
+    q, k, v = decaying()
+    for options in ({"rtol": 0.1}, {"rank": 3, "method": "svd", "l1": 0.1}):
+        with pytest.raises(ValueError, match="n_top must be 0 with rtol or l1, got 2"):
+            slra.low_rank_attention(q, k, v, n_top=2, **options)
+    with pytest.raises(TypeError, match="n_top must be an int"):
+        slra.low_rank_attention(q, k, v, 3, n_top=2.0)
+    out, lse = slra.low_rank_attention(q, k, v, 3, n_top=2, return_lse=True)
+    alibi = np.ones(2)
+    with pytest.raises(ValueError, match="n_top must be 0 with alibi in low_rank_attention_vjp"):
+        slra.low_rank_attention_vjp(
+            q, k, v, out, lse, out, 3, n_top=2, alibi=alibi, causal_align="top_left"
+        )

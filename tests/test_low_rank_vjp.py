@@ -31,6 +31,16 @@ CASES = {
         "causal_align": "top_left",
         "mask": "bool",
     },
+    "top keys": {
+        "rank": 3,
+        "n_top": 4,
+        "n_exact": 2,
+        "enable_gqa": True,
+        "softcap": 2.0,
+        "is_causal": True,
+        "causal_align": "top_left",
+        "mask": "bool",
+    },
     # Last: the case that eager JAX gets, where it is the quickest to compile.
     "l1": {"rank": 3, "method": "svd", "l1": (0.1, 0, 0.3), "enable_gqa": True, "mask": "bool"},
 }

@@ -72,6 +72,7 @@ OF_ATTENTION = {
     "merge_attention": merged,
     "low_rank_attention": lambda q, k, v: slra.low_rank_attention(q, k, v, 3),
     "low_rank_attention n_exact": lambda q, k, v: slra.low_rank_attention(q, k, v, 3, n_exact=2),
+    "low_rank_attention n_top": lambda q, k, v: slra.low_rank_attention(q, k, v, 3, n_top=2),
     "low_rank_attention l1": lambda q, k, v: slra.low_rank_attention(
         q, k, v, 3, method="svd", l1=0.1
     ),
@@ -82,6 +83,7 @@ WITH_A_CONSTANT_BASIS = {
     "low_rank_attention",
     "low_rank_attention l1",
     "low_rank_attention n_exact",
+    "low_rank_attention n_top",
 }
 
 

@@ -17,6 +17,7 @@ from slra.attn.rows import Rows, row_weights, take_rows
 __all__ = [
     "ExactKeys",
     "exact_key_gradients",
+    "exact_keys_output",
     "find_exact_keys",
     "output_with_exact_keys",
     "without_exact_keys",
@@ -45,8 +46,12 @@ def output_with_exact_keys(
     """Attend to some keys exactly and to the others under the maps, in one softmax."""
     rest = problem._replace(mask=without_exact_keys(problem, keys))
     others = mapped_output(rest, maps, with_lse=True)
-    exact = exact_output_and_lse(_exact_part(problem, keys))
-    return merge_attention(*zip(others, exact, strict=True))
+    return merge_attention(*zip(others, exact_keys_output(problem, keys), strict=True))
+
+
+def exact_keys_output(problem: AttentionProblem, keys: ExactKeys) -> tuple[Array, Array]:
+    """Attend to these keys alone."""
+    return exact_output_and_lse(_exact_part(problem, keys))
 
 
 def without_exact_keys(problem: AttentionProblem, keys: ExactKeys) -> Array:

@@ -4,6 +4,9 @@ A score :math:`q \cdot k` changes by :math:`q' \cdot e` where coordinates of k c
 of the queries, :math:`E[q' q'^T] = 1`, so that each coordinate may have the same step; rotated to the axes of the keys
 themselves, a few of them take most of the bits. Values are rotated only, to axes in which a value counts by the square
 of the attention it receives.
+
+Errors in these units add up over the heads of a layer, so the heads may be rotated together: what they have in common
+is stored once.
 """
 
 from typing import NamedTuple
@@ -50,6 +53,14 @@ class Coding(NamedTuple):
         Bits that a number of the fit took, rounded by steps of 8, 8 / sqrt 2, 4, ... times the root of the mean
         importance.
 
+    Notes
+    -----
+    Across heads there are Hkv D coordinates of the keys and Hkv Dv of the values, which all heads share:
+    :math:`k' = \sum_h (k_h - c_h) W_{k,h}` and :math:`k_h = k' W_{q,h}^T + c_h`. The maps have shape
+    (..., Hkv, D, Hkv D) and (..., Hkv, Dv, Hkv Dv); importance and rates have 1 in the place of Hkv. They are those of
+    each head, in units of equal cost, followed by a rotation of all heads: an error is as long in k' as the errors of
+    the heads are together, each in the units of its own queries, and no head is off by more than all of them.
+
     Examples
     --------
     >>> import numpy as np
@@ -71,7 +82,7 @@ class Coding(NamedTuple):
     rate_v: Array
 
 
-def fit_coding(problem: AttentionProblem, *, pool_batch: bool) -> Coding:
+def fit_coding(problem: AttentionProblem, *, pool_batch: bool, across_heads: bool) -> Coding:
     """Fit to the keys that get attention, and to the queries, of a problem whose leading axes are equal."""
     backend, xp = problem.backend, problem.xp
     n_rows = -(-N_ROWS // problem.n_shared)
@@ -85,8 +96,11 @@ def fit_coding(problem: AttentionProblem, *, pool_batch: bool) -> Coding:
         for x in (_some_queries(problem, RowSample([])), problem.k, problem.v, seen)
     )
     seen, received = _shares(seen, xp), _shares(received, xp)
-    wq, wk, c, k = _key_axes(q, k, seen, problem)
-    wv, mu, v = _value_axes(v, _shares(received + LEAST_WEIGHT * seen, xp), problem)
+    received = _shares(received + LEAST_WEIGHT * seen, xp)
+    wq, wk, c, k = _key_axes(q, k, seen, problem, across_heads=across_heads)
+    wv, mu, v = _value_axes(v, received, problem, across_heads=across_heads)
+    if across_heads:
+        seen = xp.mean(seen, axis=-4, keepdims=True)
     has_heads = any(problem.with_heads)
     importance = [xp.sum(x * x * seen, axis=-2)[..., None, :] for x in (k, v)]
     rates = [_rates(x, one, problem) for x, one in zip((k, v), importance, strict=True)]
@@ -98,7 +112,7 @@ def fit_coding(problem: AttentionProblem, *, pool_batch: bool) -> Coding:
 
 
 def _key_axes(
-    q: Array, k: Array, seen: Array, problem: AttentionProblem
+    q: Array, k: Array, seen: Array, problem: AttentionProblem, *, across_heads: bool
 ) -> tuple[Array, Array, Array, Array]:
     """Both maps, the mean, and the coordinates of the keys."""
     backend, xp = problem.backend, problem.xp
@@ -110,22 +124,50 @@ def _key_axes(
     least = xp.where(largest > 0, largest * LEAST_MOMENT, xp.ones_like(largest))
     root = xp.sqrt(xp.maximum(w, least))[..., None, :]
     c = transposed(seen) @ k
-    scaled = (k - c) @ (u * root)
-    _, axes = backend.small_eigh(transposed(scaled * seen) @ scaled)
-    axes = xp.flip(axes, axis=-1)
+    axes, small = _axes((k - c) @ (u * root), seen, scale * scale_q, problem, across_heads)
     wq, wk = (u / root) @ axes / scale_q, (u * root) @ axes * scale_q
-    return wq, wk, c * scale, scaled @ axes * (scale * scale_q)
+    return wq, wk, c * scale, small
 
 
-def _value_axes(v: Array, weights: Array, problem: AttentionProblem) -> tuple[Array, Array, Array]:
+def _value_axes(
+    v: Array, weights: Array, problem: AttentionProblem, *, across_heads: bool
+) -> tuple[Array, Array, Array]:
     """Orthogonal axes, the mean, and the coordinates of the values."""
-    backend, xp = problem.backend, problem.xp
+    xp = problem.xp
     scale = _peak(v, xp)
     v = v / scale
     mu = xp.matrix_transpose(weights) @ v
-    _, axes = backend.small_eigh(xp.matrix_transpose((v - mu) * weights) @ (v - mu))
+    axes, small = _axes(v - mu, weights, scale, problem, across_heads)
+    return axes, mu * scale, small
+
+
+def _axes(
+    x: Array, weights: Array, scale: Array, problem: AttentionProblem, across_heads: bool
+) -> tuple[Array, Array]:
+    """Principal axes of weighted rows (..., H, 1, n, d), which are to be scaled, and their coordinates in these.
+
+    Across heads axes are (..., H, 1, d, H d), the part of each head, and coordinates (..., 1, 1, n, H d).
+    """
+    backend, xp = problem.backend, problem.xp
+    shape = x.shape
+    if across_heads:
+        # A row that a head does not see tells nothing of it; which heads see it hardly ever differs.
+        x = xp.where(weights > 0, x, xp.zeros_like(x))
+        largest = xp.max(scale, axis=-4, keepdims=True)
+        x, scale = beside(x * (scale / largest), xp), largest
+        weights = xp.mean(weights, axis=-4, keepdims=True)
+    _, axes = backend.small_eigh(xp.matrix_transpose(x * weights) @ x)
     axes = xp.flip(axes, axis=-1)
-    return axes, mu * scale, (v - mu) @ axes * scale
+    small = x @ axes * scale
+    return (xp.reshape(axes, (*shape[:-2], shape[-1], -1)) if across_heads else axes), small
+
+
+def beside(x: Array, xp: Namespace) -> Array:
+    """Lay what heads have of a token side by side, (..., H, 1, n, d) to (..., 1, 1, n, H d)."""
+    *lead, h, _, n, d = x.shape
+    axes = range(len(lead))
+    x = xp.permute_dims(x, (*axes, len(lead) + 1, len(lead) + 2, len(lead), len(lead) + 3))
+    return xp.reshape(x, (*lead, 1, 1, n, h * d))
 
 
 def _peak(x: Array, xp: Namespace) -> Array:

@@ -42,6 +42,7 @@ def fit_attention(
     rtol: float | None = None,
     method: str = "output",
     pool_batch: bool = False,
+    across_heads: bool = False,
     n_rows: int | None = None,
     rng: RNG = None,
     mask: AnyArray | None = None,
@@ -77,6 +78,10 @@ def fit_attention(
     pool_batch : bool
         Whether to fit one basis to all leading axes before the head axis, as a calibration set needs; otherwise each
         batch element gets its own.
+    across_heads : bool
+        Whether ``coding``, by which a cache in bits stores keys and values, has one set of coordinates for all key
+        heads of a layer together. Fewer bits say the same then; a cache decodes coordinates to heads before it
+        computes scores, which takes Hkv times the products. All else, ranks too, remains that of each head.
     n_rows : int, optional
         Rows of the attention matrix to look at, of each query head; by default 128, or four times the rank if that is
         more (with ``rtol`` 512). More of them lower the error, and cost as much as attention of as many queries: for a
@@ -138,6 +143,7 @@ def fit_attention(
     """
     check_choice(method, tuple(METHODS), "method")
     check_flag(pool_batch, "pool_batch")
+    check_flag(across_heads, "across_heads")
     problem = make_problem(
         q,
         k,
@@ -169,9 +175,10 @@ def fit_attention(
         arrays = {**fitted.maps.by_head(problem), "error": error}
         # Its steps are chosen by values.
         is_concrete = problem.backend.is_eager(problem.q)
-        arrays["coding"] = (
-            fit_coding(fitted.problem, pool_batch=pool_batch) if is_concrete else None
-        )
+        arrays["coding"] = None
+        if is_concrete:
+            how = {"pool_batch": pool_batch, "across_heads": across_heads}
+            arrays["coding"] = fit_coding(fitted.problem, **how)
     basis: AttentionBasis = problem.backend.make_dataclass(
         AttentionBasis, arrays, {"ranks": fitted.ranks, "is_held_out": is_held_out}
     )

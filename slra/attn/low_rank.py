@@ -14,6 +14,7 @@ from slra.attn._exact_keys import (
     output_with_exact_keys,
     without_exact_keys,
 )
+from slra.attn._top_keys import output_with_top_keys, top_key_gradients
 from slra.attn.basis import AttentionBasis, check_basis
 from slra.attn.exact import (
     OutputGradient,
@@ -41,6 +42,7 @@ class LowRankOptions(AttentionOptions, total=False):
     method: str
     l1: L1
     n_exact: int
+    n_top: int
     basis: AttentionBasis | None
 
 
@@ -91,6 +93,7 @@ def low_rank_attention(
     method: str = "output",
     l1: L1 = 0.0,
     n_exact: int = 0,
+    n_top: int = 0,
     basis: AttentionBasis | None = None,
     mask: AnyArray | None = None,
     is_causal: bool = False,
@@ -129,6 +132,11 @@ def low_rank_attention(
     n_exact : int
         Number of keys, per key head, that keep exact scores and values: those that receive most attention. They are
         left out of the fit, and both parts meet in one softmax. Not with ``rtol`` or ``l1``.
+    n_top : int
+        Number of keys that each query reads exactly, those of most weight in r dimensions; the query heads that share a
+        key head choose one set, by the sum of their weights. The other keys, and their values, stay at rank r, in the
+        same softmax. Keys of ``n_exact`` are exact besides, and not among those chosen. With all keys, or more, it is
+        exact attention. For few queries: each gathers keys of its own. Not with ``rtol`` or ``l1``.
     basis : AttentionBasis, optional
         A basis fitted before, instead of ``rank`` and ``method``.
     mask, is_causal, causal_align, window, lengths_q, lengths_k, sinks, alibi, scale, enable_gqa, softcap, return_lse
@@ -162,7 +170,8 @@ def low_rank_attention(
 
     The fit sees all tokens. Under a causal mask an early output therefore depends, through the basis, on later
     tokens; fit on a prefix and pass ``basis`` where that must not be. ``n_exact`` chooses its keys by the attention of
-    all tokens too, with ``basis`` or without. Gradients treat the basis, and this choice, as constant.
+    all tokens too, with ``basis`` or without; ``n_top`` for each query, among the keys that it sees. Gradients treat
+    the basis, and these choices, as constant.
 
     Examples
     --------
@@ -190,13 +199,18 @@ def low_rank_attention(
         softcap=softcap,
     )
     check_flag(return_lse, "return_lse")
-    thresholds, n_exact = _check_options(problem, method, rtol, l1, n_exact)
+    thresholds, n_exact, n_top = _check_options(problem, method, rtol, l1, n_exact, n_top)
     with (same_bits := problem.backend.same_bits()), same_bits:
-        problem, chosen = _approximate(problem, rank, rtol, method, thresholds, n_exact, basis)
+        given = rank, rtol, method, thresholds, n_exact, n_top, basis
+        problem, chosen = _approximate(problem, *given)
         small: Array
         lse: Array | None
         if isinstance(chosen, ThresholdedProjections):
             small, lse = exact_output_and_lse(chosen.replace(problem))
+        elif chosen.n_top >= problem.k.shape[-2]:
+            small, lse = exact_output_and_lse(problem)
+        elif chosen.n_top:
+            small, lse = output_with_top_keys(problem, chosen.maps, chosen.n_top, chosen.keys)
         elif chosen.keys is None:
             with_lse = return_lse or sinks is not None
             small, lse = mapped_output(problem, chosen.maps, with_lse=with_lse)
@@ -223,6 +237,7 @@ def low_rank_attention_vjp(
     method: str = "output",
     l1: L1 = 0.0,
     n_exact: int = 0,
+    n_top: int = 0,
     basis: AttentionBasis | None = None,
     mask: AnyArray | None = None,
     is_causal: bool = False,
@@ -252,7 +267,7 @@ def low_rank_attention_vjp(
         The log-sum-exp that it returned with ``return_lse``.
     grad_out : array, shape (..., Hq, Nq, Dv)
         Gradient of a scalar with respect to ``out``.
-    rank, rtol, method, l1, n_exact, basis
+    rank, rtol, method, l1, n_exact, n_top, basis
         As they were given to `low_rank_attention`. Without ``basis`` the fit is made a second time: to fit once, call
         `fit_attention` and give ``basis`` to both.
     grad_lse : array, shape (..., Hq, Nq), optional
@@ -321,12 +336,14 @@ def low_rank_attention_vjp(
         enable_gqa=enable_gqa,
         softcap=softcap,
     )
-    thresholds, n_exact = _check_options(problem, method, rtol, l1, n_exact)
-    if n_exact and alibi is not None:
-        raise ValueError(f"n_exact must be 0 with alibi in low_rank_attention_vjp, got {n_exact}")
+    thresholds, n_exact, n_top = _check_options(problem, method, rtol, l1, n_exact, n_top)
+    for name, number in (("n_exact", n_exact), ("n_top", n_top)):
+        if number and alibi is not None:
+            raise ValueError(f"{name} must be 0 with alibi in low_rank_attention_vjp, got {number}")
     given = (out, lse, grad_out, grad_lse)
     with (same_bits := problem.backend.same_bits()), same_bits:
-        answered, chosen = _approximate(problem, rank, rtol, method, thresholds, n_exact, basis)
+        how = rank, rtol, method, thresholds, n_exact, n_top, basis
+        answered, chosen = _approximate(problem, *how)
         if isinstance(chosen, ThresholdedProjections):
             through = _through_threshold(answered, chosen, given)
         else:
@@ -338,10 +355,11 @@ def low_rank_attention_vjp(
 
 
 class MapsAndKeys(NamedTuple):
-    """Maps to few dimensions, and the keys, if any, that stay exact."""
+    """Maps to few dimensions, the keys, if any, that stay exact, and how many more each query chooses."""
 
     maps: Maps
     keys: ExactKeys | None
+    n_top: int
 
 
 class ThresholdedProjections(NamedTuple):
@@ -366,9 +384,9 @@ def _shrinks(*thresholds: Any) -> bool:
 
 
 def _check_options(
-    problem: AttentionProblem, method: str, rtol: Any, l1: Any, n_exact: Any
-) -> tuple[Thresholds, int]:
-    """Check what does not depend on the kind of approximation; return thresholds and the number of exact keys."""
+    problem: AttentionProblem, method: str, rtol: Any, l1: Any, n_exact: Any, n_top: Any
+) -> tuple[Thresholds, int, int]:
+    """Check what does not depend on the kind of approximation; return thresholds and the numbers of exact keys."""
     check_choice(method, tuple(METHODS), "method")
     problem.check_finite()
     backend, dtype = problem.backend, problem.q.dtype
@@ -381,9 +399,11 @@ def _check_options(
     n_exact, n_keys = check_count(n_exact, "n_exact"), int(problem.k.shape[-2])
     if n_exact >= n_keys:
         raise ValueError(f"n_exact must be less than {n_keys}, the number of keys, got {n_exact}")
-    if n_exact and (rtol is not None or _shrinks(*thresholds)):
-        raise ValueError(f"n_exact must be 0 with rtol or l1, got {n_exact}")
-    return thresholds, n_exact
+    n_top = check_count(n_top, "n_top")
+    for name, number in (("n_exact", n_exact), ("n_top", n_top)):
+        if number and (rtol is not None or _shrinks(*thresholds)):
+            raise ValueError(f"{name} must be 0 with rtol or l1, got {number}")
+    return thresholds, n_exact, n_top
 
 
 def _approximate(
@@ -393,6 +413,7 @@ def _approximate(
     method: str,
     thresholds: Thresholds,
     n_exact: int,
+    n_top: int,
     basis: AttentionBasis | None,
 ) -> tuple[AttentionProblem, MapsAndKeys | ThresholdedProjections]:
     """Fit, or take the basis that is given; with it the problem as it is answered. Raise where options clash."""
@@ -409,15 +430,16 @@ def _approximate(
         fitted = fit_problem(problem, rank, rtol=None, method=method)
         return problem, ThresholdedProjections(project_all(fitted), thresholds)
     options, has_rows = problem.options, problem.lengths is not None
-    if n_exact and (has_rows or options.first is not None or options.alibi is not None):
+    is_placed = has_rows or options.first is not None or options.alibi is not None
+    if (n_exact and is_placed) or 0 < n_top < problem.k.shape[-2]:
         # The keys that stay exact are not in a row: what goes by places is in the mask for them.
         problem = problem.with_options_written_out()
     keys = _most_attended_keys(problem, n_exact) if n_exact else None
     if basis is not None:
-        return problem, MapsAndKeys(Maps.of(basis, problem), keys)
+        return problem, MapsAndKeys(Maps.of(basis, problem), keys, n_top)
     keep = None if keys is None else keys.keep
     fitted = fit_problem(problem, rank, rtol=rtol, method=method, keep=keep)
-    return problem, MapsAndKeys(fitted.maps, keys)
+    return problem, MapsAndKeys(fitted.maps, keys, n_top)
 
 
 def _most_attended_keys(problem: AttentionProblem, n_exact: int) -> ExactKeys:
@@ -457,7 +479,13 @@ def _through_maps(problem: AttentionProblem, chosen: MapsAndKeys, given: Given) 
 
     Both see the same log-sum-exp and output, as the shards of the keys do.
     """
-    maps, keys = chosen
+    maps, keys, n_top = chosen
+    if n_top:
+        of_output = output_gradient(problem, problem.lse_shape(), *given)
+        if n_top >= problem.k.shape[-2]:
+            return Through(exact_gradients(problem, of_output), problem, of_output)
+        grads = top_key_gradients(problem, maps, n_top, keys, of_output)
+        return Through(grads, problem, of_output)
     small = mapped_problem(problem, maps)
     if keys is not None:
         small = small._replace(mask=without_exact_keys(problem, keys))

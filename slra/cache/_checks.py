@@ -84,6 +84,12 @@ def check_options(
     own, limits = tuple(basis.wk.shape[:-3]), backend.xp.finfo(basis.wk.dtype)
     n_heads, width, rank_qk = basis.wk.shape[-3:]
     width_v, rank_v = basis.wv.shape[-2:]
+    across_heads = False
+    if bits is not None or rtol is not None:
+        # Without a coding there is an error below.
+        across_heads = basis.coding is not None and basis.coding.wk.shape[-1] != width
+        n_together = n_heads if across_heads else 1
+        rank_qk, rank_v = n_together * width, n_together * width_v
     layout = Layout(
         xp=backend.xp,
         batch=_check_batch(batch, own),
@@ -91,10 +97,7 @@ def check_options(
         n_shared=basis.wq.shape[-3] // n_heads,
         width=width,
         width_v=width_v,
-        rank=(
-            rank_qk if bits is None and rtol is None and index != "query" else width,
-            rank_v if bits is None and rtol is None else width_v,
-        ),
+        rank=(width if index == "query" else rank_qk, rank_v),
         pool_batch=not own,
         window=check_count(window, "window", most=MOST),
         n_sink=check_count(n_sink, "n_sink", most=MOST),
@@ -103,6 +106,7 @@ def check_options(
         dtype=None if dtype is None else _check_dtype(dtype, backend),
         bits=None if bits is None else check_bits(bits),
         rtol=None if rtol is None else check_positive(rtol, "rtol"),
+        across_heads=across_heads,
         n_top=None if n_top is None else _check_n_top(n_top, n_heads),
         top_p=None if top_p is None else _check_share(top_p),
         rank_index=_check_rank_index(

@@ -21,7 +21,7 @@ from slra.cache._segment import FloatRows, laid_out
 
 __all__ = ["load_contents", "save_contents"]
 
-FORMAT = "slra.KVCache 4"
+FORMAT = "slra.KVCache 5"
 # Arrays that are NumPy's, unless shapes are static.
 POSITIONS = (
     *("lengths", "start", "since_check"),
@@ -51,7 +51,7 @@ def _parked(contents: Contents, bits: Any) -> bytes:
         )
     codec()
     target = asked
-    numbers = layout.n_heads * np.asarray(layout.rank) * max(1, sum(x.filled.sum() for x in held))
+    numbers = layout.n_coded * np.asarray(layout.rank) * max(1, sum(x.filled.sum() for x in held))
     for _ in range(3):
         segments, n_bytes, is_finest = [], np.zeros(2), np.ones(2, dtype=bool)
         for segment, rows in zip(contents.segments, held, strict=True):
@@ -171,7 +171,8 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     layout = layouts.pop()
     if is_coded:
         bits = None if given["bits"] is None else check_bits(given["bits"])
-        layout = dataclasses.replace(layout, bits=bits, rtol=given["rtol"])
+        coded = {"bits": bits, "rtol": given["rtol"], "across_heads": given["across_heads"]}
+        layout = dataclasses.replace(layout, **coded)
     described_now = _described(dataclasses.replace(layout, dtype=given["dtype"]))
     n_exact = layout.n_batch * layout.n_heads * layout.n_exact * layout.width
     # Sizes first: settings that are not those of the arrays might ask for any amount of memory.
@@ -185,6 +186,8 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     maps = [laid_out(basis, layout) for basis in bases]
     if is_coded:
         maps = [one._replace(wq=one.wq[:, :, :1]) for one in maps]
+    if layout.across_heads:
+        maps = [_beside(one, layout) for one in maps]
     template = Contents.empty(layout, maps[0], error)._replace(turns=None)
     (segment,) = template.segments
     if "segments.0.rows.step_k" in named:
@@ -203,8 +206,10 @@ def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
     if any(0 in x.shape or x.dtype not in (np.float32, np.float64) for x in maps.values()):
         raise ValueError(f"its maps of segment {i} are empty, or not in single or double precision")
     own = () if given["pool_batch"] else tuple(given["batch"])
+    if given["across_heads"]:
+        maps = _of_heads(maps, check_rank(given["n_heads"], MOST))
     # By head, as a basis has them.
-    maps = {name: x.reshape(*own, -1, *x.shape[3:]) for name, x in maps.items()}
+    maps = {name: x.reshape(*own, -1, *x.shape[-2:]) for name, x in maps.items()}
     if given["bits"] is not None or given["rtol"] is not None or given["index"] == "query":
         # The query heads share a map: how many they are is not in its shape.
         maps["wq"] = np.repeat(maps["wq"], check_rank(given["n_shared"], MOST), axis=-3)
@@ -213,6 +218,30 @@ def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
     ranks = (rank,) * maps["wk"].shape[-3]
     wq, wk, wv, uv, c, mu = (maps[name] for name in NAMES_OF_MAPS)
     return AttentionBasis(wq, wk, wv, uv, c, mu, ranks, error)
+
+
+def _of_heads(maps: dict[str, Any], n: int) -> dict[str, Any]:
+    """Give each head its part of maps that are for all of them, side by side."""
+    found = {}
+    for name, x in maps.items():
+        *_, a, b = x.shape
+        if name in ("uv", "c", "mu"):
+            found[name] = np.swapaxes(x.reshape(-1, a, n, b // n), 1, 2)
+        else:
+            found[name] = x.reshape(-1, n, a // n, b)
+    return found
+
+
+def _beside(maps: Maps, layout: Layout) -> Maps:
+    """Undo `_of_heads`, as far as shapes go."""
+    n, (d_k, d_v) = layout.n_heads, layout.rank
+    if (d_k, d_v) != (n * layout.width, n * layout.width_v):
+        raise ValueError(f"its {(d_k, d_v)} coordinates are not those of {n} heads")
+    last = ((d_k, d_k), (d_k, d_k), (d_v, d_v), (d_v, d_v), (1, d_k), (1, d_v))
+    shapes = dict(zip(NAMES_OF_MAPS, last, strict=True))
+    zero, lead = maps.wk.dtype.type(0), len(maps.wk)
+    empty = {name: np.broadcast_to(zero, (lead, 1, 1, *shape)) for name, shape in shapes.items()}
+    return Maps(**empty, ranks=())
 
 
 def _check_arrays(named: Arrays, template: Contents) -> None:

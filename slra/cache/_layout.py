@@ -44,6 +44,7 @@ class Layout:
     dtype: str | None
     bits: tuple[float, float] | None  # average of a number of the keys, and of the values
     rtol: float | None
+    across_heads: bool  # whether all heads share the coordinates that bits are of
     n_top: (
         int | tuple[int, ...] | None
     )  # keys that a query reads in all coordinates, of each key head
@@ -70,6 +71,11 @@ class Layout:
     def n_query_heads(self) -> int:
         """Query heads of all key heads."""
         return self.n_heads * self.n_shared
+
+    @property
+    def n_coded(self) -> int:
+        """Sets of coordinates that a token has in bits: one for each key head, or one for all of them."""
+        return 1 if self.across_heads else self.n_heads
 
     @property
     def n_exact(self) -> int:
@@ -116,7 +122,8 @@ class Layout:
     @property
     def carries_shift(self) -> bool:
         """Whether k' has one more column, of ones: a softcap sees the shift of the keys."""
-        return self.score_options.softcap is not None and self.rotary is None
+        is_seen = self.score_options.softcap is not None and self.rotary is None
+        return is_seen and not self.across_heads
 
     def zeros(self, shape: tuple[int, ...], like: Array, dtype: DType = None) -> Array:
         """Zeros beside ``like``."""
@@ -137,6 +144,20 @@ class Layout:
     def unbatched(self, x: Array) -> Array:
         """Undo `batched`."""
         return self.xp.reshape(x, (*self.batch, *x.shape[1:]))
+
+    def beside(self, x: Array) -> Array:
+        """Lay what heads have of a token side by side, (B, H, n, f) to (B, 1, n, H f), where they share coordinates."""
+        if not self.across_heads:
+            return x
+        x = self.xp.permute_dims(x, (0, 2, 1, 3))
+        return self.xp.reshape(x, (x.shape[0], 1, x.shape[1], -1))
+
+    def by_head(self, x: Array) -> Array:
+        """Undo `beside`."""
+        if not self.across_heads:
+            return x
+        x = self.xp.reshape(x, (x.shape[0], x.shape[2], self.n_heads, -1))
+        return self.xp.permute_dims(x, (0, 2, 1, 3))
 
     def stack_heads(self, x: Array) -> Array:
         """Make the query heads that share a key head rows of one matrix, (B, H, shared * M, f).

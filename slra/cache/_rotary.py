@@ -25,6 +25,4 @@ def turns_at(positions: Array, like: Array, layout: Layout) -> tuple[Array, Arra
 
 def rotate(x: Array, turns: tuple[Array, Array], layout: Layout) -> Array:
     """Rotate the leading 2 F features of ``x`` (B, H, n, D); those beyond are left alone."""
-    (cos, sin), n = turns, len(layout.rotary or ())
-    first, second, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-    return layout.xp.concat([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    return layout.backend.rotated(x, *turns)

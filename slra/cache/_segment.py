@@ -10,6 +10,7 @@ from slra._backends.standard.bits import TOKENS
 from slra._typing import Array, DType
 from slra._validate import promote
 from slra.attn.basis import AttentionBasis
+from slra.attn.chosen import choose, tile_of_queries
 from slra.attn.maps import Maps
 from slra.cache._bits import (
     LEAST_FOR_STEPS,
@@ -20,7 +21,6 @@ from slra.cache._bits import (
     fitted_steps,
     scaled_maps,
 )
-from slra.cache._chosen import choose, tile_of_queries
 from slra.cache._layout import Layout, map_arrays, on_host
 from slra.cache._queries import Queries
 from slra.cache._rotary import rotate, turns_at
@@ -125,6 +125,20 @@ class FloatRows(NamedTuple):
             largest = [backend.largest_in_rows(x, self.layout.n_sparse) for x in rest]
             sparse = [SparseEntries(self.rounded(values), at) for values, at in largest]
         return held._written(FloatRows(self.layout, k, v, *sparse), places)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether what is stored of a token is two rows of coordinates, and nothing else."""
+        has_ones = self.layout.carries_shift
+        return self.sparse_k is None and self.rest_k is None and not has_ones
+
+    def put_mapped(self, k: Array, v: Array, maps: Maps, places: Array) -> "FloatRows":
+        """Project tokens (B, H, m, .) and write them at places (B, m), where that `is_bare`."""
+        held = self if not on_host(places) else self.with_room(int(places.max()) + 1)
+        put = self.layout.backend.put_mapped
+        return held._replace(
+            k=put(held.k, k, maps.c, maps.wk, places), v=put(held.v, v, maps.mu, maps.wv, places)
+        )
 
     def coordinates(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
         """Read k', with its column of ones, and v'."""
@@ -269,6 +283,8 @@ class Segment(NamedTuple):
         if not isinstance(self.rows, FloatRows):
             return self._put_bits(self.rows, k, v, places)
         maps, rest, matmul = self._key_head_maps(), None, self.layout.backend.matmul
+        if self.rows.is_bare:
+            return self._replace(rows=self.rows.put_mapped(k, v, maps, places))
         small_k = self.rows.rounded(matmul(k, maps.wk) - matmul(maps.c, maps.wk))
         small_v = self.rows.rounded(matmul(v, maps.wv) - matmul(maps.mu, maps.wv))
         if self.layout.n_sparse:
@@ -280,13 +296,16 @@ class Segment(NamedTuple):
     def _put_bits(self, rows: BitRows | ByteRows, k: Array, v: Array, places: Array) -> "Segment":
         """Write tokens in bits; the first ones may fix the steps."""
         maps, bits = self._key_head_maps(), self.layout.bits
+        beside, xp = self.layout.beside, self.layout.xp
         # Shifted first: a difference of large products would be off by more than a step.
-        k, v = k - maps.c, v - maps.mu
+        k, v = beside(k) - maps.c, beside(v) - maps.mu
         small = k @ maps.wk, v @ maps.wv
-        xp = self.layout.xp
         far = (
-            xp.max(xp.where(xp.isfinite(x), xp.abs(x), xp.zeros_like(x)), axis=(-2, -1))
-            for x in (k, v)
+            xp.max(
+                xp.where(xp.isfinite(x), xp.abs(x), xp.zeros_like(x)),
+                axis=(-2, -1),
+            )
+            for x in map(self.layout.by_head, (k, v))
         )
         far_k, far_v = (
             xp.maximum(x, held) for x, held in zip(far, (rows.far_k, rows.far_v), strict=True)
@@ -308,9 +327,9 @@ class Segment(NamedTuple):
 
     def read(self, rows: slice) -> tuple[Array, Array]:
         """Keys and values (B, H, rows, .) that the segment stands for, as they were appended."""
-        dtype, maps = self.maps.wk.dtype, self._key_head_maps()
+        dtype = self.maps.wk.dtype
         k, v = self.rows.coordinates(rows, dtype)
-        k, v = self._decoded_keys(k), v @ maps.uv + maps.mu
+        k, v = self._decoded_keys(k), self._decoded_values(v)
         if corrections := self.rows.corrections(rows, dtype):
             k, v = k + corrections[0], v + corrections[1]
         return k, v
@@ -318,8 +337,16 @@ class Segment(NamedTuple):
     def _decoded_keys(self, small: Array) -> Array:
         """Keys that coordinates stand for: what the query heads see of them, on average."""
         xp = self.layout.xp
-        back = xp.matrix_transpose(xp.mean(self.maps.wq, axis=2))
-        return small[..., : self.layout.rank[0]] @ back + self.maps.c[:, :, 0, ...]
+        wq = self.maps.wq
+        wq = wq[:, :, 0, ...] if wq.shape[2] == 1 else xp.mean(wq, axis=2)
+        small = small[..., : self.layout.rank[0]]
+        product = self.layout.backend.matmul(small, xp.matrix_transpose(wq))
+        return self.layout.by_head(product + self.maps.c[:, :, 0, ...])
+
+    def _decoded_values(self, small: Array) -> Array:
+        """Values that coordinates stand for."""
+        maps = self._key_head_maps()
+        return self.layout.by_head(small @ maps.uv + maps.mu)
 
     def _key_head_maps(self) -> Maps:
         """Leave out the axis of the query heads that share a key head, but for their own map."""
@@ -344,16 +371,26 @@ class Segment(NamedTuple):
         mask, shift, dtype = self._mask(queries, end, rows), None, queries.q.dtype
         k, v = self.rows.coordinates(rows, dtype)
         corrections = self.rows.corrections(rows, dtype)
+        if layout.across_heads:
+            v = self._decoded_values(v)
+            if turns is None:
+                q, k = layout.stack_heads(queries.q), self._decoded_keys(k)
+            else:
+                q, k = self._rotated(queries, k, None, rows, turns)
+            out, lse = layout.attend(q, k, v, mask)
+            return layout.unstack_heads(out), layout.unstack_heads(lse)
         if turns is None:
             q, k, shift = self._features(queries, k, maps.c, corrections)
         else:
             q, k = self._rotated(queries, k, corrections, rows, turns)
-        if corrections is not None:
-            v = layout.xp.concat([v, corrections[1]], axis=-1)
+        if corrections is None:
+            through = layout.backend.attention_through
+            whole, lse = through(q, k, v, mask, layout.score_options, maps.uv, maps.mu, shift)
+            return layout.unstack_heads(whole), layout.unstack_heads(lse)
+        xp, v = layout.xp, layout.xp.concat([v, corrections[1]], axis=-1)
         out, lse = layout.attend(q, k, v, mask)
-        whole = layout.backend.matmul(out[..., :rank_v], maps.uv) + maps.mu
-        if corrections is not None:
-            whole = whole + out[..., rank_v:]
+        whole = layout.backend.matmul(out[..., :rank_v], maps.uv) + maps.mu + out[..., rank_v:]
+        whole = xp.where(lse[..., None] == -math.inf, xp.zeros_like(whole), whole)
         if shift is not None:
             lse = lse + layout.score_options.scale * shift[..., 0]
         return layout.unstack_heads(whole), layout.unstack_heads(lse)
@@ -383,7 +420,10 @@ class Segment(NamedTuple):
         ``others`` is the log-sum-exp of the tokens elsewhere. Some queries at once, so that memory stays in bounds.
         """
         n_queries = queries.q.shape[-2]
-        size = tile_of_queries(self.layout, self.rows.n_rows)
+        layout, n_rows = self.layout, self.rows.n_rows
+        n_heads, n_top = layout.n_batch * layout.n_heads, min(n_rows, max(layout.n_tops))
+        width = layout.width + layout.width_v
+        size = tile_of_queries(n_heads * layout.n_shared * n_rows, n_heads * n_top * width)
         tiles = [slice(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
         parts = [
             self._attend_chosen(queries.part(x), end, None if others is None else others[..., x])
@@ -454,16 +494,10 @@ class Segment(NamedTuple):
 
     def _projected(self, queries: Queries, c: Array) -> tuple[Array, Array]:
         """Make the queries q', stacked, and what the shift of the keys has in each of their scores."""
-        xp, stack, matmul = self.layout.xp, self.layout.stack_heads, self.layout.backend.matmul
-        wq, whole = self.maps.wq, stack(queries.q)
         if self.layout.reads_by_query:
-            q = whole
-        elif wq.shape[2] == 1:
-            q = matmul(whole, wq[:, :, 0, ...])
-        else:
-            wq = xp.reshape(wq, (wq.shape[0], self.layout.n_query_heads, *wq.shape[-2:]))
-            q = stack(matmul(queries.q, wq))
-        return q, matmul(whole, xp.matrix_transpose(c))
+            whole = self.layout.stack_heads(queries.q)
+            return whole, self.layout.backend.matmul(whole, self.layout.xp.matrix_transpose(c))
+        return self.layout.backend.mapped_queries(queries.q, self.maps.wq, c)
 
     def _rotated(
         self,
@@ -489,11 +523,11 @@ class Segment(NamedTuple):
         """Relative error that the maps make in the output of queries over keys and values; the largest of all heads."""
         maps, layout, q = self._key_head_maps(), self.layout, self.layout.stack_heads(q)
         exact, _ = layout.attend(q, k, v, None)
-        small_k, small_v = (k - maps.c) @ maps.wk, (v - maps.mu) @ maps.wv
+        k, v = (layout.beside(k) - maps.c) @ maps.wk, (layout.beside(v) - maps.mu) @ maps.wv
         if layout.is_coded:
-            small_k, small_v = layout.xp.round(small_k), layout.xp.round(small_v)
-        out, _ = layout.attend(q, self._decoded_keys(small_k), small_v, None)
-        outs = (layout.unstack_heads(x) for x in (out @ maps.uv + maps.mu, exact))
+            k, v = layout.xp.round(k), layout.xp.round(v)
+        out, _ = layout.attend(q, self._decoded_keys(k), self._decoded_values(v), None)
+        outs = (layout.unstack_heads(x) for x in (out, exact))
         return float(layout.xp.max(layout.relative_error(*outs)))
 
     def error_bound(self) -> tuple[Array, Array]:
@@ -501,16 +535,18 @@ class Segment(NamedTuple):
         rows = self.rows
         assert not isinstance(rows, FloatRows)
         xp, maps, bounds = self.layout.xp, self._key_head_maps(), []
-        backs = (xp.mean(maps.wq, axis=2), maps.wk, maps.c), (maps.uv, maps.wv, maps.mu)
+        back_k = xp.matrix_transpose(xp.mean(maps.wq, axis=2))
+        backs = (back_k, maps.wk, maps.c), (maps.uv, maps.wv, maps.mu)
         eps = float(xp.finfo(maps.wk.dtype).eps)
         far = rows.far_k, rows.far_v
         for half, size, (back, to, shift) in zip(rows.half_steps(), far, backs, strict=True):
-            d = back.shape[-1]
+            d = back.shape[-2]
             # Coordinates are sums of products no larger than these, and so is what they stand for.
-            size = size[..., None, None] + xp.max(xp.abs(shift), axis=(-2, -1), keepdims=True)
+            size = xp.max(self.layout.beside(size[..., None, None]), axis=-1, keepdims=True)
+            size = size + xp.max(xp.abs(shift), axis=(-2, -1), keepdims=True)
             sums = size * xp.sum(xp.abs(to), axis=-2, keepdims=True)
-            if back is not maps.uv:
-                back = xp.matrix_transpose(back)
+            # Of all coordinates to those of each head.
+            back = self.layout.by_head(back)
             sums = sums @ xp.abs(back) + size
             rounding = 2 * ROUNDINGS * (d**0.5) * eps * xp.sqrt(xp.sum(sums * sums, axis=(-2, -1)))
             largest = xp.max(self.layout.backend.singular_values(back), axis=-1)

@@ -80,8 +80,10 @@ class KVCache:
     bits : float or (float, float), optional
         Average bits, 0.5 to 10, that a number of the keys and values (of D + Dv a token) takes, headers counted; a
         pair for keys and for values. Then coordinates of the basis' ``coding`` are stored, all of them whatever its
-        rank, rounded to integers of as many bits as each block of 16 tokens needs. The first append fixes the steps,
-        if it brings 256 tokens, and otherwise the fit; ``bits`` of the cache says what came of it. None: floats.
+        rank, rounded to integers of as many bits as each block of 16 tokens needs. Where the basis was fitted
+        ``across_heads``, all heads share coordinates: fewer bits do, and a step takes Hkv times the products. The first
+        append fixes the steps, if it brings 256 tokens, and otherwise the fit; ``bits`` of the cache says what came of
+        it. None: floats.
     rtol : float, optional
         Instead of ``bits``: the largest error of a token's coordinates, keys and values each, relative to the root
         mean square of those of the fit.
@@ -244,6 +246,7 @@ class KVCache:
         rtol: float | None = None,
         method: str = "output",
         pool_batch: bool = True,
+        across_heads: bool = False,
         rng: RNG = None,
         **options: Any,
     ) -> "KVCache":
@@ -265,7 +268,7 @@ class KVCache:
             keys that keep to it, by a margin for what comes, and ``rank_index`` and, unless given, ``index`` are what
             makes the step read least: found with a basis of the first half of the prefix on steps of the second. Not
             under `jax.jit`.
-        method, pool_batch, rng
+        method, pool_batch, across_heads, rng
             As in `fit_attention`; by default one basis serves all leading axes.
         **options
             As for `KVCache`, but for ``batch``, which is that of ``k``.
@@ -313,7 +316,8 @@ class KVCache:
                     f'rtol must be None with top_p or n_top unless that is "auto", got {rtol}'
                 )
             chooses = True
-        fit: dict[str, Any] = {"rtol": rtol, "method": method, "pool_batch": pool_batch, "rng": rng}
+        fit: dict[str, Any] = {"rtol": rtol, "method": method, "rng": rng}
+        fit |= {"pool_batch": pool_batch, "across_heads": across_heads}
         fit |= {name: options[name] for name in ("scale", "softcap") if name in options}
         fit |= {"is_causal": True, "enable_gqa": True}
 
@@ -437,7 +441,7 @@ class KVCache:
         xp = held.layout.xp
         with (same_bits := held.layout.backend.same_bits()), same_bits:
             out, lse, rest = held.attend(queries._replace(sinks=sinks))
-            rest = xp.zeros_like(lse) if rest is None else rest
+            rest = xp.zeros_like(lse) if return_rest and rest is None else rest
             out = xp.reshape(out, (*q.shape[:-1], held.layout.width_v))
             out = xp.astype(out, q.dtype, copy=False)
         asked = [x for x, is_asked in ((lse, return_lse), (rest, return_rest)) if is_asked]

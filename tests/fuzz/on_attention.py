@@ -228,6 +228,7 @@ LOW_RANK = {
     "method": "output",
     "l1": 0.0,
     "n_exact": 0,
+    "n_top": 0,
     "basis": None,
     **ATTENTION,
 }
@@ -249,9 +250,11 @@ def _low_rank_args(draw: Any, *, fit: bool = False) -> dict[str, Any]:
         args["rtol"] = draw(st.sampled_from([1e-3, 0.5, 2.0]))
     if fit:
         args["pool_batch"] = draw(st.booleans())
+        args["across_heads"] = draw(st.booleans())
     elif choice != "rtol":
         args["n_exact"] = draw(st.integers(0, m - 1))
-        if args["method"] == "svd" and not args["n_exact"]:
+        args["n_top"] = draw(st.integers(0, m + 1))
+        if args["method"] == "svd" and not (args["n_exact"] or args["n_top"]):
             args["l1"] = draw(st.sampled_from([0.0, 0.1, (0, 1.0, 0.1)]))
     return args
 

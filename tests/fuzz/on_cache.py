@@ -54,13 +54,16 @@ def _add_cache() -> None:
         "rtol": None,
         "method": "output",
         "pool_batch": True,
+        "across_heads": False,
         "rng": None,
     }
     add(
         "KVCache.from_prefix",
         lambda xp, **args: slra.KVCache.from_prefix(**args).decode(),
         {**prefix, "window": 2},
-        st.fixed_dictionaries({**fixed_qkv(), "rank": st.integers(1, 4)}),
+        st.fixed_dictionaries(
+            {**fixed_qkv(), "rank": st.integers(1, 4), "across_heads": st.booleans()}
+        ),
         no_check,
         requests=memory,
         works_on_dask=False,

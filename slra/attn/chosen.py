@@ -10,16 +10,33 @@ chooses, its largest, are those of SparQ (L. Ribar et al., arXiv:2312.04985), wh
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from slra._backends.standard.attention import capped, hide
+from slra._backends import Backend
+from slra._backends.standard.attention import ScoreOptions, capped, hide
 from slra._typing import Array, Namespace
-from slra.cache._layout import Layout
 
 __all__ = ["Chosen", "choose", "tile_of_queries"]
 
 # Numbers that are made at once: scores, or coordinates of chosen keys.
 MOST_NUMBERS = 1 << 24
+
+
+class _Chooser(Protocol):
+    """What is known of those that choose: the layout of a cache, or a problem."""
+
+    @property
+    def xp(self) -> Namespace: ...
+    @property
+    def backend(self) -> Backend: ...
+    @property
+    def n_shared(self) -> int: ...
+    @property
+    def score_options(self) -> ScoreOptions: ...
+    @property
+    def top_p(self) -> float | None: ...
+    @property
+    def is_static(self) -> bool: ...
 
 
 class Chosen(NamedTuple):
@@ -28,7 +45,7 @@ class Chosen(NamedTuple):
     Queries that share a key head are rows of one matrix, (B, H, shared * M, .), and choose together.
     """
 
-    layout: Layout
+    layout: _Chooser
     q: Array  # (B, H, shared * M, r), scaled; the last ones multiply the other coordinates of what is chosen
     products: Array  # (B, H, shared * M, n): with leading coordinates, before the softcap
     mask: Array | None
@@ -76,7 +93,7 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    layout: Layout,
+    layout: _Chooser,
     n_top: int,
     q: Array,
     shift: Array,
@@ -127,14 +144,12 @@ def choose(
     return found._replace(places=places, is_chosen=is_chosen)
 
 
-def tile_of_queries(layout: Layout, n: int) -> int:
-    """So many queries choose at once."""
-    n_top = min(n, max(layout.n_tops))
-    width = max(n * layout.n_shared, n_top * (layout.width + layout.width_v))
-    return max(1, MOST_NUMBERS // max(1, width * layout.n_batch * layout.n_heads))
+def tile_of_queries(n_scores: int, n_coordinates: int) -> int:
+    """So many queries choose at once, each of which makes so many scores, and reads coordinates of what it chose."""
+    return max(1, MOST_NUMBERS // max(1, n_scores, n_coordinates))
 
 
-def _by_largest(layout: Layout, rank_index: int, q: Array, k: Array) -> tuple[Array, Array]:
+def _by_largest(layout: _Chooser, rank_index: int, q: Array, k: Array) -> tuple[Array, Array]:
     """Products with the coordinates that are largest in each query, and the queries in all others."""
     xp, backend, (b, h, n_rows, d), shared = layout.xp, layout.backend, q.shape, layout.n_shared
     split = xp.reshape(q, (b, h, shared, n_rows // shared, d))
@@ -151,7 +166,7 @@ def _by_largest(layout: Layout, rank_index: int, q: Array, k: Array) -> tuple[Ar
     return backend.few_features(few, k, places[:, :, 0, :]), rest
 
 
-def _places(layout: Layout, mass: Array, n_top: int) -> Array:
+def _places(layout: _Chooser, mass: Array, n_top: int) -> Array:
     places = layout.backend.largest_places(mass, n_top)
     return layout.xp.astype(places, layout.backend.place_dtype, copy=False)
 
