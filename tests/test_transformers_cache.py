@@ -243,7 +243,11 @@ def test_with_all_keys_chosen_generate_gives_the_same_tokens(model, options):
     right = generated(model, None, **options)
     model.set_attn_implementation("slra-choosing")
     try:
-        for chosen in ({"n_top": 24}, {"top_p": 1.0, "rank_index": 1, "window": 2}):
+        for chosen in (
+            {"n_top": 24},
+            {"top_p": 1.0, "rank_index": 1, "window": 2},
+            {"top_p": 1.0, "index": "query"},
+        ):
             cache = LowRankCache(bases(WIDTH), **chosen)
             np.testing.assert_array_equal(generated(model, cache, **options), right)
     finally:

@@ -167,7 +167,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     bases = [_basis(named, i, given) for i in range(n_segments)]
     names = (
         *("batch", "window", "n_sink", "n_sparse", "rotary", "drift_bound", "method"),
-        *("n_top", "top_p", "rank_index"),
+        *("n_top", "top_p", "rank_index", "index"),
     )
     is_coded = given["bits"] is not None or given["rtol"] is not None
     options = {name: given[name] for name in names} | given["score_options"]
@@ -219,7 +219,7 @@ def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
         maps = _of_heads(maps, check_rank(given["n_heads"], MOST))
     # By head, as a basis has them.
     maps = {name: x.reshape(*own, -1, *x.shape[-2:]) for name, x in maps.items()}
-    if given["bits"] is not None or given["rtol"] is not None:
+    if given["bits"] is not None or given["rtol"] is not None or given["index"] == "query":
         # The query heads share a map: how many they are is not in its shape.
         maps["wq"] = np.repeat(maps["wq"], check_rank(given["n_shared"], MOST), axis=-3)
     rank = (maps["wk"].shape[-1], maps["wv"].shape[-1])

@@ -22,7 +22,8 @@ from slra.integrations._transformers_rotary import turned
 
 __all__ = ["LowRankCache"]
 
-OPTIONS = {"window", "n_sink", "n_sparse", "dtype", "bits", "rtol", "n_top", "top_p", "rank_index"}
+OPTIONS = {"window", "n_sink", "n_sparse", "dtype", "bits", "rtol", "n_top", "top_p"}
+OPTIONS |= {"rank_index", "index"}
 # Below so many tokens maps may well be most of the bytes.
 LONG = 512
 
@@ -43,7 +44,8 @@ class LowRankCache(Cache):
         another kind than attention what is theirs, whatever basis they have.
     **options
         As for `slra.KVCache`: ``window``, ``n_sink``, ``n_sparse``, ``dtype``, ``bits``, ``rtol``. With ``n_top``,
-        ``top_p`` and ``rank_index`` the model must use an attention of `slra.integrations.transformers.register`.
+        ``top_p``, ``rank_index`` and ``index`` the model must use an attention of
+        `slra.integrations.transformers.register`.
 
     Attributes
     ----------
