@@ -376,6 +376,39 @@ def test_qr_of_a_tall_matrix_whatever_its_columns(cupy_table, dtype):
     assert np.all(np.isnan(cupy_table.qr(np.full_like(x, np.nan))[1][0]))
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64", "complex128"])
+def test_a_generator_of_its_own_draws_on_the_device(cupy_table, dtype):
+    import cupy
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 60, 5)) @ rng.standard_normal((3, 5, 300))
+    x = (x * (1 + 1j) if dtype.startswith("complex") else x).astype(dtype)
+    seeded, other = slra.randomized_svd(x, 5, rng=0), cupy.random.default_rng(0)
+    U, S, Vh = slra.randomized_svd(x, 5, rng=other, method="subspace")
+    np.testing.assert_allclose(S, seeded.S, rtol=50 * np.finfo(S.dtype).eps)
+    assert U.dtype == Vh.dtype == dtype
+    again = slra.randomized_svd(x, 5, rng=cupy.random.default_rng(0), method="subspace")
+    np.testing.assert_array_equal(U, again.U)
+    # The next numbers are others, and so are those that NumPy draws from the same seed.
+    real = cupy_table.real_dtype(x.astype("float32").dtype if dtype == "float16" else x.dtype)
+    like = np.empty(0, dtype="complex128" if dtype == "complex128" else real)
+    first, second = (cupy_table.test_matrix((400, 3), other, like) for _ in range(2))
+    assert np.all(first != second)
+    assert np.all(first != cupy_table.test_matrix((400, 3), 0, like))
+    # 1200 of them, or 2400 parts: four deviations of the mean of squares.
+    assert abs(np.mean(abs(first) ** 2) - 1) < 4 * np.sqrt(2 / 1200)
+    slra.randomized_eigh(x[0] @ np.conj(x[0]).T if dtype != "float16" else np.eye(40), 3, rng=other)
+    slra.estimate_error(x, (U * S[..., None, :].astype(dtype), Vh), rng=other)
+
+
+def test_a_generator_of_another_library_is_refused(cupy_table):
+    import cupy
+
+    with pytest.raises(TypeError, match=r"numpy\.random\.Generator or None, got HostGenerator"):
+        slra.prox.prox_nuclear(X, 0.5, rng=cupy.random.default_rng(0))
+
+
 SEGMENTED = [
     "step_products",
     "sum_abs",

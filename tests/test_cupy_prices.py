@@ -194,6 +194,18 @@ def random(*shape, dtype="float32"):
     return np.random.default_rng(0).standard_normal(shape).astype(dtype)
 
 
+def test_random_numbers_may_be_drawn_on_the_device(cupy_table):
+    import cupy
+
+    x = priced(random(40, 3000))
+    for rng, sent in ((0, 1), (cupy.random.default_rng(0), 0)):
+        with counting() as bill:
+            cupy_table.test_matrix((1000, 8), rng, x)
+        assert bill.names["asarray"] == sent
+        assert bill.names["standard_normal"] == 1 - sent
+        assert bill.launches == 1
+
+
 @pytest.mark.parametrize("n_matrices", [4, 64])
 def test_batches_are_decomposed_together(cupy_table, n_matrices):
     x = priced(random(n_matrices, 48, 40))

@@ -291,6 +291,22 @@ class CupyBackend(Backend):
         unit = kernel("unit_gram", gram)(gram, norms[..., :, None], norms[..., None, :])
         return unit, self.xp.astype(norms, gram.dtype, copy=False)
 
+    # Random numbers
+
+    def is_own_generator(self, rng: Any) -> bool:
+        """Draw by CuPy's generators."""
+        return isinstance(rng, cupy.random.Generator)
+
+    def test_matrix(self, shape: tuple[int, ...], rng: Any, like: Array) -> Array:
+        """Draw on the device, if that is what was given, in the precision that is asked for."""
+        if not self.is_own_generator(rng):
+            return super().test_matrix(shape, rng, like)
+        real = self.real_dtype(like.dtype)
+        if not self.is_complex(like):
+            return rng.standard_normal(shape, dtype=real)
+        parts = rng.standard_normal((*shape, 2), dtype=real)
+        return (parts * 0.5**0.5).view(like.dtype)[..., 0]
+
     # Sparse rows
 
     def keep_largest(self, x: Array, k: int) -> Array:
