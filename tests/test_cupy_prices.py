@@ -194,6 +194,18 @@ def random(*shape, dtype="float32"):
     return np.random.default_rng(0).standard_normal(shape).astype(dtype)
 
 
+def test_random_numbers_may_be_drawn_on_the_device(cupy_table):
+    import cupy
+
+    x = priced(random(40, 3000))
+    for rng, sent in ((0, 1), (cupy.random.default_rng(0), 0)):
+        with counting() as bill:
+            cupy_table.test_matrix((1000, 8), rng, x)
+        assert bill.names["asarray"] == sent
+        assert bill.names["standard_normal"] == 1 - sent
+        assert bill.launches == 1
+
+
 @pytest.mark.parametrize("n_matrices", [4, 64])
 def test_batches_are_decomposed_together(cupy_table, n_matrices):
     x = priced(random(n_matrices, 48, 40))
@@ -206,6 +218,45 @@ def test_batches_are_decomposed_together(cupy_table, n_matrices):
     with counting() as bill:
         cupy_table.triangular_factor(x[0])
     assert bill.solver_calls == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "jacobi", "one_by_one"),
+    [
+        ((64, 48, 48), 1, 0),
+        ((2, 20, 20), 1, 0),
+        # Jacobi's method takes a block of threads for each: a large matrix would have the device to itself.
+        ((1, 48, 48), 0, 1),
+        ((1, 1, 20, 20), 0, 1),
+        ((2, 100, 100), 0, 2),
+        ((48, 48), 0, 1),
+    ],
+)
+def test_eigenvalues_by_what_is_fit(cupy_table, shape, jacobi, one_by_one):
+    x = random(*shape)
+    g = priced(x @ x.swapaxes(-1, -2))
+    for call in (cupy_table.small_eigh, cupy_table.small_eigvalsh):
+        with counting() as bill:
+            call(g)
+        assert bill.names["syevjBatched"] == jacobi
+        assert bill.names["Xsyevd"] == one_by_one
+        assert bill.reads == jacobi
+        assert bill.launches <= 3 * one_by_one + 16 * jacobi + 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_tall_matrices_take_products(cupy_table, dtype):
+    """QR and SVD of one matrix: of cuSOLVER's, only those of small ones, and no SVD at all."""
+    x = priced(random(4000, 40, dtype=dtype))
+    with counting() as bill:
+        cupy_table.qr(x)
+        cupy_table.triangular_factor(x)
+    assert bill.names["qr"] == 0
+    assert bill.reads <= 8
+    with counting() as bill:
+        slra.truncated_svd(x, 8)
+    assert bill.names["qr"] == bill.names["svd"] == 0
+    assert bill.solver_calls <= 20
 
 
 @pytest.mark.parametrize("n_matrices", [4, 64])

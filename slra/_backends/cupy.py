@@ -14,6 +14,7 @@ import numpy as np
 from slra._backends.cholesky_qr import tall_qr
 from slra._backends.cupy_kernels import DEFINITIONS, KERNELS, kernel
 from slra._backends.cupy_products import product
+from slra._backends.elements import redo
 from slra._backends.gram_svd import gram_svd
 from slra._backends.standard import Backend, matrix_h
 from slra._backends.standard.attention import (
@@ -43,8 +44,14 @@ BLOCK, SIDE_BY_SIDE = 512, 32
 LEAST_FACTOR = 2.0**-10
 # Up to so many rows of a matrix are multiplied by threads that add up a product each, which saves launches.
 FEW_ROWS = 16
-# Longest side of the matrices whose SVDs cuSOLVER computes in a batch.
+# Longest side of the matrices whose SVDs cuSOLVER computes in a batch, and for which its batched eigenvalue solver, a
+# block of threads for each matrix, is made.
 LARGEST_IN_BATCH = 32
+# Entries of larger matrices for each that there is in a batch, up to which they are solved together. Not tuned: of 16
+# matrices of 48 x 48 it took half as long as one by one (NVIDIA/cudaq-algorithms#18), and its time grows with n^3.
+JACOBI_AREA = 1 << 8
+# Rows to a column from which on Cholesky-QR is taken of a single matrix. Not tuned.
+TALL = 4
 
 
 class CupyBackend(Backend):
@@ -80,22 +87,62 @@ class CupyBackend(Backend):
         return kernel("factor", g)(L, misfit, 8 * (n + 1) * float(xp.finfo(g.dtype).eps))
 
     def qr(self, y: Array) -> tuple[Array, Array]:
-        """Cholesky-QR of a batch, of which CuPy would take the matrices one by one."""
-        if math.prod(y.shape[:-2]) < 2:
+        """Cholesky-QR of batches, of which CuPy would take the matrices one by one, and of tall matrices."""
+        if not _by_products(y):
             return super().qr(y)
         return tall_qr(y, self, super().qr)
 
     def triangular_factor(self, x: Array) -> Array:
-        """Leave out the other factor, which takes as long."""
-        if math.prod(x.shape[:-2]) < 2:
+        """Leave out the other factor, which takes as long, where cuSOLVER is asked."""
+        if not _by_products(x):
             return cupy.linalg.qr(x, mode="r")
         return self.qr(x)[1]
 
     def small_svd(self, b: Array) -> tuple[Array, Array, Array]:
-        """Solve eigenvalue problems, which go in a batch, where CuPy would take the matrices one by one."""
-        if math.prod(b.shape[:-2]) < 2 or max(b.shape[-2:]) <= LARGEST_IN_BATCH:
+        """Solve eigenvalue problems: those of a batch go together, and cuSOLVER's SVD takes many times as long."""
+        if max(b.shape[-2:]) <= LARGEST_IN_BATCH or 0 in b.shape:
             return super().small_svd(b)
         return gram_svd(b, self, super().small_svd)
+
+    def small_eigh(self, g: Array) -> tuple[Array, Array]:
+        """Take matrices of a batch together by Jacobi's method where there are enough of them, and look at the result.
+
+        What CuPy 14.2 binds are cuSOLVER's ``syevjBatched``, which it takes for every batch, even of one matrix, and
+        ``Xsyevd`` for a matrix by itself (not ``XsyevBatched``). Whether Jacobi's method has converged CuPy does not
+        ask by default, and eigenvectors that are not orthonormal have been reported (pytorch#192483).
+        """
+        n_matrices, n = math.prod(g.shape[:-2]), g.shape[-1]
+        if g.ndim == 2 or not g.size:
+            return super().small_eigh(g)
+        if n_matrices == 1 or (n > LARGEST_IN_BATCH and n * n > JACOBI_AREA * n_matrices):
+            return self._eigh_each(g)
+        xp, (w, V) = self.xp, super().small_eigh(g)
+        overlaps = self.matmul(matrix_h(V, xp), V)
+        one = xp.eye(n, dtype=g.dtype), xp.ones_like(w)[..., None, :]
+        eps, largest = 16 * n * float(xp.finfo(g.dtype).eps), xp.max(xp.abs(w), axis=-1)
+        ok = (self._misfit(self.matmul(g, V), V, w[..., None, :]) <= eps * largest) & (
+            self._misfit(overlaps, *one) <= eps
+        )
+        w, V = redo(ok, (w, V), self._eigh_each, (g,), self)
+        return w, V
+
+    def _misfit(self, product: Array, vectors: Array, values: Array) -> Array:
+        """Largest difference between a product and vectors times values, for each matrix."""
+        axes = (product.ndim - 2, product.ndim - 1)
+        off = self._reduced("eigen_misfit", axes, product, vectors, values, join="max_part")
+        return off[..., 0, 0]
+
+    def _eigh_each(self, g: Array) -> tuple[Array, Array]:
+        """Take one matrix after the other, by divide and conquer."""
+        xp, n = self.xp, g.shape[-1]
+        each = xp.reshape(g, (-1, n, n))
+        found = [super(CupyBackend, self).small_eigh(each[i, ...]) for i in range(len(each))]
+        w, V = (xp.stack(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
+        return xp.reshape(w, g.shape[:-1]), xp.reshape(V, g.shape)
+
+    def small_eigvalsh(self, g: Array) -> Array:
+        """Take the vectors too, where they are what shows that the values are right."""
+        return super().small_eigvalsh(g) if g.ndim == 2 else self.small_eigh(g)[0]
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Shrink in one pass."""
@@ -243,6 +290,22 @@ class CupyBackend(Backend):
         norms = kernel("column_norm", squares)(squares, least)
         unit = kernel("unit_gram", gram)(gram, norms[..., :, None], norms[..., None, :])
         return unit, self.xp.astype(norms, gram.dtype, copy=False)
+
+    # Random numbers
+
+    def is_own_generator(self, rng: Any) -> bool:
+        """Draw by CuPy's generators."""
+        return isinstance(rng, cupy.random.Generator)
+
+    def test_matrix(self, shape: tuple[int, ...], rng: Any, like: Array) -> Array:
+        """Draw on the device, if that is what was given, in the precision that is asked for."""
+        if not self.is_own_generator(rng):
+            return super().test_matrix(shape, rng, like)
+        real = self.real_dtype(like.dtype)
+        if not self.is_complex(like):
+            return rng.standard_normal(shape, dtype=real)
+        parts = rng.standard_normal((*shape, 2), dtype=real)
+        return (parts * 0.5**0.5).view(like.dtype)[..., 0]
 
     # Sparse rows
 
@@ -562,6 +625,12 @@ class CupyBackend(Backend):
         """Fetch the values from the device."""
         values: np.ndarray[Any, Any] = cupy.asnumpy(x)
         return values
+
+
+def _by_products(y: Array) -> bool:
+    """Whether QR is made of products rather than by cuSOLVER."""
+    is_batch = math.prod(y.shape[:-2]) > 1
+    return 0 not in y.shape and (is_batch or y.shape[-2] >= TALL * y.shape[-1])
 
 
 def _one_run(buffer: Array, places: np.ndarray[Any, Any]) -> Array | None:

@@ -154,6 +154,12 @@ __device__ R slra_misfit(T product, T given, R left, R right, R pivot) {
     return off == off && pivot > R(0) ? off : R(CUDART_INF);
 }
 
+// How far a product of a matrix and a vector is from a multiple of the vector; NaN counts as infinite.
+template <typename T, typename R> __device__ R slra_eigen_misfit(T product, T vector, R value) {
+    const R off = abs(product - vector * value);
+    return off == off ? off : R(CUDART_INF);
+}
+
 template <typename T, typename R> __device__ T slra_kept(T x, R misfit, R limit) {
     return misfit <= limit ? x : T(R(CUDART_NAN));
 }
@@ -437,6 +443,14 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "{T} product, {T} given, {R} left, {R} right, {R} pivot",
         "{R} largest",
         "slra_misfit(product, given, left, right, pivot)",
+        "largest = a",
+        "a > b ? a : b",
+    ),
+    "eigen_misfit": Reduction(
+        REAL | COMPLEX,
+        "{T} product, {T} vector, {R} value",
+        "{R} largest",
+        "slra_eigen_misfit(product, vector, value)",
         "largest = a",
         "a > b ? a : b",
     ),

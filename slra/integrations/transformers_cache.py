@@ -22,10 +22,12 @@ from slra.attn.basis import AttentionBasis
 from slra.cache import KVCache
 from slra.integrations._transformers_cache_files import load_layers, save_layers
 from slra.integrations._transformers_layer import ATTEND
+from slra.integrations._transformers_rotary import turned
 
 __all__ = ["LowRankCache"]
 
-OPTIONS = {"window", "n_sink", "n_sparse", "dtype", "bits", "rtol", "n_top", "top_p", "rank_index"}
+OPTIONS = {"window", "n_sink", "n_sparse", "dtype", "bits", "rtol", "n_top", "top_p"}
+OPTIONS |= {"rank_index", "index"}
 # Tokens of each sequence, (B,).
 Padding = np.ndarray[Any, np.dtype[np.int64]]
 # Below so many tokens maps may well be most of the bytes.
@@ -41,13 +43,15 @@ class LowRankCache(Cache):
         One for each attention layer, in the order of the layers, or by their names, as `calibrate` returns them: the
         last number in a name says which layer it is. Layers without a basis (left out of a mapping, None in a sequence)
         keep exact keys and values. Of torch tensors on the layer's device, fitted with ``pool_batch=True`` to queries,
-        keys and values as attention gets them, after any rotary embedding.
+        keys and values as attention gets them, after any rotary embedding; with ``bits`` or ``rtol`` keys are stored
+        before it where `calibrate` was given its frequencies.
     config : transformers.PreTrainedConfig, optional
         That of the model. Layers that attend within a sliding window then keep the window only, exact, and layers of
         another kind than attention what is theirs, whatever basis they have.
     **options
         As for `slra.KVCache`: ``window``, ``n_sink``, ``n_sparse``, ``dtype``, ``bits``, ``rtol``. With ``n_top``,
-        ``top_p`` and ``rank_index`` the model must use an attention of `slra.integrations.transformers.register`.
+        ``top_p``, ``rank_index`` and ``index`` the model must use an attention of
+        `slra.integrations.transformers.register`.
 
     Attributes
     ----------
@@ -71,7 +75,8 @@ class LowRankCache(Cache):
 
     The tokens of one call (a prompt, a chunk of it, a turn of a chat) attend to each other exactly; those of later
     calls attend to what is left of them. Beam search works, and so does cropping, which assisted generation and prompt
-    look-up need.
+    look-up need. Where keys are stored before the rotary embedding, those kept exact are rounded to their dtype once
+    more, and a step rotates all keys.
 
     Sinks are the first real tokens of each sequence, and padding before them is not stored. Which are real is read off
     the ``attention_mask`` (batch, length) that a model makes its own mask of; where it makes none, as for a mask with
@@ -299,9 +304,18 @@ class _Layer(CacheLayerMixin):
         """Whether queries choose the keys that they read in full."""
         return any(self.options.get(name) is not None for name in ("n_top", "top_p"))
 
+    @property
+    def rotary(self) -> tuple[float, ...]:
+        """Frequencies of the rotation that keys are stored before; none where they are stored after it."""
+        return (self.cache and self.cache._contents.layout.rotary) or ()
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         assert self.basis is not None
-        self.cache = KVCache(self.basis, batch=tuple(key_states.shape[:1]), **self.options)
+        options, coding = self.options, self.basis.coding
+        is_coded = any(options.get(name) is not None for name in ("bits", "rtol"))
+        if is_coded and coding is not None and coding.rotary.shape[-1]:
+            options = options | {"rotary": coding.rotary[(0,) * (coding.rotary.ndim - 1)]}
+        self.cache = KVCache(self.basis, batch=tuple(key_states.shape[:1]), **options)
         self.padding = np.zeros(len(key_states), dtype=np.int64)
         self.is_initialized = True
 
@@ -335,6 +349,7 @@ class _Layer(CacheLayerMixin):
                 key_states.new_empty(shape), value_states.new_empty(shape), self._attend
             )
         k, v = self.cache.decode()
+        k = turned(k, self.rotary) if self.rotary else k
         k, v = k.to(key_states.dtype), v.to(value_states.dtype)
         if self.padding.any():
             # Beyond the length of a sequence there are zeros, which come to lie before it.
@@ -356,10 +371,14 @@ class _Layer(CacheLayerMixin):
         if has_sinks and padding is not None and padding.shape == lengths.shape:
             here = np.clip(padding - self.padding, 0, n_new)
             skipped = np.where(lengths == 0, here, skipped)
+        if skipped.any():
+            k, v = (_rolled(x, -skipped) for x in (k, v))
+        if self.rotary:
+            starts = zip(k, lengths, strict=True)
+            k = torch.stack([turned(x, self.rotary, int(n), back=True) for x, n in starts])
         if not skipped.any():
             self.cache = self.cache.append(k, v)
             return
-        k, v = (_rolled(x, -skipped) for x in (k, v))
         counts = n_new - skipped
         # What all have comes first: steps of a cache in bits are chosen by it.
         n = int(counts.min())

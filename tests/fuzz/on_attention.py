@@ -251,6 +251,7 @@ def _low_rank_args(draw: Any, *, fit: bool = False) -> dict[str, Any]:
     if fit:
         args["pool_batch"] = draw(st.booleans())
         args["across_heads"] = draw(st.booleans())
+        args["rotary"] = draw(st.sampled_from([None, [1.0]] if d > 1 else [None]))
     elif choice != "rtol":
         args["n_exact"] = draw(st.integers(0, m - 1))
         args["n_top"] = draw(st.integers(0, m + 1))
@@ -317,6 +318,7 @@ def _add_attention() -> None:
         _check_merge,
     )
     fit = {"rank": 2, "rtol": None, "method": "output", "pool_batch": False, "rng": None}
+    fit |= {"across_heads": False, "rotary": None}
     add(
         "fit_attention",
         public("fit_attention"),
