@@ -328,6 +328,19 @@ def test_sparse_rows_take_a_kernel_each_way(cupy_table):
     assert back.n_bytes <= 2.5 * x.nbytes
 
 
+@pytest.mark.parametrize(("shape", "most"), [((1, 200_000), 22), ((2000, 1500), 22)])
+def test_long_sparse_rows_are_not_sorted(cupy_table, shape, most):
+    """Each digit of eight bits is one read, those to write are found by another, and written by a last one."""
+    x = priced(random(*shape))
+    with counting() as bill:
+        cupy_table.largest_in_rows(x, shape[1] // 20)
+    assert bill.names["argsort"] == bill.names["sort"] == bill.reads == 0
+    assert bill.launches <= most
+    assert bill.n_bytes <= 9 * x.nbytes
+    # Nothing as large as x is made on the way, and counters of a row take what 256 numbers would.
+    assert bill.largest <= max(x.nbytes // 2, shape[0] * 4 * 1024)
+
+
 def test_a_sparse_matrix_of_cupyx_is_transposed_once():
     from slra._backends.sparse import products_of
 

@@ -14,6 +14,7 @@ import numpy as np
 from slra._backends.cholesky_qr import tall_qr
 from slra._backends.cupy_kernels import DEFINITIONS, KERNELS, kernel
 from slra._backends.cupy_products import product
+from slra._backends.cupy_select import MOST_ENTRIES, largest
 from slra._backends.elements import redo
 from slra._backends.gram_svd import gram_svd
 from slra._backends.standard import Backend, matrix_h
@@ -310,17 +311,22 @@ class CupyBackend(Backend):
     # Sparse rows
 
     def keep_largest(self, x: Array, k: int) -> Array:
-        """Rank each entry in its row; of long rows, where that takes too long, sort."""
+        """Rank each entry in its row; of long rows, where that takes too long, write those that are kept."""
         n = x.shape[-1]
         if n > LONGEST_RANKED or k == 0 or 0 in x.shape:
             return super().keep_largest(x, k)
         return kernel("keep_largest", x)(x, x, n, k)
 
     def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
-        """Rank each entry in its row, then write those that are kept."""
+        """Rank each entry in its row, or count the digits of long ones, then write those that are kept."""
         xp, n = self.xp, x.shape[-1]
-        if n > LONGEST_RANKED or not 0 < k <= n or 0 in x.shape:
+        if not 0 < k <= n or 0 in x.shape or x.size > MOST_ENTRIES:
             return super().largest_in_rows(x, k)
+        if n > LONGEST_RANKED:
+            lead = x.shape[:-1]
+            found, columns = largest(xp.reshape(x, (-1, n)), k)
+            columns = xp.astype(columns, index_dtype(xp, n), copy=False)
+            return xp.reshape(found, (*lead, k)), xp.reshape(columns, (*lead, k))
         kept = kernel("mark_largest", x)(x, x, n, k)
         values = xp.empty((*x.shape[:-1], k), dtype=x.dtype)
         columns = xp.empty(values.shape, dtype=xp.int32)
