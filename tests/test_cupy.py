@@ -19,6 +19,7 @@ from hypothesis import Phase
 
 import slra
 from slra._backends import backend_of
+from slra._backends.standard.attention import ScoreOptions
 from tests.cuda_host import host, nvrtc, prices
 from tests.cuda_host.cases import OPERANDS, check_values, primitives_and_dtypes
 
@@ -570,6 +571,37 @@ def test_attention_in_several_tiles(cupy_table, monkeypatch):
     eps = np.finfo("float64").eps
     np.testing.assert_allclose(ours[0], weights @ v / total[..., None], atol=50 * eps)
     np.testing.assert_allclose(ours[1], np.log(total), atol=50 * eps)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_of_parts_of_a_batch(cupy_table, monkeypatch, shared):
+    """Keys, masks and slopes may be those of all."""
+    from slra._backends import cupy as module
+
+    rng = np.random.default_rng(0)
+    q, grad = rng.standard_normal((2, 3, 4, 6, 5))
+    k, v = rng.standard_normal((2, *((1, 2) if shared else (3, 4)), 7, 5))
+    options = {"mask": rng.random((4, 6, 7)) < 0.7, "alibi": rng.random(4), "enable_gqa": shared}
+    options["causal_align"] = "top_left"
+    if shared:
+        k, v = (np.broadcast_to(x, (3, 2, 7, 5)) for x in (k, v))
+    whole = slra.attention(q, k, v, return_lse=True, **options)
+    grads = slra.attention_vjp(q, k, v, *whole, grad, **options)
+    monkeypatch.setattr(module, "TILE_BYTES", 8 * 6 * 7 * 2)
+    parts = slra.attention(q, k, v, return_lse=True, **options)
+    parts += tuple(slra.attention_vjp(q, k, v, *whole, grad, **options))
+    for ours, expected in zip(parts, (*whole, *grads), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=100 * np.finfo("float64").eps)
+    # Broadcast axes are cut along others, and summed.
+    given = [x[:, :, None] for x in (q, np.array(k[:1]), np.array(v[:1]))] if not shared else None
+    if given:
+        scores = cupy_table.attention(*given, None, ScoreOptions(0.5))
+        monkeypatch.undo()
+        for ours, expected in zip(
+            scores, cupy_table.attention(*given, None, ScoreOptions(0.5)), strict=True
+        ):
+            np.testing.assert_allclose(ours, expected, atol=100 * np.finfo("float64").eps)
 
 
 @needs_compiler

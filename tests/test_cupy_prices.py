@@ -102,6 +102,21 @@ def test_tiles_are_as_large_as_they_may_be(cupy_table, n_matrices, n_queries, n_
     assert n_matrices * height * width * 4 >= min(whole, 1 << 24)
 
 
+def test_matrices_beyond_number_are_taken_in_parts(cupy_table):
+    """Tiles of all of a million matrices would be a few entries of each, and each would read its keys again."""
+    q, k, v = qkv(1 << 20, 40, 40, 16)
+    with counting(is_dry=True) as bill:
+        out, lse = slra.attention(q, k, v, return_lse=True)
+    assert out.shape == q.shape
+    assert bill.largest <= max(1 << 26, out.nbytes)
+    # Scores are written, and read by two; weights likewise. Outputs are joined.
+    scores = 4 * 40 * 40 * (1 << 20)
+    assert bill.n_bytes <= 3 * q.nbytes + 5 * scores + 6 * out.nbytes
+    with counting(is_dry=True) as bill:
+        slra.attention_vjp(q, k, v, out, lse, out)
+    assert bill.n_bytes <= 12 * scores + 40 * q.nbytes
+
+
 VIEWS = {
     "contiguous": lambda x: x,
     "heads after tokens": lambda x: virtual((2, x.shape[-2], 8, x.shape[-1]), x.dtype).swapaxes(
