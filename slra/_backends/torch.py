@@ -454,6 +454,18 @@ class TorchBackend(Backend):
         at = (indices.reshape(-1, indices.shape[-1]) + starts[:, None]).reshape(-1)
         return x.reshape(-1, width).index_select(0, at).reshape(*indices.shape, width)
 
+    def few_features(self, q: Array, k: Array, places: Array) -> Array:
+        """Copy feature by feature, each of which is contiguous."""
+        few = [k[at].mT.index_select(0, places[at]) for at in np.ndindex(*places.shape[:-1])]
+        return q @ torch.stack(few).reshape(*places.shape, k.shape[-2]).to(q.dtype)
+
+    def rows_like(self, buffer: Array, n: int) -> Array:
+        """See which axis is the contiguous one."""
+        if buffer.stride(-1) <= buffer.stride(-2):
+            return super().rows_like(buffer, n)
+        by_feature = (*buffer.shape[:-2], buffer.shape[-1], n)
+        return torch.zeros(by_feature, dtype=buffer.dtype, device=buffer.device).mT
+
     def add_in_rows(self, x: Array, indices: Array, values: Array) -> Array:
         """Add where the entries belong."""
         return x.scatter_add(-1, indices, values)

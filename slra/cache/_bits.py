@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slra._backends.standard.bits import HEADER, PLANE, TOKENS, WHOLE, widths_of
-from slra._typing import Array, DType
+from slra._typing import Array, DType, Namespace
 from slra.attn.basis import AttentionBasis
 from slra.attn.coding import Coding, bits_at, steps_for, unit_of
 from slra.attn.maps import Maps
@@ -28,6 +28,7 @@ __all__ = [
     "coding_maps",
     "fitted_steps",
     "scaled_maps",
+    "unscaled_maps",
 ]
 
 GROWTH = 1.25
@@ -430,16 +431,22 @@ def _grown(buffer: Array, n_rows: int, layout: Layout, *, is_copy: bool = False)
 
 def coding_maps(basis: AttentionBasis, layout: Layout) -> Maps:
     """Lay the maps to the coordinates of a coding out as those of a basis, in units of the steps asked for."""
-    coding, xp = basis.coding, layout.xp
-    assert coding is not None
-    lead = 1 if layout.pool_batch else layout.n_batch
-    # Across heads they are those of one head, as wide as all of them.
-    shape = (lead, layout.n_coded, 1)
+    assert basis.coding is not None
+    maps = unscaled_maps(basis.coding, layout.xp)
+    steps = _steps(basis.coding, layout)
+    return scaled_maps(maps, [x.reshape(maps.wk.shape[:2]) for x in steps], layout)
+
+
+def unscaled_maps(coding: Coding, xp: Namespace) -> Maps:
+    """Lay the maps to the coordinates of a coding out, (lead, H, 1, ., .).
+
+    Across heads they are those of one head, as wide as all of them.
+    """
+    lead, n_coded = math.prod(coding.wk.shape[:-3]), coding.importance_k.shape[-2]
+    shape = (lead, n_coded, 1)
     wq, wk, wv = (xp.reshape(x, (*shape, -1, x.shape[-1])) for x in coding[:3])
     c, mu = (xp.reshape(x, (*shape, 1, -1)) for x in coding[3:5])
-    maps = Maps(wq, wk, wv, xp.matrix_transpose(wv), c, mu, ranks=())
-    steps = _steps(coding, layout)
-    return scaled_maps(maps, [x.reshape(lead, layout.n_coded) for x in steps], layout)
+    return Maps(wq, wk, wv, xp.matrix_transpose(wv), c, mu, ranks=())
 
 
 def _steps(coding: Coding, layout: Layout) -> list[Array]:

@@ -140,6 +140,7 @@ class Contents(NamedTuple):
             softcap=layout.score_options.softcap,
             enable_gqa=True,
             across_heads=layout.across_heads,
+            rotary=layout.rotary,
         )
         maps, dtype = maps_of(basis, layout), last.rows.dtype
         segment = Segment.empty(layout, maps, start, layout.window, dtype)

@@ -16,6 +16,7 @@ from slra.cache._bits import BitRows, ByteRows
 from slra.cache._checks import MOST, check_bits, check_options
 from slra.cache._contents import Contents
 from slra.cache._layout import Layout, map_arrays, named_arrays, on_host, with_arrays
+from slra.cache._maps_apart import check_given, with_maps, without_maps
 from slra.cache._parked import Coded, ParkedRows, codec, damaged_chunks, park, unparked
 from slra.cache._segment import FloatRows, laid_out
 
@@ -34,14 +35,16 @@ MOST_OF_HEADERS = 0.1
 NEAR = 0.005
 
 
-def save_contents(path: File, contents: Contents, bits: Any) -> None:
-    """Write what is in use to exactly this path; with an entropy code where bits are given."""
+def save_contents(path: File, contents: Contents, bits: Any, basis: Any) -> None:
+    """Write what is in use to exactly this path; with an entropy code where bits are given, without maps of a basis."""
     contents = _without_room(contents)
-    write_file(path, _content(contents) if bits is None else _parked(contents, bits))
+    if bits is not None:
+        contents = _parked(contents, bits)
+    write_file(path, _content(contents, basis))
 
 
-def _parked(contents: Contents, bits: Any) -> bytes:
-    """Content of a file that takes so many bits a number of the keys and of the values, headers and all."""
+def _parked(contents: Contents, bits: Any) -> Contents:
+    """Code rows in so many bits a number of the keys and of the values, headers and all."""
     asked, layout = np.asarray(check_bits(bits)), contents.layout
     held = [segment.rows for segment in contents.segments if isinstance(segment.rows, BitRows)]
     if not held:
@@ -64,10 +67,10 @@ def _parked(contents: Contents, bits: Any) -> bytes:
         if np.all((np.abs(took - asked) < NEAR * asked) | (is_finest & (took < asked))):
             break
         target = np.maximum(target - (took - asked), (1 - MOST_OF_HEADERS) * asked)
-    return _content(contents._replace(segments=tuple(segments)))
+    return contents._replace(segments=tuple(segments))
 
 
-def _content(contents: Contents) -> bytes:
+def _content(contents: Contents, basis: Any) -> bytes:
     backend = contents.layout.backend
     named, in_bfloat16 = {}, []
     for name, x in named_arrays(contents._replace(turns=None)).items():
@@ -82,6 +85,8 @@ def _content(contents: Contents) -> bytes:
         "n_segments": str(len(contents.segments)),
         "bfloat16": json.dumps(in_bfloat16),
     }
+    if basis is not None:
+        named, metadata["basis"] = without_maps(named, contents, basis)
     return safetensors_content(named, metadata)
 
 
@@ -103,13 +108,17 @@ def _described(layout: Layout) -> str:
     return json.dumps(fields | {"score_options": layout.score_options._asdict()}, sort_keys=True)
 
 
-def load_contents(path: File, like: Array, backend: Backend) -> Contents:
+def load_contents(path: File, like: Array, backend: Backend, basis: Any) -> Contents:
     """Read them back; ValueError where the file is not what `save_contents` writes."""
     try:
         named, metadata = read_safetensors(path, FORMAT, damaged_chunks)
     except ValueError as error:
         raise _not_one(path, error) from error
+    told = metadata.get("basis")
+    check_given(told, basis)
     try:
+        if told is not None:
+            named = with_maps(named, basis)
         in_bfloat16 = set(json.loads(metadata["bfloat16"]))
         template = _template(named, int(metadata["n_segments"]), metadata["layout"])
         _check_arrays(named, template)
@@ -158,7 +167,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     bases = [_basis(named, i, given) for i in range(n_segments)]
     names = (
         *("batch", "window", "n_sink", "n_sparse", "rotary", "drift_bound", "method"),
-        *("n_top", "top_p", "rank_index"),
+        *("n_top", "top_p", "rank_index", "index"),
     )
     is_coded = given["bits"] is not None or given["rtol"] is not None
     options = {name: given[name] for name in names} | given["score_options"]
@@ -171,7 +180,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     layout = layouts.pop()
     if is_coded:
         bits = None if given["bits"] is None else check_bits(given["bits"])
-        coded = {"bits": bits, "rtol": given["rtol"], "across_heads": given["across_heads"]}
+        coded = {"bits": bits, "rtol": given["rtol"], "across_heads": bool(given["across_heads"])}
         layout = dataclasses.replace(layout, **coded)
     described_now = _described(dataclasses.replace(layout, dtype=given["dtype"]))
     n_exact = layout.n_batch * layout.n_heads * layout.n_exact * layout.width
@@ -210,7 +219,7 @@ def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
         maps = _of_heads(maps, check_rank(given["n_heads"], MOST))
     # By head, as a basis has them.
     maps = {name: x.reshape(*own, -1, *x.shape[-2:]) for name, x in maps.items()}
-    if given["bits"] is not None or given["rtol"] is not None:
+    if given["bits"] is not None or given["rtol"] is not None or given["index"] == "query":
         # The query heads share a map: how many they are is not in its shape.
         maps["wq"] = np.repeat(maps["wq"], check_rank(given["n_shared"], MOST), axis=-3)
     rank = (maps["wk"].shape[-1], maps["wv"].shape[-1])
