@@ -366,9 +366,11 @@ class CupyBackend(Backend):
         axis, parts = cut
         found = []
         for part in parts:
-            given = (_part(x, axis - 2, part) for x in (q, k, v, mask))
-            alibi = _part(options.alibi, axis - 2, part)
-            found.append(self.attention(*given, options._replace(alibi=alibi)))
+            *given, mask_part, alibi = (
+                _part(x, axis - 2, part) for x in (q, k, v, mask, options.alibi)
+            )
+            one = options._replace(alibi=alibi)
+            found.append(self.attention(given[0], given[1], given[2], mask_part, one))
         outs, lses = zip(*found, strict=True)
         return self.xp.concat(outs, axis=axis - 2), self.xp.concat(lses, axis=axis - 1)
 
@@ -390,12 +392,17 @@ class CupyBackend(Backend):
         axis, parts = cut
         found = []
         for part in parts:
-            given = [_part(x, axis - 2, part) for x in (q, k, v, mask)]
-            alibi = _part(options.alibi, axis - 2, part)
-            sums = (_part(x, axis - 1, part) for x in (lse, delta))
-            options_of_part = options._replace(alibi=alibi)
-            out = _part(grad_out, axis - 2, part)
-            found.append(self.attention_vjp(*given, options_of_part, *sums, out))
+            *given, mask_part, alibi = (
+                _part(x, axis - 2, part) for x in (q, k, v, mask, options.alibi)
+            )
+            one = options._replace(alibi=alibi)
+            sums = [_part(x, axis - 1, part) for x in (lse, delta)]
+            grad = _part(grad_out, axis - 2, part)
+            found.append(
+                self.attention_vjp(
+                    given[0], given[1], given[2], mask_part, one, sums[0], sums[1], grad
+                )
+            )
         dq, dk, dv = (
             self.xp.concat(grads, axis=axis - 2) if _has(x, axis - 2) else sum(grads)
             for x, grads in zip((q, k, v), zip(*found, strict=True), strict=True)
@@ -696,7 +703,7 @@ def _cut(lead: tuple[int, ...], q: Array, k: Array) -> tuple[int, list[slice]] |
 
 def _has(x: Array, axis: int) -> bool:
     """Whether an array has more than one element along an axis, counted from the last."""
-    return x.ndim >= -axis and x.shape[axis] > 1
+    return bool(x.ndim >= -axis and x.shape[axis] > 1)
 
 
 def _part(x: Array | None, axis: int, part: slice) -> Array | None:
