@@ -170,11 +170,7 @@ def _check_rank_index(rank_index: Any, width: int, *, chooses: bool) -> int | No
 
 def _check_choosing(layout: Layout) -> None:
     """Raise where an option does not go with queries that choose."""
-    others: dict[str, Any] = {
-        "n_sparse": layout.n_sparse or None,
-        "bits": layout.bits,
-        "rtol": layout.rtol,
-    }
+    others: dict[str, Any] = {"n_sparse": layout.n_sparse or None}
     others |= {"rotary": layout.rotary, "drift_bound": layout.drift_bound}
     for name, given in others.items():
         if given is not None:
