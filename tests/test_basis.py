@@ -241,9 +241,10 @@ def test_a_basis_for_each_batch_element_cannot_be_folded():
 
 
 @EAGER
-def test_a_saved_basis_comes_back(xp, tmp_path):
+@pytest.mark.parametrize("across_heads", [False, True])
+def test_a_saved_basis_comes_back(xp, across_heads, tmp_path):
     arrays = [to_xp(xp, x) for x in decaying()]
-    basis = slra.fit_attention(*arrays, rtol=0.2)
+    basis = slra.fit_attention(*arrays, rtol=0.2, across_heads=across_heads)
     basis.save(tmp_path / "basis")
     back = slra.AttentionBasis.load(tmp_path / "basis", like=arrays[0])
     assert back.ranks == basis.ranks
@@ -252,6 +253,8 @@ def test_a_saved_basis_comes_back(xp, tmp_path):
         one, other = to_numpy(getattr(back, name)), to_numpy(getattr(basis, name))
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
+    for one, other in zip(back.coding, basis.coding, strict=True):
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
     assert back.is_held_out == basis.is_held_out
     assert back.attend(*arrays).shape == basis.attend(*arrays).shape
 
@@ -278,6 +281,8 @@ TAMPERED = {
     "ranks": lambda path: _rewrite(path, ranks=np.asarray([[3, 9], [3, 3]])),
     "nan": lambda path: _rewrite(path, mu=np.full((2, 1, 6), np.nan)),
     "dtype": lambda path: _rewrite(path, mu=np.zeros((2, 1, 6), dtype=np.float32)),
+    "rates of all heads": lambda path: _rewrite(path, coding_rate_k=np.zeros((1, 33))),
+    "a map of all heads": lambda path: _rewrite(path, coding_wk=np.zeros((2, 8, 16))),
 }
 
 

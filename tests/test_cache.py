@@ -5,6 +5,7 @@ import doctest
 import functools
 import gc
 import io
+import json
 import sys
 from importlib.util import find_spec
 
@@ -42,9 +43,10 @@ def tokens(n=40, seed=0, batch=(), dtype="float64"):
 
 
 @functools.cache
-def basis_of(rank, method="output"):
+def basis_of(rank, method="output", across_heads=False):
     q, k, v = tokens(60, seed=9)
-    return slra.fit_attention(q, k, v, rank, method=method, enable_gqa=True)
+    options = {"method": method, "across_heads": across_heads, "enable_gqa": True}
+    return slra.fit_attention(q, k, v, rank, **options)
 
 
 def moved(basis, xp):
@@ -199,6 +201,9 @@ ALL_KEYS = [
     {"top_p": 1.0, "n_top": 64, "rank_index": 5},
     {"n_top": 64, "rank_index": 1},
     {"n_top": 0, "rank_index": D},
+    {"top_p": 1.0, "index": "query"},
+    {"n_top": 64, "index": "query", "rank_index": (1, 2)},
+    {"n_top": 0, "index": "query", "rank_index": (D, DV)},
 ]
 
 
@@ -491,20 +496,26 @@ def test_with_a_capacity_memory_stays(xp):
 def read_in_part(q, k, v, basis, how, **asked):
     """Output, log-sum-exp and what is left, of the last queries of one sequence, each key chosen or not in a table."""
     parts = [how.get(name, 0) for name in ("window", "n_sink")]
-    index = how.get("rank_index", D // 4)
-    low, whole = (stood_for(k, v, cut(basis, r), *parts, 0) for r in (index, max(D, DV)))
+    ranks = np.broadcast_to(how.get("rank_index", D // 4), 2)
+    low = [stood_for(k, v, cut(basis, r), *parts, 0) for r in (*ranks, max(D, DV))]
+    (low_k, _), (_, low_v), (all_k, all_v) = low
+    by_row = [low_k] * q.shape[-2]
+    if how.get("index") == "query":
+        all_k = np.repeat(k, HQ // HK, axis=0)
+        by_row = [by_its_features(x, all_k, basis, ranks[0], *parts) for x in np.moveaxis(q, -2, 0)]
     place = np.arange(k.shape[-2])
     is_exact = (place < parts[1]) | (place >= len(place) - parts[0])
-    return read_of(q, low, whole, is_exact, how, asked)
+    return read_of(q, (by_row, low_v), (all_k, all_v), is_exact, how, asked)
 
 
 def read_of(q, low, whole, is_exact, how, asked):
-    """The same of keys and values in their leading coordinates and in all, of each query head."""
-    (low_k, low_v), (all_k, all_v) = low, whole
-    shared, n = HQ // HK, low_k.shape[-2]
+    """The same of keys and values in their leading coordinates and in all; of the former keys for each query."""
+    (by_row, low_v), (all_k, all_v) = low, whole
+    shared, n = HQ // HK, all_k.shape[-2]
     asked |= {"is_causal": True, "scale": how.get("scale"), "softcap": how.get("softcap")}
     eye, place = np.broadcast_to(np.eye(n), (HQ, n, n)), np.arange(n)
-    mass = naive_attention(q, low_k, eye, **asked)[0].reshape(HK, shared, -1, n).sum(1)
+    weights = [naive_attention(q, x, eye, **asked)[0][:, i] for i, x in enumerate(by_row)]
+    mass = np.stack(weights, axis=1).reshape(HK, shared, -1, n).sum(1)
     mass = np.where(is_exact, 0, mass)
     order = np.argsort(-mass, axis=-1, kind="stable")
     ranked = np.take_along_axis(mass, order, axis=-1)
@@ -514,7 +525,7 @@ def read_of(q, low, whole, is_exact, how, asked):
     is_chosen = np.take_along_axis(needed, np.argsort(order, axis=-1), axis=-1)
     is_chosen = np.repeat(is_chosen, shared, axis=0)[..., None]
     rows = []
-    for i in range(q.shape[-2]):
+    for i, low_k in enumerate(by_row):
         keys, values = (
             np.where(is_chosen[:, i], a, b) for a, b in ((all_k, low_k), (all_v, low_v))
         )
@@ -523,6 +534,16 @@ def read_of(q, low, whole, is_exact, how, asked):
         is_left = ~(is_chosen[:, i, :, 0] | is_exact)
         rows.append((out[:, i], lse[:, i], np.sum(weights[:, i] * is_left, axis=-1)))
     return [np.stack(x, axis=1) for x in zip(*rows, strict=True)]
+
+
+def by_its_features(q, k, basis, n_features, window, n_sink):
+    """Keys of each query head in the features where the query, and those that share the keys, are largest together."""
+    c = np.repeat(basis.c, HQ // HK, axis=0)
+    sizes = np.repeat(np.abs(q).reshape(HK, -1, D).sum(1), HQ // HK, axis=0)
+    is_largest = sizes >= np.sort(sizes, axis=-1)[:, D - n_features, None]
+    place = np.arange(k.shape[-2])[:, None]
+    is_exact = (place < n_sink) | (place >= k.shape[-2] - window)
+    return np.where(is_exact | is_largest[:, None, :], k, c)
 
 
 def cut(basis, rank):
@@ -539,6 +560,8 @@ CHOICES = {
     "both": {"n_top": 6, "top_p": 0.6, "n_sink": 1, "rank_index": 5},
     "none": {"n_top": 0, "rank_index": 1, "window": 3},
     "by head": {"n_top": (3, 40), "n_sink": 1},
+    "features": {"n_top": (40, 4), "n_sink": 1, "index": "query", "rank_index": (3, 2)},
+    "features, softcap": {"top_p": 0.7, "softcap": 2.0, "index": "query", "rank_index": [5, 1]},
 }
 
 
@@ -552,16 +575,19 @@ def test_each_query_reads_a_few_keys_in_full(xp, case):
     cache = appended(cache, to_xp(xp, k), to_xp(xp, v), [20, 1, 0, 9, 10])
     for asked in ({}, {"window": (20, 0), "sinks": SINKS, "alibi": SLOPES}):
         given = structure_to_xp(xp, asked)
-        found = cache.attend(to_xp(xp, q[:, -3:]), return_lse=True, return_rest=True, **given)
         right = read_in_part(q[:, -3:], k, v, basis, CHOICES[case], **asked)
-        for one, other in zip(found, right, strict=True):
-            np.testing.assert_allclose(to_numpy(one), other, rtol=0, atol=1e-12)
+        for m in (3, 1):
+            last = to_xp(xp, q[:, -m:])
+            found = cache.attend(last, return_lse=True, return_rest=True, **given)
+            for one, other in zip(found, right, strict=True):
+                np.testing.assert_allclose(to_numpy(one), other[:, -m:], rtol=0, atol=1e-12)
 
 
-def test_what_a_query_chooses_does_not_depend_on_the_others(monkeypatch, tmp_path):
+@pytest.mark.parametrize("index", [{}, {"index": "query", "rank_index": (3, 2)}])
+def test_what_a_query_chooses_does_not_depend_on_the_others(monkeypatch, tmp_path, index):
     """Nor on how many are computed at once; and a cache that was written, cropped or selected from chooses the same."""
     q, k, v = tokens(batch=(2,))
-    basis, options = basis_of((6, 5)), {"n_top": 9, "top_p": 0.9, "window": 3, "n_sink": 1}
+    basis, options = basis_of((6, 5)), {"n_top": 9, "top_p": 0.9, "window": 3, "n_sink": 1} | index
     cache = slra.KVCache(basis, batch=(2,), **options)
     cache = cache.append(k, v, lengths=np.asarray([40, 31]))
     asked = {"return_lse": True, "return_rest": True}
@@ -598,6 +624,7 @@ def test_heads_get_as_few_keys_as_keep_to_rtol(monkeypatch):
     cache = slra.KVCache.from_prefix(q, k, v, rtol=0.2, n_top="auto", n_sink=2)
     assert np.all(cache.error <= 0.2)
     layout = cache._contents.layout
+    assert layout.index == "leading"
     assert layout.n_top[0] < 100
     assert layout.n_top[1] == _layout.ALL
     (early,), _ = made[0]
@@ -608,6 +635,12 @@ def test_heads_get_as_few_keys_as_keep_to_rtol(monkeypatch):
     last = cache.attend(q[:, -1:])
     exact, _ = naive_attention(q[:, -1:], k, v, enable_gqa=True)
     np.testing.assert_allclose(last[2:], exact[2:], rtol=0, atol=1e-10)
+    # Two features of each query are large, other ones each time: no basis has them all among its first.
+    large = np.argsort(rng.random(q[::2].shape), axis=-1)[..., :2]
+    sparse = np.repeat(np.where((np.arange(D) == large[..., None]).any(-2), 6, 0.1), 2, axis=0)
+    cache = slra.KVCache.from_prefix(sparse * np.sign(q), k, v, rtol=0.3, n_top="auto")
+    assert cache._contents.layout.index == "query"
+    assert np.all(cache.error <= 0.3)
     for options in ({"n_top": "auto"}, {"n_top": "auto", "rtol": 0.1, "top_p": 0.5}):
         with pytest.raises(ValueError, match='n_top="auto" must come with rtol'):
             slra.KVCache.from_prefix(q, k, v, **options)
@@ -679,10 +712,11 @@ def test_under_jit_sequences_differ_in_length_and_an_overflow_shows():
     assert not np.any(np.isnan(out[1]))
 
 
-def test_under_jit_queries_choose():
+@pytest.mark.parametrize(("index", "m"), [("leading", 20), ("query", 1)])
+def test_under_jit_queries_choose(index, m):
     jax = pytest.importorskip("jax")
     q, k, v = tokens(20, batch=(2,))
-    options = {"n_top": 4, "top_p": 0.7, "window": 2, "batch": (2,)}
+    options = {"n_top": 4, "top_p": 0.7, "window": 2, "batch": (2,), "index": index}
     lengths = np.asarray([20, 13])
     cache = slra.KVCache(moved(basis_of((6, 5)), jax.numpy), capacity=22, **options)
     host = slra.KVCache(basis_of((6, 5)), **options).append(k, v, lengths=lengths)
@@ -690,11 +724,12 @@ def test_under_jit_queries_choose():
     @jax.jit
     def step(cache, q, k, v, lengths):
         cache = cache.append(k, v, lengths=lengths)
-        return cache.attend(q, lengths=lengths, return_lse=True, return_rest=True)
+        return cache.attend(q, lengths=asked, return_lse=True, return_rest=True)
 
+    q, asked = (q, lengths) if m > 1 else (q[..., -1:, :], None)
     found = step(cache, *(jax.numpy.asarray(x) for x in (q, k, v, lengths)))
     for one, right in zip(
-        found, host.attend(q, lengths=lengths, return_lse=True, return_rest=True), strict=True
+        found, host.attend(q, lengths=asked, return_lse=True, return_rest=True), strict=True
     ):
         np.testing.assert_allclose(one, right, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="n_top must be given besides top_p"):
@@ -773,7 +808,13 @@ BITS = {
     "window and sinks": {"window": 7, "n_sink": 3},
     "softcap": {"window": 4, "softcap": 2.0, "scale": 0.5},
     "rotary": {"n_sink": 2, "rotary": FREQUENCIES},
+    "across heads": {"window": 7, "n_sink": 3, "softcap": 2.0},
+    "across heads, rotary": {"rotary": FREQUENCIES},
 }
+
+
+def coded_basis(case):
+    return basis_of((4, 3), across_heads=case.startswith("across heads"))
 
 
 @EAGER
@@ -813,7 +854,7 @@ def test_in_bits_it_is_attention_to_what_it_stands_for(xp, case):
     q, k, v = tokens(70)
     caches = []
     for sizes in ([70], [20, 1, 0, 9, 1, 30, 9]):
-        cache = slra.KVCache(moved(basis_of((4, 3)), xp), bits=(3, 4), **options)
+        cache = slra.KVCache(moved(coded_basis(case), xp), bits=(3, 4), **options)
         caches.append(appended(cache, to_xp(xp, k), to_xp(xp, v), sizes))
     whole, cache = caches
     low_k, low_v = (to_numpy(x) for x in cache.decode())
@@ -841,12 +882,13 @@ def test_in_bits_it_is_attention_to_what_it_stands_for(xp, case):
     st.floats(0.6, 9.5) | st.none(),
     st.lists(st.integers(0, 40), min_size=1, max_size=4),
     st.sampled_from([0, 1e-30, 1e-3, 1e3]),
+    st.booleans(),
 )
-def test_the_error_bound_holds_for_each_token(seed, dtype, bits, sizes, outlier):
+def test_the_error_bound_holds_for_each_token(seed, dtype, bits, sizes, outlier, across_heads):
     """Whatever the text: of another scale than the fit's, far off its mean, with outliers."""
     rng = np.random.default_rng(seed)
     q, k, v = tokens(60, seed=seed, dtype=dtype)
-    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True)
+    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True, across_heads=across_heads)
     other = [
         (rng.standard_normal((HK, sum(sizes), d)) * 4 ** rng.standard_normal(d)).astype(dtype)
         for d in (D, DV)
@@ -882,6 +924,95 @@ def test_rtol_bounds_the_coordinates_and_bits_are_those_asked_for():
         worst = np.linalg.norm(error @ to, axis=-1) / size
         assert np.max(worst) <= 0.05 * (1 + 1e-9)
         assert np.max(worst) > 0.02
+
+
+def test_across_heads_what_they_have_in_common_is_stored_once():
+    """Keys and values of each head are a map of the same numbers: two thirds of the bits say more, of every head."""
+    rng = np.random.default_rng(0)
+    q, common = rng.standard_normal((4, 2, 600, 8)), rng.standard_normal((4, 600, 8))
+    common *= 0.7 ** np.arange(8)
+    k, v = np.einsum("bnd,xhde->xbhne", common, rng.standard_normal((2, 2, 8, 8)))
+    for pool_batch in (False, True):
+        fit = {"pool_batch": pool_batch, "is_causal": True}
+        each, both = (
+            slra.fit_attention(q, k, v, 8, across_heads=across_heads, **fit)
+            for across_heads in (False, True)
+        )
+        errors = []
+        for basis, bits in ((each, 6), (both, 4)):
+            cache = slra.KVCache(basis, batch=(4,), bits=bits).append(k, v)
+            np.testing.assert_allclose(cache.bits, bits, rtol=0.06)
+            low_k, low_v = cache.decode()
+            # In the units of each head.
+            error = (low_k - k) @ each.coding.wk, low_v - v
+            errors.append([np.std(x, axis=(0, 2, 3)) for x in error])
+        assert np.all(np.stack(errors[1]) < 0.8 * np.stack(errors[0]))
+        coding, d = both.coding, 16
+        lead = coding.wk.shape[:-3]
+        to, back, of_values = (x.reshape(*lead, d, d) for x in (coding.wk, coding.wq, coding.wv))
+        eye = np.broadcast_to(np.eye(d), to.shape)
+        np.testing.assert_allclose(back @ np.swapaxes(to, -1, -2), eye, atol=1e-8)
+        np.testing.assert_allclose(of_values @ np.swapaxes(of_values, -1, -2), eye, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_before_a_rotation_coordinates_are_those_of_what_comes_after_it(is_causal):
+    """Values count by attention after it, keys by the queries at the distances from which they are seen."""
+    q, k, v = (x[:2] for x in tokens(200))
+    coding = slra.fit_attention(q, k, v, 3, rotary=FREQUENCIES, is_causal=is_causal).coding
+    np.testing.assert_array_equal(coding.rotary, np.broadcast_to(FREQUENCIES, (2, 3)))
+    seen = np.tril(np.ones((200, 200), bool)) if is_causal else np.ones((200, 200), bool)
+    scores = np.where(seen, rotated(q) @ np.swapaxes(rotated(k), -1, -2) / D**0.5, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    received = np.sum(weights**2, axis=-2)
+    received = received / received.sum(-1, keepdims=True) + 0.01 / 200
+    received /= received.sum(-1, keepdims=True)
+    np.testing.assert_allclose(coding.mu[:, 0], np.einsum("hn,hnd->hd", received, v), atol=1e-12)
+    np.testing.assert_allclose(coding.c[:, 0], np.mean(k, axis=1), atol=1e-12)
+    n = len(FREQUENCIES)
+    moment, places = 0, np.arange(200)
+    for key in places:
+        turn = np.exp(1j * (places - key)[:, None] * np.asarray(FREQUENCIES))
+        z = (q[..., :n] + 1j * q[..., n : 2 * n]) * turn
+        small = np.concatenate([z.real, z.imag, q[..., 2 * n :]], axis=-1) @ coding.wq
+        # Each query has a weight of one.
+        share = seen[:, key] / seen.sum(axis=1) / 200
+        moment = moment + np.swapaxes(small, -1, -2) @ (small * share[:, None])
+    # A sample of four distances a query.
+    np.testing.assert_allclose(moment, np.broadcast_to(np.eye(D), moment.shape), atol=0.2)
+
+
+def test_a_rotation_by_no_angle_is_none():
+    q, k, v = tokens(60)
+    none = slra.fit_attention(q, k, v, 3, enable_gqa=True).coding
+    still = slra.fit_attention(q, k, v, 3, enable_gqa=True, rotary=[0.0]).coding
+    for one, other in zip(none[3:-1], still[3:-1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_basis_before_a_rotation_is_for_a_cache_with_the_same():
+    q, k, v = tokens(60)
+    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True, rotary=FREQUENCIES)
+    slra.KVCache(basis, bits=4, rotary=np.float32(FREQUENCIES)).append(k, v)
+    for wrong in (None, FREQUENCIES[:2], (1.0, 0.3, 0.06)):
+        with pytest.raises(ValueError, match="rotary must be what the basis was fitted with"):
+            slra.KVCache(basis, bits=4, rotary=wrong)
+    with pytest.raises(ValueError, match="rotary must be 1 to 4 frequencies, half of D"):
+        slra.fit_attention(q, k, v, 3, enable_gqa=True, rotary=np.ones(5))
+    prefix = slra.KVCache.from_prefix(q, k, v, bits=4, rotary=FREQUENCIES, across_heads=True)
+    assert prefix._contents.layout.across_heads
+
+
+def test_across_one_head_is_that_head():
+    q, k, v = tokens(60)
+    for some in (np.s_[:1], np.s_[0]):
+        one, other = (
+            slra.fit_attention(q[some], k[some], v[some], 3, across_heads=across_heads)
+            for across_heads in (False, True)
+        )
+        for x, y in zip(one.coding, other.coding, strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 def test_in_bits_drift_starts_another_segment():
@@ -974,7 +1105,7 @@ def test_a_parked_cache_is_attention_to_what_it_stands_for(xp, case, codec):
     options = BITS[case]
     q, k, v = tokens(70)
     like = to_xp(xp, q)
-    cache = slra.KVCache(moved(basis_of((4, 3)), xp), bits=(6, 7), **options)
+    cache = slra.KVCache(moved(coded_basis(case), xp), bits=(6, 7), **options)
     cache = appended(cache, to_xp(xp, k[:, :69]), to_xp(xp, v[:, :69]), [20, 1, 48])
     before = [to_numpy(x) for x in cache.decode()]
     back, _ = parked(cache, (3, 4), like)
@@ -1052,6 +1183,54 @@ def test_a_file_takes_the_bits_asked_for_and_hardly_more_than_the_entropy(bits, 
     assert np.abs(coded_integers(few)[0]).max() >= 1
 
 
+@pytest.mark.parametrize("case", ["plain", "across heads, rotary"])
+@pytest.mark.parametrize("bits", [None, 3])
+def test_a_file_without_maps_comes_back_by_the_basis(case, bits, codec):
+    basis, (_, k, v) = coded_basis(case), tokens(300)
+    cache = slra.KVCache(basis, bits=6, n_sink=1, **BITS[case]).append(k, v)
+    (whole, apart) = io.BytesIO(), io.BytesIO()
+    cache.save(whole, bits=bits)
+    cache.save(apart, bits=bits, basis=basis)
+    maps = cache._contents.segments[0].maps
+    n_bytes = sum(x.nbytes for x in maps[:-1])
+    assert len(apart.getvalue()) < len(whole.getvalue()) - 0.8 * n_bytes
+    right = slra.KVCache.load(io.BytesIO(whole.getvalue()))
+    back = slra.KVCache.load(io.BytesIO(apart.getvalue()), basis=basis)
+    for one, other in zip(back.decode(), right.decode(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+    assert back.bits == right.bits
+    # Again, after it was loaded.
+    again = io.BytesIO()
+    back.save(again, basis=basis)
+    assert slra.KVCache.load(io.BytesIO(again.getvalue()), basis=basis).bits == back.bits
+    other = basis_of(3, across_heads=not case.startswith("across"))
+    for wrong, match in (
+        (None, "basis must be given: the file was saved without its maps"),
+        (other, "basis must be the one that the file was saved with"),
+        (_without_coding(basis), "basis must have heads and its coding"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            slra.KVCache.load(io.BytesIO(apart.getvalue()), basis=wrong)
+    with pytest.raises(ValueError, match="basis must be None: the file has its maps"):
+        slra.KVCache.load(io.BytesIO(whole.getvalue()), basis=basis)
+    with pytest.raises(ValueError, match="basis must be the one that the cache was made with"):
+        cache.save(io.BytesIO(), basis=other)
+    with pytest.raises(ValueError, match="basis must be None for a cache of floats"):
+        slra.KVCache(basis).append(k, v).save(io.BytesIO(), basis=basis)
+
+
+@pytest.mark.parametrize("change", [-1, 0, np.inf, np.nan])
+def test_tampered_steps_are_one_clear_error(change, tmp_path, codec):
+    basis, (_, k, v), path = basis_of(3), tokens(), tmp_path / "cache"
+    slra.KVCache(basis, bits=6).append(k, v).save(path, basis=basis)
+    _rewritten(path, lambda named, meta: named["segments.0.step_v"].__imul__(change))
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path, basis=basis)
+    _rewritten(path, lambda named, meta: named.pop("segments.0.step_k"))
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path, basis=basis)
+
+
 def test_numbers_far_from_the_fit_are_coded_too(codec):
     """A mean that is many deviations off, an outlier, coordinates of one value: models fit them, or say how much."""
     q, k, v = tokens(60, seed=9)
@@ -1097,12 +1276,60 @@ NO_CHUNKS = {
 }
 
 
+def _of_layout(**fields):
+    return lambda named, meta: meta.update(
+        layout=json.dumps(json.loads(meta["layout"]) | fields, sort_keys=True)
+    )
+
+
+OTHER_HEADS = {
+    "each by itself": _of_layout(across_heads=False),
+    "not a boolean": _of_layout(across_heads=2),
+    "one": _of_layout(n_heads=1),
+    "none": _of_layout(n_heads=0),
+    "more than features": _of_layout(n_heads=40),
+    "no number": _of_layout(n_heads="2"),
+    "maps of one": lambda named, meta: named.update(
+        {
+            name: np.ascontiguousarray(x[..., : x.shape[-1] // 2])
+            for name, x in named.items()
+            if ".maps." in name
+        }
+    ),
+    "maps with another axis": lambda named, meta: named.update(
+        {
+            name: np.ascontiguousarray(np.swapaxes(x, 1, 3))
+            for name, x in named.items()
+            if ".maps." in name
+        }
+    ),
+    "a half for each": lambda named, meta: named.update(
+        {"segments.0.rows.half_k": np.repeat(named["segments.0.rows.half_k"], 2, axis=1)}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_HEADS.values(), ids=OTHER_HEADS)
+@pytest.mark.parametrize("bits", [None, 3])
+def test_a_tampered_file_of_heads_together_is_one_clear_error(change, bits, tmp_path, codec):
+    _, k, v = tokens()
+    path = tmp_path / "cache"
+    cache = slra.KVCache(basis_of((4, 3), across_heads=True), bits=6, n_sink=1).append(k, v)
+    cache.save(path, bits=bits)
+    slra.KVCache.load(path)
+    _rewritten(path, change)
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path)
+
+
 @pytest.mark.parametrize("change", NO_CHUNKS.values(), ids=NO_CHUNKS)
-def test_a_tampered_parked_file_is_one_clear_error(change, tmp_path, codec):
+@pytest.mark.parametrize("across_heads", [False, True], ids=["each head", "across heads"])
+def test_a_tampered_parked_file_is_one_clear_error(change, across_heads, tmp_path, codec):
     _, k, v = tokens()
     k[1, 33] = 1e30
     path = tmp_path / "cache"
-    slra.KVCache(basis_of((4, 3)), bits=6, n_sink=1).append(k, v).save(path, bits=3)
+    basis = basis_of((4, 3), across_heads=across_heads)
+    slra.KVCache(basis, bits=6, n_sink=1).append(k, v).save(path, bits=3)
     slra.KVCache.load(path)
     _rewritten(path, lambda named, meta: change(named))
     with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
@@ -1243,7 +1470,7 @@ def test_in_bits_each_query_reads_a_few_keys_in_full(xp, case):
     for asked in ({}, {"window": (20, 0), "sinks": SINKS, "alibi": SLOPES}):
         given = structure_to_xp(xp, asked)
         found = cache.attend(to_xp(xp, q[:, -3:]), return_lse=True, return_rest=True, **given)
-        right = read_of(q[:, -3:], low, whole, is_exact, how, asked)
+        right = read_of(q[:, -3:], ([low[0]] * 3, low[1]), whole, is_exact, how, asked)
         for one, other in zip(found, right, strict=True):
             np.testing.assert_allclose(to_numpy(one), other, rtol=0, atol=1e-11)
 
@@ -1335,6 +1562,11 @@ def test_in_bits_what_queries_choose_by_is_counted():
         np.testing.assert_allclose(other.attend(q[:, -2:]), out, rtol=0, atol=1e-11)
 
 
+def test_in_bits_of_all_heads_together_none_chooses():
+    with pytest.raises(ValueError, match="basis must be fitted without across_heads for bits"):
+        slra.KVCache(basis_of((4, 3), across_heads=True), bits=4, n_top=3)
+
+
 def test_in_bits_what_is_not_finite_is_not_answered():
     q, k, v = tokens(60)
     basis = slra.fit_attention(q, k, v, 3, enable_gqa=True)
@@ -1361,15 +1593,17 @@ def test_under_jit_queries_choose_among_bytes():
         few = ((x - shift) @ to)[..., :3] @ back[..., :3, :] + shift
         low.append(np.where(is_exact[:, None], x, few))
     low, whole = ([np.repeat(x, HQ // HK, axis=0) for x in one] for one in (low, whole))
-    right, *_ = read_of(q[:, -1:], low, whole, is_exact, {"n_top": 4}, {})
+    right, *_ = read_of(q[:, -1:], ([low[0]], low[1]), whole, is_exact, {"n_top": 4}, {})
     np.testing.assert_allclose(outs[0][:, -1:], right, rtol=0, atol=1e-12)
 
 
-def test_under_jit_a_number_is_a_byte():
+@pytest.mark.parametrize("across_heads", [False, True])
+def test_under_jit_a_number_is_a_byte(across_heads):
     jnp = pytest.importorskip("jax.numpy")
     q, k, v = tokens(15)
-    cache = slra.KVCache(moved(basis_of((4, 3)), jnp), capacity=17, bits=6, window=3, n_sink=1)
-    assert cache.bits == (8 * 14 + 2 * 64) / 14
+    basis = moved(basis_of((4, 3), across_heads=across_heads), jnp)
+    cache = slra.KVCache(basis, capacity=17, bits=6, window=3, n_sink=1)
+    assert cache.bits == 8 + 2 * 64 / 14 / (HK if across_heads else 1)
     cache, outs = jitted(cache, q, k, v, [10, 1, 1, 1, 1, 1])
     low_k, low_v = (np.asarray(x)[:, :15] for x in cache.decode())
     right, _ = naive_attention(q[:, -1:], low_k, low_v, enable_gqa=True)
@@ -1551,6 +1785,11 @@ WRONG = {
     "top_p must be finite and": {"top_p": 0},
     "rank_index must be between 1 and 8": {"n_top": 3, "rank_index": 9},
     "rank_index must be None without n_top or top_p": {"rank_index": 2},
+    "rank_index must be an int or a pair": {"n_top": 3, "rank_index": (1, 2, 3)},
+    "rank_index must be between 1 and 6 .Dv": {"n_top": 3, "rank_index": (1, 7)},
+    "index must be 'leading' without n_top or top_p": {"index": "query"},
+    "index must be 'leading' with bits or rtol": {"n_top": 3, "bits": 4, "index": "query"},
+    "index must be one of 'leading', 'query'": {"n_top": 3, "index": "own"},
     "n_sparse must be left out with n_top": {"n_top": 3, "n_sparse": 1},
     "rotary must be left out with n_top": {"n_top": 3, "rotary": FREQUENCIES},
     "drift_bound must be left out with n_top": {"n_top": 3, "window": 8, "drift_bound": 0.1},

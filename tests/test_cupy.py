@@ -99,7 +99,7 @@ def attend_in_tiles():
 
 TALL_QR = {"column_norm", "unit_gram", "lifted", "misfit", "factor"}
 NORM = {"max_abs", "unit", "norm"}
-ONE_TILE = {"row_sums", "weights", "mean", "log_sum"}
+ONE_TILE = {"row_sums", "weights", "softmax_result"}
 LONG, TALL = np.zeros((4097, 6)), np.random.default_rng(0).standard_normal((2, 300, 100))
 
 
@@ -117,6 +117,16 @@ def cached():
     return slra.KVCache(FITTED, bits=4).append(k, k)
 
 
+def decoded(n_tokens=1, **options):
+    """Tokens appended and attended to: several, and then one, of two sequences, the second of which may be shorter."""
+    cache = slra.KVCache(FITTED, batch=(2,), **options)
+    tokens = np.random.default_rng(0).standard_normal((3, 2, 1, 40, 6))
+    cache.append(*tokens[1:, ..., :-1, :], lengths=np.asarray([39, 40 - n_tokens]))
+    q, k, v = tokens[..., -1:, :]
+    return cache.append(k, v).attend(q)
+
+
+DECODED = {"row_sums", "weights", "put_mapped", "mapped_queries", "through"}
 FITTED = slra.fit_attention(*np.random.default_rng(0).standard_normal((3, 1, 32, 6)), 6)
 # A public call, and the kernels that must run in it.
 CALLS = {
@@ -192,7 +202,7 @@ CALLS = {
     ),
     "randomized_svd, a batch": (
         lambda: slra.randomized_svd(TALL, 2, method="krylov", rng=0),
-        {"max_part", *TALL_QR, "max_abs", "first", "phase"},
+        {"max_part", *TALL_QR, "max_abs", "first", "phase", "eigen_misfit"},
     ),
     "randomized_svd, centred": (
         lambda: slra.randomized_svd(LONG + X[0], rtol=0.5, center=True, rng=0),
@@ -209,6 +219,19 @@ CALLS = {
         | {*TALL_QR, "max_abs", "first", "phase"},
     ),
     "KVCache in bits": (lambda: cached().decode(), {"unpack"}),
+    "KVCache": (decoded, DECODED),
+    "KVCache, sequences of different lengths": (
+        lambda: decoded(5),
+        {*DECODED, "put_rows", "scores"},
+    ),
+    "KVCache, exact tokens": (
+        lambda: decoded(window=4, n_sink=1),
+        {*DECODED, "copy_both", "softmax_result", "merged"},
+    ),
+    "KVCache, rotated": (
+        lambda: decoded(rotary=[1.0, 0.1]),
+        {*DECODED, "rotated"} - {"mapped_queries"},
+    ),
     "attention_vjp": (differentiate, {"gradients"}),
     "attention_vjp, added mask": (lambda: differentiate(mask=np.eye(4)), {"biased_gradients"}),
 }
@@ -282,17 +305,108 @@ def test_what_a_user_asked_cupy_to_raise_is_not_raised(cupy_table):
 
 
 @pytest.mark.parametrize(
-    ("shape", "is_batched"), [((2, 33, 33), True), ((2, 32, 32), False), ((1, 33, 33), False)]
+    ("shape", "is_larger"), [((2, 33, 33), True), ((2, 32, 32), False), ((33, 33), True)]
 )
-def test_batches_of_svds_are_eigenvalue_problems(cupy_table, monkeypatch, shape, is_batched):
+def test_svds_are_eigenvalue_problems(cupy_table, monkeypatch, shape, is_larger):
     from slra._backends import cupy as module
 
     calls, decompose = [], module.gram_svd
     monkeypatch.setattr(module, "gram_svd", lambda *args: calls.append(args) or decompose(*args))
     x = np.random.default_rng(0).standard_normal(shape)
     U, S, Vh = slra.truncated_svd(x)
-    assert bool(calls) == is_batched
-    np.testing.assert_allclose((U * S[:, None, :]) @ Vh, x, atol=1e-12)
+    assert bool(calls) == is_larger
+    np.testing.assert_allclose((U * S[..., None, :]) @ Vh, x, atol=1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_eigenvectors_that_are_none_are_seen(cupy_table, monkeypatch, dtype):
+    """What cuSOLVER has been seen to leave of a batch: a diagonal, or vectors that are not orthonormal."""
+    rng, n, xp = np.random.default_rng(0), 9, cupy_table.xp
+    x = rng.standard_normal((5, n, n)).astype(dtype)
+    if dtype == "complex128":
+        x += 1j * rng.standard_normal(x.shape)
+    g = x @ np.conj(x).swapaxes(-1, -2)
+    g[1] *= np.float32(1e-30)
+    g[4] = 0
+    solve = xp.linalg.eigh
+
+    def spoilt(a):
+        w, v = map(np.array, solve(a))
+        if a.ndim == 2:
+            return w, v
+        w[0], v[0] = np.sort(np.diagonal(a[0]).real), np.eye(n)
+        v[1, :, 0] = v[1, :, 1]
+        v[2] = np.nan
+        return w, v
+
+    monkeypatch.setattr(type(xp.linalg), "eigh", lambda _, a: spoilt(a), raising=False)
+    w, v = cupy_table.small_eigh(g)
+    expected = np.linalg.eigvalsh(g.astype("complex128"))
+    eps = np.finfo(dtype).eps
+    size = np.max(abs(expected), axis=-1, keepdims=True)
+    assert np.all(abs(w - expected) <= 10 * n * eps * size)
+    np.testing.assert_allclose(
+        np.conj(v).swapaxes(-1, -2) @ v, np.stack([np.eye(n)] * 5), atol=50 * eps
+    )
+    assert np.all(abs(g @ v - v * w[:, None, :]) <= 20 * n * eps * size[..., None])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_qr_of_a_tall_matrix_whatever_its_columns(cupy_table, dtype):
+    """By products where that is as good, by cuSOLVER where columns depend on each other, or squares leave the range."""
+    rng, eps = np.random.default_rng(0), np.finfo(dtype).eps
+    x = rng.standard_normal((80, 10)).astype(dtype)
+    dependent = x.copy()
+    dependent[:, 3] = dependent[:, 2]
+    dependent[:, 5] = 0
+    spread = x * np.logspace(0, -12, 10).astype(dtype)
+    for given in (x, dependent, spread, x * np.float32(1e30), x * np.float32(1e-30)):
+        Q, R = cupy_table.qr(given)
+        np.testing.assert_allclose(np.conj(Q).T @ Q, np.eye(10), atol=50 * eps)
+        columns = np.max(abs(given), axis=0)
+        assert np.all(abs(Q @ R - given) <= 50 * eps * columns)
+        np.testing.assert_array_equal(R, np.triu(R))
+        np.testing.assert_allclose(
+            abs(np.diagonal(cupy_table.triangular_factor(given))),
+            abs(np.diagonal(R)),
+            atol=100 * eps * np.max(columns),
+        )
+    assert np.all(np.isnan(cupy_table.qr(np.full_like(x, np.nan))[1][0]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64", "complex128"])
+def test_a_generator_of_its_own_draws_on_the_device(cupy_table, dtype):
+    import cupy
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 60, 5)) @ rng.standard_normal((3, 5, 300))
+    x = (x * (1 + 1j) if dtype.startswith("complex") else x).astype(dtype)
+    seeded, other = slra.randomized_svd(x, 5, rng=0), cupy.random.default_rng(0)
+    U, S, Vh = slra.randomized_svd(x, 5, rng=other, method="subspace")
+    np.testing.assert_allclose(S, seeded.S, rtol=50 * np.finfo(S.dtype).eps)
+    assert U.dtype == Vh.dtype == dtype
+    again = slra.randomized_svd(x, 5, rng=cupy.random.default_rng(0), method="subspace")
+    np.testing.assert_array_equal(U, again.U)
+    # The next numbers are others, and so are those that NumPy draws from the same seed.
+    real = cupy_table.real_dtype(x.astype("float32").dtype if dtype == "float16" else x.dtype)
+    like = np.empty(0, dtype="complex128" if dtype == "complex128" else real)
+    first, second = (cupy_table.test_matrix((400, 3), other, like) for _ in range(2))
+    assert np.all(first != second)
+    assert np.all(first != cupy_table.test_matrix((400, 3), 0, like))
+    # 1200 of them, or 2400 parts: four deviations of the mean of squares.
+    assert abs(np.mean(abs(first) ** 2) - 1) < 4 * np.sqrt(2 / 1200)
+    slra.randomized_eigh(x[0] @ np.conj(x[0]).T if dtype != "float16" else np.eye(40), 3, rng=other)
+    slra.estimate_error(x, (U * S[..., None, :].astype(dtype), Vh), rng=other)
+
+
+def test_a_generator_of_another_library_is_refused(cupy_table):
+    import cupy
+
+    with pytest.raises(TypeError, match=r"numpy\.random\.Generator or None, got HostGenerator"):
+        slra.prox.prox_nuclear(X, 0.5, rng=cupy.random.default_rng(0))
 
 
 SEGMENTED = [
@@ -594,15 +708,46 @@ MUTANTS = {
         "row_joins", "float32", "{peak, total}", "{peak, R(1)}", "softmax_step"
     ),
     "sum instead of mean": Mutant(
-        "mean", "float64", "sum / (total == 0 ? {C}(1) : total)", "sum", "softmax_result"
+        "softmax_result", "float64", "sum / (total == 0 ? {C}(1) : total)", "sum"
     ),
     "0/0 of a row without keys": Mutant(
-        "mean", "float32", "total == 0 ? {C}(1) : total", "total", "softmax_result"
+        "softmax_result", "float32", "total == 0 ? {C}(1) : total", "total"
     ),
-    "log of 1 more": Mutant("log_sum", "float32", "log(total)", "log(total + 1)", "softmax_result"),
-    "peak forgotten": Mutant(
-        "log_sum", "float64", "peak + log(total)", "log(total)", "softmax_result"
+    "log of 1 more": Mutant("softmax_result", "float32", "log(total)", "log(total + 1)"),
+    "peak forgotten": Mutant("softmax_result", "float64", "peak + log(total)", "log(total)"),
+    "the next row's logarithm": Mutant(
+        "softmax_result", "float64", "lse[i / width]", "lse[i / width / 2]"
     ),
+    "the next element's map": Mutant(
+        "put_mapped", "float32", "row / n_rows % n_maps", "row % n_maps"
+    ),
+    "shift added": Mutant("put_mapped", "float64", "- shift[at_shift", "+ shift[at_shift"),
+    "a row of the map": Mutant("put_mapped", "float16", "at_w + k * step", "at_w + k"),
+    "maps of other queries": Mutant(
+        "mapped_queries", "float32", "row % n_rows / (n_rows / n_shared)", "row % n_shared"
+    ),
+    "shift of another head": Mutant("mapped_queries", "float64", "head * depth, 1", "0, 1"),
+    "mean without keys": Mutant(
+        "through", "float32", "is_empty ? {C}(0) : whole", "whole", "attention_through"
+    ),
+    "not divided by the total": Mutant(
+        "through", "float64", "whole / total[row]", "whole", "attention_through"
+    ),
+    "unscaled shift": Mutant("through", "float32", "scale * shift", "shift", "attention_through"),
+    "infinity on top": Mutant(
+        "merged", "float32", "lse == R(CUDART_INF) ? -R(CUDART_INF) : lse", "lse"
+    ),
+    "what does not matter": Mutant(
+        "merged",
+        "float64",
+        "== -R(CUDART_INF) ? R(0) : weight * out",
+        "== R(1e30) ? R(0) : weight * out",
+    ),
+    "weights exchanged": Mutant("merged", "float32", "lse_a, pair.left", "lse_a, pair.right"),
+    "turned backwards": Mutant("rotated", "float64", "- x[i + n] *", "+ x[i + n] *"),
+    "the first table": Mutant("rotated", "float32", "/ (n_rows * n_heads) % n_tables", "* 0"),
+    "written all the same": Mutant("put_rows", "float32", "place >= 0", "place >= -1"),
+    "exchanged": Mutant("copy_both", "float16", "first = a", "first = b", "put_both"),
     "decay forgotten": Mutant(
         "rescale", "float32", "total * decay + part", "total + part", "softmax_step"
     ),

@@ -32,6 +32,8 @@ def test_values_are_the_reference_s(cupy, name, dtype):
             return SoftmaxState(*map(bring, x))
         if isinstance(x, TileBounds):
             return x._replace(mask=bring(x.mask))
+        if type(x) in (list, tuple):
+            return type(x)(map(bring, x))
         return cupy.asarray(x) if isinstance(x, np.ndarray) else x
 
     check_values(backend_of(xp), name, dtype, bring=bring, fetch=cupy.asnumpy, allowed=device_slack)

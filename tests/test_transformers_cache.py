@@ -147,15 +147,52 @@ def test_half_precision_is_stored_as_such():
     assert "dtype=torch.bfloat16" in repr(default.layers[0].cache)
 
 
+@pytest.fixture(scope="module")
+def before_rotation(model):
+    """Bases across heads, of keys before the rotary embedding."""
+    name = model.config._attn_implementation
+    integration.register("slra-cache", rank=3)
+    model.set_attn_implementation("slra-cache")
+    rotary = model.base_model.rotary_emb.inv_freq
+    texts = [torch.arange(2, 38)[None, :], torch.arange(30, 4, -1)[None, :]]
+    calibrated = integration.calibrate(model, texts, across_heads=True, rotary=rotary)
+    model.set_attn_implementation(name)
+    return calibrated
+
+
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"num_beams": 2}], ids=str)
-def test_in_ten_bits_generate_gives_the_same_tokens(model, options):
+@pytest.mark.parametrize("is_before", [False, True], ids=["after", "before rotation"])
+def test_in_ten_bits_generate_gives_the_same_tokens(model, options, is_before, before_rotation):
     prompt = torch.arange(2, 50)[None, :] % 12 + 2
     options |= {"max_new_tokens": 12, "do_sample": False}
     exact = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    cache = LowRankCache(bases(3), bits=10, window=3, n_sink=2)
+    given = before_rotation if is_before else bases(3)
+    # Calibrated coordinates differ more in size: the first would not fit in 14 bits.
+    cache = LowRankCache(given, bits=7 if is_before else 10, window=3, n_sink=2)
     mask = torch.ones_like(prompt)
     assert torch.equal(model.generate(prompt, attention_mask=mask, cache=cache, **options), exact)
     assert 5 < cache.bits < 14
+
+
+def test_keys_are_stored_before_the_rotation_and_come_back_after_it(model, before_rotation):
+    """In float32, with the rotation of another implementation; what was computed by them is that of the model."""
+    coding = before_rotation["layers.1.self_attn"].coding
+    frequencies = model.base_model.rotary_emb.inv_freq.double()
+    torch.testing.assert_close(coding.rotary, frequencies.expand(1, -1))
+    assert coding.wk.shape == (2, WIDTH, 2 * WIDTH)
+    k, v = torch.randn(2, 1, 2, 50, WIDTH, generator=torch.Generator().manual_seed(0))
+    n = WIDTH // 2
+    turn = torch.polar(torch.ones(50, n).double(), torch.arange(50.0)[:, None] * frequencies)
+    turned = torch.complex(k[..., :n].double(), k[..., n:].double()) * turn
+    after = torch.cat([turned.real, turned.imag], -1).float()
+    cache = LowRankCache(before_rotation, bits=8)
+    for part in (slice(0, 20), slice(20, 49), slice(49, 50)):
+        back, _ = cache.update(after[:, :, part], v[:, :, part], 1)
+    stored, _ = cache.layers[1].cache.decode()
+    bound = cache.layers[1].cache.error_bound.keys[..., None]
+    assert torch.all(torch.linalg.vector_norm(stored - k, dim=-1) <= bound + 1e-5)
+    assert torch.all(torch.linalg.vector_norm(back - after, dim=-1) <= bound + 1e-5)
+    assert float(bound.max()) < 0.1 * float(torch.linalg.vector_norm(k, dim=-1).mean())
 
 
 def test_cropping_takes_tokens_off():
@@ -206,7 +243,11 @@ def test_with_all_keys_chosen_generate_gives_the_same_tokens(model, options):
     right = generated(model, None, **options)
     model.set_attn_implementation("slra-choosing")
     try:
-        for chosen in ({"n_top": 24}, {"top_p": 1.0, "rank_index": 1, "window": 2}):
+        for chosen in (
+            {"n_top": 24},
+            {"top_p": 1.0, "rank_index": 1, "window": 2},
+            {"top_p": 1.0, "index": "query"},
+        ):
             cache = LowRankCache(bases(WIDTH), **chosen)
             np.testing.assert_array_equal(generated(model, cache, **options), right)
     finally:

@@ -4,6 +4,7 @@ Needs: cupy (extra ``cupy``) and, to allocate anything, a CUDA device.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import cupy
@@ -11,11 +12,13 @@ import cupyx
 import numpy as np
 
 from slra._backends.cholesky_qr import tall_qr
-from slra._backends.cupy_kernels import KERNELS, kernel
+from slra._backends.cupy_kernels import DEFINITIONS, KERNELS, kernel
 from slra._backends.cupy_products import product
+from slra._backends.elements import redo
 from slra._backends.gram_svd import gram_svd
 from slra._backends.standard import Backend, matrix_h
 from slra._backends.standard.attention import (
+    ScoreOptions,
     SoftmaxState,
     TileBounds,
     Tiling,
@@ -37,8 +40,18 @@ ENOUGH_BLOCKS, LEAST_SEGMENT = 1 << 10, 1 << 11
 LONGEST_RANKED = 1 << 10
 # Threads of a block, and results side by side that it takes at most.
 BLOCK, SIDE_BY_SIDE = 512, 32
-# Longest side of the matrices whose SVDs cuSOLVER computes in a batch.
+# Products that a smaller scale brings back into the range of their dtype might leave it first.
+LEAST_FACTOR = 2.0**-10
+# Up to so many rows of a matrix are multiplied by threads that add up a product each, which saves launches.
+FEW_ROWS = 16
+# Longest side of the matrices whose SVDs cuSOLVER computes in a batch, and for which its batched eigenvalue solver, a
+# block of threads for each matrix, is made.
 LARGEST_IN_BATCH = 32
+# Entries of larger matrices for each that there is in a batch, up to which they are solved together. Not tuned: of 16
+# matrices of 48 x 48 it took half as long as one by one (NVIDIA/cudaq-algorithms#18), and its time grows with n^3.
+JACOBI_AREA = 1 << 8
+# Rows to a column from which on Cholesky-QR is taken of a single matrix. Not tuned.
+TALL = 4
 
 
 class CupyBackend(Backend):
@@ -74,22 +87,62 @@ class CupyBackend(Backend):
         return kernel("factor", g)(L, misfit, 8 * (n + 1) * float(xp.finfo(g.dtype).eps))
 
     def qr(self, y: Array) -> tuple[Array, Array]:
-        """Cholesky-QR of a batch, of which CuPy would take the matrices one by one."""
-        if math.prod(y.shape[:-2]) < 2:
+        """Cholesky-QR of batches, of which CuPy would take the matrices one by one, and of tall matrices."""
+        if not _by_products(y):
             return super().qr(y)
         return tall_qr(y, self, super().qr)
 
     def triangular_factor(self, x: Array) -> Array:
-        """Leave out the other factor, which takes as long."""
-        if math.prod(x.shape[:-2]) < 2:
+        """Leave out the other factor, which takes as long, where cuSOLVER is asked."""
+        if not _by_products(x):
             return cupy.linalg.qr(x, mode="r")
         return self.qr(x)[1]
 
     def small_svd(self, b: Array) -> tuple[Array, Array, Array]:
-        """Solve eigenvalue problems, which go in a batch, where CuPy would take the matrices one by one."""
-        if math.prod(b.shape[:-2]) < 2 or max(b.shape[-2:]) <= LARGEST_IN_BATCH:
+        """Solve eigenvalue problems: those of a batch go together, and cuSOLVER's SVD takes many times as long."""
+        if max(b.shape[-2:]) <= LARGEST_IN_BATCH or 0 in b.shape:
             return super().small_svd(b)
         return gram_svd(b, self, super().small_svd)
+
+    def small_eigh(self, g: Array) -> tuple[Array, Array]:
+        """Take matrices of a batch together by Jacobi's method where there are enough of them, and look at the result.
+
+        What CuPy 14.2 binds are cuSOLVER's ``syevjBatched``, which it takes for every batch, even of one matrix, and
+        ``Xsyevd`` for a matrix by itself (not ``XsyevBatched``). Whether Jacobi's method has converged CuPy does not
+        ask by default, and eigenvectors that are not orthonormal have been reported (pytorch#192483).
+        """
+        n_matrices, n = math.prod(g.shape[:-2]), g.shape[-1]
+        if g.ndim == 2 or not g.size:
+            return super().small_eigh(g)
+        if n_matrices == 1 or (n > LARGEST_IN_BATCH and n * n > JACOBI_AREA * n_matrices):
+            return self._eigh_each(g)
+        xp, (w, V) = self.xp, super().small_eigh(g)
+        overlaps = self.matmul(matrix_h(V, xp), V)
+        one = xp.eye(n, dtype=g.dtype), xp.ones_like(w)[..., None, :]
+        eps, largest = 16 * n * float(xp.finfo(g.dtype).eps), xp.max(xp.abs(w), axis=-1)
+        ok = (self._misfit(self.matmul(g, V), V, w[..., None, :]) <= eps * largest) & (
+            self._misfit(overlaps, *one) <= eps
+        )
+        w, V = redo(ok, (w, V), self._eigh_each, (g,), self)
+        return w, V
+
+    def _misfit(self, product: Array, vectors: Array, values: Array) -> Array:
+        """Largest difference between a product and vectors times values, for each matrix."""
+        axes = (product.ndim - 2, product.ndim - 1)
+        off = self._reduced("eigen_misfit", axes, product, vectors, values, join="max_part")
+        return off[..., 0, 0]
+
+    def _eigh_each(self, g: Array) -> tuple[Array, Array]:
+        """Take one matrix after the other, by divide and conquer."""
+        xp, n = self.xp, g.shape[-1]
+        each = xp.reshape(g, (-1, n, n))
+        found = [super(CupyBackend, self).small_eigh(each[i, ...]) for i in range(len(each))]
+        w, V = (xp.stack(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
+        return xp.reshape(w, g.shape[:-1]), xp.reshape(V, g.shape)
+
+    def small_eigvalsh(self, g: Array) -> Array:
+        """Take the vectors too, where they are what shows that the values are right."""
+        return super().small_eigvalsh(g) if g.ndim == 2 else self.small_eigh(g)[0]
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Shrink in one pass."""
@@ -238,6 +291,22 @@ class CupyBackend(Backend):
         unit = kernel("unit_gram", gram)(gram, norms[..., :, None], norms[..., None, :])
         return unit, self.xp.astype(norms, gram.dtype, copy=False)
 
+    # Random numbers
+
+    def is_own_generator(self, rng: Any) -> bool:
+        """Draw by CuPy's generators."""
+        return isinstance(rng, cupy.random.Generator)
+
+    def test_matrix(self, shape: tuple[int, ...], rng: Any, like: Array) -> Array:
+        """Draw on the device, if that is what was given, in the precision that is asked for."""
+        if not self.is_own_generator(rng):
+            return super().test_matrix(shape, rng, like)
+        real = self.real_dtype(like.dtype)
+        if not self.is_complex(like):
+            return rng.standard_normal(shape, dtype=real)
+        parts = rng.standard_normal((*shape, 2), dtype=real)
+        return (parts * 0.5**0.5).view(like.dtype)[..., 0]
+
     # Sparse rows
 
     def keep_largest(self, x: Array, k: int) -> Array:
@@ -286,7 +355,8 @@ class CupyBackend(Backend):
     def tile_rows(self, x: Array, rows: slice) -> Array:
         """Bring rows of heads that share keys together, to be rows of one matrix."""
         part = x[..., rows, :]
-        return part.copy("C") if part.ndim > 2 and part.shape[-3] > 1 else part
+        is_group = part.ndim > 2 and part.shape[-3] > 1
+        return part.copy("C") if is_group and not part.flags.c_contiguous else part
 
     def sum_over_rows(self, a: Array, b: Array, shape: tuple[int, ...]) -> Array:
         """Sum over heads that share keys as over rows, in one product."""
@@ -300,11 +370,24 @@ class CupyBackend(Backend):
     def _attention_rows(
         self, q: Array, k: Array, v: Array, mask: Array | None, tiling: Tiling, queries: slice
     ) -> tuple[Array, Array]:
-        """Start from the first tile rather than from nothing, and end in two kernels."""
+        """Start from the first tile rather than from nothing, and end in one kernel."""
+        state = self._softmax_state(q, k, v, mask, tiling, queries)
+        if state is None:
+            return super()._attention_rows(q, k, v, mask, tiling, queries)
+        out, lse = self.softmax_result(state)
+        return self.xp.astype(out, q.dtype, copy=False), lse
+
+    def _softmax_state(
+        self, q: Array, k: Array, v: Array, mask: Array | None, tiling: Tiling, queries: slice
+    ) -> SoftmaxState | None:
+        """Online softmax of these queries over all keys that they see; None if there are none."""
         scale = tiling.options.scale
-        if q.dtype == self.xp.float16:
-            # Rounded once more, queries would lose half a digit, and large ones leave the range.
-            q_rows, factor = self.tile_rows(q, queries), scale
+        is_plain = isinstance(scale, float) and abs(scale) >= LEAST_FACTOR
+        if q.dtype == self.xp.float16 or is_plain:
+            # Rounded once more, half precision would lose half a digit, and large queries leave its range.
+            is_shared = k.ndim > 2 and k.shape[-3] == 1
+            q_rows = self.tile_rows(q, queries) if is_shared else q[..., queries, :]
+            factor = scale
         else:
             q_rows, factor = q[..., queries, :] * scale, 1.0
         shape = (*scores_batch_shape(q, k, v, mask), q_rows.shape[-2])
@@ -320,10 +403,118 @@ class CupyBackend(Backend):
                 state = self._first_step(scores, v[..., keys, :])
             else:
                 state = self.softmax_step(state, scores, v[..., keys, :])
+        return state
+
+    def attention_through(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        back: Array,
+        mean: Array,
+        shift: Array | None,
+    ) -> tuple[Array, Array]:
+        """Divide, bring back, shift and take the logarithm in one kernel, where rows are few."""
+        tiling = self._tiling(q, k, v, mask, options)
+        given = (q, k, v, back, mean, q if shift is None else shift)
+        is_one = len({x.dtype for x in given}) == 1 and len(back) == len(mean)
+        state = None
+        if is_one and q.shape[-2] <= FEW_ROWS and len(tiling.rows()) == 1 and back.size:
+            state = self._softmax_state(q, k, v, mask, tiling, tiling.rows()[0])
         if state is None:
-            return super()._attention_rows(q, k, v, mask, tiling, queries)
-        out, lse = self.softmax_result(state)
-        return self.xp.astype(out, q.dtype, copy=False), lse
+            return super().attention_through(q, k, v, mask, options, back, mean, shift)
+        (depth, width), n_rows = back.shape[-2:], q.shape[-2]
+        out, lse = self._empty((*state.peak.shape, width), q), self.xp.empty_like(state.peak)
+        kernel("through", q)(
+            state.out, state.peak, state.total, back, mean, state.peak if shift is None else shift,
+            options.scale, shift is not None, depth, width, n_rows, math.prod(back.shape[:2]), out, lse,
+        )  # fmt: skip
+        return out, lse
+
+    def mapped_queries(self, q: Array, wq: Array, c: Array) -> tuple[Array, Array]:
+        """Take both products in one kernel, where rows are few."""
+        n_heads, n_shared, depth, width = wq.shape[-4:]
+        n_rows = q.shape[1] // n_heads * q.shape[2]
+        is_same = q.dtype == wq.dtype == c.dtype and len(wq) == len(c)
+        if not is_same or not 0 < n_rows <= FEW_ROWS or not wq.size:
+            return super().mapped_queries(q, wq, c)
+        lead = (q.shape[0], n_heads, n_rows)
+        mapped, shift = self._empty((*lead, width), q), self._empty((*lead, 1), q)
+        n_maps = wq.shape[0] * n_heads
+        kernel("mapped_queries", q)(q, wq, c, depth, width, n_rows, n_maps, n_shared, mapped, shift)
+        return mapped, shift
+
+    def merged(self, outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
+        """Join two parts by one kernel, and others to them one by one."""
+        xp = self.xp
+        if len({x.dtype for x in (*outs, *lses)}) > 1 or len(outs) == 1 or not outs[0].size:
+            return super().merged(outs, lses)
+        (out, *outs), (lse, *lses) = outs, lses
+        for other, other_lse in zip(outs, lses, strict=True):
+            new, new_lse = (
+                xp.empty(out.shape, dtype=out.dtype),
+                xp.empty(lse.shape, dtype=lse.dtype),
+            )
+            arguments = out, lse[..., None], other, other_lse[..., None], out.shape[-1]
+            kernel("merged", out)(*arguments, new, new_lse)
+            out, lse = new, new_lse
+        return out, lse
+
+    def _empty(self, shape: tuple[int, ...], like: Array) -> Array:
+        return self.xp.empty(shape, dtype=like.dtype)
+
+    # Rows of a cache
+
+    def put_mapped(
+        self, buffer: Array, rows: Array, shift: Array, w: Array, places: Array
+    ) -> Array:
+        """Project and round in one kernel, where rows are few, and write to where they belong."""
+        dtypes, name = DEFINITIONS["put_mapped"].dtypes, rows.dtype.name
+        is_known = dtypes.get(buffer.dtype.name) == name == shift.dtype.name == w.dtype.name
+        n_rows, (depth, width) = rows.shape[-2], w.shape[-2:]
+        if not is_known or len(w) != len(shift) or not 0 < n_rows <= FEW_ROWS or not w.size:
+            return super().put_mapped(buffer, rows, shift, w, places)
+        target = _one_run(buffer, places)
+        mapped = self._empty((*rows.shape[:-1], width), buffer) if target is None else target
+        n_maps = math.prod(w.shape[:2])
+        kernel("put_mapped", buffer)(rows, shift, w, depth, width, n_rows, n_maps, mapped)
+        return buffer if target is not None else self.put_rows(buffer, mapped, places)
+
+    def put_both(
+        self, buffers: tuple[Array, Array], rows: tuple[Array, Array], places: Array
+    ) -> tuple[Array, Array]:
+        """Write both by one kernel, where they are of one shape."""
+        dtypes, (first, second) = DEFINITIONS["copy_both"].dtypes, (x.dtype.name for x in rows)
+        targets = [_one_run(x, places) for x in buffers]
+        is_known = all(dtypes.get(x.dtype.name) == first == second for x in buffers)
+        is_same = rows[0].shape == rows[1].shape and buffers[0].dtype == buffers[1].dtype
+        if any(x is None for x in targets) or not is_known or not is_same:
+            return super().put_both(buffers, rows, places)
+        kernel("copy_both", buffers[0])(*rows, *targets)
+        return buffers
+
+    def put_rows(self, buffer: Array, rows: Array, places: Array) -> Array:
+        """Write rows to places that differ in the elements of the batch by one kernel."""
+        is_known = buffer.dtype.name in DEFINITIONS["put_rows"].dtypes and buffer.flags.c_contiguous
+        if np.all(places == places[:1]) or not is_known or not rows.size:
+            return super().put_rows(buffer, rows, places)
+        rows = self.xp.astype(rows, buffer.dtype, copy=False)
+        at = self.from_numpy(np.asarray(places)[:, None, :, None], buffer, self.xp.int64)
+        sizes = buffer.shape[-1], rows.shape[-2], buffer.shape[-2]
+        kernel("put_rows", buffer)(rows, at, *sizes, buffer)
+        return buffer
+
+    def rotated(self, x: Array, cos: Array, sin: Array) -> Array:
+        """Rotate in one kernel."""
+        if not x.dtype == cos.dtype == sin.dtype or not x.size:
+            return super().rotated(x, cos, sin)
+        _, n_heads, n_rows, width = x.shape
+        y = self._empty(x.shape, x)
+        sizes = cos.shape[-1], width, n_rows, n_heads, cos.shape[0]
+        kernel("rotated", x)(x, cos, sin, *sizes, y)
+        return y
 
     def _first_step(self, scores: Array, v: Array) -> SoftmaxState:
         peak, total = self._row_sums(scores)
@@ -375,9 +566,17 @@ class CupyBackend(Backend):
         )
 
     def softmax_result(self, state: SoftmaxState) -> tuple[Array, Array]:
-        """Divide and take the logarithm in a pass each."""
-        out = kernel("mean", state.out)(state.out, state.total[..., None])
-        return out, kernel("log_sum", state.peak)(state.peak, state.total)
+        """Divide, and take the logarithm, in one pass."""
+        width = state.out.shape[-1]
+        if not width:
+            return super().softmax_result(state)
+        out, lse = (
+            self._empty(state.out.shape, state.out),
+            self._empty(state.peak.shape, state.peak),
+        )
+        sums = state.peak[..., None], state.total[..., None]
+        kernel("softmax_result", out)(state.out, *sums, width, out, lse)
+        return out, lse
 
     def tile_gradients(
         self, products: Array, grad_weights: Array, bounds: TileBounds, lse: Array, delta: Array
@@ -438,6 +637,23 @@ class CupyBackend(Backend):
         """Fetch the values from the device."""
         values: np.ndarray[Any, Any] = cupy.asnumpy(x)
         return values
+
+
+def _by_products(y: Array) -> bool:
+    """Whether QR is made of products rather than by cuSOLVER."""
+    is_batch = math.prod(y.shape[:-2]) > 1
+    return 0 not in y.shape and (is_batch or y.shape[-2] >= TALL * y.shape[-1])
+
+
+def _one_run(buffer: Array, places: np.ndarray[Any, Any]) -> Array | None:
+    """Part of a buffer (B, H, n, d) that rows at these places are, where they follow each other; None elsewhere."""
+    if not places.size:
+        return None
+    first = int(places[0, 0])
+    ascending = np.arange(first, first + places.shape[1])
+    if first < 0 or not np.all(places == ascending):
+        return None
+    return buffer[:, :, first : first + places.shape[1], :]
 
 
 def _parts(x: Array, axes: tuple[int, ...]) -> int:

@@ -154,6 +154,12 @@ __device__ R slra_misfit(T product, T given, R left, R right, R pivot) {
     return off == off && pivot > R(0) ? off : R(CUDART_INF);
 }
 
+// How far a product of a matrix and a vector is from a multiple of the vector; NaN counts as infinite.
+template <typename T, typename R> __device__ R slra_eigen_misfit(T product, T vector, R value) {
+    const R off = abs(product - vector * value);
+    return off == off ? off : R(CUDART_INF);
+}
+
 template <typename T, typename R> __device__ T slra_kept(T x, R misfit, R limit) {
     return misfit <= limit ? x : T(R(CUDART_NAN));
 }
@@ -177,6 +183,67 @@ template <typename R> __device__ slra_row<R> slra_join(slra_row<R> a, slra_row<R
     const bool first = a.peak >= b.peak || a.peak != a.peak;
     const slra_row<R> top = first ? a : b, low = first ? b : a;
     return {top.peak, top.total + low.total * slra_weight(low.peak, top.peak)};
+}
+
+// Sum of n products, of neighbours and of every step-th entry.
+template <typename R, typename X, typename W>
+__device__ R slra_dot(const X& x, const W& w, long long at_x, long long at_w, long long step, long long n) {
+    R sum = 0;
+    for (long long k = 0; k < n; k++) {
+        sum += x[at_x + k] * w[at_w + k * step];
+    }
+    return sum;
+}
+
+// The same of the differences of neighbours.
+template <typename R, typename X, typename S, typename W>
+__device__ R slra_shifted_dot(
+    const X& x, const S& shift, const W& w,
+    long long at_x, long long at_shift, long long at_w, long long step, long long n
+) {
+    R sum = 0;
+    for (long long k = 0; k < n; k++) {
+        sum += (x[at_x + k] - shift[at_shift + k]) * w[at_w + k * step];
+    }
+    return sum;
+}
+
+template <typename R> __device__ R slra_log_sum(R peak, R total) {
+    return total == R(0) ? peak : peak + log(total);
+}
+
+// Log-sum-exps and outputs of two parts; +inf counts as none, and then the output does not matter.
+template <typename R> __device__ R slra_none(R lse) {
+    return lse == R(CUDART_INF) ? -R(CUDART_INF) : lse;
+}
+
+template <typename R> struct slra_pair {
+    R left;
+    R right;
+    R lse;
+};
+
+template <typename R> __device__ slra_pair<R> slra_merge(R first, R second) {
+    const R a = slra_none(first), b = slra_none(second), peak = slra_larger(a, b);
+    const R left = slra_weight(a, peak), right = slra_weight(b, peak), total = left + right;
+    const R divisor = total == R(0) ? R(1) : total;
+    return {left / divisor, right / divisor, slra_log_sum(peak, total)};
+}
+
+template <typename R> __device__ R slra_part_of(R out, R lse, R weight) {
+    return slra_none(lse) == -R(CUDART_INF) ? R(0) : weight * out;
+}
+
+// Feature j of a row that is rotated: the leading 2 n in pairs (j, j + n).
+template <typename X, typename T>
+__device__ auto slra_turned(
+    const X& x, const T& cos, const T& sin, long long i, long long j, long long at, long long n
+) {
+    const auto here = x[i];
+    if (j < n) {
+        return here * cos[at + j] - x[i + n] * sin[at + j];
+    }
+    return j < 2 * n ? here * cos[at + j - n] + x[i - n] * sin[at + j - n] : here;
 }
 
 // Whether entry i is one of the k of largest modulus in its row of n, the first of those that tie.
@@ -379,6 +446,14 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "largest = a",
         "a > b ? a : b",
     ),
+    "eigen_misfit": Reduction(
+        REAL | COMPLEX,
+        "{T} product, {T} vector, {R} value",
+        "{R} largest",
+        "slra_eigen_misfit(product, vector, value)",
+        "largest = a",
+        "a > b ? a : b",
+    ),
     "factor": Elementwise(
         REAL | COMPLEX, "{T} x, {R} misfit, {R} limit", "{T} y", "y = slra_kept(x, misfit, limit)"
     ),
@@ -413,11 +488,16 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "slra_one(-{C}(CUDART_INF))",
         "slra_row<{C}>",
     ),
-    "mean": Elementwise(
-        REAL, "{T} sum, {T} total", "{T} y", "y = sum / (total == 0 ? {C}(1) : total)"
-    ),
-    "log_sum": Elementwise(
-        REAL, "{T} peak, {T} total", "{T} lse", "lse = total == 0 ? peak : peak + log(total)"
+    "softmax_result": Elementwise(
+        REAL,
+        "{T} sum, {T} peak, {T} total, int64 width",
+        "{T} y, raw {T} lse",
+        """
+        y = sum / (total == 0 ? {C}(1) : total);
+        if (i % width == 0) {{
+            lse[i / width] = slra_log_sum(peak, total);
+        }}
+        """,
     ),
     "join": Elementwise(
         REAL,
@@ -427,6 +507,81 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
     ),
     "rescale": Elementwise(
         REAL, "{T} total, {T} decay, {T} part", "{T} sum", "sum = total * decay + part"
+    ),
+    # Of few rows, whose products cuBLAS would take several launches for.
+    "put_mapped": Elementwise(
+        HALF | REAL,
+        "raw {R} x, raw {R} shift, raw {R} w, int64 depth, int64 width, int64 n_rows, int64 n_maps",
+        "{T} y",
+        """
+        const long long row = i / width, map = row / n_rows % n_maps;
+        y = slra_shifted_dot<{C}>(
+            x, shift, w, row * depth, map * depth, map * depth * width + i % width, width, depth
+        )
+        """,
+    ),
+    "mapped_queries": Elementwise(
+        REAL,
+        "raw {T} q, raw {T} w, raw {T} c, int64 depth, int64 width, int64 n_rows, int64 n_heads, int64 n_shared",
+        "{T} y, raw {T} shift",
+        """
+        const long long row = i / width, head = row / n_rows % n_heads;
+        const long long map = head * n_shared + row % n_rows / (n_rows / n_shared);
+        y = slra_dot<{C}>(q, w, row * depth, map * depth * width + i % width, width, depth);
+        if (i % width == 0) {{
+            shift[row] = slra_dot<{C}>(q, c, row * depth, head * depth, 1, depth);
+        }}
+        """,
+    ),
+    "through": Elementwise(
+        REAL,
+        "raw {T} sum, raw {T} peak, raw {T} total, raw {T} back, raw {T} mean, raw {T} shift, {T} scale, "
+        "bool is_shifted, int64 depth, int64 width, int64 n_rows, int64 n_maps",
+        "{T} y, raw {T} lse",
+        """
+        const long long row = i / width, map = row / n_rows % n_maps, column = i % width;
+        const bool is_empty = peak[row] == -{C}(CUDART_INF);
+        const {C} whole = slra_dot<{C}>(sum, back, row * depth, map * depth * width + column, width, depth);
+        y = is_empty ? {C}(0) : whole / total[row] + mean[map * width + column];
+        if (column == 0) {{
+            const {C} more = is_shifted && !is_empty ? scale * shift[row] : {C}(0);
+            lse[row] = slra_log_sum(peak[row], total[row]) + more;
+        }}
+        """,
+    ),
+    "merged": Elementwise(
+        REAL,
+        "{T} a, {T} lse_a, {T} b, {T} lse_b, int64 width",
+        "{T} y, raw {T} lse",
+        """
+        const slra_pair<{C}> pair = slra_merge(lse_a, lse_b);
+        y = slra_part_of(a, lse_a, pair.left) + slra_part_of(b, lse_b, pair.right);
+        if (i % width == 0) {{
+            lse[i / width] = pair.lse;
+        }}
+        """,
+    ),
+    "rotated": Elementwise(
+        REAL,
+        "raw {T} x, raw {T} cos, raw {T} sin, int64 half, int64 width, int64 n_rows, int64 n_heads, int64 n_tables",
+        "{T} y",
+        """
+        const long long row = i / width, table = row / (n_rows * n_heads) % n_tables;
+        y = slra_turned(x, cos, sin, i, i % width, (table * n_rows + row % n_rows) * half, half)
+        """,
+    ),
+    "copy_both": Elementwise(
+        HALF | REAL, "{R} a, {R} b", "{T} first, {T} second", "first = a, second = b"
+    ),
+    "put_rows": Elementwise(
+        HALF | REAL,
+        "{T} x, int64 place, int64 width, int64 n_rows, int64 n",
+        "raw {T} buffer",
+        """
+        if (place >= 0) {{
+            buffer[(i / width / n_rows * n + place) * width + i % width] = x;
+        }}
+        """,
     ),
     "unpack": Elementwise(
         REAL,

@@ -7,7 +7,7 @@ from typing import Any, Literal, Unpack, overload
 from slra._backends.ambient import isolated
 from slra._backends.standard.attention import scores_batch_shape, sum_to
 from slra._backends.standard.hidden import finite_gradients
-from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign, Namespace
+from slra._typing import AnyArray, Array, ArrayT, AttentionOptions, CausalAlign
 from slra._validate import check_flag, promote, resolve
 from slra.attn.problem import AttentionProblem, Three, make_problem
 from slra.attn.sequences import (
@@ -459,28 +459,11 @@ def merge_attention(outs: Sequence[ArrayT], lses: Sequence[ArrayT]) -> tuple[Arr
     _check_shapes(named_outs, named_lses)
     promoted = promote(backend, allow_complex=False, **named_outs)
     with backend.ignore_overflow():
-        log_sums = backend.xp.stack(promote(backend, allow_complex=False, **named_lses).arrays)
-        merged, lse = _merged(promoted.arrays, log_sums, backend.xp)
+        log_sums = promote(backend, allow_complex=False, **named_lses)
+        merged, lse = backend.merged(promoted.arrays, log_sums.arrays)
         out: ArrayT
         (out,) = promoted.cast_back(backend, merged)
     return out, lse
-
-
-def _merged(outs: Sequence[Array], lses: Array, xp: Namespace) -> tuple[Any, Any]:
-    """Merge outputs whose log-sum-exps are stacked."""
-    lses = xp.where(lses == xp.inf, xp.full_like(lses, -math.inf), lses)
-    peak = xp.max(lses, axis=0)
-    # Where no part attends to anything the peak is -inf, and -inf - -inf would be NaN.
-    shift = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
-    weights = xp.exp(lses - shift)
-    total = xp.sum(weights, axis=0)
-    empty = total == 0
-    total = xp.where(empty, xp.ones_like(total), total)
-    weights = xp.astype(weights / total, outs[0].dtype)
-    is_empty = (lses == -math.inf)[..., None]
-    outs = [xp.where(is_empty[i, ...], xp.zeros_like(x), x) for i, x in enumerate(outs)]
-    out = sum(weights[i, ..., None] * shard for i, shard in enumerate(outs))
-    return out, xp.where(empty, peak, shift + xp.log(total))
 
 
 def _named(arrays: Any, name: str) -> dict[str, Array]:

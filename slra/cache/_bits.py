@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slra._backends.standard.bits import HEADER, PLANE, TOKENS, WHOLE, widths_of
-from slra._typing import Array, DType
+from slra._typing import Array, DType, Namespace
 from slra.attn.basis import AttentionBasis
 from slra.attn.coding import Coding, bits_at, steps_for, unit_of
 from slra.attn.maps import Maps
@@ -30,6 +30,7 @@ __all__ = [
     "coding_maps",
     "fitted_steps",
     "scaled_maps",
+    "unscaled_maps",
 ]
 
 GROWTH = 1.25
@@ -55,7 +56,7 @@ class Packed(NamedTuple):
     @classmethod
     def empty(cls, layout: Layout, d: int, n_leading: int, like: Array) -> "Packed":
         """No block; so many leading coordinates choose, if any do."""
-        lead, (b, h) = (layout.n_batch, 1, 0), (layout.n_batch, layout.n_heads)
+        lead, (b, h) = (layout.n_batch, 1, 0), (layout.n_batch, layout.n_coded)
         return cls(
             layout.zeros((b, h, TOKENS, d), like),
             layout.zeros((*lead, 1), like, layout.xp.uint8),
@@ -166,7 +167,7 @@ class Packed(NamedTuple):
         for b, count in enumerate(filled):
             last = max(first, min(int(count) // TOKENS, -(-rows.stop // TOKENS)))
             parts.append(self._blocks(b, slice(first, last), dtype, layout))
-        shape = (len(parts), layout.n_heads, n_rows, self.d)
+        shape = (len(parts), layout.n_coded, n_rows, self.d)
         if len(parts) == 1 and parts[0].shape[1] >= n_rows:
             return parts[0][None, :, :n_rows, :]
         out = backend.key_buffer(shape, dtype, self.waiting)
@@ -297,9 +298,7 @@ class BitRows(NamedTuple):
     filled: Array  # (B,), NumPy: tokens held
     far_k: Array  # (B, H): how far a number of a key was from the shift
     far_v: Array
-    half_k: (
-        Array  # (B, H): how far off a coordinate may be, half a step but where it was rounded twice
-    )
+    half_k: Array  # (B, H or 1): how far off a coordinate may be, half a step but where it was rounded twice
     half_v: Array
 
     @classmethod
@@ -310,7 +309,7 @@ class BitRows(NamedTuple):
             for sizes in zip(layout.rank, layout.n_leading, strict=True)
         )
         far = layout.zeros((layout.n_batch, layout.n_heads), like)
-        filled, half = np.zeros(layout.n_batch, dtype=np.int64), far + 0.5
+        filled, half = np.zeros(layout.n_batch, dtype=np.int64), far[:, : layout.n_coded] + 0.5
         return cls(layout, k, v, filled, far, far, half, half)
 
     @property
@@ -413,7 +412,7 @@ class BitRows(NamedTuple):
         n_blocks, bits, numbers = self.filled // TOKENS, 0, 0
         float_bits = self.layout.xp.finfo(self.dtype).bits
         for one in (self.k, self.v):
-            tiles = int(n_blocks.sum()) * self.layout.n_heads * one.d
+            tiles = int(n_blocks.sum()) * self.layout.n_coded * one.d
             numbers += tiles * TOKENS
             used = one.used.sum(axis=0)
             bits += HEADER * tiles + 8 * int(used[0]) + TOKENS * float_bits * int(used[1])
@@ -429,7 +428,7 @@ class HeadsInBits(NamedTuple):
     b: slice
     h: slice
 
-    def leading(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+    def chosen_by(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
         """Read the leading coordinates of k' and v', which are those of the index."""
         k, v = (
             index.leading(rows, dtype, self.rows.layout)
@@ -482,9 +481,10 @@ class ByteRows(NamedTuple):
     @classmethod
     def empty(cls, layout: Layout, n_rows: int, like: Array) -> "ByteRows":
         """Room for so many tokens."""
-        lead, int8 = (layout.n_batch, layout.n_heads, n_rows), layout.xp.int8
+        lead, int8 = (layout.n_batch, layout.n_coded, n_rows), layout.xp.int8
         k, v = (layout.zeros((*lead, d), like, int8) for d in layout.rank)
-        step, far = layout.zeros((*lead, 1), like), layout.zeros(lead[:2], like)
+        step = layout.zeros((*lead, 1), like)
+        far = layout.zeros((layout.n_batch, layout.n_heads), like)
         return cls(layout, k, v, step, step, far, far)
 
     @property
@@ -521,7 +521,7 @@ class ByteRows(NamedTuple):
         """See some sequences and heads, to choose from."""
         return map_arrays(lambda x: x[b, h, ...], self)
 
-    def leading(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+    def chosen_by(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
         """Read the leading coordinates of k' and v'."""
         n_k, n_v = self.layout.n_leading
         return self._read(self.k[:, :, rows, :n_k], self.v[:, :, rows, :n_v], rows, dtype)
@@ -597,15 +597,22 @@ def _grown(buffer: Array, n_rows: int, layout: Layout, *, is_copy: bool = False)
 
 def coding_maps(basis: AttentionBasis, layout: Layout) -> Maps:
     """Lay the maps to the coordinates of a coding out as those of a basis, in units of the steps asked for."""
-    coding, xp = basis.coding, layout.xp
-    assert coding is not None
-    lead = 1 if layout.pool_batch else layout.n_batch
-    wq, wk, wv, c, mu = (
-        xp.reshape(x, (lead, layout.n_heads, 1, *x.shape[-2:])) for x in coding[:5]
-    )
-    maps = Maps(wq, wk, wv, xp.matrix_transpose(wv), c, mu, ranks=())
-    steps = _steps(coding, layout)
-    return scaled_maps(maps, [x.reshape(lead, layout.n_heads) for x in steps], layout)
+    assert basis.coding is not None
+    maps = unscaled_maps(basis.coding, layout.xp)
+    steps = _steps(basis.coding, layout)
+    return scaled_maps(maps, [x.reshape(maps.wk.shape[:2]) for x in steps], layout)
+
+
+def unscaled_maps(coding: Coding, xp: Namespace) -> Maps:
+    """Lay the maps to the coordinates of a coding out, (lead, H, 1, ., .).
+
+    Across heads they are those of one head, as wide as all of them.
+    """
+    lead, n_coded = math.prod(coding.wk.shape[:-3]), coding.importance_k.shape[-2]
+    shape = (lead, n_coded, 1)
+    wq, wk, wv = (xp.reshape(x, (*shape, -1, x.shape[-1])) for x in coding[:3])
+    c, mu = (xp.reshape(x, (*shape, 1, -1)) for x in coding[3:5])
+    return Maps(wq, wk, wv, xp.matrix_transpose(wv), c, mu, ranks=())
 
 
 def _steps(coding: Coding, layout: Layout) -> list[Array]:
@@ -623,7 +630,7 @@ def _steps(coding: Coding, layout: Layout) -> list[Array]:
 
 
 def scaled_maps(maps: Maps, steps: list[Array], layout: Layout) -> Maps:
-    """Coordinates in units of other steps, (lead, H) of keys and of values."""
+    """Coordinates in units of other steps, (lead, H or 1) of keys and of values."""
     by_k, by_v = (
         layout.backend.from_numpy(np.asarray(step)[:, :, None, None, None], maps.wk)
         for step in steps

@@ -22,6 +22,7 @@ from slra._validate import (
 from slra.attn.basis import AttentionBasis, check_parts
 from slra.attn.fit import METHODS
 from slra.attn.problem import check_by_head, check_scale, check_window
+from slra.attn.rotary import check_rotary
 from slra.cache._contents import Contents
 from slra.cache._layout import Layout, on_host
 from slra.cache._queries import Queries
@@ -42,6 +43,8 @@ __all__ = [
 # Of tokens, or of sequences: what a position in 32 bits can count.
 MOST = 2**31 - 1
 # A header alone takes a quarter of a bit a number, and no integer more than 14.
+# Of the coordinates of keys, and of values, so many are in the index: one in these.
+INDEX_PARTS = {"leading": (4, 4), "query": (8, 16)}
 LEAST_BITS, MOST_BITS = 0.5, 10
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -65,9 +68,11 @@ def check_options(
     n_top: Any = None,
     top_p: Any = None,
     rank_index: Any = None,
+    index: Any = "leading",
 ) -> Layout:
     """Check what a cache is made with; raise on the first that is wrong."""
     check_parts(basis)
+    check_choice(index, tuple(INDEX_PARTS), "index")
     backend = resolve(basis=basis.wk)
     if not backend.is_functional and not backend.is_eager(basis.wk):
         raise TypeError(
@@ -80,6 +85,12 @@ def check_options(
     own, limits = tuple(basis.wk.shape[:-3]), backend.xp.finfo(basis.wk.dtype)
     n_heads, width, rank_qk = basis.wk.shape[-3:]
     width_v, rank_v = basis.wv.shape[-2:]
+    across_heads = False
+    if bits is not None or rtol is not None:
+        # Without a coding there is an error below.
+        across_heads = basis.coding is not None and basis.coding.wk.shape[-1] != width
+        n_together = n_heads if across_heads else 1
+        rank_qk, rank_v = n_together * width, n_together * width_v
     layout = Layout(
         xp=backend.xp,
         batch=_check_batch(batch, own),
@@ -87,7 +98,7 @@ def check_options(
         n_shared=basis.wq.shape[-3] // n_heads,
         width=width,
         width_v=width_v,
-        rank=(rank_qk, rank_v) if bits is None and rtol is None else (width, width_v),
+        rank=(width if index == "query" else rank_qk, rank_v),
         pool_batch=not own,
         window=check_count(window, "window", most=MOST),
         n_sink=check_count(n_sink, "n_sink", most=MOST),
@@ -96,16 +107,18 @@ def check_options(
         dtype=None if dtype is None else _check_dtype(dtype, backend),
         bits=None if bits is None else check_bits(bits),
         rtol=None if rtol is None else check_positive(rtol, "rtol"),
+        across_heads=across_heads,
         n_top=None if n_top is None else _check_n_top(n_top, n_heads),
         top_p=None if top_p is None else _check_share(top_p),
         rank_index=_check_rank_index(
-            rank_index, width, chooses=n_top is not None or top_p is not None
+            rank_index, index, (width, width_v), chooses=n_top is not None or top_p is not None
         ),
+        index=index,
         score_options=ScoreOptions(
             scale=width**-0.5 if scale is None else check_scale(scale, limits),
             softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
         ),
-        rotary=None if rotary is None else _check_rotary(rotary, width),
+        rotary=None if rotary is None else check_rotary(rotary, width),
         drift_bound=None if drift_bound is None else check_positive(drift_bound, "drift_bound"),
         method=method,
     )
@@ -155,17 +168,33 @@ def _check_share(top_p: Any) -> float:
     return share
 
 
-def _check_rank_index(rank_index: Any, width: int, *, chooses: bool) -> int | None:
-    """Return how many leading coordinates choose, a quarter by default; None where there is nothing to choose."""
+def _check_rank_index(
+    rank_index: Any, index: str, widths: tuple[int, int], *, chooses: bool
+) -> tuple[int, int] | None:
+    """Return how many coordinates choose, and how many values have; None where there is nothing to choose."""
     if not chooses:
         if rank_index is not None:
             raise ValueError(
                 f"rank_index must be None without n_top or top_p, got {shown(rank_index)}"
             )
+        if index != "leading":
+            raise ValueError(f"index must be 'leading' without n_top or top_p, got {index!r}")
         return None
-    return (
-        -(-width // 4) if rank_index is None else check_rank(rank_index, width, "rank_index", "D")
+    if rank_index is None:
+        of_k, of_v = (-(-d // part) for d, part in zip(widths, INDEX_PARTS[index], strict=True))
+        return of_k, of_v
+    if not isinstance(rank_index, (tuple, list)):
+        most = check_rank(rank_index, widths[0], "rank_index", "D")
+        return most, min(most, widths[1])
+    if len(rank_index) != 2:
+        raise ValueError(
+            f"rank_index must be an int or a pair, for keys and for values, got {shown(rank_index)}"
+        )
+    of_k, of_v = (
+        check_rank(one, d, "rank_index", name)
+        for one, d, name in zip(rank_index, widths, ("D", "Dv"), strict=True)
     )
+    return of_k, of_v
 
 
 def _check_choosing(layout: Layout) -> None:
@@ -175,6 +204,13 @@ def _check_choosing(layout: Layout) -> None:
     for name, given in others.items():
         if given is not None:
             raise ValueError(f"{name} must be left out with n_top or top_p, got {given}")
+    if layout.is_coded and layout.reads_by_query:
+        raise ValueError(f"index must be 'leading' with bits or rtol, got {layout.index!r}")
+    if layout.across_heads:
+        raise ValueError(
+            "basis must be fitted without across_heads for bits with n_top or top_p: each head chooses by its own "
+            "coordinates"
+        )
     if layout.is_static and layout.n_top is None:
         raise ValueError("n_top must be given besides top_p where shapes are static: the most keys")
 
@@ -186,6 +222,17 @@ def _check_coded(layout: Layout, basis: AttentionBasis) -> None:
     if basis.coding is None:
         raise ValueError(
             "basis must have its coding to store bits: fit it to concrete arrays by fit_attention"
+        )
+    frequencies = layout.backend.to_numpy(basis.coding.rotary)
+    given = () if layout.rotary is None else layout.rotary
+    # Of a fit that knew of none nothing is known.
+    if frequencies.shape[-1] and (
+        frequencies.shape[-1] != len(given)
+        or not np.allclose(frequencies, given, rtol=1e-3, atol=1e-9)
+    ):
+        raise ValueError(
+            "rotary must be what the basis was fitted with: its coding is for keys before that rotation; "
+            f"got {layout.rotary}"
         )
     if layout.n_sparse:
         raise ValueError(f"n_sparse must be 0 with bits or rtol, got {layout.n_sparse}")
@@ -237,26 +284,6 @@ def _check_dtype(dtype: Any, backend: Backend) -> str:
     if not hasattr(backend.xp, name):
         raise ValueError(f"dtype must be one that the library of the basis has, got {dtype!r}")
     return str(name)
-
-
-def _check_rotary(rotary: Any, width: int) -> tuple[float, ...]:
-    """Return the frequencies as floats."""
-    if compat.is_array_api_obj(rotary) and not isinstance(rotary, np.generic):
-        rotary = resolve(rotary=rotary).to_numpy(rotary)
-    try:
-        given = np.asarray(rotary)
-    except (TypeError, ValueError):  # ragged lists
-        given = np.asarray(None)
-    if given.dtype.kind not in "fiu":
-        raise TypeError(f"rotary must be real numbers, got {type(rotary).__name__}")
-    frequencies = given.astype(np.float64)
-    if frequencies.ndim != 1 or not 1 <= frequencies.size <= width // 2:
-        raise ValueError(
-            f"rotary must be 1 to {width // 2} frequencies, half of D, got shape {frequencies.shape}"
-        )
-    if not np.all(np.isfinite(frequencies)):
-        raise ValueError("rotary must be finite, got NaN or infinity")
-    return tuple(frequencies.tolist())
 
 
 def check_tokens(

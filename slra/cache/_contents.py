@@ -139,6 +139,8 @@ class Contents(NamedTuple):
             scale=layout.score_options.scale,
             softcap=layout.score_options.softcap,
             enable_gqa=True,
+            across_heads=layout.across_heads,
+            rotary=layout.rotary,
         )
         maps, dtype = maps_of(basis, layout), last.rows.dtype
         segment = Segment.empty(layout, maps, start, layout.window, dtype)
@@ -169,7 +171,8 @@ class Contents(NamedTuple):
             out, lse = merge_attention(*zip(*parts, strict=True))
         else:
             ((out, lse),) = parts
-            out = xp.where(lse[..., None] == -xp.inf, xp.zeros_like(out), out)
+            if left is not None:
+                out = xp.where(lse[..., None] == -xp.inf, xp.zeros_like(out), out)
         if queries.sinks is not None:
             out, lse = add_sinks(xp, out, lse, queries.sinks)
         if left is not None:

@@ -42,8 +42,8 @@ class ExactTokens(NamedTuple):
         where = namespace_of(lengths).where
         places = where(is_sink, positions, n_sink + (positions - n_sink) % max(1, window))
         places = where(is_used & (is_sink | is_last), places, 0 * places - 1)
-        put_rows = self.layout.backend.put_rows
-        return self._replace(k=put_rows(self.k, k, places), v=put_rows(self.v, v, places))
+        k, v = self.layout.backend.put_both((self.k, self.v), (k, v), places)
+        return self._replace(k=k, v=v)
 
     def window_positions(self, lengths: Array) -> Array:
         """Which token each row of the ring holds, (B, window); one before the end of the sinks where none is."""

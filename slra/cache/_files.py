@@ -16,12 +16,13 @@ from slra.cache._bits import BitRows, ByteRows
 from slra.cache._checks import MOST, check_bits, check_options
 from slra.cache._contents import Contents
 from slra.cache._layout import Layout, map_arrays, named_arrays, on_host, with_arrays
+from slra.cache._maps_apart import check_given, with_maps, without_maps
 from slra.cache._parked import Coded, ParkedRows, codec, damaged_chunks, park, unparked
 from slra.cache._segment import FloatRows, laid_out
 
 __all__ = ["load_contents", "save_contents"]
 
-FORMAT = "slra.KVCache 4"
+FORMAT = "slra.KVCache 5"
 # Arrays that are NumPy's, unless shapes are static.
 POSITIONS = (
     *("lengths", "start", "since_check"),
@@ -34,14 +35,16 @@ MOST_OF_HEADERS = 0.1
 NEAR = 0.005
 
 
-def save_contents(path: File, contents: Contents, bits: Any) -> None:
-    """Write what is in use to exactly this path; with an entropy code where bits are given."""
+def save_contents(path: File, contents: Contents, bits: Any, basis: Any) -> None:
+    """Write what is in use to exactly this path; with an entropy code where bits are given, without maps of a basis."""
     contents = _without_room(contents)
-    write_file(path, _content(contents) if bits is None else _parked(contents, bits))
+    if bits is not None:
+        contents = _parked(contents, bits)
+    write_file(path, _content(contents, basis))
 
 
-def _parked(contents: Contents, bits: Any) -> bytes:
-    """Content of a file that takes so many bits a number of the keys and of the values, headers and all."""
+def _parked(contents: Contents, bits: Any) -> Contents:
+    """Code rows in so many bits a number of the keys and of the values, headers and all."""
     asked, layout = np.asarray(check_bits(bits)), contents.layout
     held = [segment.rows for segment in contents.segments if isinstance(segment.rows, BitRows)]
     if not held:
@@ -51,7 +54,7 @@ def _parked(contents: Contents, bits: Any) -> bytes:
         )
     codec()
     target = asked
-    numbers = layout.n_heads * np.asarray(layout.rank) * max(1, sum(x.filled.sum() for x in held))
+    numbers = layout.n_coded * np.asarray(layout.rank) * max(1, sum(x.filled.sum() for x in held))
     for _ in range(3):
         segments, n_bytes, is_finest = [], np.zeros(2), np.ones(2, dtype=bool)
         for segment, rows in zip(contents.segments, held, strict=True):
@@ -64,10 +67,10 @@ def _parked(contents: Contents, bits: Any) -> bytes:
         if np.all((np.abs(took - asked) < NEAR * asked) | (is_finest & (took < asked))):
             break
         target = np.maximum(target - (took - asked), (1 - MOST_OF_HEADERS) * asked)
-    return _content(contents._replace(segments=tuple(segments)))
+    return contents._replace(segments=tuple(segments))
 
 
-def _content(contents: Contents) -> bytes:
+def _content(contents: Contents, basis: Any) -> bytes:
     backend = contents.layout.backend
     named, in_bfloat16 = {}, []
     for name, x in named_arrays(_without_index(contents)._replace(turns=None)).items():
@@ -82,6 +85,8 @@ def _content(contents: Contents) -> bytes:
         "n_segments": str(len(contents.segments)),
         "bfloat16": json.dumps(in_bfloat16),
     }
+    if basis is not None:
+        named, metadata["basis"] = without_maps(named, contents, basis)
     return safetensors_content(named, metadata)
 
 
@@ -115,13 +120,17 @@ def _described(layout: Layout) -> str:
     return json.dumps(fields | {"score_options": layout.score_options._asdict()}, sort_keys=True)
 
 
-def load_contents(path: File, like: Array, backend: Backend) -> Contents:
+def load_contents(path: File, like: Array, backend: Backend, basis: Any) -> Contents:
     """Read them back; ValueError where the file is not what `save_contents` writes."""
     try:
         named, metadata = read_safetensors(path, FORMAT, damaged_chunks)
     except ValueError as error:
         raise _not_one(path, error) from error
+    told = metadata.get("basis")
+    check_given(told, basis)
     try:
+        if told is not None:
+            named = with_maps(named, basis)
         in_bfloat16 = set(json.loads(metadata["bfloat16"]))
         template = _template(named, int(metadata["n_segments"]), metadata["layout"])
         _check_arrays(named, template)
@@ -173,7 +182,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     bases = [_basis(named, i, given) for i in range(n_segments)]
     names = (
         *("batch", "window", "n_sink", "n_sparse", "rotary", "drift_bound", "method"),
-        *("n_top", "top_p", "rank_index"),
+        *("n_top", "top_p", "rank_index", "index"),
     )
     is_coded = given["bits"] is not None or given["rtol"] is not None
     options = {name: given[name] for name in names} | given["score_options"]
@@ -186,7 +195,8 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     layout = layouts.pop()
     if is_coded:
         bits = None if given["bits"] is None else check_bits(given["bits"])
-        layout = dataclasses.replace(layout, bits=bits, rtol=given["rtol"])
+        coded = {"bits": bits, "rtol": given["rtol"], "across_heads": bool(given["across_heads"])}
+        layout = dataclasses.replace(layout, **coded)
     described_now = _described(dataclasses.replace(layout, dtype=given["dtype"]))
     n_exact = layout.n_batch * layout.n_heads * layout.n_exact * layout.width
     # Sizes first: settings that are not those of the arrays might ask for any amount of memory.
@@ -200,6 +210,8 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     maps = [laid_out(basis, layout) for basis in bases]
     if is_coded:
         maps = [one._replace(wq=one.wq[:, :, :1]) for one in maps]
+    if layout.across_heads:
+        maps = [_beside(one, layout) for one in maps]
     template = _without_index(Contents.empty(layout, maps[0], error))._replace(turns=None)
     (segment,) = template.segments
     if "segments.0.rows.step_k" in named:
@@ -218,9 +230,11 @@ def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
     if any(0 in x.shape or x.dtype not in (np.float32, np.float64) for x in maps.values()):
         raise ValueError(f"its maps of segment {i} are empty, or not in single or double precision")
     own = () if given["pool_batch"] else tuple(given["batch"])
+    if given["across_heads"]:
+        maps = _of_heads(maps, check_rank(given["n_heads"], MOST))
     # By head, as a basis has them.
-    maps = {name: x.reshape(*own, -1, *x.shape[3:]) for name, x in maps.items()}
-    if given["bits"] is not None or given["rtol"] is not None:
+    maps = {name: x.reshape(*own, -1, *x.shape[-2:]) for name, x in maps.items()}
+    if given["bits"] is not None or given["rtol"] is not None or given["index"] == "query":
         # The query heads share a map: how many they are is not in its shape.
         maps["wq"] = np.repeat(maps["wq"], check_rank(given["n_shared"], MOST), axis=-3)
     rank = (maps["wk"].shape[-1], maps["wv"].shape[-1])
@@ -228,6 +242,30 @@ def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
     ranks = (rank,) * maps["wk"].shape[-3]
     wq, wk, wv, uv, c, mu = (maps[name] for name in NAMES_OF_MAPS)
     return AttentionBasis(wq, wk, wv, uv, c, mu, ranks, error)
+
+
+def _of_heads(maps: dict[str, Any], n: int) -> dict[str, Any]:
+    """Give each head its part of maps that are for all of them, side by side."""
+    found = {}
+    for name, x in maps.items():
+        *_, a, b = x.shape
+        if name in ("uv", "c", "mu"):
+            found[name] = np.swapaxes(x.reshape(-1, a, n, b // n), 1, 2)
+        else:
+            found[name] = x.reshape(-1, n, a // n, b)
+    return found
+
+
+def _beside(maps: Maps, layout: Layout) -> Maps:
+    """Undo `_of_heads`, as far as shapes go."""
+    n, (d_k, d_v) = layout.n_heads, layout.rank
+    if (d_k, d_v) != (n * layout.width, n * layout.width_v):
+        raise ValueError(f"its {(d_k, d_v)} coordinates are not those of {n} heads")
+    last = ((d_k, d_k), (d_k, d_k), (d_v, d_v), (d_v, d_v), (1, d_k), (1, d_v))
+    shapes = dict(zip(NAMES_OF_MAPS, last, strict=True))
+    zero, lead = maps.wk.dtype.type(0), len(maps.wk)
+    empty = {name: np.broadcast_to(zero, (lead, 1, 1, *shape)) for name, shape in shapes.items()}
+    return Maps(**empty, ranks=())
 
 
 def _check_arrays(named: Arrays, template: Contents) -> None:

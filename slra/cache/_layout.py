@@ -44,11 +44,14 @@ class Layout:
     dtype: str | None
     bits: tuple[float, float] | None  # average of a number of the keys, and of the values
     rtol: float | None
+    across_heads: bool  # whether all heads share the coordinates that bits are of
     n_top: (
         int | tuple[int, ...] | None
     )  # keys that a query reads in all coordinates, of each key head
     top_p: float | None  # or as few as hold this share of the softmax
-    rank_index: int | None  # by the leading coordinates, so many, where it chooses
+    # By so many coordinates of the keys, where it chooses; values that are not chosen count in so many.
+    rank_index: tuple[int, int] | None
+    index: str  # which of the keys: the "leading" ones, or those largest in the "query"
     score_options: ScoreOptions
     rotary: tuple[float, ...] | None
     drift_bound: float | None
@@ -70,6 +73,11 @@ class Layout:
         return self.n_heads * self.n_shared
 
     @property
+    def n_coded(self) -> int:
+        """Sets of coordinates that a token has in bits: one for each key head, or one for all of them."""
+        return 1 if self.across_heads else self.n_heads
+
+    @property
     def n_exact(self) -> int:
         """Tokens kept as they came."""
         return self.n_sink + self.window
@@ -87,7 +95,14 @@ class Layout:
     @property
     def chooses(self) -> bool:
         """Whether each query reads but a few keys in all coordinates that are stored, and has others to choose by."""
-        return self.rank_index is not None and self.rank_index < max(self.rank)
+        return self.rank_index is not None and any(
+            index < rank for index, rank in zip(self.rank_index, self.rank, strict=True)
+        )
+
+    @property
+    def reads_by_query(self) -> bool:
+        """Whether it also chooses by which coordinates of the keys."""
+        return self.index == "query"
 
     @property
     def n_tops(self) -> tuple[int, ...]:
@@ -98,14 +113,17 @@ class Layout:
 
     @property
     def n_leading(self) -> tuple[int, int]:
-        """Coordinates of the keys that choose, and of the values that are not chosen."""
-        index = max(self.rank) if self.rank_index is None else self.rank_index
-        return min(index, self.rank[0]), min(index, self.rank[1])
+        """Coordinates that stand by themselves: of the keys where these choose, and of the values not chosen."""
+        if self.rank_index is None:
+            return self.rank
+        rank_qk, rank_v = (min(pair) for pair in zip(self.rank_index, self.rank, strict=True))
+        return self.rank[0] if self.index == "query" else rank_qk, rank_v
 
     @property
     def carries_shift(self) -> bool:
         """Whether k' has one more column, of ones: a softcap sees the shift of the keys."""
-        return self.score_options.softcap is not None and self.rotary is None
+        is_seen = self.score_options.softcap is not None and self.rotary is None
+        return is_seen and not self.across_heads
 
     def zeros(self, shape: tuple[int, ...], like: Array, dtype: DType = None) -> Array:
         """Zeros beside ``like``."""
@@ -126,6 +144,20 @@ class Layout:
     def unbatched(self, x: Array) -> Array:
         """Undo `batched`."""
         return self.xp.reshape(x, (*self.batch, *x.shape[1:]))
+
+    def beside(self, x: Array) -> Array:
+        """Lay what heads have of a token side by side, (B, H, n, f) to (B, 1, n, H f), where they share coordinates."""
+        if not self.across_heads:
+            return x
+        x = self.xp.permute_dims(x, (0, 2, 1, 3))
+        return self.xp.reshape(x, (x.shape[0], 1, x.shape[1], -1))
+
+    def by_head(self, x: Array) -> Array:
+        """Undo `beside`."""
+        if not self.across_heads:
+            return x
+        x = self.xp.reshape(x, (x.shape[0], x.shape[2], self.n_heads, -1))
+        return self.xp.permute_dims(x, (0, 2, 1, 3))
 
     def stack_heads(self, x: Array) -> Array:
         """Make the query heads that share a key head rows of one matrix, (B, H, shared * M, f).

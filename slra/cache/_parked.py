@@ -83,12 +83,13 @@ class ParkedRows(NamedTuple):
         )
         filled = np.zeros(layout.n_batch, np.int64)
         far = np.zeros((layout.n_batch, layout.n_heads), like.dtype)
-        return cls(layout, k, v, filled, far, far, far, far)
+        half = far[:, : layout.n_coded]
+        return cls(layout, k, v, filled, far, far, half, half)
 
     def check(self) -> None:
         """Raise ValueError where parts, which come from a file, do not belong together."""
         n_chunks = _n_chunks(self.filled).sum()
-        n_rows = self.layout.n_batch * self.layout.n_heads * int(self.filled.max(initial=0))
+        n_rows = self.layout.n_batch * self.layout.n_coded * int(self.filled.max(initial=0))
         for part, d in zip((self.k, self.v), self.layout.rank, strict=True):
             n_words, low, high, *_ = part.table.T.astype(np.int64)
             if (
@@ -158,7 +159,7 @@ def unparked(rows: ParkedRows, like: Array) -> BitRows:
         far_k=rows.far_k, far_v=rows.far_v, half_k=rows.half_k, half_v=rows.half_v
     )
     keys, values = (
-        _chunks(part, rows.filled, layout.n_heads, d)
+        _chunks(part, rows.filled, layout.n_coded, d)
         for part, d in zip((rows.k, rows.v), layout.rank, strict=True)
     )
     for (k, places), (v, _) in zip(keys, values, strict=True):

@@ -61,6 +61,7 @@ class FloatRows(NamedTuple):
     sparse_k: SparseEntries | None = None
     sparse_v: SparseEntries | None = None
     # Where queries choose, ``k`` and ``v`` are the leading coordinates, read of all tokens, and these are the others.
+    # Where a query also chooses coordinates, ``k`` are all of them by feature, and ``rest_k`` the same by token.
     rest_k: Array | None = None
     rest_v: Array | None = None
 
@@ -70,10 +71,15 @@ class FloatRows(NamedTuple):
         backend, (rank_qk, rank_v) = layout.backend, layout.n_leading
         lead = (layout.n_batch, layout.n_heads, n_rows)
         has_ones = layout.carries_shift and not layout.chooses
-        k = backend.key_buffer((*lead, rank_qk + has_ones), dtype, like)
+        if layout.chooses and layout.reads_by_query:
+            by_feature = (*lead[:2], rank_qk, n_rows)
+            k = layout.xp.matrix_transpose(layout.zeros(by_feature, like, dtype))
+        else:
+            k = backend.key_buffer((*lead, rank_qk + has_ones), dtype, like)
         v = layout.zeros((*lead, rank_v), like, dtype)
         if layout.chooses:
-            widths = layout.rank[0] - rank_qk, layout.rank[1] - rank_v
+            n_twice = rank_qk if layout.reads_by_query else 0
+            widths = layout.rank[0] - rank_qk + n_twice, layout.rank[1] - rank_v
             rest = (layout.zeros((*lead, width), like, dtype) for width in widths)
             return cls(layout, k, v, None, None, *rest)
         if not layout.n_sparse:
@@ -108,7 +114,8 @@ class FloatRows(NamedTuple):
         held = self if not on_host(places) else self.with_room(int(places.max()) + 1)
         if self.layout.chooses:
             n_k, n_v = self.layout.n_leading
-            leading, rest_of_each = (k[..., :n_k], v[..., :n_v]), (k[..., n_k:], v[..., n_v:])
+            rest_k = k if self.layout.reads_by_query else k[..., n_k:]
+            leading, rest_of_each = (k[..., :n_k], v[..., :n_v]), (rest_k, v[..., n_v:])
             new = FloatRows(self.layout, *leading, None, None, *rest_of_each)
             return held._written(new, places)
         if self.layout.carries_shift:
@@ -119,6 +126,20 @@ class FloatRows(NamedTuple):
             sparse = [SparseEntries(self.rounded(values), at) for values, at in largest]
         return held._written(FloatRows(self.layout, k, v, *sparse), places)
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether what is stored of a token is two rows of coordinates, and nothing else."""
+        has_ones = self.layout.carries_shift
+        return self.sparse_k is None and self.rest_k is None and not has_ones
+
+    def put_mapped(self, k: Array, v: Array, maps: Maps, places: Array) -> "FloatRows":
+        """Project tokens (B, H, m, .) and write them at places (B, m), where that `is_bare`."""
+        held = self if not on_host(places) else self.with_room(int(places.max()) + 1)
+        put = self.layout.backend.put_mapped
+        return held._replace(
+            k=put(held.k, k, maps.c, maps.wk, places), v=put(held.v, v, maps.mu, maps.wv, places)
+        )
+
     def coordinates(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
         """Read k', with its column of ones, and v'."""
         xp = self.layout.xp
@@ -128,7 +149,8 @@ class FloatRows(NamedTuple):
                 xp.astype(x[:, :, rows, :], dtype) for x in (self.rest_k, self.rest_v)
             )
             ones = [xp.ones_like(k[..., :1])] if self.layout.carries_shift else []
-            k, v = xp.concat([k, rest_k, *ones], axis=-1), xp.concat([v, rest_v], axis=-1)
+            rest = [] if self.layout.reads_by_query else [rest_k]
+            k, v = xp.concat([k, *rest, *ones], axis=-1), xp.concat([v, rest_v], axis=-1)
         return k, v
 
     def of_heads(self, b: slice, h: slice) -> "FloatRows":
@@ -140,6 +162,11 @@ class FloatRows(NamedTuple):
         astype = self.layout.xp.astype
         k, v = (astype(x[:, :, rows, :], dtype, copy=False) for x in (self.k, self.v))
         return k, v
+
+    def chosen_by(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        """Read what queries choose by, which may be narrower, and the values that are not chosen."""
+        astype = self.layout.xp.astype
+        return self.k[:, :, rows, :], astype(self.v[:, :, rows, :], dtype, copy=False)
 
     def others(self, places: Array, dtype: DType) -> tuple[Array, Array]:
         """Read the other coordinates of k' and v' at places (B, H, M, t); (B, H, M, t, .)."""
@@ -158,7 +185,8 @@ class FloatRows(NamedTuple):
         def read(x: Array) -> Array:
             return self.layout.xp.astype(x[:, :, None, rows, :], dtype, copy=False)
 
-        return read(self.rest_k), read(self.rest_v)
+        rest_k, rest_v = read(self.rest_k), read(self.rest_v)
+        return rest_k[..., :0] if self.layout.reads_by_query else rest_k, rest_v
 
     def corrections(self, rows: slice, dtype: DType) -> tuple[Array, Array] | None:
         """Read what is to be added to the keys (B, H, rows, D) and to the values that coordinates stand for."""
@@ -237,6 +265,10 @@ def laid_out(basis: AttentionBasis, layout: Layout) -> Maps:
     others = [xp.reshape(x, (lead, layout.n_heads, 1, *x.shape[-2:])) for x in others]
     # Ranks are in the layout: here they would be traced.
     wk, wv, uv, c, mu = others
+    if layout.reads_by_query:
+        # Keys as they came: positions that are rotated in make few of a query's own features large, not of a basis'.
+        eye = xp.eye(layout.width, dtype=wk.dtype, device=layout.backend.creation_device(wk))
+        wq = wk = eye + layout.zeros((lead, layout.n_heads, 1, layout.width, layout.width), wk)
     return Maps(wq, wk, wv, uv, c, mu, ranks=())
 
 
@@ -260,6 +292,8 @@ class Segment(NamedTuple):
         if not isinstance(self.rows, FloatRows):
             return self._put_bits(self.rows, k, v, places)
         maps, rest, matmul = self._key_head_maps(), None, self.layout.backend.matmul
+        if self.rows.is_bare:
+            return self._replace(rows=self.rows.put_mapped(k, v, maps, places))
         small_k = self.rows.rounded(matmul(k, maps.wk) - matmul(maps.c, maps.wk))
         small_v = self.rows.rounded(matmul(v, maps.wv) - matmul(maps.mu, maps.wv))
         if self.layout.n_sparse:
@@ -271,13 +305,16 @@ class Segment(NamedTuple):
     def _put_bits(self, rows: BitRows | ByteRows, k: Array, v: Array, places: Array) -> "Segment":
         """Write tokens in bits; the first ones may fix the steps."""
         maps, bits = self._key_head_maps(), self.layout.bits
+        beside, xp = self.layout.beside, self.layout.xp
         # Shifted first: a difference of large products would be off by more than a step.
-        k, v = k - maps.c, v - maps.mu
+        k, v = beside(k) - maps.c, beside(v) - maps.mu
         small = k @ maps.wk, v @ maps.wv
-        xp = self.layout.xp
         far = (
-            xp.max(xp.where(xp.isfinite(x), xp.abs(x), xp.zeros_like(x)), axis=(-2, -1))
-            for x in (k, v)
+            xp.max(
+                xp.where(xp.isfinite(x), xp.abs(x), xp.zeros_like(x)),
+                axis=(-2, -1),
+            )
+            for x in map(self.layout.by_head, (k, v))
         )
         far_k, far_v = (
             xp.maximum(x, held) for x, held in zip(far, (rows.far_k, rows.far_v), strict=True)
@@ -299,9 +336,9 @@ class Segment(NamedTuple):
 
     def read(self, rows: slice) -> tuple[Array, Array]:
         """Keys and values (B, H, rows, .) that the segment stands for, as they were appended."""
-        dtype, maps = self.maps.wk.dtype, self._key_head_maps()
+        dtype = self.maps.wk.dtype
         k, v = self.rows.coordinates(rows, dtype)
-        k, v = self._decoded_keys(k), v @ maps.uv + maps.mu
+        k, v = self._decoded_keys(k), self._decoded_values(v)
         if corrections := self.rows.corrections(rows, dtype):
             k, v = k + corrections[0], v + corrections[1]
         return k, v
@@ -309,8 +346,16 @@ class Segment(NamedTuple):
     def _decoded_keys(self, small: Array) -> Array:
         """Keys that coordinates stand for: what the query heads see of them, on average."""
         xp = self.layout.xp
-        back = xp.matrix_transpose(xp.mean(self.maps.wq, axis=2))
-        return small[..., : self.layout.rank[0]] @ back + self.maps.c[:, :, 0, ...]
+        wq = self.maps.wq
+        wq = wq[:, :, 0, ...] if wq.shape[2] == 1 else xp.mean(wq, axis=2)
+        small = small[..., : self.layout.rank[0]]
+        product = self.layout.backend.matmul(small, xp.matrix_transpose(wq))
+        return self.layout.by_head(product + self.maps.c[:, :, 0, ...])
+
+    def _decoded_values(self, small: Array) -> Array:
+        """Values that coordinates stand for."""
+        maps = self._key_head_maps()
+        return self.layout.by_head(small @ maps.uv + maps.mu)
 
     def _key_head_maps(self) -> Maps:
         """Leave out the axis of the query heads that share a key head, but for their own map."""
@@ -335,16 +380,26 @@ class Segment(NamedTuple):
         mask, shift, dtype = self._mask(queries, end, rows), None, queries.q.dtype
         k, v = self.rows.coordinates(rows, dtype)
         corrections = self.rows.corrections(rows, dtype)
+        if layout.across_heads:
+            v = self._decoded_values(v)
+            if turns is None:
+                q, k = layout.stack_heads(queries.q), self._decoded_keys(k)
+            else:
+                q, k = self._rotated(queries, k, None, rows, turns)
+            out, lse = layout.attend(q, k, v, mask)
+            return layout.unstack_heads(out), layout.unstack_heads(lse)
         if turns is None:
             q, k, shift = self._features(queries, k, maps.c, corrections)
         else:
             q, k = self._rotated(queries, k, corrections, rows, turns)
-        if corrections is not None:
-            v = layout.xp.concat([v, corrections[1]], axis=-1)
+        if corrections is None:
+            through = layout.backend.attention_through
+            whole, lse = through(q, k, v, mask, layout.score_options, maps.uv, maps.mu, shift)
+            return layout.unstack_heads(whole), layout.unstack_heads(lse)
+        xp, v = layout.xp, layout.xp.concat([v, corrections[1]], axis=-1)
         out, lse = layout.attend(q, k, v, mask)
-        whole = layout.backend.matmul(out[..., :rank_v], maps.uv) + maps.mu
-        if corrections is not None:
-            whole = whole + out[..., rank_v:]
+        whole = layout.backend.matmul(out[..., :rank_v], maps.uv) + maps.mu + out[..., rank_v:]
+        whole = xp.where(lse[..., None] == -math.inf, xp.zeros_like(whole), whole)
         if shift is not None:
             lse = lse + layout.score_options.scale * shift[..., 0]
         return layout.unstack_heads(whole), layout.unstack_heads(lse)
@@ -414,6 +469,7 @@ class Segment(NamedTuple):
         layout, maps, dtype = self.layout, self._key_head_maps(), queries.q.dtype
         held, n_rows, uv = self.rows, self._n_rows(end), maps.uv
         rows = slice(queries.first_row(self.start, n_rows), n_rows)
+        index = layout.rank_index[0] if layout.rank_index and layout.reads_by_query else None
         q, shift = self._projected(queries, maps.c)
         if isinstance(held, BitRows):
             # The index has leading coordinates nearly: chosen tokens get what it lacks of them, too.
@@ -438,14 +494,16 @@ class Segment(NamedTuple):
                     return x[one, other, ...]
 
                 part = held.of_heads(b, h)
-                k, v = part.leading(rows, dtype)
+                k, v = part.chosen_by(rows, dtype)
                 hidden, beside = (None if x is None else at(x) for x in (mask, others))
-                chosen = choose(layout, n_top, at(q), at(shift), k, hidden, beside)
+                given = at(q), at(shift), k, hidden, beside
+                chosen = choose(layout, n_top, *given, rank_index=index)
                 if chosen.places is None:
                     return chosen.attend(v, *part.all_others(rows, dtype))
                 return chosen.attend(v, *part.others(chosen.places + rows.start, dtype))
 
-            shape, width = (layout.n_batch, len(heads)), sum(layout.n_leading)
+            shape = (layout.n_batch, len(heads))
+            width = (layout.n_leading[0] if index is None else index) + layout.n_leading[1]
             parts.append(layout.backend.by_head(run, shape, q.shape[-2] * n_rows, width))
         out, lse, left = (layout.xp.concat(x, axis=1) for x in zip(*parts, strict=True))
         if not layout.carries_shift:
@@ -472,14 +530,10 @@ class Segment(NamedTuple):
 
     def _projected(self, queries: Queries, c: Array) -> tuple[Array, Array]:
         """Make the queries q', stacked, and what the shift of the keys has in each of their scores."""
-        xp, stack, matmul = self.layout.xp, self.layout.stack_heads, self.layout.backend.matmul
-        wq, whole = self.maps.wq, stack(queries.q)
-        if wq.shape[2] == 1:
-            q = matmul(whole, wq[:, :, 0, ...])
-        else:
-            wq = xp.reshape(wq, (wq.shape[0], self.layout.n_query_heads, *wq.shape[-2:]))
-            q = stack(matmul(queries.q, wq))
-        return q, matmul(whole, xp.matrix_transpose(c))
+        if self.layout.reads_by_query:
+            whole = self.layout.stack_heads(queries.q)
+            return whole, self.layout.backend.matmul(whole, self.layout.xp.matrix_transpose(c))
+        return self.layout.backend.mapped_queries(queries.q, self.maps.wq, c)
 
     def _rotated(
         self,
@@ -505,11 +559,11 @@ class Segment(NamedTuple):
         """Relative error that the maps make in the output of queries over keys and values; the largest of all heads."""
         maps, layout, q = self._key_head_maps(), self.layout, self.layout.stack_heads(q)
         exact, _ = layout.attend(q, k, v, None)
-        small_k, small_v = (k - maps.c) @ maps.wk, (v - maps.mu) @ maps.wv
+        k, v = (layout.beside(k) - maps.c) @ maps.wk, (layout.beside(v) - maps.mu) @ maps.wv
         if layout.is_coded:
-            small_k, small_v = layout.xp.round(small_k), layout.xp.round(small_v)
-        out, _ = layout.attend(q, self._decoded_keys(small_k), small_v, None)
-        outs = (layout.unstack_heads(x) for x in (out @ maps.uv + maps.mu, exact))
+            k, v = layout.xp.round(k), layout.xp.round(v)
+        out, _ = layout.attend(q, self._decoded_keys(k), self._decoded_values(v), None)
+        outs = (layout.unstack_heads(x) for x in (out, exact))
         return float(layout.xp.max(layout.relative_error(*outs)))
 
     def error_bound(self) -> tuple[Array, Array]:
@@ -517,16 +571,18 @@ class Segment(NamedTuple):
         rows = self.rows
         assert not isinstance(rows, FloatRows)
         xp, maps, bounds = self.layout.xp, self._key_head_maps(), []
-        backs = (xp.mean(maps.wq, axis=2), maps.wk, maps.c), (maps.uv, maps.wv, maps.mu)
+        back_k = xp.matrix_transpose(xp.mean(maps.wq, axis=2))
+        backs = (back_k, maps.wk, maps.c), (maps.uv, maps.wv, maps.mu)
         eps = float(xp.finfo(maps.wk.dtype).eps)
         far = rows.far_k, rows.far_v
         for half, size, (back, to, shift) in zip(rows.half_steps(), far, backs, strict=True):
-            d = back.shape[-1]
+            d = back.shape[-2]
             # Coordinates are sums of products no larger than these, and so is what they stand for.
-            size = size[..., None, None] + xp.max(xp.abs(shift), axis=(-2, -1), keepdims=True)
+            size = xp.max(self.layout.beside(size[..., None, None]), axis=-1, keepdims=True)
+            size = size + xp.max(xp.abs(shift), axis=(-2, -1), keepdims=True)
             sums = size * xp.sum(xp.abs(to), axis=-2, keepdims=True)
-            if back is not maps.uv:
-                back = xp.matrix_transpose(back)
+            # Of all coordinates to those of each head.
+            back = self.layout.by_head(back)
             sums = sums @ xp.abs(back) + size
             rounding = 2 * ROUNDINGS * (d**0.5) * eps * xp.sqrt(xp.sum(sums * sums, axis=(-2, -1)))
             largest = xp.max(self.layout.backend.singular_values(back), axis=-1)

@@ -80,8 +80,10 @@ class KVCache:
     bits : float or (float, float), optional
         Average bits, 0.5 to 10, that a number of the keys and values (of D + Dv a token) takes, headers counted; a
         pair for keys and for values. Then coordinates of the basis' ``coding`` are stored, all of them whatever its
-        rank, rounded to integers of as many bits as each block of 16 tokens needs. The first append fixes the steps,
-        if it brings 256 tokens, and otherwise the fit; ``bits`` of the cache says what came of it. None: floats.
+        rank, rounded to integers of as many bits as each block of 16 tokens needs. Where the basis was fitted
+        ``across_heads``, all heads share coordinates: fewer bits do, and a step takes Hkv times the products. The first
+        append fixes the steps, if it brings 256 tokens, and otherwise the fit; ``bits`` of the cache says what came of
+        it. None: floats.
     rtol : float, optional
         Instead of ``bits``: the largest error of a token's coordinates, keys and values each, relative to the root
         mean square of those of the fit.
@@ -94,8 +96,13 @@ class KVCache:
     top_p : float, optional
         Instead of ``n_top``, or besides: as few keys as hold this share of the softmax, exact tokens counted, as far
         as the leading coordinates tell, on average over the query heads that share a key head.
-    rank_index : int, optional
-        Coordinates of each key that choose, D/4 by default.
+    rank_index : int or (int, int), optional
+        Coordinates of each key that choose, and of each value that is not chosen; an int is both. By default D/4 and
+        Dv/4, or with ``index="query"`` D/8 and Dv/16.
+    index : {"leading", "query"}
+        Which coordinates of the keys choose: the leading ones of the basis; or the features that are largest in the
+        query, of the sum over the query heads that share a key head. Then keys are stored as they came, twice: by
+        feature, and by token. On decoders that rotate by position this errs far less for as much read.
     capacity : int, optional
         Tokens to make room for; not with ``drift_bound``. Then memory does not grow, and more tokens are an error. On
         JAX it makes the cache a pytree of static shapes, to be used under ``jax.jit``, where tokens beyond it make
@@ -163,8 +170,8 @@ class KVCache:
     References
     ----------
     The exact first tokens: G. Xiao et al., Efficient streaming language models with attention sinks, arXiv:2309.17453.
-    Keys chosen by leading coordinates: P. Singhania et al., Loki, arXiv:2406.02542; by mass: C. Lin et al., Twilight,
-    arXiv:2502.02770. Both drop the others.
+    Keys chosen by leading coordinates: P. Singhania et al., Loki, arXiv:2406.02542; by the largest of the query:
+    L. Ribar et al., SparQ, arXiv:2312.04985; by mass: C. Lin et al., Twilight, arXiv:2502.02770. They drop the others.
 
     Examples
     --------
@@ -194,7 +201,8 @@ class KVCache:
         rtol: float | None = None,
         n_top: int | Sequence[int] | None = None,
         top_p: float | None = None,
-        rank_index: int | None = None,
+        rank_index: int | tuple[int, int] | None = None,
+        index: str = "leading",
         capacity: int | None = None,
         dtype: str | DType | None = None,
         scale: float | None = None,
@@ -214,6 +222,7 @@ class KVCache:
             n_top=n_top,
             top_p=top_p,
             rank_index=rank_index,
+            index=index,
             capacity=capacity,
             dtype=dtype,
             scale=scale,
@@ -237,6 +246,7 @@ class KVCache:
         rtol: float | None = None,
         method: str = "output",
         pool_batch: bool = True,
+        across_heads: bool = False,
         rng: RNG = None,
         **options: Any,
     ) -> "KVCache":
@@ -255,9 +265,10 @@ class KVCache:
             Relative error of the output to stay within, for every query head. It is checked on up to 64 steps of
             the prefix, the last one among them, against exact keys and values, with all that the cache does to
             them; where it is exceeded, ranks are raised. With ``n_top="auto"`` instead each key head gets the fewest
-            keys that keep to it, and ``rank_index`` is what makes the step read least: found with a basis of the first
-            half of the prefix on steps of the second. Not under `jax.jit`.
-        method, pool_batch, rng
+            keys that keep to it, by a margin for what comes, and ``rank_index`` and, unless given, ``index`` are what
+            makes the step read least: found with a basis of the first half of the prefix on steps of the second. Not
+            under `jax.jit`.
+        method, pool_batch, across_heads, rng
             As in `fit_attention`; by default one basis serves all leading axes.
         **options
             As for `KVCache`, but for ``batch``, which is that of ``k``.
@@ -305,8 +316,10 @@ class KVCache:
                     f'rtol must be None with top_p or n_top unless that is "auto", got {rtol}'
                 )
             chooses = True
-        fit: dict[str, Any] = {"rtol": rtol, "method": method, "pool_batch": pool_batch, "rng": rng}
-        fit |= {name: options[name] for name in ("scale", "softcap") if name in options}
+        fit: dict[str, Any] = {"rtol": rtol, "method": method, "rng": rng}
+        fit |= {"pool_batch": pool_batch, "across_heads": across_heads}
+        of_both = ("scale", "softcap", "rotary")
+        fit |= {name: options[name] for name in of_both if name in options}
         fit |= {"is_causal": True, "enable_gqa": True}
 
         def make(basis: AttentionBasis, **chosen: Any) -> Contents:
@@ -314,7 +327,7 @@ class KVCache:
             return cache.append(k, v, q=q)._contents
 
         if is_auto:
-            return _made(fit_choosing((q, k, v), rank, fit, make))
+            return _made(fit_choosing((q, k, v), rank, fit, make, options.get("index")))
         if chooses and rank is None and min(k.ndim, v.ndim) > 1:
             rank = min(k.shape[-2:]), min(v.shape[-2:])
         return _made(fit_prefix((q, k, v), rank, fit, make))
@@ -429,7 +442,7 @@ class KVCache:
         xp = held.layout.xp
         with (same_bits := held.layout.backend.same_bits()), same_bits:
             out, lse, rest = held.attend(queries._replace(sinks=sinks))
-            rest = xp.zeros_like(lse) if rest is None else rest
+            rest = xp.zeros_like(lse) if return_rest and rest is None else rest
             out = xp.reshape(out, (*q.shape[:-1], held.layout.width_v))
             out = xp.astype(out, q.dtype, copy=False)
         asked = [x for x, is_asked in ((lse, return_lse), (rest, return_rest)) if is_asked]
@@ -506,7 +519,13 @@ class KVCache:
         return self
 
     @isolated
-    def save(self, path: File, *, bits: float | tuple[float, float] | None = None) -> None:
+    def save(
+        self,
+        path: File,
+        *,
+        bits: float | tuple[float, float] | None = None,
+        basis: AttentionBasis | None = None,
+    ) -> None:
         """Write the cache to a file, with a checksum (needs the package safetensors).
 
         Parameters
@@ -520,6 +539,9 @@ class KVCache:
             enough, what was rounded before stays as it is. Counted is the code with all that says how it is to be
             read, where that is a tenth at most; not maps, exact tokens, and some 2.5 KB that describe the file. What is
             loaded is a cache in bits as any other, this one is as it was.
+        basis : AttentionBasis, optional
+            The one that a cache in bits was made with: its maps, which may take more than a thousand tokens, are then
+            left out, and `load` must be given it too.
 
         Raises
         ------
@@ -528,13 +550,16 @@ class KVCache:
         OSError
             If it cannot be written; a file that was there is then as it was.
         TypeError, ValueError
-            If ``bits`` are not such numbers, or the cache stores floats or has static shapes.
+            If ``bits`` are not such numbers, or the cache stores floats or has static shapes; if ``basis`` is another
+            one.
         """
-        save_contents(path, self._contents, bits)
+        save_contents(path, self._contents, bits, basis)
 
     @classmethod
     @isolated
-    def load(cls, path: File, *, like: Array | None = None) -> "KVCache":
+    def load(
+        cls, path: File, *, like: Array | None = None, basis: AttentionBasis | None = None
+    ) -> "KVCache":
         """Read a cache written by `save`, to attend or append to; nothing in the file is executed.
 
         Parameters
@@ -542,6 +567,8 @@ class KVCache:
         path : str, path-like or file opened for bytes
         like : array, optional
             Whose library and device the arrays get; NumPy by default.
+        basis : AttentionBasis, optional
+            For a file that was saved with it: the same one, of any library.
 
         Returns
         -------
@@ -559,7 +586,7 @@ class KVCache:
         """
         like = np.empty(0) if like is None else like
         backend = resolve(like=like)
-        contents = load_contents(path, like, backend)
+        contents = load_contents(path, like, backend, basis)
         _register(backend)
         return _made(contents)
 

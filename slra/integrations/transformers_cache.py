@@ -18,10 +18,12 @@ import slra
 from slra.attn.basis import AttentionBasis
 from slra.cache import KVCache
 from slra.integrations._transformers_layer import ATTEND
+from slra.integrations._transformers_rotary import turned
 
 __all__ = ["LowRankCache"]
 
-OPTIONS = {"window", "n_sink", "n_sparse", "dtype", "bits", "rtol", "n_top", "top_p", "rank_index"}
+OPTIONS = {"window", "n_sink", "n_sparse", "dtype", "bits", "rtol", "n_top", "top_p"}
+OPTIONS |= {"rank_index", "index"}
 # Below so many tokens maps may well be most of the bytes.
 LONG = 512
 
@@ -35,13 +37,15 @@ class LowRankCache(Cache):
         One for each attention layer, in the order of the layers, or by their names, as `calibrate` returns them: the
         last number in a name says which layer it is. Layers without a basis (left out of a mapping, None in a sequence)
         keep exact keys and values. Of torch tensors on the layer's device, fitted with ``pool_batch=True`` to queries,
-        keys and values as attention gets them, after any rotary embedding.
+        keys and values as attention gets them, after any rotary embedding; with ``bits`` or ``rtol`` keys are stored
+        before it where `calibrate` was given its frequencies.
     config : transformers.PreTrainedConfig, optional
         That of the model. Layers that attend within a sliding window then keep the window only, exact, and layers of
         another kind than attention what is theirs, whatever basis they have.
     **options
         As for `slra.KVCache`: ``window``, ``n_sink``, ``n_sparse``, ``dtype``, ``bits``, ``rtol``. With ``n_top``,
-        ``top_p`` and ``rank_index`` the model must use an attention of `slra.integrations.transformers.register`.
+        ``top_p``, ``rank_index`` and ``index`` the model must use an attention of
+        `slra.integrations.transformers.register`.
 
     Attributes
     ----------
@@ -65,7 +69,8 @@ class LowRankCache(Cache):
 
     The tokens of one call (a prompt, a chunk of it, a turn of a chat) attend to each other exactly; those of later
     calls attend to what is left of them. Beam search works, and so does cropping, which assisted generation and prompt
-    look-up need; ``n_sink`` counts padding on the left as tokens.
+    look-up need; ``n_sink`` counts padding on the left as tokens. Where keys are stored before the rotary embedding,
+    those kept exact are rounded to their dtype once more, and a step rotates all keys.
 
     Keys and values are stored in the dtype that they come in, unless ``dtype`` says otherwise. Where the cache takes
     more bytes than exact keys and values would, for more than a few hundred tokens, it warns once.
@@ -206,8 +211,17 @@ class _Layer(CacheLayerMixin):
         """Whether queries choose the keys that they read in full."""
         return any(self.options.get(name) is not None for name in ("n_top", "top_p"))
 
+    @property
+    def rotary(self) -> tuple[float, ...]:
+        """Frequencies of the rotation that keys are stored before; none where they are stored after it."""
+        return (self.cache and self.cache._contents.layout.rotary) or ()
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.cache = KVCache(self.basis, batch=tuple(key_states.shape[:1]), **self.options)
+        options, coding = self.options, self.basis.coding
+        is_coded = any(options.get(name) is not None for name in ("bits", "rtol"))
+        if is_coded and coding is not None and coding.rotary.shape[-1]:
+            options = options | {"rotary": coding.rotary[(0,) * (coding.rotary.ndim - 1)]}
+        self.cache = KVCache(self.basis, batch=tuple(key_states.shape[:1]), **options)
         self.is_initialized = True
 
     def update(
@@ -219,7 +233,10 @@ class _Layer(CacheLayerMixin):
         if self.cache is None:
             self.lazy_initialization(key_states, value_states)
         assert self.cache is not None
-        self.cache = self.cache.append(key_states, value_states)
+        stored = key_states
+        if self.rotary:
+            stored = turned(key_states, self.rotary, self.get_seq_length(), back=True)
+        self.cache = self.cache.append(stored, value_states)
         if is_prompt and self.chooses:
             return _attended_to(
                 key_states,
@@ -235,6 +252,7 @@ class _Layer(CacheLayerMixin):
                 key_states.new_empty(shape), value_states.new_empty(shape), self._attend
             )
         k, v = self.cache.decode()
+        k = turned(k, self.rotary) if self.rotary else k
         k, v = k.to(key_states.dtype), v.to(value_states.dtype)
         # Those of this call see each other as they are: what is stored of them is for later calls.
         k[..., -n_new:, :], v[..., -n_new:, :] = key_states, value_states

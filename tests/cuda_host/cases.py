@@ -169,6 +169,83 @@ def packed(dtype):
     return st.tuples(heaps, widths, st.just(np.dtype(dtype)))
 
 
+def places(n_elements, n_places, n_rows):
+    """Places of rows of each element of a batch: the same run for all, or different ones and some that are left out."""
+    runs = st.integers(0, n_rows - n_places).map(
+        lambda first: np.broadcast_to(first + np.arange(n_places), (n_elements, n_places))
+    )
+    each = st.lists(st.integers(-1, n_rows - 1), min_size=n_places, max_size=n_places, unique=True)
+    ragged = st.lists(each, min_size=n_elements, max_size=n_elements).map(np.asarray)
+    return runs | ragged
+
+
+def some(dtype, *shape):
+    """Moderate numbers, some of them whole."""
+    width = np.dtype(dtype).itemsize * 8
+    return hnp.arrays(dtype, shape, elements=st.floats(-8, 8, width=width) | st.integers(-8, 8))
+
+
+def wide(dtype):
+    return "float32" if dtype == "float16" else dtype
+
+
+def of_maps(make):
+    """Arguments whose maps are those of all elements of the batch, or of each."""
+    return st.sampled_from([1, 2]).flatmap(make)
+
+
+def put_mapped(dtype):
+    real = wide(dtype)
+    return of_maps(
+        lambda n: st.tuples(
+            some(dtype, 2, 3, 6, 4),
+            some(real, 2, 3, 2, 5),
+            some(real, n, 3, 1, 5),
+            some(real, n, 3, 5, 4),
+            places(2, 2, 6),
+        )
+    )
+
+
+def queries_and_maps(dtype):
+    shared = st.sampled_from([1, 2])
+    return st.tuples(of_maps(st.just), shared).flatmap(
+        lambda n: st.tuples(
+            some(dtype, 2, 4, 2, 5), some(dtype, n[0], 2, n[1], 5, 3), some(dtype, n[0], 2, 1, 5)
+        )
+    )
+
+
+def attention_through(dtype):
+    masks = st.none() | hnp.arrays(np.bool_, st.sampled_from([(2, 1, 3, 6), (2, 2, 3, 6)]))
+    options = st.sampled_from([ScoreOptions(0.125), ScoreOptions(0.125, softcap=0.5)])
+    qkv = [some(dtype, 2, 2, n, d) for n, d in ((3, 4), (6, 4), (6, 5))]
+    shift = st.none() | some(dtype, 2, 2, 3, 1)
+    return of_maps(
+        lambda n: st.tuples(
+            *qkv, masks, options, some(dtype, n, 2, 5, 7), some(dtype, n, 2, 1, 7), shift
+        )
+    )
+
+
+def rotation(dtype):
+    return of_maps(
+        lambda n: st.tuples(
+            arrays(dtype, shape=(2, 3, 2, 7)), some(dtype, n, 1, 2, 3), some(dtype, n, 1, 2, 3)
+        )
+    )
+
+
+def parts(dtype):
+    lse = hnp.arrays(
+        dtype, (2, 3), elements=st.sampled_from([-np.inf, np.inf, np.nan, 0.0, 1.5, -3.25, 20.0])
+    )
+    outs = arrays(dtype, -8.0, 8.0, (2, 3, 4))
+    return st.integers(1, 3).flatmap(
+        lambda n: st.tuples(*(st.lists(x, min_size=n, max_size=n) for x in (outs, lse)))
+    )
+
+
 # Views of batches (2, 3, 5, 4) and (2, 3, 4, 6) that can be multiplied.
 OPERANDS = {
     "transposed": lambda a, b: (a, b.swapaxes(-1, -2).copy().swapaxes(-1, -2)),
@@ -254,7 +331,33 @@ ARGUMENTS = {
     "softmax_result": (REAL, lambda t: st.tuples(states(t))),
     "tile_gradients": (REAL, gradient_arguments),
     "unpack_blocks": (REAL, packed),
+    "put_mapped": (HALF + REAL, put_mapped),
+    "put_rows": (
+        HALF + REAL,
+        lambda t: st.tuples(
+            some(t, 2, 3, 6, 4), arrays(wide(t), shape=(2, 3, 2, 4)), places(2, 2, 6)
+        ),
+    ),
+    "put_both": (
+        HALF + REAL,
+        lambda t: st.tuples(
+            st.tuples(*[some(t, 2, 3, 6, 4)] * 2),
+            st.tuples(*[some(wide(t), 2, 3, 2, 4)] * 2),
+            places(2, 2, 6),
+        ),
+    ),
+    "rotated": (REAL, rotation),
+    "mapped_queries": (REAL, queries_and_maps),
+    "attention_through": (REAL, attention_through),
+    "merged": (REAL, parts),
 }
+# What is written to, and what stays on the host.
+WRITTEN = {"put_mapped": {0}, "put_rows": {0}, "put_both": {0}}
+ON_HOST = {"put_mapped": {4}, "put_rows": {2}, "put_both": {2}}
+
+
+def copied(x):
+    return tuple(map(copied, x)) if isinstance(x, tuple) else x.copy()
 
 
 def primitives_and_dtypes():
@@ -265,7 +368,14 @@ def primitives_and_dtypes():
 def slack(name, args, results):
     """Difference that rounding explains, for each result; none where the operations are the same."""
     result = results[0]
-    if name in ("keep_largest", "largest_in_rows", "scatter_rows"):
+    if name in (
+        "keep_largest",
+        "largest_in_rows",
+        "scatter_rows",
+        "put_rows",
+        "put_both",
+        "rotated",
+    ):
         return (0.0,) * len(results)
     info = np.finfo(result.dtype)
     eps = info.eps
@@ -281,6 +391,18 @@ def slack(name, args, results):
             24 * eps * np.where(np.isfinite(args[0]), np.abs(args[0]), 0)
             + 8 * info.smallest_subnormal,
         )
+    if name == "put_mapped":
+        # Five differences, of at most 16, times 8, added up in single precision; then rounded.
+        own = np.finfo(args[3].dtype).eps
+        return (64 * own * 5 * 16 * 8 + eps * np.abs(result),)
+    if name == "mapped_queries":
+        return (16 * eps * 5 * 64,) * 2
+    if name == "attention_through":
+        # Scores of up to 32, whose error is a relative one of the weights; outputs of up to 8, and 5 products with 8.
+        shift = 0 if args[7] is None else 1
+        return 64 * eps * 32 * 5 * 64, 16 * eps * (32 + 8 * shift)
+    if name == "merged":
+        return 32 * eps * 8 * 3, 8 * eps * 24
     if name == "tile_scores":
         # glibc's tanh is good to 2 ulp; a product and a sum follow.
         return (4 * eps * (args[1].options.softcap or 0.0),)
@@ -385,8 +507,11 @@ def check_values(
     @given(ARGUMENTS[name][1](dtype))
     def check(args):
         with np.errstate(all="ignore"):
-            ours = getattr(backend, name)(*map(bring, args))
-            args = [widened(a) for a in args]
+            written, on_host = WRITTEN.get(name, set()), ON_HOST.get(name, set())
+            given = [copied(x) if i in written else x for i, x in enumerate(args)]
+            given = [x if i in on_host else bring(x) for i, x in enumerate(given)]
+            ours = getattr(backend, name)(*given)
+            args = [a if i in written else widened(a) for i, a in enumerate(args)]
             reference = getattr(REFERENCE, name)(*args)
             if isinstance(reference, list):
                 ours, reference = (tuple(map(np.asarray, x)) for x in (ours, reference))

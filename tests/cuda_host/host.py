@@ -109,19 +109,20 @@ extern "C" void {self.symbol}(ptrdiff_t n, ptrdiff_t width, {", ".join(parameter
         bill = prices.current()
         return bill is not None and bill.is_dry
 
-    def is_priced(self, given: list[Any], results: list[Any]) -> bool:
-        """Write the kernel into the bill, where there is one; whether that is all."""
+    def is_priced(self, given: list[Any], results: list[Any], n: int) -> bool:
+        """Write the kernel into the bill, where there is one; whether that is all. ``n`` threads have work."""
         bill = prices.current()
         if bill is not None:
-            bill.launch(self.name, [a for a in given if a.ndim], results)
+            # No thread writes more than an entry to where it likes.
+            pairs = zip(results, self.outputs, strict=True)
+            written = [a.reshape(-1)[:n] if p.is_raw and a.size > n else a for a, p in pairs]
+            bill.launch(self.name, [a for a in given if a.ndim], written)
         return self.is_dry
 
     def as_arrays(self, args: tuple[Any, ...]) -> list[Any]:
         """Numbers take the type of the parameter; arrays must have it, as in CuPy."""
         if len(args) != len(self.inputs):
             raise TypeError(f"{self.name} takes {len(self.inputs)} arguments, got {len(args)}")
-        if not any(isinstance(a, np.ndarray | np.generic) for a in args):
-            raise ValueError("loop size is undecided")
         for a, p in zip(args, self.inputs, strict=True):
             if isinstance(a, np.ndarray) and a.dtype != p.dtype:
                 raise TypeError(f"{self.name}: {p.name} must be {p.dtype}, got {a.dtype}")
@@ -161,19 +162,30 @@ class HostElementwise(HostKernel):
     def __call__(self, *args: Any) -> Any:
         """Broadcast, allocate the outputs that do not follow the inputs, run."""
         given, results = self.as_arrays(args[: len(self.inputs)]), args[len(self.inputs) :]
+        assert len(results) in (0, len(self.outputs))
         pairs = list(zip(given, self.inputs, strict=True))
-        shape = np.broadcast_shapes(*(a.shape for a, p in pairs if not p.is_raw))
+        if not any(isinstance(x, np.ndarray | np.generic) for x in args):
+            raise ValueError("loop size is undecided")
+        written = list(zip(results, self.outputs, strict=False))
+        shape = np.broadcast_shapes(*(a.shape for a, p in pairs + written if not p.is_raw))
+        for x, p in written:
+            if x.dtype != p.dtype:
+                raise TypeError(f"{self.name}: {p.name} must be {p.dtype}, got {x.dtype}")
+            if not p.is_raw and x.shape != shape:
+                raise ValueError(f"{self.name}: {p.name} must have shape {shape}, got {x.shape}")
+            assert not p.is_raw or x.flags.c_contiguous
         arrays = [a if p.is_raw else np.broadcast_to(a, shape) for a, p in pairs]
         if not self.is_dry:
             arrays = list(map(np.ascontiguousarray, arrays))
-        if results:
-            assert all(
-                p.is_raw and x.flags.c_contiguous
-                for x, p in zip(results, self.outputs, strict=True)
-            )
         results = list(results) or [np.empty(shape, dtype=p.dtype) for p in self.outputs]
-        if not self.is_priced(given, results):
-            self.run(math.prod(shape), 1, arrays + results)
+        n = math.prod(shape)
+        if not self.is_priced(given, results, n):
+            # What it is given to write to may be a view.
+            made = [np.ascontiguousarray(x) for x in results]
+            self.run(n, 1, arrays + made)
+            for result, values in zip(results, made, strict=True):
+                if not np.may_share_memory(result, values):
+                    np.asarray(result)[...] = values
         results = [prices.priced(x) for x in results] if prices.current() else results
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -243,7 +255,7 @@ for (ptrdiff_t i = 0; i < n; i++) {{
             whole = [np.broadcast_to(a, shape) for a in self.as_arrays(args[: len(self.inputs)])]
             entries = math.prod(shape)
             bill.reductions.append((prices.blocks(whole, axes, len(results)), entries))
-        if not self.is_priced(arrays, results):
+        if not self.is_priced(arrays, results, math.prod(shape)):
             # What it is given to write to may be a view.
             made = [np.empty(lengths, dtype=p.dtype) for p in self.outputs]
             self.run(made[0].size, width, [*map(np.ascontiguousarray, arrays), *made])
@@ -414,6 +426,26 @@ def _at(address: int, dtype: Any, shape: tuple[int, ...], strides: tuple[int, ..
     return np.lib.stride_tricks.as_strided(flat, shape, strides)
 
 
+class HostGenerator:
+    """In the place of ``cupy.random.Generator``: its own numbers, drawn where arrays are."""
+
+    def __init__(self, seed: Any = None) -> None:
+        # Not those that NumPy draws from the seed.
+        self.drawn = np.random.Generator(np.random.SFC64(seed))
+
+    def standard_normal(self, size: Any = None, dtype: Any = np.float64) -> Any:
+        """Draw in single or double precision."""
+        bill = prices.current()
+        if bill is not None and bill.is_dry:
+            x: Any = prices.virtual(size, dtype)
+        else:
+            x = self.drawn.standard_normal(size, dtype=dtype)
+        if bill is None:
+            return x
+        bill.launch("standard_normal", [], [x])
+        return prices.priced(x)
+
+
 class HostCupy(ModuleType):
     """In the place of ``cupy``; what it does not define is NumPy's."""
 
@@ -435,6 +467,7 @@ class HostCupy(ModuleType):
             ),
             get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
         )
+        self.random = SimpleNamespace(Generator=HostGenerator, default_rng=HostGenerator)
         self.get_default_memory_pool = lambda: SimpleNamespace(
             free_all_blocks=lambda: None, total_bytes=lambda: 0
         )

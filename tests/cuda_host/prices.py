@@ -11,7 +11,8 @@ The rules are those of its source (15.0.0a1: ``_routines_linalg.pyx``, ``_reduct
 - ``cupy.matmul`` of more than two axes copies operands that are not contiguous in C's order, and makes three arrays of
   pointers, a kernel for each axis of the batch, where one is broadcast. Of two axes it takes transposes as they are.
 - ``cublas.gemmStridedBatchedEx`` is one launch.
-- QR and SVD of a batch call cuSOLVER once a matrix (SVD in a batch up to 32 by 32); Cholesky and eigenvalues once.
+- QR and SVD of a batch call cuSOLVER once a matrix (SVD in a batch up to 32 by 32); Cholesky and eigenvalues once. The
+  latter by Jacobi's method (``syevjBatched``), and for a matrix of two axes by divide and conquer (``Xsyevd``).
 - What a plain number is made of, or goes to NumPy, is a host read: it waits for the device.
 
 Not modelled: what cuBLAS and cuSOLVER launch inside, sorting by more than one kernel, caches, and time.
@@ -410,6 +411,11 @@ def _qr(bill: Bill, func: Any, args: Any, kwargs: Any) -> Any:
     return _solver(calls)(bill, func, args, kwargs)
 
 
+def _eigenvalues(bill: Bill, func: Any, args: Any, kwargs: Any) -> Any:
+    bill.names["syevjBatched" if args[0].ndim > 2 else "Xsyevd"] += 1
+    return _solver(lambda n, x: 1)(bill, func, args, kwargs)
+
+
 def _trace(bill: Bill, func: Any, args: Any, kwargs: Any) -> Any:
     result = func(*args, **kwargs)
     bill.launch("trace", [args[0][..., 0, :]], _arrays(_back(result)))
@@ -419,8 +425,8 @@ def _trace(bill: Bill, func: Any, args: Any, kwargs: Any) -> Any:
 RULES: dict[str, Any] = {
     "qr": _qr,
     "svd": _solver(_svd_calls),
-    "eigh": _solver(lambda n, x: 1),
-    "eigvalsh": _solver(lambda n, x: 1),
+    "eigh": _eigenvalues,
+    "eigvalsh": _eigenvalues,
     "cholesky": _solver(lambda n, x: 1),
     "inv": _solver(lambda n, x: 2),
     "solve": _solver(lambda n, x: 2),

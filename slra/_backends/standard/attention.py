@@ -302,6 +302,64 @@ class Attention:
         """Exact attention, where nobody asks for the log-sum-exp."""
         return self.attention(q, k, v, mask, options)[0]
 
+    def mapped_queries(self, q: Array, wq: Array, c: Array) -> tuple[Array, Array]:
+        """Project queries (B, H * shared, M, D), and multiply them by ``c`` (1 or B, H, 1, D).
+
+        By maps ``wq`` (1 or B, H, shared or 1, D, r). Both come with the queries of a group of heads as rows,
+        (B, H, shared * M, .).
+        """
+        xp, n_heads = self.xp, wq.shape[1]
+        n_rows = q.shape[1] // n_heads * q.shape[2]
+
+        def stack(x: Array) -> Array:
+            return xp.reshape(x, (x.shape[0], n_heads, n_rows, x.shape[-1]))
+
+        if wq.shape[2] == 1:
+            mapped = self.matmul(stack(q), wq[:, :, 0, ...])
+        else:
+            wq = xp.reshape(wq, (wq.shape[0], q.shape[1], *wq.shape[-2:]))
+            mapped = stack(self.matmul(q, wq))
+        return mapped, self.matmul(stack(q), xp.matrix_transpose(c))
+
+    def attention_through(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        back: Array,
+        mean: Array,
+        shift: Array | None,
+    ) -> tuple[Array, Array]:
+        """Attention to projected values, brought back as ``out @ back + mean``; 0 for a row without keys.
+
+        Arrays have axes (B, H, ., .), ``back`` and ``mean`` may have B = 1. To the log-sum-exp comes ``shift``, (B, H,
+        Nq, 1), times the scale: what keys that are shifted back add to each score of a query.
+        """
+        xp = self.xp
+        out, lse = self.attention(q, k, v, mask, options)
+        whole = self.matmul(out, back) + mean
+        whole = xp.where(lse[..., None] == -math.inf, xp.zeros_like(whole), whole)
+        return whole, lse if shift is None else lse + options.scale * shift[..., 0]
+
+    def merged(self, outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
+        """Join attention to parts of the keys, given the log-sum-exp of each; +inf counts as none."""
+        xp, log_sums = self.xp, self.xp.stack(lses)
+        log_sums = xp.where(log_sums == xp.inf, xp.full_like(log_sums, -math.inf), log_sums)
+        peak = xp.max(log_sums, axis=0)
+        # Where no part attends to anything the peak is -inf, and -inf - -inf would be NaN.
+        shift = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
+        weights = xp.exp(log_sums - shift)
+        total = xp.sum(weights, axis=0)
+        empty = total == 0
+        total = xp.where(empty, xp.ones_like(total), total)
+        weights = xp.astype(weights / total, outs[0].dtype)
+        is_empty = (log_sums == -math.inf)[..., None]
+        outs = [xp.where(is_empty[i, ...], xp.zeros_like(x), x) for i, x in enumerate(outs)]
+        out = sum(weights[i, ..., None] * shard for i, shard in enumerate(outs))
+        return out, xp.where(empty, peak, shift + xp.log(total))
+
     def attention_vjp(
         self,
         q: Array,

@@ -24,6 +24,12 @@ class Rows:
         """Rows of ``x`` (..., n, d) at ``indices`` (..., m), whose leading axes broadcast; (..., m, d)."""
         return self.xp.take_along_axis(x, indices[..., None], axis=-2)
 
+    def few_features(self, q: Array, k: Array, places: Array) -> Array:
+        """Products of queries (B, H, m, r) with so many features of keys (B, H, n, d), at places (B, H, r)."""
+        xp = self.xp
+        few = self.gather_rows(xp.matrix_transpose(k), places)
+        return q @ xp.astype(few, q.dtype, copy=False)
+
     def by_head(
         self,
         function: Callable[[slice, slice], tuple[Array, ...]],
@@ -49,6 +55,33 @@ class Rows:
         """Zeros (..., n, d) that lie in memory as ``buffer`` does."""
         shape = (*buffer.shape[:-2], n, buffer.shape[-1])
         return self.xp.zeros(shape, dtype=buffer.dtype, device=self.creation_device(buffer))
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Multiply operands that may be views: ``a @ b``."""
+        raise NotImplementedError
+
+    def put_mapped(
+        self, buffer: Array, rows: Array, shift: Array, w: Array, places: Array
+    ) -> Array:
+        """Write ``(rows - shift) w`` as `put_rows` does; ``shift`` (1 or B, H, 1, d), ``w`` likewise (., H, d, r)."""
+        mapped = self.matmul(rows, w) - self.matmul(shift, w)
+        return self.put_rows(buffer, mapped, places)
+
+    def put_both(
+        self, buffers: tuple[Array, Array], rows: tuple[Array, Array], places: Array
+    ) -> tuple[Array, Array]:
+        """Write to two buffers, of keys and of values, as `put_rows` does."""
+        first, second = (
+            self.put_rows(buffer, x, places) for buffer, x in zip(buffers, rows, strict=True)
+        )
+        return first, second
+
+    def rotated(self, x: Array, cos: Array, sin: Array) -> Array:
+        """Rotate the leading 2 F features of ``x`` (B, H, n, d), in pairs (i, i + F), by tables (1 or B, 1, n, F)."""
+        n = cos.shape[-1]
+        first, second, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+        turned = [first * cos - second * sin, second * cos + first * sin, rest]
+        return self.xp.concat(turned, axis=-1)
 
     def put_rows(self, buffer: Array, rows: Array, places: Array) -> Array:
         """Write ``rows`` (B, H, m, d) to a buffer (B, H, n, d) at places (B, m), in place where the library can.
