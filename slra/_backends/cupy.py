@@ -682,6 +682,18 @@ class CupyBackend(Backend):
         out = xp.permute_dims(out, (2, 0, 1, 3))
         return xp.reshape(out, (n_heads, n_blocks * TOKENS, d))
 
+    def unpack_tokens(
+        self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: Any
+    ) -> Array:
+        """Gather and decode in one kernel, that of whole blocks."""
+        xp = self.xp
+        if not widths.size:
+            return super().unpack_tokens(heap, starts, widths, tokens, dtype)
+        width = xp.where(widths < WHOLE, widths, 0).astype(xp.int32)
+        start = PLANE * (starts[:, None] + xp.cumsum(width, axis=-1, dtype=xp.int64) - width)
+        token = tokens.astype(xp.int32)[:, None]
+        return KERNELS["unpack", np.dtype(dtype).name](heap, width, start, token)
+
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Fetch the values from the device."""
         values: np.ndarray[Any, Any] = cupy.asnumpy(x)
