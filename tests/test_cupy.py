@@ -19,6 +19,7 @@ from hypothesis import Phase
 
 import slra
 from slra._backends import backend_of
+from slra._backends.standard.attention import ScoreOptions
 from tests.cuda_host import host, nvrtc, prices
 from tests.cuda_host.cases import OPERANDS, check_values, primitives_and_dtypes
 
@@ -100,6 +101,7 @@ def attend_in_tiles():
 TALL_QR = {"column_norm", "unit_gram", "lifted", "misfit", "factor"}
 NORM = {"max_abs", "unit", "norm"}
 ONE_TILE = {"row_sums", "weights", "softmax_result"}
+LONG_ROWS = {"digit_counts", "digit_chosen", "chunk_counts", "write_largest"}
 LONG, TALL = np.zeros((4097, 6)), np.random.default_rng(0).standard_normal((2, 300, 100))
 
 
@@ -217,6 +219,11 @@ CALLS = {
         lambda: slra.compress(TALL[0], 3, 0.1, n_iter=1).to_dense(),
         {"max_part", "wide_squares", "sum_abs", "keep_largest", "mark_largest", "gather", "scatter"}
         | {*TALL_QR, "max_abs", "first", "phase"},
+    ),
+    "compress, by matrices": (
+        lambda: slra.compress(TALL[0], 3, 0.1, per="matrix", n_iter=1).to_dense(),
+        {"max_part", "wide_squares", "sum_abs", "scatter", *TALL_QR, "max_abs", "first", "phase"}
+        | LONG_ROWS,
     ),
     "KVCache in bits": (lambda: cached().decode(), {"unpack"}),
     "KVCache": (decoded, DECODED),
@@ -409,6 +416,38 @@ def test_a_generator_of_another_library_is_refused(cupy_table):
         slra.prox.prox_nuclear(X, 0.5, rng=cupy.random.default_rng(0))
 
 
+@needs_compiler
+@pytest.mark.parametrize("name", ["largest_in_rows", "keep_largest"])
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_the_largest_of_long_rows(cupy_table, monkeypatch, name, dtype):
+    in_chunks(monkeypatch)
+    check_values(cupy_table, name, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_rows", [1, 70])
+def test_the_largest_of_longer_rows(cupy_table, n_rows):
+    """Moduli of every size, many of which tie, and all sorts of k."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((n_rows, 1100)) * 2.0 ** rng.integers(-300, 300, (n_rows, 1100))
+    x[:, ::3], x[:, ::5], x[:, 7] = 0, np.round(x[:, ::5]), np.inf
+    x[:, 1::11] = -x[:, 2:3]
+    for k in (1, 100, 700, 1099, 1100):
+        values, columns = cupy_table.largest_in_rows(x, k)
+        order = np.argsort(-abs(x), axis=-1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(columns, np.sort(order, axis=-1))
+        np.testing.assert_array_equal(values, np.take_along_axis(x, np.sort(order, axis=-1), -1))
+
+
+def in_chunks(monkeypatch):
+    from slra._backends import cupy as module
+    from slra._backends import cupy_select as select
+
+    monkeypatch.setattr(module, "LONGEST_RANKED", 2)
+    monkeypatch.setattr(select, "CHUNK", 2)
+    monkeypatch.setattr(select, "COPIES", 3)
+
+
 SEGMENTED = [
     "step_products",
     "sum_abs",
@@ -532,6 +571,37 @@ def test_attention_in_several_tiles(cupy_table, monkeypatch):
     eps = np.finfo("float64").eps
     np.testing.assert_allclose(ours[0], weights @ v / total[..., None], atol=50 * eps)
     np.testing.assert_allclose(ours[1], np.log(total), atol=50 * eps)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_of_parts_of_a_batch(cupy_table, monkeypatch, shared):
+    """Keys, masks and slopes may be those of all."""
+    from slra._backends import cupy as module
+
+    rng = np.random.default_rng(0)
+    q, grad = rng.standard_normal((2, 3, 4, 6, 5))
+    k, v = rng.standard_normal((2, *((1, 2) if shared else (3, 4)), 7, 5))
+    options = {"mask": rng.random((4, 6, 7)) < 0.7, "alibi": rng.random(4), "enable_gqa": shared}
+    options["causal_align"] = "top_left"
+    if shared:
+        k, v = (np.broadcast_to(x, (3, 2, 7, 5)) for x in (k, v))
+    whole = slra.attention(q, k, v, return_lse=True, **options)
+    grads = slra.attention_vjp(q, k, v, *whole, grad, **options)
+    monkeypatch.setattr(module, "TILE_BYTES", 8 * 6 * 7 * 2)
+    parts = slra.attention(q, k, v, return_lse=True, **options)
+    parts += tuple(slra.attention_vjp(q, k, v, *whole, grad, **options))
+    for ours, expected in zip(parts, (*whole, *grads), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=100 * np.finfo("float64").eps)
+    # Broadcast axes are cut along others, and summed.
+    given = [x[:, :, None] for x in (q, np.array(k[:1]), np.array(v[:1]))] if not shared else None
+    if given:
+        scores = cupy_table.attention(*given, None, ScoreOptions(0.5))
+        monkeypatch.undo()
+        for ours, expected in zip(
+            scores, cupy_table.attention(*given, None, ScoreOptions(0.5)), strict=True
+        ):
+            np.testing.assert_allclose(ours, expected, atol=100 * np.finfo("float64").eps)
 
 
 @needs_compiler
@@ -670,6 +740,30 @@ MUTANTS = {
     "the next column": Mutant(
         "gather", "float32", "columns[place] = i", "columns[place] = i + 1", "largest_in_rows"
     ),
+    "digits of all": Mutant(
+        "digit_counts",
+        "float32",
+        "(own >> shift >> 8) == (bits >> shift >> 8)",
+        "own >= 0",
+        "largest_in_rows",
+    ),
+    "another row's counters": Mutant(
+        "digit_counts", "complex64", "i / width * copies", "0", "largest_in_rows"
+    ),
+    "a digit too few": Mutant("digit_chosen", "int32", "< rest)", "<= rest)", "largest_in_rows"),
+    "ties above": Mutant(
+        "chunk_counts", "float32", "own > bits ? 1LL", "own >= bits ? 1LL", "largest_in_rows"
+    ),
+    "all ties": Mutant(
+        "write_largest", "float32", "own == bits && same < ties", "own == bits", "largest_in_rows"
+    ),
+    "the sums of the first row": Mutant(
+        "write_largest",
+        "float32",
+        "(row > 0 ? sums[row * n_chunks - 1] : 0)",
+        "0",
+        "largest_in_rows",
+    ),
     "rows that overlap": Mutant(
         "scatter", "float32", "i / k * width + column", "i / k + column", "scatter_rows"
     ),
@@ -782,6 +876,8 @@ def check_mutant(backend, mutant, kernel, monkeypatch):
     monkeypatch.setitem(KERNELS, (mutant.name, mutant.dtype), kernel)
     if mutant.name == "row_joins":
         in_segments(monkeypatch)
+    if mutant.name in LONG_ROWS:
+        in_chunks(monkeypatch)
     # Most fall to the first few examples; those that none of the usual 40 happens to meet get more.
     check_values(
         backend,

@@ -14,6 +14,7 @@ import numpy as np
 from slra._backends.cholesky_qr import tall_qr
 from slra._backends.cupy_kernels import DEFINITIONS, KERNELS, kernel
 from slra._backends.cupy_products import product
+from slra._backends.cupy_select import MOST_ENTRIES, largest
 from slra._backends.elements import redo
 from slra._backends.gram_svd import gram_svd
 from slra._backends.standard import Backend, matrix_h
@@ -32,6 +33,8 @@ __all__ = ["CupyBackend"]
 
 # One tile of scores, over all matrices of a batch. Not tuned: that takes a GPU.
 TILE_BYTES = 1 << 26
+# Longest sides of a tile that there must be room for: else, some matrices of the batch are taken at a time. Not tuned.
+LEAST_SIDE = 64
 # CuPy runs a reduction on a block of threads for each result, or for up to 32 that lie side by side, unless CUB spreads
 # it: a single result, of one contiguous input (cupy/cupy#9720). So where there are fewer blocks than this, the entries
 # that make a result are cut into segments, of no fewer than that. Not tuned either.
@@ -310,17 +313,22 @@ class CupyBackend(Backend):
     # Sparse rows
 
     def keep_largest(self, x: Array, k: int) -> Array:
-        """Rank each entry in its row; of long rows, where that takes too long, sort."""
+        """Rank each entry in its row; of long rows, where that takes too long, write those that are kept."""
         n = x.shape[-1]
         if n > LONGEST_RANKED or k == 0 or 0 in x.shape:
             return super().keep_largest(x, k)
         return kernel("keep_largest", x)(x, x, n, k)
 
     def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
-        """Rank each entry in its row, then write those that are kept."""
+        """Rank each entry in its row, or count the digits of long ones, then write those that are kept."""
         xp, n = self.xp, x.shape[-1]
-        if n > LONGEST_RANKED or not 0 < k <= n or 0 in x.shape:
+        if not 0 < k <= n or 0 in x.shape or x.size > MOST_ENTRIES:
             return super().largest_in_rows(x, k)
+        if n > LONGEST_RANKED:
+            lead = x.shape[:-1]
+            found, columns = largest(xp.reshape(x, (-1, n)), k)
+            columns = xp.astype(columns, index_dtype(xp, n), copy=False)
+            return xp.reshape(found, (*lead, k)), xp.reshape(columns, (*lead, k))
         kept = kernel("mark_largest", x)(x, x, n, k)
         values = xp.empty((*x.shape[:-1], k), dtype=x.dtype)
         columns = xp.empty(values.shape, dtype=xp.int32)
@@ -347,6 +355,59 @@ class CupyBackend(Backend):
         width = min(max(1, lengths[1]), area // height)
         # What short keys leave of the room goes to more queries.
         return max(height, min(lengths[0], area // width)), width
+
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> tuple[Array, Array]:
+        """Take some matrices of a batch at a time where there is no room for a tile of all of them."""
+        cut = _cut(scores_batch_shape(q, k, v, mask), q, k)
+        if cut is None:
+            return super().attention(q, k, v, mask, options)
+        axis, parts = cut
+        found = []
+        for part in parts:
+            *given, mask_part, alibi = (
+                _part(x, axis - 2, part) for x in (q, k, v, mask, options.alibi)
+            )
+            one = options._replace(alibi=alibi)
+            found.append(self.attention(given[0], given[1], given[2], mask_part, one))
+        outs, lses = zip(*found, strict=True)
+        return self.xp.concat(outs, axis=axis - 2), self.xp.concat(lses, axis=axis - 1)
+
+    def attention_vjp(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        lse: Array,
+        delta: Array,
+        grad_out: Array,
+    ) -> tuple[Array, Array, Array]:
+        """Take some matrices of a batch at a time, as `attention` does."""
+        cut = _cut(scores_batch_shape(q, k, v, mask), q, k)
+        if cut is None:
+            return super().attention_vjp(q, k, v, mask, options, lse, delta, grad_out)
+        axis, parts = cut
+        found = []
+        for part in parts:
+            *given, mask_part, alibi = (
+                _part(x, axis - 2, part) for x in (q, k, v, mask, options.alibi)
+            )
+            one = options._replace(alibi=alibi)
+            sums = [_part(x, axis - 1, part) for x in (lse, delta)]
+            grad = _part(grad_out, axis - 2, part)
+            found.append(
+                self.attention_vjp(
+                    given[0], given[1], given[2], mask_part, one, sums[0], sums[1], grad
+                )
+            )
+        dq, dk, dv = (
+            self.xp.concat(grads, axis=axis - 2) if _has(x, axis - 2) else sum(grads)
+            for x, grads in zip((q, k, v), zip(*found, strict=True), strict=True)
+        )
+        return dq, dk, dv
 
     def matmul(self, a: Array, b: Array) -> Array:
         """Multiply operands as they lie in memory."""
@@ -621,10 +682,47 @@ class CupyBackend(Backend):
         out = xp.permute_dims(out, (2, 0, 1, 3))
         return xp.reshape(out, (n_heads, n_blocks * TOKENS, d))
 
+    def unpack_tokens(
+        self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: Any
+    ) -> Array:
+        """Gather and decode in one kernel, that of whole blocks."""
+        xp = self.xp
+        if not widths.size:
+            return super().unpack_tokens(heap, starts, widths, tokens, dtype)
+        width = xp.where(widths < WHOLE, widths, 0).astype(xp.int32)
+        start = PLANE * (starts[:, None] + xp.cumsum(width, axis=-1, dtype=xp.int64) - width)
+        token = tokens.astype(xp.int32)[:, None]
+        return KERNELS["unpack", np.dtype(dtype).name](heap, width, start, token)
+
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Fetch the values from the device."""
         values: np.ndarray[Any, Any] = cupy.asnumpy(x)
         return values
+
+
+def _cut(lead: tuple[int, ...], q: Array, k: Array) -> tuple[int, list[slice]] | None:
+    """Where to cut a batch for attention: an axis, counted from the last, and parts of it; None where there is room."""
+    lengths = (min(q.shape[-2], LEAST_SIDE), min(k.shape[-2], LEAST_SIDE))
+    n_at_once = max(1, TILE_BYTES // max(4, q.dtype.itemsize) // max(1, math.prod(lengths)))
+    n_matrices = math.prod(lead)
+    if n_matrices <= n_at_once:
+        return None
+    longest = max(lead)
+    step = max(1, longest * n_at_once // n_matrices)
+    axis = lead.index(longest) - len(lead)
+    return axis, [slice(i, min(i + step, longest)) for i in range(0, longest, step)]
+
+
+def _has(x: Array, axis: int) -> bool:
+    """Whether an array has more than one element along an axis, counted from the last."""
+    return bool(x.ndim >= -axis and x.shape[axis] > 1)
+
+
+def _part(x: Array | None, axis: int, part: slice) -> Array | None:
+    """Part of an axis, unless the array is broadcast along it."""
+    if x is None or not _has(x, axis):
+        return x
+    return x[(..., part) + (slice(None),) * (-1 - axis)]
 
 
 def _by_products(y: Array) -> bool:

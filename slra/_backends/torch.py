@@ -409,6 +409,16 @@ class TorchBackend(Backend):
         kind = np.float32 if dtype == torch.float32 else np.float64
         return torch.from_numpy(numpy_bits.unpack_blocks(heap.numpy(), widths, kind))
 
+    def unpack_tokens(
+        self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: Any
+    ) -> Array:
+        """Let NumPy do it where memory is shared with it."""
+        if heap.device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+            return super().unpack_tokens(heap, starts, widths, tokens, dtype)
+        heap, starts, widths, tokens = (x.numpy() for x in (heap, starts, widths, tokens))
+        kind = np.float32 if dtype == torch.float32 else np.float64
+        return torch.from_numpy(numpy_bits.unpack_tokens(heap, starts, widths, tokens, kind))
+
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Fetch the values from the device."""
         values: np.ndarray[Any, Any] = x.detach().cpu().numpy()

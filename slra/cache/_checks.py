@@ -199,15 +199,18 @@ def _check_rank_index(
 
 def _check_choosing(layout: Layout) -> None:
     """Raise where an option does not go with queries that choose."""
-    others: dict[str, Any] = {
-        "n_sparse": layout.n_sparse or None,
-        "bits": layout.bits,
-        "rtol": layout.rtol,
-    }
+    others: dict[str, Any] = {"n_sparse": layout.n_sparse or None}
     others |= {"rotary": layout.rotary, "drift_bound": layout.drift_bound}
     for name, given in others.items():
         if given is not None:
             raise ValueError(f"{name} must be left out with n_top or top_p, got {given}")
+    if layout.is_coded and layout.reads_by_query:
+        raise ValueError(f"index must be 'leading' with bits or rtol, got {layout.index!r}")
+    if layout.across_heads:
+        raise ValueError(
+            "basis must be fitted without across_heads for bits with n_top or top_p: each head chooses by its own "
+            "coordinates"
+        )
     if layout.is_static and layout.n_top is None:
         raise ValueError("n_top must be given besides top_p where shapes are static: the most keys")
 

@@ -73,7 +73,7 @@ def _parked(contents: Contents, bits: Any) -> Contents:
 def _content(contents: Contents, basis: Any) -> bytes:
     backend = contents.layout.backend
     named, in_bfloat16 = {}, []
-    for name, x in named_arrays(contents._replace(turns=None)).items():
+    for name, x in named_arrays(_without_index(contents)._replace(turns=None)).items():
         if not on_host(x) and x.dtype == getattr(backend.xp, "bfloat16", None):
             # NumPy has no such dtype; single precision holds all its values.
             x = backend.xp.astype(x, backend.xp.float32)
@@ -100,6 +100,18 @@ def _without_room(contents: Contents) -> Contents:
         rows = segment.rows.first(min(n_used, segment.rows.n_rows))
         segments.append(segment._replace(rows=rows))
     return contents._replace(segments=tuple(segments))
+
+
+def _without_index(contents: Contents) -> Contents:
+    """Leave out what is made anew of the rest: a file that has it could say anything."""
+    return contents._replace(
+        segments=tuple(
+            segment._replace(rows=segment.rows.without_index())
+            if isinstance(segment.rows, BitRows)
+            else segment
+            for segment in contents.segments
+        )
+    )
 
 
 def _described(layout: Layout) -> str:
@@ -146,6 +158,9 @@ def load_contents(path: File, like: Array, backend: Backend, basis: Any) -> Cont
                 segments.append(segment._replace(rows=unparked(held, segment.maps.wk)))
             except ValueError as error:
                 raise _not_one(path, error) from error
+            continue
+        if isinstance(held, BitRows):
+            segments.append(segment._replace(rows=held.indexed()))
             continue
         if not isinstance(held, FloatRows):
             segments.append(segment)
@@ -197,7 +212,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
         maps = [one._replace(wq=one.wq[:, :, :1]) for one in maps]
     if layout.across_heads:
         maps = [_beside(one, layout) for one in maps]
-    template = Contents.empty(layout, maps[0], error)._replace(turns=None)
+    template = _without_index(Contents.empty(layout, maps[0], error))._replace(turns=None)
     (segment,) = template.segments
     if "segments.0.rows.step_k" in named:
         segment = segment._replace(rows=ByteRows.empty(layout, 0, maps[0].wk))
