@@ -31,6 +31,7 @@ from benchmarks.cache_models import (
     WINDOW,
     Layer,
     attention_inputs,
+    fitted_to_park,
     load,
     parked,
 )
@@ -38,6 +39,7 @@ from benchmarks.common import earlier, interleaved, save, table
 from slra.attn.problem import make_problem
 from slra.baselines._kivi import round_by_groups
 from slra.baselines._snapkv import votes
+from slra.integrations._transformers_rotary import turned
 from slra.integrations.transformers_cache import LowRankCache
 
 GROUP_SIZE = 64
@@ -83,9 +85,18 @@ def live(layer: Layer, fit: Layer, bits: float) -> Kept:
     return *cache.decode(), cache.nbytes
 
 
-def in_files(layer: Layer, fit: Layer, bits: float) -> Kept:
-    back, n_bytes = parked(cached(layer, fitted(fit, 1), bits=8), bits)
-    return *back.decode(), n_bytes
+@functools.cache
+def to_park(fit: Layer, rotary: tuple[float, ...]) -> slra.AttentionBasis:
+    return fitted_to_park(fit, list(rotary))
+
+
+def in_files(layer: Layer, fit: Layer, bits: float, rotary: tuple[float, ...]) -> Kept:
+    """Keys before the rotation, all heads together; files without maps."""
+    (q, k, v), basis = layer, to_park(fit, rotary)
+    cache = cached((q, turned(k, rotary, back=True), v), basis, bits=8, rotary=rotary)
+    back, n_bytes = parked(cache, bits, basis)
+    before, values = back.decode()
+    return turned(before, rotary), values, n_bytes
 
 
 def ranks(layer: Layer, fit: Layer, bits: float, method: str) -> Kept:
@@ -120,7 +131,7 @@ WAYS: dict[str, Callable[[Layer, Layer, float], Kept]] = {
     "exact": exact,
     "KIVI": kivi,
     "in bits": live,
-    "parked": in_files,
+    # And "parked", with the frequencies of the model.
     **{
         f"ranks, {method}": functools.partial(ranks, method=method)
         for method in ("output", "scores", "svd")
@@ -335,6 +346,8 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     torch.set_grad_enabled(False)
     tokenizer, model = load()
+    rotary = tuple(model.base_model.rotary_emb.inv_freq.tolist())
+    WAYS["parked"] = functools.partial(in_files, rotary=rotary)
     names = sorted(topics)
     longest = max(n for n, _ in CASES) + N_NEXT
 
