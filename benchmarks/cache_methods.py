@@ -292,7 +292,7 @@ def times(model: Any, tokens: torch.Tensor, other: list[Layer]) -> list[dict[str
     return [*rows, row | {"park": middle - start, "unpark": time.perf_counter() - middle}]
 
 
-def tables(result: dict[str, Any]) -> dict[str, Any]:
+def by_length(result: dict[str, Any]) -> dict[str, Any]:
     made = {}
     for n, n_texts in CASES:
         by_text = [result[f"{n}.{number}"] for number in range(n_texts)]
@@ -322,6 +322,11 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
             f"tokens alike of {N_WRITTEN}",
         ]
         made[f"at_{n}"] = table(head, rows, "ll" + "r" * (4 + n_texts))
+    return made
+
+
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    made = by_length(result)
     *rows, last = result["times"]
     exact = {row["n"]: row["step"] for row in rows if row["way"] == "exact"}
     shown = [
