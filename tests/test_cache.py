@@ -201,6 +201,9 @@ ALL_KEYS = [
     {"top_p": 1.0, "n_top": 64, "rank_index": 5},
     {"n_top": 64, "rank_index": 1},
     {"n_top": 0, "rank_index": D},
+    {"top_p": 1.0, "index": "query"},
+    {"n_top": 64, "index": "query", "rank_index": (1, 2)},
+    {"n_top": 0, "index": "query", "rank_index": (D, DV)},
 ]
 
 
@@ -492,16 +495,27 @@ def test_with_a_capacity_memory_stays(xp):
 
 def read_in_part(q, k, v, basis, how, **asked):
     """Output, log-sum-exp and what is left, of the last queries of one sequence, each key chosen or not in a table."""
-    shared, n = HQ // HK, k.shape[-2]
     parts = [how.get(name, 0) for name in ("window", "n_sink")]
-    index = how.get("rank_index", D // 4)
-    low = [stood_for(k, v, cut(basis, r), *parts, 0) for r in (index, max(D, DV))]
-    (low_k, low_v), (all_k, all_v) = low
+    ranks = np.broadcast_to(how.get("rank_index", D // 4), 2)
+    low = [stood_for(k, v, cut(basis, r), *parts, 0) for r in (*ranks, max(D, DV))]
+    (low_k, _), (_, low_v), (all_k, all_v) = low
+    by_row = [low_k] * q.shape[-2]
+    if how.get("index") == "query":
+        all_k = np.repeat(k, HQ // HK, axis=0)
+        by_row = [by_its_features(x, all_k, basis, ranks[0], *parts) for x in np.moveaxis(q, -2, 0)]
+    place = np.arange(k.shape[-2])
+    is_exact = (place < parts[1]) | (place >= len(place) - parts[0])
+    return read_of(q, (by_row, low_v), (all_k, all_v), is_exact, how, asked)
+
+
+def read_of(q, low, whole, is_exact, how, asked):
+    """The same of keys and values in their leading coordinates and in all; of the former keys for each query."""
+    (by_row, low_v), (all_k, all_v) = low, whole
+    shared, n = HQ // HK, all_k.shape[-2]
     asked |= {"is_causal": True, "scale": how.get("scale"), "softcap": how.get("softcap")}
-    eye = np.broadcast_to(np.eye(n), (HQ, n, n))
-    place = np.arange(n)
-    is_exact = (place < parts[1]) | (place >= n - parts[0])
-    mass = naive_attention(q, low_k, eye, **asked)[0].reshape(HK, shared, -1, n).sum(1)
+    eye, place = np.broadcast_to(np.eye(n), (HQ, n, n)), np.arange(n)
+    weights = [naive_attention(q, x, eye, **asked)[0][:, i] for i, x in enumerate(by_row)]
+    mass = np.stack(weights, axis=1).reshape(HK, shared, -1, n).sum(1)
     mass = np.where(is_exact, 0, mass)
     order = np.argsort(-mass, axis=-1, kind="stable")
     ranked = np.take_along_axis(mass, order, axis=-1)
@@ -511,7 +525,7 @@ def read_in_part(q, k, v, basis, how, **asked):
     is_chosen = np.take_along_axis(needed, np.argsort(order, axis=-1), axis=-1)
     is_chosen = np.repeat(is_chosen, shared, axis=0)[..., None]
     rows = []
-    for i in range(q.shape[-2]):
+    for i, low_k in enumerate(by_row):
         keys, values = (
             np.where(is_chosen[:, i], a, b) for a, b in ((all_k, low_k), (all_v, low_v))
         )
@@ -520,6 +534,16 @@ def read_in_part(q, k, v, basis, how, **asked):
         is_left = ~(is_chosen[:, i, :, 0] | is_exact)
         rows.append((out[:, i], lse[:, i], np.sum(weights[:, i] * is_left, axis=-1)))
     return [np.stack(x, axis=1) for x in zip(*rows, strict=True)]
+
+
+def by_its_features(q, k, basis, n_features, window, n_sink):
+    """Keys of each query head in the features where the query, and those that share the keys, are largest together."""
+    c = np.repeat(basis.c, HQ // HK, axis=0)
+    sizes = np.repeat(np.abs(q).reshape(HK, -1, D).sum(1), HQ // HK, axis=0)
+    is_largest = sizes >= np.sort(sizes, axis=-1)[:, D - n_features, None]
+    place = np.arange(k.shape[-2])[:, None]
+    is_exact = (place < n_sink) | (place >= k.shape[-2] - window)
+    return np.where(is_exact | is_largest[:, None, :], k, c)
 
 
 def cut(basis, rank):
@@ -536,6 +560,8 @@ CHOICES = {
     "both": {"n_top": 6, "top_p": 0.6, "n_sink": 1, "rank_index": 5},
     "none": {"n_top": 0, "rank_index": 1, "window": 3},
     "by head": {"n_top": (3, 40), "n_sink": 1},
+    "features": {"n_top": (40, 4), "n_sink": 1, "index": "query", "rank_index": (3, 2)},
+    "features, softcap": {"top_p": 0.7, "softcap": 2.0, "index": "query", "rank_index": [5, 1]},
 }
 
 
@@ -549,16 +575,19 @@ def test_each_query_reads_a_few_keys_in_full(xp, case):
     cache = appended(cache, to_xp(xp, k), to_xp(xp, v), [20, 1, 0, 9, 10])
     for asked in ({}, {"window": (20, 0), "sinks": SINKS, "alibi": SLOPES}):
         given = structure_to_xp(xp, asked)
-        found = cache.attend(to_xp(xp, q[:, -3:]), return_lse=True, return_rest=True, **given)
         right = read_in_part(q[:, -3:], k, v, basis, CHOICES[case], **asked)
-        for one, other in zip(found, right, strict=True):
-            np.testing.assert_allclose(to_numpy(one), other, rtol=0, atol=1e-12)
+        for m in (3, 1):
+            last = to_xp(xp, q[:, -m:])
+            found = cache.attend(last, return_lse=True, return_rest=True, **given)
+            for one, other in zip(found, right, strict=True):
+                np.testing.assert_allclose(to_numpy(one), other[:, -m:], rtol=0, atol=1e-12)
 
 
-def test_what_a_query_chooses_does_not_depend_on_the_others(monkeypatch, tmp_path):
+@pytest.mark.parametrize("index", [{}, {"index": "query", "rank_index": (3, 2)}])
+def test_what_a_query_chooses_does_not_depend_on_the_others(monkeypatch, tmp_path, index):
     """Nor on how many are computed at once; and a cache that was written, cropped or selected from chooses the same."""
     q, k, v = tokens(batch=(2,))
-    basis, options = basis_of((6, 5)), {"n_top": 9, "top_p": 0.9, "window": 3, "n_sink": 1}
+    basis, options = basis_of((6, 5)), {"n_top": 9, "top_p": 0.9, "window": 3, "n_sink": 1} | index
     cache = slra.KVCache(basis, batch=(2,), **options)
     cache = cache.append(k, v, lengths=np.asarray([40, 31]))
     asked = {"return_lse": True, "return_rest": True}
@@ -595,6 +624,7 @@ def test_heads_get_as_few_keys_as_keep_to_rtol(monkeypatch):
     cache = slra.KVCache.from_prefix(q, k, v, rtol=0.2, n_top="auto", n_sink=2)
     assert np.all(cache.error <= 0.2)
     layout = cache._contents.layout
+    assert layout.index == "leading"
     assert layout.n_top[0] < 100
     assert layout.n_top[1] == _layout.ALL
     (early,), _ = made[0]
@@ -605,6 +635,12 @@ def test_heads_get_as_few_keys_as_keep_to_rtol(monkeypatch):
     last = cache.attend(q[:, -1:])
     exact, _ = naive_attention(q[:, -1:], k, v, enable_gqa=True)
     np.testing.assert_allclose(last[2:], exact[2:], rtol=0, atol=1e-10)
+    # Two features of each query are large, other ones each time: no basis has them all among its first.
+    large = np.argsort(rng.random(q[::2].shape), axis=-1)[..., :2]
+    sparse = np.repeat(np.where((np.arange(D) == large[..., None]).any(-2), 6, 0.1), 2, axis=0)
+    cache = slra.KVCache.from_prefix(sparse * np.sign(q), k, v, rtol=0.3, n_top="auto")
+    assert cache._contents.layout.index == "query"
+    assert np.all(cache.error <= 0.3)
     for options in ({"n_top": "auto"}, {"n_top": "auto", "rtol": 0.1, "top_p": 0.5}):
         with pytest.raises(ValueError, match='n_top="auto" must come with rtol'):
             slra.KVCache.from_prefix(q, k, v, **options)
@@ -676,10 +712,11 @@ def test_under_jit_sequences_differ_in_length_and_an_overflow_shows():
     assert not np.any(np.isnan(out[1]))
 
 
-def test_under_jit_queries_choose():
+@pytest.mark.parametrize(("index", "m"), [("leading", 20), ("query", 1)])
+def test_under_jit_queries_choose(index, m):
     jax = pytest.importorskip("jax")
     q, k, v = tokens(20, batch=(2,))
-    options = {"n_top": 4, "top_p": 0.7, "window": 2, "batch": (2,)}
+    options = {"n_top": 4, "top_p": 0.7, "window": 2, "batch": (2,), "index": index}
     lengths = np.asarray([20, 13])
     cache = slra.KVCache(moved(basis_of((6, 5)), jax.numpy), capacity=22, **options)
     host = slra.KVCache(basis_of((6, 5)), **options).append(k, v, lengths=lengths)
@@ -687,11 +724,12 @@ def test_under_jit_queries_choose():
     @jax.jit
     def step(cache, q, k, v, lengths):
         cache = cache.append(k, v, lengths=lengths)
-        return cache.attend(q, lengths=lengths, return_lse=True, return_rest=True)
+        return cache.attend(q, lengths=asked, return_lse=True, return_rest=True)
 
+    q, asked = (q, lengths) if m > 1 else (q[..., -1:, :], None)
     found = step(cache, *(jax.numpy.asarray(x) for x in (q, k, v, lengths)))
     for one, right in zip(
-        found, host.attend(q, lengths=lengths, return_lse=True, return_rest=True), strict=True
+        found, host.attend(q, lengths=asked, return_lse=True, return_rest=True), strict=True
     ):
         np.testing.assert_allclose(one, right, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="n_top must be given besides top_p"):
@@ -798,6 +836,14 @@ def test_integers_come_back_from_their_planes(xp):
     np.testing.assert_array_equal(to_numpy(heap), expected_bytes)
     back = table.unpack_blocks(heap, widths.astype("uint8"), xp.float32)
     np.testing.assert_array_equal(to_numpy(back), codes.transpose(1, 0, 3, 2).reshape(2, 80, 3))
+    # And single tokens, of block 1 (of zeros), 3 and 4, of a head each.
+    at, head, token = np.asarray([1, 3, 4]), np.asarray([0, 1, 0]), np.asarray([7, 15, 2])
+    before = np.cumsum(widths.sum(-1)).reshape(5, 2) - widths.sum(-1)
+    given = (before[at, head], widths[at, head].astype("uint8"), token)
+    dtypes = (table.place_dtype, xp.uint8, table.place_dtype)
+    given = [table.from_numpy(x, heap, dtype) for x, dtype in zip(given, dtypes, strict=True)]
+    few = table.unpack_tokens(heap, *given, xp.float32)
+    np.testing.assert_array_equal(to_numpy(few), codes[at, head, :, token])
 
 
 @EAGER
@@ -1381,6 +1427,178 @@ def test_a_cropped_cache_goes_on_from_there(xp, options):
         cache.crop(-1)
 
 
+# A few keys in full, in bits
+
+CHOICES_IN_BITS = {
+    "number": {"bits": (5, 4), "n_top": 5, "rank_index": 4},
+    "mass, window and sinks": {
+        "bits": 4,
+        "top_p": 0.8,
+        "window": 5,
+        "n_sink": 2,
+        "rank_index": 3,
+        "softcap": 2.0,
+        "scale": 0.5,
+    },
+    "integers of more than a byte": {"bits": 9, "n_top": 6, "rank_index": 5},
+    "by head": {"rtol": 0.02, "n_top": (3, 90), "n_sink": 1, "rank_index": 3},
+}
+
+
+@EAGER
+@pytest.mark.parametrize("case", list(CHOICES_IN_BITS))
+def test_in_bits_each_query_reads_a_few_keys_in_full(xp, case):
+    """Keys that are not chosen have the leading ones of their integers, as a byte each; a block not full is exact."""
+    skip_most_on_jax(xp)
+    q, k, v = tokens(70)
+    how = CHOICES_IN_BITS[case]
+    cache = slra.KVCache(moved(basis_of((4, 3)), xp), **how)
+    cache = appended(cache, to_xp(xp, k), to_xp(xp, v), [20, 1, 0, 9, 1, 30, 9])
+    maps = cache._contents.segments[0].maps
+    wq, wk, wv, uv, c, mu = (to_numpy(getattr(maps, name))[0, :, 0] for name in maps._fields[:6])
+    whole = [to_numpy(x) for x in cache.decode()]
+    place, n_sink = np.arange(70), how.get("n_sink", 0)
+    is_exact = (place < n_sink) | (place >= 70 - how.get("window", 0))
+    is_exact |= place >= n_sink + (70 - n_sink) // 16 * 16
+    low, r = [], how.get("rank_index", D // 4)
+    for x, shift, to, back in zip(whole, (c, mu), (wk, wv), (wq.swapaxes(-1, -2), uv), strict=True):
+        codes = np.rint((x - shift) @ to)[..., :r]
+        assert np.any(np.abs(codes) > 127) == (case in ("integers of more than a byte", "by head"))
+        size = np.max(np.abs(codes), axis=-1, keepdims=True) / 127
+        unit = 2.0 ** np.ceil(np.log2(np.maximum(size, 1)))
+        codes = np.rint(codes / unit) * unit
+        low.append(np.where(is_exact[:, None], x, codes @ back[..., :r, :] + shift))
+    low, whole = ([np.repeat(x, HQ // HK, axis=0) for x in one] for one in (low, whole))
+    for asked in ({}, {"window": (20, 0), "sinks": SINKS, "alibi": SLOPES}):
+        given = structure_to_xp(xp, asked)
+        found = cache.attend(to_xp(xp, q[:, -3:]), return_lse=True, return_rest=True, **given)
+        right = read_of(q[:, -3:], ([low[0]] * 3, low[1]), whole, is_exact, how, asked)
+        for one, other in zip(found, right, strict=True):
+            np.testing.assert_allclose(to_numpy(one), other, rtol=0, atol=1e-11)
+
+
+@functools.cache
+def basis_in(dtype):
+    return slra.fit_attention(*tokens(60, seed=9, dtype=dtype), 3, enable_gqa=True)
+
+
+def all_chosen_in_bits(seed):
+    """A random cache in bits in which all keys are chosen, beside one in which none are: one answer."""
+    rng = np.random.default_rng(seed)
+    q, k, v = tokens(70, batch=(2,), dtype=["float32", "float64"][rng.integers(2)], seed=seed)
+    outlier = [1, 1e3, 1e7][rng.integers(3 if q.dtype == np.float64 else 2)]
+    k[:, :, 20, 2] *= outlier
+    basis = basis_in(q.dtype)
+    options = {"window": int(rng.integers(0, 9)), "n_sink": int(rng.integers(0, 3)), "batch": (2,)}
+    options["softcap"] = [None, 2.0][rng.integers(2)]
+    options |= [{"bits": float(rng.uniform(0.6, 10))}, {"rtol": 0.02}][rng.integers(2)]
+    # By leading coordinates an outlier, or what is beside it, may have no weight at all.
+    how = [{"n_top": 100}, {"n_top": (100, 70)}, {"top_p": 1.0}]
+    how = how[rng.integers(3 if outlier == 1 else 2)]
+    how = {**how, "rank_index": int(rng.integers(1, 7))}
+    plain, choosing = slra.KVCache(basis, **options), slra.KVCache(basis, **options, **how)
+    sizes = [40, *rng.integers(0, 7, 5)] if rng.integers(2) else rng.integers(0, 12, 6)
+    start, changed = 0, rng.integers(5)
+    for i, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        lengths = rng.integers(0, size + 1, 2) if rng.integers(2) else None
+        for cache in (plain, choosing):
+            cache.append(k[..., rows, :], v[..., rows, :], lengths=lengths)
+        start += size
+        if i != 3:
+            continue
+        if changed == 1:
+            kept = rng.integers(0, start + 1)
+            plain, choosing = (x.crop(kept) for x in (plain, choosing))
+        elif changed == 2:
+            plain, choosing = (x.select([1, 0]) for x in (plain, choosing))
+        elif changed == 3:
+            file = io.BytesIO()
+            choosing.save(file)
+            choosing = slra.KVCache.load(io.BytesIO(file.getvalue()))
+    asked = {"return_lse": True, "is_causal": bool(rng.integers(2))}
+    asked["window"] = [None, (11, 0)][rng.integers(2)]
+    asked["sinks"] = [None, rng.standard_normal(HQ).astype(q.dtype)][rng.integers(2)]
+    n_queries = int(rng.integers(1, 4))
+    right = plain.attend(q[..., :n_queries, :], **asked)
+    found = choosing.attend(q[..., :n_queries, :], return_rest=True, **asked)
+    eps = np.finfo(q.dtype).eps
+    np.testing.assert_allclose(found[2], 0, rtol=0, atol=100 * eps)
+    # Rounding of scores, which an outlier makes as large as itself, times values.
+    held_k, held_v = (np.max(np.abs(x), initial=0) for x in plain.decode())
+    size = 1 + np.max(np.abs(q)) * held_k * D**0.5
+    size *= 1 + held_v
+    for one, other in zip(found, right, strict=False):
+        np.testing.assert_allclose(one, other, rtol=0, atol=100 * eps * size)
+
+
+def test_in_bits_with_all_keys_chosen_it_is_the_cache_in_bits():
+    for seed in range(25):
+        all_chosen_in_bits(seed)
+
+
+def test_in_bits_what_queries_choose_by_is_counted():
+    """In bits and bytes, and it is there again in what was cropped, loaded or parked."""
+    q, k, v = tokens(2000)
+    basis = slra.fit_attention(q[:, :400], k[:, :400], v[:, :400], 3, enable_gqa=True)
+    plain = slra.KVCache(basis, bits=4).append(k, v)
+    cache = slra.KVCache(basis, bits=4, n_top=50, rank_index=3).append(k, v)
+    held = cache.nbytes - slra.KVCache(basis, bits=4, n_top=50, rank_index=3).nbytes
+    numbers = HK * 2000 * (D + DV)
+    # Bytes of three coordinates and their exponent, keys and values, half a byte a tile and 16 a head and block.
+    more = (2 * 8 * (16 * 4 + 3.5) + 2 * 128) / (16 * (D + DV))
+    np.testing.assert_allclose(cache.bits, plain.bits + more, rtol=1e-12)
+    assert numbers * cache.bits / 8 <= held + 1 <= 1.3 * numbers * cache.bits / 8
+    for one, other in zip(cache.error_bound, plain.error_bound, strict=True):
+        np.testing.assert_array_equal(one, other)
+    out = cache.attend(q[:, -2:])
+    file = io.BytesIO()
+    cache.save(file)
+    back = slra.KVCache.load(io.BytesIO(file.getvalue()))
+    assert len(file.getvalue()) < cache.nbytes - 0.9 * numbers * more / 8
+    assert back.nbytes <= cache.nbytes
+    assert back.bits == cache.bits
+    np.testing.assert_array_equal(back.attend(q[:, -2:]), out)
+    more = [x[:, -100:] for x in (k, v)]
+    for other in (cache.crop(1900).append(*more), back.crop(1900).append(*more)):
+        np.testing.assert_allclose(other.attend(q[:, -2:]), out, rtol=0, atol=1e-11)
+
+
+def test_in_bits_of_all_heads_together_none_chooses():
+    with pytest.raises(ValueError, match="basis must be fitted without across_heads for bits"):
+        slra.KVCache(basis_of((4, 3), across_heads=True), bits=4, n_top=3)
+
+
+def test_in_bits_what_is_not_finite_is_not_answered():
+    q, k, v = tokens(60)
+    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True)
+    k[0, 5, 1] = np.nan
+    cache = slra.KVCache(basis, bits=4, n_top=3).append(k, v)
+    out = cache.attend(q[:, -1:])
+    assert np.all(np.isnan(out[:2]))
+    assert np.all(np.isfinite(out[2:]))
+
+
+def test_under_jit_queries_choose_among_bytes():
+    jax = pytest.importorskip("jax")
+    q, k, v = tokens(15)
+    basis, options = moved(basis_of((4, 3)), jax.numpy), {"capacity": 17, "bits": 6, "window": 3}
+    caches = [slra.KVCache(basis, **options, n_top=n, rank_index=3) for n in (4, 17)]
+    (cache, outs), (_, all_chosen) = (jitted(cache, q, k, v, [15]) for cache in caches)
+    whole = [np.asarray(x)[:, :15] for x in cache.decode()]
+    right, _ = naive_attention(q, *whole, is_causal=True, enable_gqa=True)
+    np.testing.assert_allclose(all_chosen[0], right, rtol=0, atol=1e-12)
+    maps = cache._contents.segments[0].maps
+    wq, wk, wv, uv, c, mu = (np.asarray(getattr(maps, name))[0, :, 0] for name in maps._fields[:6])
+    is_exact, low = np.arange(15) >= 12, []
+    for x, shift, to, back in zip(whole, (c, mu), (wk, wv), (wq.swapaxes(-1, -2), uv), strict=True):
+        few = ((x - shift) @ to)[..., :3] @ back[..., :3, :] + shift
+        low.append(np.where(is_exact[:, None], x, few))
+    low, whole = ([np.repeat(x, HQ // HK, axis=0) for x in one] for one in (low, whole))
+    right, *_ = read_of(q[:, -1:], ([low[0]], low[1]), whole, is_exact, {"n_top": 4}, {})
+    np.testing.assert_allclose(outs[0][:, -1:], right, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("across_heads", [False, True])
 def test_under_jit_a_number_is_a_byte(across_heads):
     jnp = pytest.importorskip("jax.numpy")
@@ -1569,9 +1787,12 @@ WRONG = {
     "top_p must be finite and": {"top_p": 0},
     "rank_index must be between 1 and 8": {"n_top": 3, "rank_index": 9},
     "rank_index must be None without n_top or top_p": {"rank_index": 2},
+    "rank_index must be an int or a pair": {"n_top": 3, "rank_index": (1, 2, 3)},
+    "rank_index must be between 1 and 6 .Dv": {"n_top": 3, "rank_index": (1, 7)},
+    "index must be 'leading' without n_top or top_p": {"index": "query"},
+    "index must be 'leading' with bits or rtol": {"n_top": 3, "bits": 4, "index": "query"},
+    "index must be one of 'leading', 'query'": {"n_top": 3, "index": "own"},
     "n_sparse must be left out with n_top": {"n_top": 3, "n_sparse": 1},
-    "bits must be left out with n_top": {"n_top": 3, "bits": 4},
-    "rtol must be left out with n_top": {"top_p": 0.5, "rtol": 0.1},
     "rotary must be left out with n_top": {"n_top": 3, "rotary": FREQUENCIES},
     "drift_bound must be left out with n_top": {"n_top": 3, "window": 8, "drift_bound": 0.1},
 }

@@ -175,6 +175,17 @@ class NumpyBackend(Backend):
             out[index] = np.take(at(x, index), at(places, index)[:, 0], axis=0)
         return out
 
+    def few_features(self, q: Array, k: Array, places: Array) -> Array:
+        """Copy as many tokens at once as stay in the cache; features are contiguous."""
+        n, step = k.shape[-2], CACHED_SCORES // max(1, places.shape[-1])
+        out = np.empty((*q.shape[:-1], n), q.dtype)
+        for index in np.ndindex(*places.shape[:-1]):
+            by_feature, which = k[index].T, places[index]
+            for first in range(0, n, step):
+                few = by_feature[which, first : first + step].astype(q.dtype, copy=False)
+                np.matmul(q[index], few, out=out[index][..., first : first + step])
+        return out
+
     def by_head(
         self,
         function: Callable[[slice, slice], tuple[Array, ...]],
@@ -240,6 +251,12 @@ class NumpyBackend(Backend):
     def unpack_blocks(self, heap: Array, widths: Array, dtype: DType) -> Array:
         """Look up 8 integers for each byte."""
         return numpy_bits.unpack_blocks(heap, widths, dtype)
+
+    def unpack_tokens(
+        self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: DType
+    ) -> Array:
+        """Read bits of tiles of one width together."""
+        return numpy_bits.unpack_tokens(heap, starts, widths, tokens, dtype)
 
     def scatter_rows(self, values: Array, indices: Array, n: int) -> Array:
         """Write the entries where they belong."""

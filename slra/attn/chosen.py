@@ -5,7 +5,8 @@ chooses, and takes one softmax. Likewise all values count in their leading coord
 too.
 
 Leading coordinates that choose are those of Loki (P. Singhania et al., arXiv:2406.02542), and by mass instead of number
-those of Twilight (C. Lin et al., arXiv:2502.02770); both drop the keys that are not chosen.
+those of Twilight (C. Lin et al., arXiv:2502.02770); both drop the keys that are not chosen. Coordinates that the query
+chooses, its largest, are those of SparQ (L. Ribar et al., arXiv:2312.04985), which keeps one mean value for the rest.
 """
 
 import math
@@ -45,7 +46,7 @@ class Chosen(NamedTuple):
     """
 
     layout: _Chooser
-    q: Array  # (B, H, shared * M, r), scaled
+    q: Array  # (B, H, shared * M, r), scaled; the last ones multiply the other coordinates of what is chosen
     products: Array  # (B, H, shared * M, n): with leading coordinates, before the softcap
     mask: Array | None
     places: Array | None  # (B, H, M, t), ascending; None for all
@@ -99,15 +100,21 @@ def choose(
     k: Array,
     mask: Array | None,
     others: Array | None,
+    *,
+    rank_index: int | None = None,
 ) -> Chosen:
     """Choose so many keys for queries (B, H, shared * M, r) by their leading coordinates k, (B, H, n, .).
 
+    Or, of all coordinates k, by the ``rank_index`` that are largest in a query, summed over those that choose together.
     ``shift`` is what all scores of a query have besides, and ``others`` the log-sum-exp of the tokens that are exact
     anyway, (B, H, shared * M, .) both: a head whose attention is there has little to say about the rest.
     """
     xp, options = layout.xp, layout.score_options
     q, shift = q * options.scale, shift * options.scale
-    products = q[..., : k.shape[-1]] @ xp.matrix_transpose(k)
+    if rank_index is None or (layout.top_p is None and n_top >= k.shape[-2]):
+        products = q[..., : k.shape[-1]] @ xp.matrix_transpose(xp.astype(k, q.dtype, copy=False))
+    else:
+        products, q = _by_largest(layout, rank_index, q, k)
     if options.softcap is not None:
         products, shift = products + shift, xp.zeros_like(shift)
     found = Chosen(layout, q, products, mask, None, None)
@@ -140,6 +147,23 @@ def choose(
 def tile_of_queries(n_scores: int, n_coordinates: int) -> int:
     """So many queries choose at once, each of which makes so many scores, and reads coordinates of what it chose."""
     return max(1, MOST_NUMBERS // max(1, n_scores, n_coordinates))
+
+
+def _by_largest(layout: _Chooser, rank_index: int, q: Array, k: Array) -> tuple[Array, Array]:
+    """Products with the coordinates that are largest in each query, and the queries in all others."""
+    xp, backend, (b, h, n_rows, d), shared = layout.xp, layout.backend, q.shape, layout.n_shared
+    split = xp.reshape(q, (b, h, shared, n_rows // shared, d))
+    places = _places(layout, xp.sum(xp.abs(split), axis=2), rank_index)
+    is_largest = (
+        backend.scatter_rows(xp.ones_like(places, dtype=q.dtype), places, d)[:, :, None, ...] > 0
+    )
+    rest = xp.reshape(xp.where(is_largest, xp.zeros_like(split), split), q.shape)
+    if n_rows > shared:
+        # Queries differ in what they read: all coordinates are read, once.
+        largest = xp.reshape(xp.where(is_largest, split, xp.zeros_like(split)), q.shape)
+        return largest @ xp.matrix_transpose(xp.astype(k, q.dtype, copy=False)), rest
+    few = backend.at_places(q, xp.broadcast_to(places, (b, h, n_rows, rank_index)))
+    return backend.few_features(few, k, places[:, :, 0, :]), rest
 
 
 def _places(layout: _Chooser, mass: Array, n_top: int) -> Array:

@@ -43,6 +43,8 @@ __all__ = [
 # Of tokens, or of sequences: what a position in 32 bits can count.
 MOST = 2**31 - 1
 # A header alone takes a quarter of a bit a number, and no integer more than 14.
+# Of the coordinates of keys, and of values, so many are in the index: one in these.
+INDEX_PARTS = {"leading": (4, 4), "query": (8, 16)}
 LEAST_BITS, MOST_BITS = 0.5, 10
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -66,9 +68,11 @@ def check_options(
     n_top: Any = None,
     top_p: Any = None,
     rank_index: Any = None,
+    index: Any = "leading",
 ) -> Layout:
     """Check what a cache is made with; raise on the first that is wrong."""
     check_parts(basis)
+    check_choice(index, tuple(INDEX_PARTS), "index")
     backend = resolve(basis=basis.wk)
     if not backend.is_functional and not backend.is_eager(basis.wk):
         raise TypeError(
@@ -94,7 +98,7 @@ def check_options(
         n_shared=basis.wq.shape[-3] // n_heads,
         width=width,
         width_v=width_v,
-        rank=(rank_qk, rank_v),
+        rank=(width if index == "query" else rank_qk, rank_v),
         pool_batch=not own,
         window=check_count(window, "window", most=MOST),
         n_sink=check_count(n_sink, "n_sink", most=MOST),
@@ -107,8 +111,9 @@ def check_options(
         n_top=None if n_top is None else _check_n_top(n_top, n_heads),
         top_p=None if top_p is None else _check_share(top_p),
         rank_index=_check_rank_index(
-            rank_index, width, chooses=n_top is not None or top_p is not None
+            rank_index, index, (width, width_v), chooses=n_top is not None or top_p is not None
         ),
+        index=index,
         score_options=ScoreOptions(
             scale=width**-0.5 if scale is None else check_scale(scale, limits),
             softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
@@ -163,30 +168,49 @@ def _check_share(top_p: Any) -> float:
     return share
 
 
-def _check_rank_index(rank_index: Any, width: int, *, chooses: bool) -> int | None:
-    """Return how many leading coordinates choose, a quarter by default; None where there is nothing to choose."""
+def _check_rank_index(
+    rank_index: Any, index: str, widths: tuple[int, int], *, chooses: bool
+) -> tuple[int, int] | None:
+    """Return how many coordinates choose, and how many values have; None where there is nothing to choose."""
     if not chooses:
         if rank_index is not None:
             raise ValueError(
                 f"rank_index must be None without n_top or top_p, got {shown(rank_index)}"
             )
+        if index != "leading":
+            raise ValueError(f"index must be 'leading' without n_top or top_p, got {index!r}")
         return None
-    return (
-        -(-width // 4) if rank_index is None else check_rank(rank_index, width, "rank_index", "D")
+    if rank_index is None:
+        of_k, of_v = (-(-d // part) for d, part in zip(widths, INDEX_PARTS[index], strict=True))
+        return of_k, of_v
+    if not isinstance(rank_index, (tuple, list)):
+        most = check_rank(rank_index, widths[0], "rank_index", "D")
+        return most, min(most, widths[1])
+    if len(rank_index) != 2:
+        raise ValueError(
+            f"rank_index must be an int or a pair, for keys and for values, got {shown(rank_index)}"
+        )
+    of_k, of_v = (
+        check_rank(one, d, "rank_index", name)
+        for one, d, name in zip(rank_index, widths, ("D", "Dv"), strict=True)
     )
+    return of_k, of_v
 
 
 def _check_choosing(layout: Layout) -> None:
     """Raise where an option does not go with queries that choose."""
-    others: dict[str, Any] = {
-        "n_sparse": layout.n_sparse or None,
-        "bits": layout.bits,
-        "rtol": layout.rtol,
-    }
+    others: dict[str, Any] = {"n_sparse": layout.n_sparse or None}
     others |= {"rotary": layout.rotary, "drift_bound": layout.drift_bound}
     for name, given in others.items():
         if given is not None:
             raise ValueError(f"{name} must be left out with n_top or top_p, got {given}")
+    if layout.is_coded and layout.reads_by_query:
+        raise ValueError(f"index must be 'leading' with bits or rtol, got {layout.index!r}")
+    if layout.across_heads:
+        raise ValueError(
+            "basis must be fitted without across_heads for bits with n_top or top_p: each head chooses by its own "
+            "coordinates"
+        )
     if layout.is_static and layout.n_top is None:
         raise ValueError("n_top must be given besides top_p where shapes are static: the most keys")
 

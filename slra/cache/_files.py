@@ -73,7 +73,7 @@ def _parked(contents: Contents, bits: Any) -> Contents:
 def _content(contents: Contents, basis: Any) -> bytes:
     backend = contents.layout.backend
     named, in_bfloat16 = {}, []
-    for name, x in named_arrays(contents._replace(turns=None)).items():
+    for name, x in named_arrays(_without_index(contents)._replace(turns=None)).items():
         if not on_host(x) and x.dtype == getattr(backend.xp, "bfloat16", None):
             # NumPy has no such dtype; single precision holds all its values.
             x = backend.xp.astype(x, backend.xp.float32)
@@ -100,6 +100,18 @@ def _without_room(contents: Contents) -> Contents:
         rows = segment.rows.first(min(n_used, segment.rows.n_rows))
         segments.append(segment._replace(rows=rows))
     return contents._replace(segments=tuple(segments))
+
+
+def _without_index(contents: Contents) -> Contents:
+    """Leave out what is made anew of the rest: a file that has it could say anything."""
+    return contents._replace(
+        segments=tuple(
+            segment._replace(rows=segment.rows.without_index())
+            if isinstance(segment.rows, BitRows)
+            else segment
+            for segment in contents.segments
+        )
+    )
 
 
 def _described(layout: Layout) -> str:
@@ -147,6 +159,9 @@ def load_contents(path: File, like: Array, backend: Backend, basis: Any) -> Cont
             except ValueError as error:
                 raise _not_one(path, error) from error
             continue
+        if isinstance(held, BitRows):
+            segments.append(segment._replace(rows=held.indexed()))
+            continue
         if not isinstance(held, FloatRows):
             segments.append(segment)
             continue
@@ -167,7 +182,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     bases = [_basis(named, i, given) for i in range(n_segments)]
     names = (
         *("batch", "window", "n_sink", "n_sparse", "rotary", "drift_bound", "method"),
-        *("n_top", "top_p", "rank_index"),
+        *("n_top", "top_p", "rank_index", "index"),
     )
     is_coded = given["bits"] is not None or given["rtol"] is not None
     options = {name: given[name] for name in names} | given["score_options"]
@@ -197,7 +212,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
         maps = [one._replace(wq=one.wq[:, :, :1]) for one in maps]
     if layout.across_heads:
         maps = [_beside(one, layout) for one in maps]
-    template = Contents.empty(layout, maps[0], error)._replace(turns=None)
+    template = _without_index(Contents.empty(layout, maps[0], error))._replace(turns=None)
     (segment,) = template.segments
     if "segments.0.rows.step_k" in named:
         segment = segment._replace(rows=ByteRows.empty(layout, 0, maps[0].wk))
@@ -219,7 +234,7 @@ def _basis(named: Arrays, i: int, given: dict[str, Any]) -> AttentionBasis:
         maps = _of_heads(maps, check_rank(given["n_heads"], MOST))
     # By head, as a basis has them.
     maps = {name: x.reshape(*own, -1, *x.shape[-2:]) for name, x in maps.items()}
-    if given["bits"] is not None or given["rtol"] is not None:
+    if given["bits"] is not None or given["rtol"] is not None or given["index"] == "query":
         # The query heads share a map: how many they are is not in its shape.
         maps["wq"] = np.repeat(maps["wq"], check_rank(given["n_shared"], MOST), axis=-3)
     rank = (maps["wk"].shape[-1], maps["wv"].shape[-1])

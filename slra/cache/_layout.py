@@ -49,7 +49,9 @@ class Layout:
         int | tuple[int, ...] | None
     )  # keys that a query reads in all coordinates, of each key head
     top_p: float | None  # or as few as hold this share of the softmax
-    rank_index: int | None  # by the leading coordinates, so many, where it chooses
+    # By so many coordinates of the keys, where it chooses; values that are not chosen count in so many.
+    rank_index: tuple[int, int] | None
+    index: str  # which of the keys: the "leading" ones, or those largest in the "query"
     score_options: ScoreOptions
     rotary: tuple[float, ...] | None
     drift_bound: float | None
@@ -93,7 +95,14 @@ class Layout:
     @property
     def chooses(self) -> bool:
         """Whether each query reads but a few keys in all coordinates that are stored, and has others to choose by."""
-        return self.rank_index is not None and self.rank_index < max(self.rank)
+        return self.rank_index is not None and any(
+            index < rank for index, rank in zip(self.rank_index, self.rank, strict=True)
+        )
+
+    @property
+    def reads_by_query(self) -> bool:
+        """Whether it also chooses by which coordinates of the keys."""
+        return self.index == "query"
 
     @property
     def n_tops(self) -> tuple[int, ...]:
@@ -104,9 +113,11 @@ class Layout:
 
     @property
     def n_leading(self) -> tuple[int, int]:
-        """Coordinates of the keys that choose, and of the values that are not chosen."""
-        index = max(self.rank) if self.rank_index is None else self.rank_index
-        return min(index, self.rank[0]), min(index, self.rank[1])
+        """Coordinates that stand by themselves: of the keys where these choose, and of the values not chosen."""
+        if self.rank_index is None:
+            return self.rank
+        rank_qk, rank_v = (min(pair) for pair in zip(self.rank_index, self.rank, strict=True))
+        return self.rank[0] if self.index == "query" else rank_qk, rank_v
 
     @property
     def carries_shift(self) -> bool:

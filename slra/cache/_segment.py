@@ -61,6 +61,7 @@ class FloatRows(NamedTuple):
     sparse_k: SparseEntries | None = None
     sparse_v: SparseEntries | None = None
     # Where queries choose, ``k`` and ``v`` are the leading coordinates, read of all tokens, and these are the others.
+    # Where a query also chooses coordinates, ``k`` are all of them by feature, and ``rest_k`` the same by token.
     rest_k: Array | None = None
     rest_v: Array | None = None
 
@@ -70,10 +71,15 @@ class FloatRows(NamedTuple):
         backend, (rank_qk, rank_v) = layout.backend, layout.n_leading
         lead = (layout.n_batch, layout.n_heads, n_rows)
         has_ones = layout.carries_shift and not layout.chooses
-        k = backend.key_buffer((*lead, rank_qk + has_ones), dtype, like)
+        if layout.chooses and layout.reads_by_query:
+            by_feature = (*lead[:2], rank_qk, n_rows)
+            k = layout.xp.matrix_transpose(layout.zeros(by_feature, like, dtype))
+        else:
+            k = backend.key_buffer((*lead, rank_qk + has_ones), dtype, like)
         v = layout.zeros((*lead, rank_v), like, dtype)
         if layout.chooses:
-            widths = layout.rank[0] - rank_qk, layout.rank[1] - rank_v
+            n_twice = rank_qk if layout.reads_by_query else 0
+            widths = layout.rank[0] - rank_qk + n_twice, layout.rank[1] - rank_v
             rest = (layout.zeros((*lead, width), like, dtype) for width in widths)
             return cls(layout, k, v, None, None, *rest)
         if not layout.n_sparse:
@@ -108,7 +114,8 @@ class FloatRows(NamedTuple):
         held = self if not on_host(places) else self.with_room(int(places.max()) + 1)
         if self.layout.chooses:
             n_k, n_v = self.layout.n_leading
-            leading, rest_of_each = (k[..., :n_k], v[..., :n_v]), (k[..., n_k:], v[..., n_v:])
+            rest_k = k if self.layout.reads_by_query else k[..., n_k:]
+            leading, rest_of_each = (k[..., :n_k], v[..., :n_v]), (rest_k, v[..., n_v:])
             new = FloatRows(self.layout, *leading, None, None, *rest_of_each)
             return held._written(new, places)
         if self.layout.carries_shift:
@@ -142,14 +149,24 @@ class FloatRows(NamedTuple):
                 xp.astype(x[:, :, rows, :], dtype) for x in (self.rest_k, self.rest_v)
             )
             ones = [xp.ones_like(k[..., :1])] if self.layout.carries_shift else []
-            k, v = xp.concat([k, rest_k, *ones], axis=-1), xp.concat([v, rest_v], axis=-1)
+            rest = [] if self.layout.reads_by_query else [rest_k]
+            k, v = xp.concat([k, *rest, *ones], axis=-1), xp.concat([v, rest_v], axis=-1)
         return k, v
+
+    def of_heads(self, b: slice, h: slice) -> "FloatRows":
+        """See some sequences and heads, to choose from."""
+        return map_arrays(lambda x: x[b, h, ...], self)
 
     def leading(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
         """Read those coordinates of k' and v' that stand by themselves."""
         astype = self.layout.xp.astype
         k, v = (astype(x[:, :, rows, :], dtype, copy=False) for x in (self.k, self.v))
         return k, v
+
+    def chosen_by(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        """Read what queries choose by, which may be narrower, and the values that are not chosen."""
+        astype = self.layout.xp.astype
+        return self.k[:, :, rows, :], astype(self.v[:, :, rows, :], dtype, copy=False)
 
     def others(self, places: Array, dtype: DType) -> tuple[Array, Array]:
         """Read the other coordinates of k' and v' at places (B, H, M, t); (B, H, M, t, .)."""
@@ -168,7 +185,8 @@ class FloatRows(NamedTuple):
         def read(x: Array) -> Array:
             return self.layout.xp.astype(x[:, :, None, rows, :], dtype, copy=False)
 
-        return read(self.rest_k), read(self.rest_v)
+        rest_k, rest_v = read(self.rest_k), read(self.rest_v)
+        return rest_k[..., :0] if self.layout.reads_by_query else rest_k, rest_v
 
     def corrections(self, rows: slice, dtype: DType) -> tuple[Array, Array] | None:
         """Read what is to be added to the keys (B, H, rows, D) and to the values that coordinates stand for."""
@@ -247,6 +265,10 @@ def laid_out(basis: AttentionBasis, layout: Layout) -> Maps:
     others = [xp.reshape(x, (lead, layout.n_heads, 1, *x.shape[-2:])) for x in others]
     # Ranks are in the layout: here they would be traced.
     wk, wv, uv, c, mu = others
+    if layout.reads_by_query:
+        # Keys as they came: positions that are rotated in make few of a query's own features large, not of a basis'.
+        eye = xp.eye(layout.width, dtype=wk.dtype, device=layout.backend.creation_device(wk))
+        wq = wk = eye + layout.zeros((lead, layout.n_heads, 1, layout.width, layout.width), wk)
     return Maps(wq, wk, wv, uv, c, mu, ranks=())
 
 
@@ -399,6 +421,27 @@ class Segment(NamedTuple):
         positions = self.start[:, None] + self.layout.arange(rows.start, rows.stop, self.start)
         return queries.mask_for(positions, self.start[:, None], end[:, None])
 
+    def complete(self, end: Array) -> Array:
+        """Where the tokens that queries may choose from end: in bits with the last complete block."""
+        rows = self.rows
+        return np.minimum(end, self.start + rows.n_complete) if isinstance(rows, BitRows) else end
+
+    def attend_waiting(self, queries: Queries, end: Array) -> tuple[Array, Array] | None:
+        """Attention to the tokens before ``end`` that wait for their block to be full; None where there are none."""
+        rows, layout, maps = self.rows, self.layout, self._key_head_maps()
+        first = self.complete(end)
+        if not isinstance(rows, BitRows) or np.all(first >= end):
+            return None
+        positions = (self.start + rows.n_complete)[:, None] + np.arange(TOKENS)
+        mask = queries.mask_for(positions, first[:, None], end[:, None])
+        k, v = rows.waiting(queries.q.dtype)
+        q, k, shift = self._features(queries, k, maps.c, None)
+        out, lse = layout.attend(q, k, v, mask)
+        whole = layout.backend.matmul(out, maps.uv) + maps.mu
+        if shift is not None:
+            lse = lse + layout.score_options.scale * shift[..., 0]
+        return layout.unstack_heads(whole), layout.unstack_heads(lse)
+
     def attend_chosen(
         self, queries: Queries, end: Array, others: Array | None
     ) -> tuple[Array, Array, Array]:
@@ -424,11 +467,15 @@ class Segment(NamedTuple):
         self, queries: Queries, end: Array, others: Array | None
     ) -> tuple[Array, Array, Array]:
         layout, maps, dtype = self.layout, self._key_head_maps(), queries.q.dtype
-        held, n_rows = self.rows, self._n_rows(end)
-        assert isinstance(held, FloatRows)
+        held, n_rows, uv = self.rows, self._n_rows(end), maps.uv
         rows = slice(queries.first_row(self.start, n_rows), n_rows)
-        k, v = held.leading(rows, dtype)
+        index = layout.rank_index[0] if layout.rank_index and layout.reads_by_query else None
         q, shift = self._projected(queries, maps.c)
+        if isinstance(held, BitRows):
+            # The index has leading coordinates nearly: chosen tokens get what it lacks of them, too.
+            n_k, n_v = layout.n_leading
+            q = layout.xp.concat([q[..., :n_k], q], axis=-1)
+            uv = layout.xp.concat([uv[..., :n_v, :], uv], axis=-2)
         if others is not None:
             others = layout.stack_heads(others[..., None])[..., 0]
         mask = self._mask(queries, end, rows)
@@ -446,18 +493,22 @@ class Segment(NamedTuple):
                     )
                     return x[one, other, ...]
 
-                given = (None if x is None else at(x) for x in (q, shift, k, mask, others))
-                chosen, part = choose(layout, n_top, *given), map_arrays(at, held)
+                part = held.of_heads(b, h)
+                k, v = part.chosen_by(rows, dtype)
+                hidden, beside = (None if x is None else at(x) for x in (mask, others))
+                given = at(q), at(shift), k, hidden, beside
+                chosen = choose(layout, n_top, *given, rank_index=index)
                 if chosen.places is None:
-                    return chosen.attend(at(v), *part.all_others(rows, dtype))
-                return chosen.attend(at(v), *part.others(chosen.places + rows.start, dtype))
+                    return chosen.attend(v, *part.all_others(rows, dtype))
+                return chosen.attend(v, *part.others(chosen.places + rows.start, dtype))
 
-            shape, width = (layout.n_batch, len(heads)), k.shape[-1] + v.shape[-1]
+            shape = (layout.n_batch, len(heads))
+            width = (layout.n_leading[0] if index is None else index) + layout.n_leading[1]
             parts.append(layout.backend.by_head(run, shape, q.shape[-2] * n_rows, width))
         out, lse, left = (layout.xp.concat(x, axis=1) for x in zip(*parts, strict=True))
         if not layout.carries_shift:
             lse = lse + layout.score_options.scale * shift[..., 0]
-        whole = out @ maps.uv + maps.mu
+        whole = out @ uv + maps.mu
         out, lse, left = (layout.unstack_heads(x) for x in (whole, lse, left))
         return out, lse, left
 
@@ -479,6 +530,9 @@ class Segment(NamedTuple):
 
     def _projected(self, queries: Queries, c: Array) -> tuple[Array, Array]:
         """Make the queries q', stacked, and what the shift of the keys has in each of their scores."""
+        if self.layout.reads_by_query:
+            whole = self.layout.stack_heads(queries.q)
+            return whole, self.layout.backend.matmul(whole, self.layout.xp.matrix_transpose(c))
         return self.layout.backend.mapped_queries(queries.q, self.maps.wq, c)
 
     def _rotated(

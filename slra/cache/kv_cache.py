@@ -96,8 +96,13 @@ class KVCache:
     top_p : float, optional
         Instead of ``n_top``, or besides: as few keys as hold this share of the softmax, exact tokens counted, as far
         as the leading coordinates tell, on average over the query heads that share a key head.
-    rank_index : int, optional
-        Coordinates of each key that choose, D/4 by default.
+    rank_index : int or (int, int), optional
+        Coordinates of each key that choose, and of each value that is not chosen; an int is both. By default D/4 and
+        Dv/4, or with ``index="query"`` D/8 and Dv/16.
+    index : {"leading", "query"}
+        Which coordinates of the keys choose: the leading ones of the basis; or the features that are largest in the
+        query, of the sum over the query heads that share a key head. Then keys are stored as they came, twice: by
+        feature, and by token. On decoders that rotate by position this errs far less for as much read.
     capacity : int, optional
         Tokens to make room for; not with ``drift_bound``. Then memory does not grow, and more tokens are an error. On
         JAX it makes the cache a pytree of static shapes, to be used under ``jax.jit``, where tokens beyond it make
@@ -165,8 +170,8 @@ class KVCache:
     References
     ----------
     The exact first tokens: G. Xiao et al., Efficient streaming language models with attention sinks, arXiv:2309.17453.
-    Keys chosen by leading coordinates: P. Singhania et al., Loki, arXiv:2406.02542; by mass: C. Lin et al., Twilight,
-    arXiv:2502.02770. Both drop the others.
+    Keys chosen by leading coordinates: P. Singhania et al., Loki, arXiv:2406.02542; by the largest of the query:
+    L. Ribar et al., SparQ, arXiv:2312.04985; by mass: C. Lin et al., Twilight, arXiv:2502.02770. They drop the others.
 
     Examples
     --------
@@ -196,7 +201,8 @@ class KVCache:
         rtol: float | None = None,
         n_top: int | Sequence[int] | None = None,
         top_p: float | None = None,
-        rank_index: int | None = None,
+        rank_index: int | tuple[int, int] | None = None,
+        index: str = "leading",
         capacity: int | None = None,
         dtype: str | DType | None = None,
         scale: float | None = None,
@@ -216,6 +222,7 @@ class KVCache:
             n_top=n_top,
             top_p=top_p,
             rank_index=rank_index,
+            index=index,
             capacity=capacity,
             dtype=dtype,
             scale=scale,
@@ -258,8 +265,9 @@ class KVCache:
             Relative error of the output to stay within, for every query head. It is checked on up to 64 steps of
             the prefix, the last one among them, against exact keys and values, with all that the cache does to
             them; where it is exceeded, ranks are raised. With ``n_top="auto"`` instead each key head gets the fewest
-            keys that keep to it, and ``rank_index`` is what makes the step read least: found with a basis of the first
-            half of the prefix on steps of the second. Not under `jax.jit`.
+            keys that keep to it, by a margin for what comes, and ``rank_index`` and, unless given, ``index`` are what
+            makes the step read least: found with a basis of the first half of the prefix on steps of the second. Not
+            under `jax.jit`.
         method, pool_batch, across_heads, rng
             As in `fit_attention`; by default one basis serves all leading axes.
         **options
@@ -319,7 +327,7 @@ class KVCache:
             return cache.append(k, v, q=q)._contents
 
         if is_auto:
-            return _made(fit_choosing((q, k, v), rank, fit, make))
+            return _made(fit_choosing((q, k, v), rank, fit, make, options.get("index")))
         if chooses and rank is None and min(k.ndim, v.ndim) > 1:
             rank = min(k.shape[-2:]), min(v.shape[-2:])
         return _made(fit_prefix((q, k, v), rank, fit, make))

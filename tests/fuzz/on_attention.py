@@ -340,6 +340,7 @@ def _add_attention() -> None:
         "quest": {"n_pages": st.integers(1, 2), "page_size": st.integers(1, 4)},
         "sparq": {"rank": st.integers(1, 4), "n_keys": st.integers(1, 5)},
         "streaming": {"n_sink": st.integers(0, 5), "window": st.integers(1, 5)},
+        "snapkv": {"n_keys": st.integers(1, 5), "window": st.just(1)},
         "nystrom": {"n_landmarks": st.integers(1, 6)},
         "linformer": {"n_combinations": st.integers(1, 6)},
         "favor": {"n_features": st.integers(1, 6)},

@@ -28,6 +28,7 @@ def _add_cache() -> None:
         "n_top": None,
         "top_p": None,
         "rank_index": None,
+        "index": "leading",
         "capacity": None,
         "dtype": None,
         "scale": None,
@@ -151,7 +152,8 @@ def _cache_options(draw: Any) -> dict[str, Any]:
     if not args["n_sparse"] and args["bits"] is None and draw(st.booleans()):
         args["n_top"] = draw(st.integers(0, 7))
         args["top_p"] = draw(st.sampled_from([None, 0.5, 1.0, 1e-9]))
-        args["rank_index"] = draw(st.sampled_from([None, 1, 3, 4]))
+        args["rank_index"] = draw(st.sampled_from([None, 1, 3, 4, (2, 1)]))
+        args["index"] = draw(st.sampled_from(["leading", "query"]))
     args["capacity"] = draw(st.sampled_from([None, 8, 20]))
     args["dtype"] = draw(st.sampled_from([None, "float16", "float32", "float64"]))
     args["scale"] = draw(st.sampled_from([None, 0, -0.5, 2.0]))

@@ -24,6 +24,12 @@ class Rows:
         """Rows of ``x`` (..., n, d) at ``indices`` (..., m), whose leading axes broadcast; (..., m, d)."""
         return self.xp.take_along_axis(x, indices[..., None], axis=-2)
 
+    def few_features(self, q: Array, k: Array, places: Array) -> Array:
+        """Products of queries (B, H, m, r) with so many features of keys (B, H, n, d), at places (B, H, r)."""
+        xp = self.xp
+        few = self.gather_rows(xp.matrix_transpose(k), places)
+        return q @ xp.astype(few, q.dtype, copy=False)
+
     def by_head(
         self,
         function: Callable[[slice, slice], tuple[Array, ...]],
