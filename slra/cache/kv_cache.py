@@ -104,7 +104,8 @@ class KVCache:
     index : {"leading", "query"}
         Which coordinates of the keys choose: the leading ones of the basis; or the features that are largest in the
         query, of the sum over the query heads that share a key head. Then keys are stored as they came, twice: by
-        feature, and by token; not with ``bits`` or ``rtol``. On decoders that rotate by position this errs far less for as much read.
+        feature, and by token; not with ``bits`` or ``rtol``. On decoders that rotate by position this errs far less for
+        as much read.
     capacity : int, optional
         Tokens to make room for; not with ``drift_bound``. Then memory does not grow, and more tokens are an error. On
         JAX it makes the cache a pytree of static shapes, to be used under ``jax.jit``, where tokens beyond it make
