@@ -252,6 +252,10 @@ class NumpyBackend(Backend):
         """Look up 8 integers for each byte."""
         return numpy_bits.unpack_blocks(heap, widths, dtype)
 
+    def from_bytes(self, codes: Array, exponents: Array, dtype: DType) -> Array:
+        """Multiply those rows that have an exponent."""
+        return numpy_bits.from_bytes(codes, exponents, dtype)
+
     def unpack_tokens(
         self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: DType
     ) -> Array:
