@@ -129,8 +129,12 @@ def choose(
     if others is not None:
         lse = xp.where(lse == -math.inf, xp.zeros_like(lse), lse + shift[..., 0])
         total = total * (1 + xp.exp(others - lse))
-    weights = weights / total[..., None]
-    mass = xp.sum(xp.reshape(weights, (*weights.shape[:2], shared, -1, n)), axis=2)
+    if total.shape[-1] == shared:
+        # A product reads the weights once, and makes no array of their size.
+        mass = (1 / total)[..., None, :] @ weights
+    else:
+        weights = weights / total[..., None]
+        mass = xp.sum(xp.reshape(weights, (*weights.shape[:2], shared, -1, n)), axis=2)
     if layout.top_p is None or n_top == 0:
         return found._replace(places=_places(layout, mass, n_top))
     # A key is needed where it, and those with less, have more than may be left.
