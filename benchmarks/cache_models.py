@@ -6,7 +6,7 @@ SmolLM2-135M-Instruct. Heads: queries, keys and values of 2048 tokens of Python'
 fitted to the first half, errors on the queries of the second. Model: 1024 tokens of each of three texts are cached,
 then a span of 128 of them is read once more, all at once: the divergence (natural logarithm) of its predictions from
 those on the exact cache. Bases are fitted to 1024 tokens of other text; the last 32 tokens and the first 4 are exact,
-for KIVI too.
+for KIVI too. Parked caches store keys before the rotary embedding, all heads together.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from transformers.masking_utils import sdpa_mask
 import slra
 from benchmarks.common import save, table
 from slra.baselines._kivi import round_by_groups
+from slra.integrations._transformers_rotary import turned
 from slra.integrations.transformers_cache import LowRankCache
 
 LAYERS = (2, 8, 14, 20, 26)
@@ -73,13 +74,26 @@ def fitted(layer: Layer) -> slra.AttentionBasis:
     return slra.fit_attention(*layer, layer[1].shape[-1], is_causal=True, enable_gqa=True)
 
 
-def heads(layers: list[Layer]) -> list[dict[str, Any]]:
+def fitted_to_park(layer: Layer, rotary: list[float]) -> slra.AttentionBasis:
+    """Before the rotation, across heads."""
+    q, k, v = layer
+    before = turned(q, rotary, back=True), turned(k, rotary, back=True), v
+    how: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "across_heads": True}
+    return slra.fit_attention(*before, k.shape[-1], rotary=rotary, **how)
+
+
+def heads(layers: list[Layer], rotary: list[float]) -> list[dict[str, Any]]:
     """Error of each head's output by bits: rounded in the coordinates of a basis, and by KIVI in groups of 64."""
     found: dict[float, tuple[list[float], ...]] = {}
     options = {"is_causal": True, "causal_align": "bottom_right", "enable_gqa": True}
     for q, k, v in layers:
         half = k.shape[-2] // 2
-        basis, later = fitted((q[:, :half], k[:, :half], v[:, :half])), q[:, half:]
+        first, later = (q[:, :half], k[:, :half], v[:, :half]), q[:, half:]
+        basis, to_park = fitted(first), fitted_to_park(first, rotary)
+        later_before, k_before = (
+            turned(later, rotary, half, back=True),
+            turned(k, rotary, back=True),
+        )
         exact = slra.attention(later, k, v, **options)
 
         def errors(out: torch.Tensor, exact: torch.Tensor = exact) -> list[float]:
@@ -88,10 +102,11 @@ def heads(layers: list[Layer]) -> list[dict[str, Any]]:
 
         for bits in (2.5, 3.5, 4.5):
             cache = slra.KVCache(basis, bits=bits).append(k, v)
-            back, _ = parked(slra.KVCache(basis, bits=8).append(k, v), bits)
+            whole = slra.KVCache(to_park, bits=8, rotary=rotary).append(k_before, v)
+            back, _ = parked(whole, bits, to_park)
             ours, theirs, took, in_files = found.setdefault(bits, ([], [], [], []))
             ours += errors(cache.attend(later))
-            in_files += errors(back.attend(later))
+            in_files += errors(back.attend(later_before))
             theirs += errors(slra.baselines.kivi(later, k, v, int(bits), group_size=64, **options))
             took.append(cache.bits)
     return [
@@ -106,12 +121,14 @@ def heads(layers: list[Layer]) -> list[dict[str, Any]]:
     ]
 
 
-def parked(cache: slra.KVCache, bits: float) -> tuple[slra.KVCache, int]:
-    """What comes back from a file of so many bits, and the bytes of the file."""
+def parked(
+    cache: slra.KVCache, bits: float, basis: slra.AttentionBasis
+) -> tuple[slra.KVCache, int]:
+    """What comes back from a file of so many bits, and the bytes of the file, which has no maps."""
     file = io.BytesIO()
-    cache.save(file, bits=bits)
-    like = torch.zeros(0)
-    return slra.KVCache.load(io.BytesIO(file.getvalue()), like=like), len(file.getvalue())
+    cache.save(file, bits=bits, basis=basis)
+    content, like = file.getvalue(), torch.zeros(0)
+    return slra.KVCache.load(io.BytesIO(content), like=like, basis=basis), len(content)
 
 
 def rounded(x: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
@@ -128,7 +145,9 @@ def predictions(model: Any, tokens: torch.Tensor, cache: Any, filled: list[Any])
     return torch.log_softmax(model(tokens, past_key_values=cache).logits[0], dim=-1)
 
 
-def divergences(model: Any, texts: list[torch.Tensor], bases: Any) -> list[dict[str, Any]]:
+def divergences(
+    model: Any, texts: list[torch.Tensor], bases: Any, to_park: Any, rotary: list[float]
+) -> list[dict[str, Any]]:
     rows = []
     for number, text in enumerate(texts):
         cache, span = DynamicCache(), text[:, SPAN]
@@ -148,13 +167,16 @@ def divergences(model: Any, texts: list[torch.Tensor], bases: Any) -> list[dict[
             row |= {"took": ours.bits, "bytes": ours.nbytes, "exact": ours.nbytes_exact}
             rows.append(row)
             print(row, flush=True)
-        made = {"batch": (1,), "window": WINDOW, "n_sink": N_SINK}
-        back = [
-            parked(slra.KVCache(basis, bits=8, **made).append(k, v), PARKED_BITS)
-            for basis, (k, v) in zip(bases, filled, strict=True)
-        ]
-        row = {"text": number, "parked": PARKED_BITS, "bytes": sum(size for _, size in back)}
-        row["ours"] = divergence(DynamicCache(), [cache.decode() for cache, _ in back])
+        made = {"batch": (1,), "window": WINDOW, "n_sink": N_SINK, "rotary": rotary}
+        decoded, size = [], 0
+        for basis, (k, v) in zip(to_park, filled, strict=True):
+            cache = slra.KVCache(basis, bits=8, **made).append(turned(k, rotary, back=True), v)
+            back, n_bytes = parked(cache, PARKED_BITS, basis)
+            before, values = back.decode()
+            decoded.append((turned(before, rotary), values))
+            size += n_bytes
+        row = {"text": number, "parked": PARKED_BITS, "bytes": size}
+        row["ours"] = divergence(DynamicCache(), decoded)
         rows.append(row)
         print(row, flush=True)
     return rows
@@ -202,7 +224,7 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "heads": table([*names, "parked", "ratio"], by_heads, "rrrrrr"),
         "parked": table(
-            ["text", "bits in a file", "divergence", "MB", "3 bits, in bits", "MB"],
+            ["text", "bits in a file", "divergence", "MB", "3 bits, in bits", "MB, maps and all"],
             in_files,
             "rrrrrr",
         ),
@@ -224,9 +246,11 @@ def main() -> None:
     layers = attention_inputs(model, tokens(documentation, 2048))
     other = attention_inputs(model, tokens("\n".join(topics[name] for name in names[60:])))
     texts = [documentation, inspect.getsource(argparse), inspect.getsource(statistics)]
+    rotary = model.base_model.rotary_emb.inv_freq.tolist()
+    bases, to_park = [fitted(x) for x in other], [fitted_to_park(x, rotary) for x in other]
     result = {
-        "heads": heads([layers[i] for i in LAYERS]),
-        "model": divergences(model, [tokens(text) for text in texts], [fitted(x) for x in other]),
+        "heads": heads([layers[i] for i in LAYERS], rotary),
+        "model": divergences(model, [tokens(x) for x in texts], bases, to_park, rotary),
     }
     save("cache_models", result, tables, compared=COMPARED)
 

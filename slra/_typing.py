@@ -28,6 +28,8 @@ ArrayT = TypeVar("ArrayT", bound=AnyArray)
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
 DType: TypeAlias = Any
+# Of a library's own: cupy.random.Generator, torch.Generator.
+DeviceGenerator: TypeAlias = Any
 RNG: TypeAlias = int | np.random.Generator | None
 CausalAlign: TypeAlias = Literal["bottom_right", "top_left"] | int
 
@@ -56,5 +58,6 @@ __all__ = [
     "AttentionOptions",
     "CausalAlign",
     "DType",
+    "DeviceGenerator",
     "Namespace",
 ]

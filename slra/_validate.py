@@ -742,6 +742,9 @@ def check_rng(rng: Any, name: str = "rng") -> np.random.Generator:
             raise TypeError
         return np.random.default_rng(rng)
     except (TypeError, ValueError):
+        kind = type(rng).__name__
+        if kind == "Generator":
+            kind = f"a Generator of {type(rng).__module__.partition('.')[0]}"
         raise TypeError(
-            f"{name} must be an int, a numpy.random.Generator or None, got {type(rng).__name__}"
+            f"{name} must be an int, a numpy.random.Generator or None, got {kind}"
         ) from None

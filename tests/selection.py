@@ -19,6 +19,7 @@ THOROUGH = {
     "test_cache.py::test_a_file_takes_the_bits_asked_for_and_hardly_more_than_the_entropy": "codes thousands of tokens",
     "test_cache.py::test_appending_copies_each_row_a_few_times_at_most": "ten thousand tokens",
     "test_cache.py::test_under_jit_queries_choose": "compiles for long",
+    "test_cache.py::test_under_jit_queries_choose_among_bytes": "compiles for long",
     "test_cache.py::test_under_jit_a_number_is_a_byte": "compiles for long",
     "test_cache.py::test_under_jit_it_is_compiled_once_and_the_same": "compiles for long",
     "test_cache.py::test_under_jit_sequences_differ_in_length_and_an_overflow_shows": "compiles for long",

@@ -134,6 +134,29 @@ def test_streaming_attends_to_sinks_and_a_window(xp):
     np.testing.assert_allclose(to_numpy(out), expected, atol=TOL)
 
 
+def test_snapkv_keeps_what_the_end_of_the_prompt_attends_to(xp):
+    """A prompt of 13 tokens, of which the last three choose, and seven tokens after it."""
+    q, k, v = data(heads=4)
+    q, n_keys, window = q[:, 10:], 7, 3
+    out = slra.baselines.snapkv(
+        *(to_xp(xp, x) for x in (q, k, v)),
+        *(n_keys, window),
+        kernel_size=3,
+        causal_align="bottom_right",
+        enable_gqa=True,
+    )
+    k_all, v_all = (np.repeat(x, 2, axis=0) for x in (k, v))
+    seen = np.arange(20) <= 10 + np.arange(10)[:, None]
+    weights = softmax(np.where(seen, q @ k_all.swapaxes(1, 2) / 2, -np.inf))[:, :window, :10]
+    padded = np.pad(weights.sum(1).reshape(2, 2, 10).sum(1), ((0, 0), (1, 1)))
+    votes = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+    kept = np.argsort(np.argsort(-votes, axis=-1), axis=-1) < n_keys - window
+    kept = np.repeat(np.pad(kept, ((0, 0), (0, 10)), constant_values=True), 2, axis=0)
+    chosen = seen & ((np.arange(10) < window)[:, None] | kept[:, None, :])
+    expected, _ = naive_attention(q, k_all, v_all, mask=chosen)
+    np.testing.assert_allclose(to_numpy(out), expected, atol=TOL)
+
+
 def rounded(x, bits, step, axis):
     """The formula, group by group."""
     out = x.copy()
@@ -198,6 +221,8 @@ def test_random_features_are_unbiased():
         ("quest", (3,), {"page_size": 10}, ValueError, "n_pages must be between 1 and 2"),
         ("sparq", (5, 6), {}, ValueError, r"rank must be between 1 and 4 \(D\), got 5"),
         ("streaming", (4, 0), {}, ValueError, r"window must be between 1 and 20 \(Nk\), got 0"),
+        ("snapkv", (2, 3), {}, ValueError, "n_keys must be at least window, 3, got 2"),
+        ("snapkv", (3, 2), {"kernel_size": 4}, ValueError, "kernel_size must be odd, got 4"),
         ("nystrom", (21,), {}, ValueError, r"between 1 and 20 \(min of Nq and Nk\), got 21"),
         ("linformer", (0,), {}, ValueError, "n_combinations must be between 1 and 20"),
         ("kivi", (0,), {}, ValueError, "bits must be between 1 and 16"),

@@ -495,19 +495,25 @@ def test_with_a_capacity_memory_stays(xp):
 
 def read_in_part(q, k, v, basis, how, **asked):
     """Output, log-sum-exp and what is left, of the last queries of one sequence, each key chosen or not in a table."""
-    shared, n = HQ // HK, k.shape[-2]
     parts = [how.get(name, 0) for name in ("window", "n_sink")]
     ranks = np.broadcast_to(how.get("rank_index", D // 4), 2)
     low = [stood_for(k, v, cut(basis, r), *parts, 0) for r in (*ranks, max(D, DV))]
     (low_k, _), (_, low_v), (all_k, all_v) = low
     by_row = [low_k] * q.shape[-2]
     if how.get("index") == "query":
-        all_k = np.repeat(k, shared, axis=0)
+        all_k = np.repeat(k, HQ // HK, axis=0)
         by_row = [by_its_features(x, all_k, basis, ranks[0], *parts) for x in np.moveaxis(q, -2, 0)]
+    place = np.arange(k.shape[-2])
+    is_exact = (place < parts[1]) | (place >= len(place) - parts[0])
+    return read_of(q, (by_row, low_v), (all_k, all_v), is_exact, how, asked)
+
+
+def read_of(q, low, whole, is_exact, how, asked):
+    """The same of keys and values in their leading coordinates and in all; of the former keys for each query."""
+    (by_row, low_v), (all_k, all_v) = low, whole
+    shared, n = HQ // HK, all_k.shape[-2]
     asked |= {"is_causal": True, "scale": how.get("scale"), "softcap": how.get("softcap")}
-    eye = np.broadcast_to(np.eye(n), (HQ, n, n))
-    place = np.arange(n)
-    is_exact = (place < parts[1]) | (place >= n - parts[0])
+    eye, place = np.broadcast_to(np.eye(n), (HQ, n, n)), np.arange(n)
     weights = [naive_attention(q, x, eye, **asked)[0][:, i] for i, x in enumerate(by_row)]
     mass = np.stack(weights, axis=1).reshape(HK, shared, -1, n).sum(1)
     mass = np.where(is_exact, 0, mass)
@@ -830,6 +836,14 @@ def test_integers_come_back_from_their_planes(xp):
     np.testing.assert_array_equal(to_numpy(heap), expected_bytes)
     back = table.unpack_blocks(heap, widths.astype("uint8"), xp.float32)
     np.testing.assert_array_equal(to_numpy(back), codes.transpose(1, 0, 3, 2).reshape(2, 80, 3))
+    # And single tokens, of block 1 (of zeros), 3 and 4, of a head each.
+    at, head, token = np.asarray([1, 3, 4]), np.asarray([0, 1, 0]), np.asarray([7, 15, 2])
+    before = np.cumsum(widths.sum(-1)).reshape(5, 2) - widths.sum(-1)
+    given = (before[at, head], widths[at, head].astype("uint8"), token)
+    dtypes = (table.place_dtype, xp.uint8, table.place_dtype)
+    given = [table.from_numpy(x, heap, dtype) for x, dtype in zip(given, dtypes, strict=True)]
+    few = table.unpack_tokens(heap, *given, xp.float32)
+    np.testing.assert_array_equal(to_numpy(few), codes[at, head, :, token])
 
 
 @EAGER
@@ -915,7 +929,7 @@ def test_rtol_bounds_the_coordinates_and_bits_are_those_asked_for():
 def test_across_heads_what_they_have_in_common_is_stored_once():
     """Keys and values of each head are a map of the same numbers: two thirds of the bits say more, of every head."""
     rng = np.random.default_rng(0)
-    q, common = rng.standard_normal((4, 2, 600, 8)), rng.standard_normal((4, 600, 8))
+    q, common = rng.standard_normal((2, 2, 300, 8)), rng.standard_normal((2, 300, 8))
     common *= 0.7 ** np.arange(8)
     k, v = np.einsum("bnd,xhde->xbhne", common, rng.standard_normal((2, 2, 8, 8)))
     for pool_batch in (False, True):
@@ -926,8 +940,9 @@ def test_across_heads_what_they_have_in_common_is_stored_once():
         )
         errors = []
         for basis, bits in ((each, 6), (both, 4)):
-            cache = slra.KVCache(basis, batch=(4,), bits=bits).append(k, v)
-            np.testing.assert_allclose(cache.bits, bits, rtol=0.06)
+            cache = slra.KVCache(basis, batch=(2,), bits=bits).append(k, v)
+            # The widths of zeros fall to nothing by blocks.
+            assert cache.bits < 1.1 * bits
             low_k, low_v = cache.decode()
             # In the units of each head.
             error = (low_k - k) @ each.coding.wk, low_v - v
@@ -939,6 +954,55 @@ def test_across_heads_what_they_have_in_common_is_stored_once():
         eye = np.broadcast_to(np.eye(d), to.shape)
         np.testing.assert_allclose(back @ np.swapaxes(to, -1, -2), eye, atol=1e-8)
         np.testing.assert_allclose(of_values @ np.swapaxes(of_values, -1, -2), eye, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_before_a_rotation_coordinates_are_those_of_what_comes_after_it(is_causal):
+    """Values count by attention after it, keys by the queries at the distances from which they are seen."""
+    q, k, v = (x[:2] for x in tokens(200))
+    coding = slra.fit_attention(q, k, v, 3, rotary=FREQUENCIES, is_causal=is_causal).coding
+    np.testing.assert_array_equal(coding.rotary, np.broadcast_to(FREQUENCIES, (2, 3)))
+    seen = np.tril(np.ones((200, 200), bool)) if is_causal else np.ones((200, 200), bool)
+    scores = np.where(seen, rotated(q) @ np.swapaxes(rotated(k), -1, -2) / D**0.5, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    received = np.sum(weights**2, axis=-2)
+    received = received / received.sum(-1, keepdims=True) + 0.01 / 200
+    received /= received.sum(-1, keepdims=True)
+    np.testing.assert_allclose(coding.mu[:, 0], np.einsum("hn,hnd->hd", received, v), atol=1e-12)
+    np.testing.assert_allclose(coding.c[:, 0], np.mean(k, axis=1), atol=1e-12)
+    n = len(FREQUENCIES)
+    moment, places = 0, np.arange(200)
+    for key in places:
+        turn = np.exp(1j * (places - key)[:, None] * np.asarray(FREQUENCIES))
+        z = (q[..., :n] + 1j * q[..., n : 2 * n]) * turn
+        small = np.concatenate([z.real, z.imag, q[..., 2 * n :]], axis=-1) @ coding.wq
+        # Each query has a weight of one.
+        share = seen[:, key] / seen.sum(axis=1) / 200
+        moment = moment + np.swapaxes(small, -1, -2) @ (small * share[:, None])
+    # A sample of four distances a query.
+    np.testing.assert_allclose(moment, np.broadcast_to(np.eye(D), moment.shape), atol=0.2)
+
+
+def test_a_rotation_by_no_angle_is_none():
+    q, k, v = tokens(60)
+    none = slra.fit_attention(q, k, v, 3, enable_gqa=True).coding
+    still = slra.fit_attention(q, k, v, 3, enable_gqa=True, rotary=[0.0]).coding
+    for one, other in zip(none[3:-1], still[3:-1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_basis_before_a_rotation_is_for_a_cache_with_the_same():
+    q, k, v = tokens(60)
+    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True, rotary=FREQUENCIES)
+    slra.KVCache(basis, bits=4, rotary=np.float32(FREQUENCIES)).append(k, v)
+    for wrong in (None, FREQUENCIES[:2], (1.0, 0.3, 0.06)):
+        with pytest.raises(ValueError, match="rotary must be what the basis was fitted with"):
+            slra.KVCache(basis, bits=4, rotary=wrong)
+    with pytest.raises(ValueError, match="rotary must be 1 to 4 frequencies, half of D"):
+        slra.fit_attention(q, k, v, 3, enable_gqa=True, rotary=np.ones(5))
+    prefix = slra.KVCache.from_prefix(q, k, v, bits=4, rotary=FREQUENCIES, across_heads=True)
+    assert prefix._contents.layout.across_heads
 
 
 def test_across_one_head_is_that_head():
@@ -1118,6 +1182,54 @@ def test_a_file_takes_the_bits_asked_for_and_hardly_more_than_the_entropy(bits, 
     assert (len(content) - apart - description) * 8 <= 1.03 * entropy or bits > 3
     few, content = parked(slra.KVCache(basis, bits=9).append(k[:, :48], v[:, :48]), bits)
     assert np.abs(coded_integers(few)[0]).max() >= 1
+
+
+@pytest.mark.parametrize("case", ["plain", "across heads, rotary"])
+@pytest.mark.parametrize("bits", [None, 3])
+def test_a_file_without_maps_comes_back_by_the_basis(case, bits, codec):
+    basis, (_, k, v) = coded_basis(case), tokens(300)
+    cache = slra.KVCache(basis, bits=6, n_sink=1, **BITS[case]).append(k, v)
+    (whole, apart) = io.BytesIO(), io.BytesIO()
+    cache.save(whole, bits=bits)
+    cache.save(apart, bits=bits, basis=basis)
+    maps = cache._contents.segments[0].maps
+    n_bytes = sum(x.nbytes for x in maps[:-1])
+    assert len(apart.getvalue()) < len(whole.getvalue()) - 0.8 * n_bytes
+    right = slra.KVCache.load(io.BytesIO(whole.getvalue()))
+    back = slra.KVCache.load(io.BytesIO(apart.getvalue()), basis=basis)
+    for one, other in zip(back.decode(), right.decode(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+    assert back.bits == right.bits
+    # Again, after it was loaded.
+    again = io.BytesIO()
+    back.save(again, basis=basis)
+    assert slra.KVCache.load(io.BytesIO(again.getvalue()), basis=basis).bits == back.bits
+    other = basis_of(3, across_heads=not case.startswith("across"))
+    for wrong, match in (
+        (None, "basis must be given: the file was saved without its maps"),
+        (other, "basis must be the one that the file was saved with"),
+        (_without_coding(basis), "basis must have heads and its coding"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            slra.KVCache.load(io.BytesIO(apart.getvalue()), basis=wrong)
+    with pytest.raises(ValueError, match="basis must be None: the file has its maps"):
+        slra.KVCache.load(io.BytesIO(whole.getvalue()), basis=basis)
+    with pytest.raises(ValueError, match="basis must be the one that the cache was made with"):
+        cache.save(io.BytesIO(), basis=other)
+    with pytest.raises(ValueError, match="basis must be None for a cache of floats"):
+        slra.KVCache(basis).append(k, v).save(io.BytesIO(), basis=basis)
+
+
+@pytest.mark.parametrize("change", [-1, 0, np.inf, np.nan])
+def test_tampered_steps_are_one_clear_error(change, tmp_path, codec):
+    basis, (_, k, v), path = basis_of(3), tokens(), tmp_path / "cache"
+    slra.KVCache(basis, bits=6).append(k, v).save(path, basis=basis)
+    _rewritten(path, lambda named, meta: named["segments.0.step_v"].__imul__(change))
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path, basis=basis)
+    _rewritten(path, lambda named, meta: named.pop("segments.0.step_k"))
+    with pytest.raises(ValueError, match=r"path must be a file written by KVCache\.save"):
+        slra.KVCache.load(path, basis=basis)
 
 
 def test_numbers_far_from_the_fit_are_coded_too(codec):
@@ -1314,6 +1426,178 @@ def test_a_cropped_cache_goes_on_from_there(xp, options):
         cache.crop(-1)
 
 
+# A few keys in full, in bits
+
+CHOICES_IN_BITS = {
+    "number": {"bits": (5, 4), "n_top": 5, "rank_index": 4},
+    "mass, window and sinks": {
+        "bits": 4,
+        "top_p": 0.8,
+        "window": 5,
+        "n_sink": 2,
+        "rank_index": 3,
+        "softcap": 2.0,
+        "scale": 0.5,
+    },
+    "integers of more than a byte": {"bits": 9, "n_top": 6, "rank_index": 5},
+    "by head": {"rtol": 0.02, "n_top": (3, 90), "n_sink": 1, "rank_index": 3},
+}
+
+
+@EAGER
+@pytest.mark.parametrize("case", list(CHOICES_IN_BITS))
+def test_in_bits_each_query_reads_a_few_keys_in_full(xp, case):
+    """Keys that are not chosen have the leading ones of their integers, as a byte each; a block not full is exact."""
+    skip_most_on_jax(xp)
+    q, k, v = tokens(70)
+    how = CHOICES_IN_BITS[case]
+    cache = slra.KVCache(moved(basis_of((4, 3)), xp), **how)
+    cache = appended(cache, to_xp(xp, k), to_xp(xp, v), [20, 1, 0, 9, 1, 30, 9])
+    maps = cache._contents.segments[0].maps
+    wq, wk, wv, uv, c, mu = (to_numpy(getattr(maps, name))[0, :, 0] for name in maps._fields[:6])
+    whole = [to_numpy(x) for x in cache.decode()]
+    place, n_sink = np.arange(70), how.get("n_sink", 0)
+    is_exact = (place < n_sink) | (place >= 70 - how.get("window", 0))
+    is_exact |= place >= n_sink + (70 - n_sink) // 16 * 16
+    low, r = [], how.get("rank_index", D // 4)
+    for x, shift, to, back in zip(whole, (c, mu), (wk, wv), (wq.swapaxes(-1, -2), uv), strict=True):
+        codes = np.rint((x - shift) @ to)[..., :r]
+        assert np.any(np.abs(codes) > 127) == (case in ("integers of more than a byte", "by head"))
+        size = np.max(np.abs(codes), axis=-1, keepdims=True) / 127
+        unit = 2.0 ** np.ceil(np.log2(np.maximum(size, 1)))
+        codes = np.rint(codes / unit) * unit
+        low.append(np.where(is_exact[:, None], x, codes @ back[..., :r, :] + shift))
+    low, whole = ([np.repeat(x, HQ // HK, axis=0) for x in one] for one in (low, whole))
+    for asked in ({}, {"window": (20, 0), "sinks": SINKS, "alibi": SLOPES}):
+        given = structure_to_xp(xp, asked)
+        found = cache.attend(to_xp(xp, q[:, -3:]), return_lse=True, return_rest=True, **given)
+        right = read_of(q[:, -3:], ([low[0]] * 3, low[1]), whole, is_exact, how, asked)
+        for one, other in zip(found, right, strict=True):
+            np.testing.assert_allclose(to_numpy(one), other, rtol=0, atol=1e-11)
+
+
+@functools.cache
+def basis_in(dtype):
+    return slra.fit_attention(*tokens(60, seed=9, dtype=dtype), 3, enable_gqa=True)
+
+
+def all_chosen_in_bits(seed):
+    """A random cache in bits in which all keys are chosen, beside one in which none are: one answer."""
+    rng = np.random.default_rng(seed)
+    q, k, v = tokens(70, batch=(2,), dtype=["float32", "float64"][rng.integers(2)], seed=seed)
+    outlier = [1, 1e3, 1e7][rng.integers(3 if q.dtype == np.float64 else 2)]
+    k[:, :, 20, 2] *= outlier
+    basis = basis_in(q.dtype)
+    options = {"window": int(rng.integers(0, 9)), "n_sink": int(rng.integers(0, 3)), "batch": (2,)}
+    options["softcap"] = [None, 2.0][rng.integers(2)]
+    options |= [{"bits": float(rng.uniform(0.6, 10))}, {"rtol": 0.02}][rng.integers(2)]
+    # By leading coordinates an outlier, or what is beside it, may have no weight at all.
+    how = [{"n_top": 100}, {"n_top": (100, 70)}, {"top_p": 1.0}]
+    how = how[rng.integers(3 if outlier == 1 else 2)]
+    how = {**how, "rank_index": int(rng.integers(1, 7))}
+    plain, choosing = slra.KVCache(basis, **options), slra.KVCache(basis, **options, **how)
+    sizes = [40, *rng.integers(0, 7, 5)] if rng.integers(2) else rng.integers(0, 12, 6)
+    start, changed = 0, rng.integers(5)
+    for i, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        lengths = rng.integers(0, size + 1, 2) if rng.integers(2) else None
+        for cache in (plain, choosing):
+            cache.append(k[..., rows, :], v[..., rows, :], lengths=lengths)
+        start += size
+        if i != 3:
+            continue
+        if changed == 1:
+            kept = rng.integers(0, start + 1)
+            plain, choosing = (x.crop(kept) for x in (plain, choosing))
+        elif changed == 2:
+            plain, choosing = (x.select([1, 0]) for x in (plain, choosing))
+        elif changed == 3:
+            file = io.BytesIO()
+            choosing.save(file)
+            choosing = slra.KVCache.load(io.BytesIO(file.getvalue()))
+    asked = {"return_lse": True, "is_causal": bool(rng.integers(2))}
+    asked["window"] = [None, (11, 0)][rng.integers(2)]
+    asked["sinks"] = [None, rng.standard_normal(HQ).astype(q.dtype)][rng.integers(2)]
+    n_queries = int(rng.integers(1, 4))
+    right = plain.attend(q[..., :n_queries, :], **asked)
+    found = choosing.attend(q[..., :n_queries, :], return_rest=True, **asked)
+    eps = np.finfo(q.dtype).eps
+    np.testing.assert_allclose(found[2], 0, rtol=0, atol=100 * eps)
+    # Rounding of scores, which an outlier makes as large as itself, times values.
+    held_k, held_v = (np.max(np.abs(x), initial=0) for x in plain.decode())
+    size = 1 + np.max(np.abs(q)) * held_k * D**0.5
+    size *= 1 + held_v
+    for one, other in zip(found, right, strict=False):
+        np.testing.assert_allclose(one, other, rtol=0, atol=100 * eps * size)
+
+
+def test_in_bits_with_all_keys_chosen_it_is_the_cache_in_bits():
+    for seed in range(25):
+        all_chosen_in_bits(seed)
+
+
+def test_in_bits_what_queries_choose_by_is_counted():
+    """In bits and bytes, and it is there again in what was cropped, loaded or parked."""
+    q, k, v = tokens(2000)
+    basis = slra.fit_attention(q[:, :400], k[:, :400], v[:, :400], 3, enable_gqa=True)
+    plain = slra.KVCache(basis, bits=4).append(k, v)
+    cache = slra.KVCache(basis, bits=4, n_top=50, rank_index=3).append(k, v)
+    held = cache.nbytes - slra.KVCache(basis, bits=4, n_top=50, rank_index=3).nbytes
+    numbers = HK * 2000 * (D + DV)
+    # Bytes of three coordinates and their exponent, keys and values, half a byte a tile and 16 a head and block.
+    more = (2 * 8 * (16 * 4 + 3.5) + 2 * 128) / (16 * (D + DV))
+    np.testing.assert_allclose(cache.bits, plain.bits + more, rtol=1e-12)
+    assert numbers * cache.bits / 8 <= held + 1 <= 1.3 * numbers * cache.bits / 8
+    for one, other in zip(cache.error_bound, plain.error_bound, strict=True):
+        np.testing.assert_array_equal(one, other)
+    out = cache.attend(q[:, -2:])
+    file = io.BytesIO()
+    cache.save(file)
+    back = slra.KVCache.load(io.BytesIO(file.getvalue()))
+    assert len(file.getvalue()) < cache.nbytes - 0.9 * numbers * more / 8
+    assert back.nbytes <= cache.nbytes
+    assert back.bits == cache.bits
+    np.testing.assert_array_equal(back.attend(q[:, -2:]), out)
+    more = [x[:, -100:] for x in (k, v)]
+    for other in (cache.crop(1900).append(*more), back.crop(1900).append(*more)):
+        np.testing.assert_allclose(other.attend(q[:, -2:]), out, rtol=0, atol=1e-11)
+
+
+def test_in_bits_of_all_heads_together_none_chooses():
+    with pytest.raises(ValueError, match="basis must be fitted without across_heads for bits"):
+        slra.KVCache(basis_of((4, 3), across_heads=True), bits=4, n_top=3)
+
+
+def test_in_bits_what_is_not_finite_is_not_answered():
+    q, k, v = tokens(60)
+    basis = slra.fit_attention(q, k, v, 3, enable_gqa=True)
+    k[0, 5, 1] = np.nan
+    cache = slra.KVCache(basis, bits=4, n_top=3).append(k, v)
+    out = cache.attend(q[:, -1:])
+    assert np.all(np.isnan(out[:2]))
+    assert np.all(np.isfinite(out[2:]))
+
+
+def test_under_jit_queries_choose_among_bytes():
+    jax = pytest.importorskip("jax")
+    q, k, v = tokens(15)
+    basis, options = moved(basis_of((4, 3)), jax.numpy), {"capacity": 17, "bits": 6, "window": 3}
+    caches = [slra.KVCache(basis, **options, n_top=n, rank_index=3) for n in (4, 17)]
+    (cache, outs), (_, all_chosen) = (jitted(cache, q, k, v, [15]) for cache in caches)
+    whole = [np.asarray(x)[:, :15] for x in cache.decode()]
+    right, _ = naive_attention(q, *whole, is_causal=True, enable_gqa=True)
+    np.testing.assert_allclose(all_chosen[0], right, rtol=0, atol=1e-12)
+    maps = cache._contents.segments[0].maps
+    wq, wk, wv, uv, c, mu = (np.asarray(getattr(maps, name))[0, :, 0] for name in maps._fields[:6])
+    is_exact, low = np.arange(15) >= 12, []
+    for x, shift, to, back in zip(whole, (c, mu), (wk, wv), (wq.swapaxes(-1, -2), uv), strict=True):
+        few = ((x - shift) @ to)[..., :3] @ back[..., :3, :] + shift
+        low.append(np.where(is_exact[:, None], x, few))
+    low, whole = ([np.repeat(x, HQ // HK, axis=0) for x in one] for one in (low, whole))
+    right, *_ = read_of(q[:, -1:], ([low[0]], low[1]), whole, is_exact, {"n_top": 4}, {})
+    np.testing.assert_allclose(outs[0][:, -1:], right, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("across_heads", [False, True])
 def test_under_jit_a_number_is_a_byte(across_heads):
     jnp = pytest.importorskip("jax.numpy")
@@ -1505,10 +1789,9 @@ WRONG = {
     "rank_index must be an int or a pair": {"n_top": 3, "rank_index": (1, 2, 3)},
     "rank_index must be between 1 and 6 .Dv": {"n_top": 3, "rank_index": (1, 7)},
     "index must be 'leading' without n_top or top_p": {"index": "query"},
+    "index must be 'leading' with bits or rtol": {"n_top": 3, "bits": 4, "index": "query"},
     "index must be one of 'leading', 'query'": {"n_top": 3, "index": "own"},
     "n_sparse must be left out with n_top": {"n_top": 3, "n_sparse": 1},
-    "bits must be left out with n_top": {"n_top": 3, "bits": 4},
-    "rtol must be left out with n_top": {"top_p": 0.5, "rtol": 0.1},
     "rotary must be left out with n_top": {"n_top": 3, "rotary": FREQUENCIES},
     "drift_bound must be left out with n_top": {"n_top": 3, "window": 8, "drift_bound": 0.1},
 }

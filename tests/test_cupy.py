@@ -19,6 +19,7 @@ from hypothesis import Phase
 
 import slra
 from slra._backends import backend_of
+from slra._backends.standard.attention import ScoreOptions
 from tests.cuda_host import host, nvrtc, prices
 from tests.cuda_host.cases import OPERANDS, check_values, primitives_and_dtypes
 
@@ -100,6 +101,7 @@ def attend_in_tiles():
 TALL_QR = {"column_norm", "unit_gram", "lifted", "misfit", "factor"}
 NORM = {"max_abs", "unit", "norm"}
 ONE_TILE = {"row_sums", "weights", "softmax_result"}
+LONG_ROWS = {"digit_counts", "digit_chosen", "chunk_counts", "write_largest"}
 LONG, TALL = np.zeros((4097, 6)), np.random.default_rng(0).standard_normal((2, 300, 100))
 
 
@@ -202,7 +204,7 @@ CALLS = {
     ),
     "randomized_svd, a batch": (
         lambda: slra.randomized_svd(TALL, 2, method="krylov", rng=0),
-        {"max_part", *TALL_QR, "max_abs", "first", "phase"},
+        {"max_part", *TALL_QR, "max_abs", "first", "phase", "eigen_misfit"},
     ),
     "randomized_svd, centred": (
         lambda: slra.randomized_svd(LONG + X[0], rtol=0.5, center=True, rng=0),
@@ -217,6 +219,11 @@ CALLS = {
         lambda: slra.compress(TALL[0], 3, 0.1, n_iter=1).to_dense(),
         {"max_part", "wide_squares", "sum_abs", "keep_largest", "mark_largest", "gather", "scatter"}
         | {*TALL_QR, "max_abs", "first", "phase"},
+    ),
+    "compress, by matrices": (
+        lambda: slra.compress(TALL[0], 3, 0.1, per="matrix", n_iter=1).to_dense(),
+        {"max_part", "wide_squares", "sum_abs", "scatter", *TALL_QR, "max_abs", "first", "phase"}
+        | LONG_ROWS,
     ),
     "KVCache in bits": (lambda: cached().decode(), {"unpack"}),
     "KVCache": (decoded, DECODED),
@@ -305,17 +312,140 @@ def test_what_a_user_asked_cupy_to_raise_is_not_raised(cupy_table):
 
 
 @pytest.mark.parametrize(
-    ("shape", "is_batched"), [((2, 33, 33), True), ((2, 32, 32), False), ((1, 33, 33), False)]
+    ("shape", "is_larger"), [((2, 33, 33), True), ((2, 32, 32), False), ((33, 33), True)]
 )
-def test_batches_of_svds_are_eigenvalue_problems(cupy_table, monkeypatch, shape, is_batched):
+def test_svds_are_eigenvalue_problems(cupy_table, monkeypatch, shape, is_larger):
     from slra._backends import cupy as module
 
     calls, decompose = [], module.gram_svd
     monkeypatch.setattr(module, "gram_svd", lambda *args: calls.append(args) or decompose(*args))
     x = np.random.default_rng(0).standard_normal(shape)
     U, S, Vh = slra.truncated_svd(x)
-    assert bool(calls) == is_batched
-    np.testing.assert_allclose((U * S[:, None, :]) @ Vh, x, atol=1e-12)
+    assert bool(calls) == is_larger
+    np.testing.assert_allclose((U * S[..., None, :]) @ Vh, x, atol=1e-12)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_eigenvectors_that_are_none_are_seen(cupy_table, monkeypatch, dtype):
+    """What cuSOLVER has been seen to leave of a batch: a diagonal, or vectors that are not orthonormal."""
+    rng, n, xp = np.random.default_rng(0), 9, cupy_table.xp
+    x = rng.standard_normal((5, n, n)).astype(dtype)
+    if dtype == "complex128":
+        x += 1j * rng.standard_normal(x.shape)
+    g = x @ np.conj(x).swapaxes(-1, -2)
+    g[1] *= np.float32(1e-30)
+    g[4] = 0
+    solve = xp.linalg.eigh
+
+    def spoilt(a):
+        w, v = map(np.array, solve(a))
+        if a.ndim == 2:
+            return w, v
+        w[0], v[0] = np.sort(np.diagonal(a[0]).real), np.eye(n)
+        v[1, :, 0] = v[1, :, 1]
+        v[2] = np.nan
+        return w, v
+
+    monkeypatch.setattr(type(xp.linalg), "eigh", lambda _, a: spoilt(a), raising=False)
+    w, v = cupy_table.small_eigh(g)
+    expected = np.linalg.eigvalsh(g.astype("complex128"))
+    eps = np.finfo(dtype).eps
+    size = np.max(abs(expected), axis=-1, keepdims=True)
+    assert np.all(abs(w - expected) <= 10 * n * eps * size)
+    np.testing.assert_allclose(
+        np.conj(v).swapaxes(-1, -2) @ v, np.stack([np.eye(n)] * 5), atol=50 * eps
+    )
+    assert np.all(abs(g @ v - v * w[:, None, :]) <= 20 * n * eps * size[..., None])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_qr_of_a_tall_matrix_whatever_its_columns(cupy_table, dtype):
+    """By products where that is as good, by cuSOLVER where columns depend on each other, or squares leave the range."""
+    rng, eps = np.random.default_rng(0), np.finfo(dtype).eps
+    x = rng.standard_normal((80, 10)).astype(dtype)
+    dependent = x.copy()
+    dependent[:, 3] = dependent[:, 2]
+    dependent[:, 5] = 0
+    spread = x * np.logspace(0, -12, 10).astype(dtype)
+    for given in (x, dependent, spread, x * np.float32(1e30), x * np.float32(1e-30)):
+        Q, R = cupy_table.qr(given)
+        np.testing.assert_allclose(np.conj(Q).T @ Q, np.eye(10), atol=50 * eps)
+        columns = np.max(abs(given), axis=0)
+        assert np.all(abs(Q @ R - given) <= 50 * eps * columns)
+        np.testing.assert_array_equal(R, np.triu(R))
+        np.testing.assert_allclose(
+            abs(np.diagonal(cupy_table.triangular_factor(given))),
+            abs(np.diagonal(R)),
+            atol=100 * eps * np.max(columns),
+        )
+    assert np.all(np.isnan(cupy_table.qr(np.full_like(x, np.nan))[1][0]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64", "complex128"])
+def test_a_generator_of_its_own_draws_on_the_device(cupy_table, dtype):
+    import cupy
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 60, 5)) @ rng.standard_normal((3, 5, 300))
+    x = (x * (1 + 1j) if dtype.startswith("complex") else x).astype(dtype)
+    seeded, other = slra.randomized_svd(x, 5, rng=0), cupy.random.default_rng(0)
+    U, S, Vh = slra.randomized_svd(x, 5, rng=other, method="subspace")
+    np.testing.assert_allclose(S, seeded.S, rtol=50 * np.finfo(S.dtype).eps)
+    assert U.dtype == Vh.dtype == dtype
+    again = slra.randomized_svd(x, 5, rng=cupy.random.default_rng(0), method="subspace")
+    np.testing.assert_array_equal(U, again.U)
+    # The next numbers are others, and so are those that NumPy draws from the same seed.
+    real = cupy_table.real_dtype(x.astype("float32").dtype if dtype == "float16" else x.dtype)
+    like = np.empty(0, dtype="complex128" if dtype == "complex128" else real)
+    first, second = (cupy_table.test_matrix((400, 3), other, like) for _ in range(2))
+    assert np.all(first != second)
+    assert np.all(first != cupy_table.test_matrix((400, 3), 0, like))
+    # 1200 of them, or 2400 parts: four deviations of the mean of squares.
+    assert abs(np.mean(abs(first) ** 2) - 1) < 4 * np.sqrt(2 / 1200)
+    slra.randomized_eigh(x[0] @ np.conj(x[0]).T if dtype != "float16" else np.eye(40), 3, rng=other)
+    slra.estimate_error(x, (U * S[..., None, :].astype(dtype), Vh), rng=other)
+
+
+def test_a_generator_of_another_library_is_refused(cupy_table):
+    import cupy
+
+    with pytest.raises(TypeError, match=r"numpy\.random\.Generator or None, got HostGenerator"):
+        slra.prox.prox_nuclear(X, 0.5, rng=cupy.random.default_rng(0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["largest_in_rows", "keep_largest"])
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_the_largest_of_long_rows(cupy_table, monkeypatch, name, dtype):
+    in_chunks(monkeypatch)
+    check_values(cupy_table, name, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_rows", [1, 70])
+def test_the_largest_of_longer_rows(cupy_table, n_rows):
+    """Moduli of every size, many of which tie, and all sorts of k."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((n_rows, 1100)) * 2.0 ** rng.integers(-300, 300, (n_rows, 1100))
+    x[:, ::3], x[:, ::5], x[:, 7] = 0, np.round(x[:, ::5]), np.inf
+    x[:, 1::11] = -x[:, 2:3]
+    for k in (1, 100, 700, 1099, 1100):
+        values, columns = cupy_table.largest_in_rows(x, k)
+        order = np.argsort(-abs(x), axis=-1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(columns, np.sort(order, axis=-1))
+        np.testing.assert_array_equal(values, np.take_along_axis(x, np.sort(order, axis=-1), -1))
+
+
+def in_chunks(monkeypatch):
+    from slra._backends import cupy as module
+    from slra._backends import cupy_select as select
+
+    monkeypatch.setattr(module, "LONGEST_RANKED", 2)
+    monkeypatch.setattr(select, "CHUNK", 2)
+    monkeypatch.setattr(select, "COPIES", 3)
 
 
 SEGMENTED = [
@@ -441,6 +571,37 @@ def test_attention_in_several_tiles(cupy_table, monkeypatch):
     eps = np.finfo("float64").eps
     np.testing.assert_allclose(ours[0], weights @ v / total[..., None], atol=50 * eps)
     np.testing.assert_allclose(ours[1], np.log(total), atol=50 * eps)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_of_parts_of_a_batch(cupy_table, monkeypatch, shared):
+    """Keys, masks and slopes may be those of all."""
+    from slra._backends import cupy as module
+
+    rng = np.random.default_rng(0)
+    q, grad = rng.standard_normal((2, 3, 4, 6, 5))
+    k, v = rng.standard_normal((2, *((1, 2) if shared else (3, 4)), 7, 5))
+    options = {"mask": rng.random((4, 6, 7)) < 0.7, "alibi": rng.random(4), "enable_gqa": shared}
+    options["causal_align"] = "top_left"
+    if shared:
+        k, v = (np.broadcast_to(x, (3, 2, 7, 5)) for x in (k, v))
+    whole = slra.attention(q, k, v, return_lse=True, **options)
+    grads = slra.attention_vjp(q, k, v, *whole, grad, **options)
+    monkeypatch.setattr(module, "TILE_BYTES", 8 * 6 * 7 * 2)
+    parts = slra.attention(q, k, v, return_lse=True, **options)
+    parts += tuple(slra.attention_vjp(q, k, v, *whole, grad, **options))
+    for ours, expected in zip(parts, (*whole, *grads), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=100 * np.finfo("float64").eps)
+    # Broadcast axes are cut along others, and summed.
+    given = [x[:, :, None] for x in (q, np.array(k[:1]), np.array(v[:1]))] if not shared else None
+    if given:
+        scores = cupy_table.attention(*given, None, ScoreOptions(0.5))
+        monkeypatch.undo()
+        for ours, expected in zip(
+            scores, cupy_table.attention(*given, None, ScoreOptions(0.5)), strict=True
+        ):
+            np.testing.assert_allclose(ours, expected, atol=100 * np.finfo("float64").eps)
 
 
 @needs_compiler
@@ -579,6 +740,30 @@ MUTANTS = {
     "the next column": Mutant(
         "gather", "float32", "columns[place] = i", "columns[place] = i + 1", "largest_in_rows"
     ),
+    "digits of all": Mutant(
+        "digit_counts",
+        "float32",
+        "(own >> shift >> 8) == (bits >> shift >> 8)",
+        "own >= 0",
+        "largest_in_rows",
+    ),
+    "another row's counters": Mutant(
+        "digit_counts", "complex64", "i / width * copies", "0", "largest_in_rows"
+    ),
+    "a digit too few": Mutant("digit_chosen", "int32", "< rest)", "<= rest)", "largest_in_rows"),
+    "ties above": Mutant(
+        "chunk_counts", "float32", "own > bits ? 1LL", "own >= bits ? 1LL", "largest_in_rows"
+    ),
+    "all ties": Mutant(
+        "write_largest", "float32", "own == bits && same < ties", "own == bits", "largest_in_rows"
+    ),
+    "the sums of the first row": Mutant(
+        "write_largest",
+        "float32",
+        "(row > 0 ? sums[row * n_chunks - 1] : 0)",
+        "0",
+        "largest_in_rows",
+    ),
     "rows that overlap": Mutant(
         "scatter", "float32", "i / k * width + column", "i / k + column", "scatter_rows"
     ),
@@ -691,6 +876,8 @@ def check_mutant(backend, mutant, kernel, monkeypatch):
     monkeypatch.setitem(KERNELS, (mutant.name, mutant.dtype), kernel)
     if mutant.name == "row_joins":
         in_segments(monkeypatch)
+    if mutant.name in LONG_ROWS:
+        in_chunks(monkeypatch)
     # Most fall to the first few examples; those that none of the usual 40 happens to meet get more.
     check_values(
         backend,

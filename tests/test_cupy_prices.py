@@ -102,6 +102,21 @@ def test_tiles_are_as_large_as_they_may_be(cupy_table, n_matrices, n_queries, n_
     assert n_matrices * height * width * 4 >= min(whole, 1 << 24)
 
 
+def test_matrices_beyond_number_are_taken_in_parts(cupy_table):
+    """Tiles of all of a million matrices would be a few entries of each, and each would read its keys again."""
+    q, k, v = qkv(1 << 20, 40, 40, 16)
+    with counting(is_dry=True) as bill:
+        out, lse = slra.attention(q, k, v, return_lse=True)
+    assert out.shape == q.shape
+    assert bill.largest <= max(1 << 26, out.nbytes)
+    # Scores are written, and read by two; weights likewise. Outputs are joined.
+    scores = 4 * 40 * 40 * (1 << 20)
+    assert bill.n_bytes <= 3 * q.nbytes + 5 * scores + 6 * out.nbytes
+    with counting(is_dry=True) as bill:
+        slra.attention_vjp(q, k, v, out, lse, out)
+    assert bill.n_bytes <= 12 * scores + 40 * q.nbytes
+
+
 VIEWS = {
     "contiguous": lambda x: x,
     "heads after tokens": lambda x: virtual((2, x.shape[-2], 8, x.shape[-1]), x.dtype).swapaxes(
@@ -194,6 +209,18 @@ def random(*shape, dtype="float32"):
     return np.random.default_rng(0).standard_normal(shape).astype(dtype)
 
 
+def test_random_numbers_may_be_drawn_on_the_device(cupy_table):
+    import cupy
+
+    x = priced(random(40, 3000))
+    for rng, sent in ((0, 1), (cupy.random.default_rng(0), 0)):
+        with counting() as bill:
+            cupy_table.test_matrix((1000, 8), rng, x)
+        assert bill.names["asarray"] == sent
+        assert bill.names["standard_normal"] == 1 - sent
+        assert bill.launches == 1
+
+
 @pytest.mark.parametrize("n_matrices", [4, 64])
 def test_batches_are_decomposed_together(cupy_table, n_matrices):
     x = priced(random(n_matrices, 48, 40))
@@ -206,6 +233,45 @@ def test_batches_are_decomposed_together(cupy_table, n_matrices):
     with counting() as bill:
         cupy_table.triangular_factor(x[0])
     assert bill.solver_calls == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "jacobi", "one_by_one"),
+    [
+        ((64, 48, 48), 1, 0),
+        ((2, 20, 20), 1, 0),
+        # Jacobi's method takes a block of threads for each: a large matrix would have the device to itself.
+        ((1, 48, 48), 0, 1),
+        ((1, 1, 20, 20), 0, 1),
+        ((2, 100, 100), 0, 2),
+        ((48, 48), 0, 1),
+    ],
+)
+def test_eigenvalues_by_what_is_fit(cupy_table, shape, jacobi, one_by_one):
+    x = random(*shape)
+    g = priced(x @ x.swapaxes(-1, -2))
+    for call in (cupy_table.small_eigh, cupy_table.small_eigvalsh):
+        with counting() as bill:
+            call(g)
+        assert bill.names["syevjBatched"] == jacobi
+        assert bill.names["Xsyevd"] == one_by_one
+        assert bill.reads == jacobi
+        assert bill.launches <= 3 * one_by_one + 16 * jacobi + 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_tall_matrices_take_products(cupy_table, dtype):
+    """QR and SVD of one matrix: of cuSOLVER's, only those of small ones, and no SVD at all."""
+    x = priced(random(4000, 40, dtype=dtype))
+    with counting() as bill:
+        cupy_table.qr(x)
+        cupy_table.triangular_factor(x)
+    assert bill.names["qr"] == 0
+    assert bill.reads <= 8
+    with counting() as bill:
+        slra.truncated_svd(x, 8)
+    assert bill.names["qr"] == bill.names["svd"] == 0
+    assert bill.solver_calls <= 20
 
 
 @pytest.mark.parametrize("n_matrices", [4, 64])
@@ -275,6 +341,19 @@ def test_sparse_rows_take_a_kernel_each_way(cupy_table):
     # Read for marks, and with them; zeros written, and entries over them.
     assert there.n_bytes <= 4 * x.nbytes
     assert back.n_bytes <= 2.5 * x.nbytes
+
+
+@pytest.mark.parametrize(("shape", "most"), [((1, 200_000), 22), ((2000, 1500), 22)])
+def test_long_sparse_rows_are_not_sorted(cupy_table, shape, most):
+    """Each digit of eight bits is one read, those to write are found by another, and written by a last one."""
+    x = priced(random(*shape))
+    with counting() as bill:
+        cupy_table.largest_in_rows(x, shape[1] // 20)
+    assert bill.names["argsort"] == bill.names["sort"] == bill.reads == 0
+    assert bill.launches <= most
+    assert bill.n_bytes <= 9 * x.nbytes
+    # Nothing as large as x is made on the way, and counters of a row take what 256 numbers would.
+    assert bill.largest <= max(x.nbytes // 2, shape[0] * 4 * 1024)
 
 
 def test_a_sparse_matrix_of_cupyx_is_transposed_once():

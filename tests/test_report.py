@@ -140,6 +140,96 @@ def test_what_low_rank_saves(tmp_path):
     assert advise(worse)[0].startswith("Keep exact")
 
 
+def gaussian(n=280, d=16, scale=1.0):
+    """Four heads on two, of which none has low rank."""
+    rng = np.random.default_rng(2)
+    return [scale * rng.standard_normal((heads, n, d)) for heads in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bits_beside_ranks_against_the_cache_and_kivi(tmp_path, causal):
+    q, k, v = gaussian()
+    n, half, options = 280, 140, ["--causal"] if causal else []
+    done = run(write_npz(tmp_path / "a.npz", q, k, v), "--json", tmp_path / "a", *options)
+    assert done.exit_code == 0, done.output
+    (layer,) = json.loads((tmp_path / "a").read_text())["layers"]
+    found = layer["in_bits"]
+    keys = half if causal else n
+    fit = {"is_causal": causal, "enable_gqa": True}
+    basis = slra.fit_attention(q[:, :half], k[:, :keys], v[:, :keys], 16, **fit)
+    fit |= {"causal_align": "bottom_right"}
+    exact = [softmax_attention(q[h] @ k[h // 2].T / 4, v[h // 2], causal)[half:] for h in range(4)]
+
+    def errors(out):
+        return np.linalg.norm(out - exact, axis=(-2, -1)) / np.linalg.norm(exact, axis=(-2, -1))
+
+    # Groups along 272 tokens and 16 channels have 32 bits each; 8 tokens wait for their block to be full.
+    pairs = [(b + 32 * 5 / 272, b + 2) for b in (8, 6, 5, 4, 3, 2)]
+    np.testing.assert_allclose(found["bits"], np.mean(pairs, axis=1), rtol=1e-12)
+    for i, (bits, pair) in enumerate(zip((8, 6, 5, 4, 3, 2), pairs, strict=True)):
+        kivi = slra.baselines.kivi(q, k, v, bits, group_size=64, n_exact=8, **fit)[:, half:]
+        np.testing.assert_allclose(found["errors"]["kivi"][i], errors(kivi), rtol=1e-9)
+        cache = slra.KVCache(basis, bits=pair).append(k, v)
+        out = cache.attend(q[:, half:], is_causal=causal)
+        np.testing.assert_allclose(found["errors"]["cache"][i], errors(out), rtol=1e-9)
+        assert found["bits_taken"][i] == cache.bits
+        # The first blocks of so few tokens are not packed at 8 bits and more.
+        assert bits == 8 or abs(cache.bits - found["bits"][i]) < 0.1
+    assert found["map_bytes"] == slra.KVCache(basis, bits=8).nbytes
+    for way, needed in found["needed_bits"].items():
+        for tolerance, bits in needed.items():
+            worst = np.max(found["errors"][way], axis=1)
+            at = found["bits"].index(bits)
+            assert (worst[: at + 1] <= float(tolerance)).all()
+            assert at == 5 or worst[at + 1] > float(tolerance)
+
+
+def test_advice_is_bits_where_bits_win(tmp_path):
+    """Ranks hold nothing of noise, int8 nearly all; of two dimensions in 16 they hold all, and bits are fewer bytes."""
+    path = write_npz(tmp_path / "a.npz", *(x.astype(np.float32) for x in gaussian(n=256)))
+    lines = run(path).stdout.splitlines()
+    text = " ".join(lines)
+    assert lines[1].startswith("Keep K and V in bits: with bits=")
+    assert re.search(r"rounded plainly \(KIVI\) they take \d\d%, by ranks \d\d+%", text)
+    assert re.search(
+        r"Ranks alone lose: at the bytes of int8 the best of them are off by \d\d", text
+    )
+    assert "Bits save memory, not time" in text
+    assert "Compress" not in text
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((2, 256, 2)) @ rng.standard_normal((2, 2, 16)) for _ in "qkv")
+    (layer,) = read_layers([write_npz(tmp_path / "b.npz", q, k, v)])
+    report = measure(layer, lambda: None)
+    said = " ".join(advise(report))
+    assert said.startswith("Keep K and V in bits")
+    assert 'Ranks, by method "' in said
+    assert "Ranks alone lose" not in said
+    # Where bits are not enough, or not looked at, ranks are advised; plain rounding where it takes fewer.
+    assert advise(report._replace(in_bits=None))[0].startswith("Compress with method")
+    found = report.in_bits
+    off = {**found.errors, "cache": 1 + found.errors["cache"]}
+    assert advise(report._replace(in_bits=found._replace(errors=off)))[0].startswith(
+        "Round K and V"
+    )
+    off = {way: 1 + errors for way, errors in found.errors.items()}
+    assert advise(report._replace(in_bits=found._replace(errors=off)))[0].startswith(
+        "Compress with"
+    )
+
+
+def test_several_layers_are_advised_bits_together(tmp_path):
+    q, k, v = gaussian(n=128)
+    arrays = {
+        f"layer{i}/{name}": x for i in range(2) for name, x in zip("qkv", (q, k, v), strict=True)
+    }
+    np.savez(tmp_path / "two.npz", **arrays)
+    done = run(tmp_path / "two.npz", "--details", "--html", tmp_path / "page.html")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[1].startswith("Keep K and V in bits")
+    assert done.stdout.count(": bits") == 2
+    assert "Bits instead of ranks" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_effective_rank_and_needed_rank():
     np.testing.assert_allclose(effective_rank(np.array([[3.0, 3, 3], [1, 0, 0]])), [3, 1])
     assert effective_rank(np.zeros((1, 3))) == [0]
@@ -413,7 +503,7 @@ def two_layers(tmp_path_factory):
     """The page of two layers, of the names and the number of heads that real models have."""
     folder = tmp_path_factory.mktemp("page")
     rng = np.random.default_rng(0)
-    shapes = {"q": (12, 32, 16), "k": (12, 32, 16), "v": (12, 32, 16)}
+    shapes = {"q": (12, 128, 16), "k": (12, 128, 16), "v": (12, 128, 16)}
     arrays = {
         f"encoder.layer.{i}.attention.self/{name}": rng.standard_normal(shape)
         for i in range(2)

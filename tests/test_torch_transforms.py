@@ -83,6 +83,29 @@ def test_bfloat16_is_computed_in_single_precision(name):
     assert float(error) <= 3 * 2**-8 * float(torch.linalg.vector_norm(expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
+def test_a_generator_of_its_own_draws(dtype):
+    left, right = np.random.default_rng(0).standard_normal((2, 200, 5))
+    x = torch.asarray(left @ right.T).to(dtype)
+    x = x * (1 + 2j) if dtype.is_complex else x
+    for call in (
+        lambda rng: slra.randomized_svd(x, 5, rng=rng, method="subspace").U,
+        lambda rng: slra.randomized_eigh(x @ x.mH, 3, rng=rng).V,
+        lambda rng: slra.estimate_error(x, (x[:, :2], x[:2]), rng=rng).frobenius,
+    ):
+        first, again = (call(torch.Generator().manual_seed(1)) for _ in range(2))
+        assert torch.equal(first, again)
+    rng = torch.Generator().manual_seed(1)
+    U, S, Vh = slra.randomized_svd(x, 5, rng=rng)
+    assert torch.linalg.norm((U * S) @ Vh - x) <= 1e-5 * torch.linalg.norm(x)
+    draws = [slra.estimate_error(x, (U, S, Vh), rng=rng).frobenius for _ in range(2)]
+    assert draws[0] != draws[1]
+    with pytest.raises(TypeError, match="got a Generator of torch"):
+        slra.randomized_svd(x.numpy(), 5, rng=rng)
+    with pytest.raises(ValueError, match="test_matrix must be given, or rng be an int"):
+        torch.compile(lambda x: slra.randomized_svd(x, 5, rng=rng).S, backend="eager")(x)
+
+
 def test_draws_of_a_compiled_function_are_those_of_its_seed():
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((60, 50)))
     values = []

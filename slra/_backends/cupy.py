@@ -14,6 +14,8 @@ import numpy as np
 from slra._backends.cholesky_qr import tall_qr
 from slra._backends.cupy_kernels import DEFINITIONS, KERNELS, kernel
 from slra._backends.cupy_products import product
+from slra._backends.cupy_select import MOST_ENTRIES, largest
+from slra._backends.elements import redo
 from slra._backends.gram_svd import gram_svd
 from slra._backends.standard import Backend, matrix_h
 from slra._backends.standard.attention import (
@@ -31,6 +33,8 @@ __all__ = ["CupyBackend"]
 
 # One tile of scores, over all matrices of a batch. Not tuned: that takes a GPU.
 TILE_BYTES = 1 << 26
+# Longest sides of a tile that there must be room for: else, some matrices of the batch are taken at a time. Not tuned.
+LEAST_SIDE = 64
 # CuPy runs a reduction on a block of threads for each result, or for up to 32 that lie side by side, unless CUB spreads
 # it: a single result, of one contiguous input (cupy/cupy#9720). So where there are fewer blocks than this, the entries
 # that make a result are cut into segments, of no fewer than that. Not tuned either.
@@ -43,8 +47,14 @@ BLOCK, SIDE_BY_SIDE = 512, 32
 LEAST_FACTOR = 2.0**-10
 # Up to so many rows of a matrix are multiplied by threads that add up a product each, which saves launches.
 FEW_ROWS = 16
-# Longest side of the matrices whose SVDs cuSOLVER computes in a batch.
+# Longest side of the matrices whose SVDs cuSOLVER computes in a batch, and for which its batched eigenvalue solver, a
+# block of threads for each matrix, is made.
 LARGEST_IN_BATCH = 32
+# Entries of larger matrices for each that there is in a batch, up to which they are solved together. Not tuned: of 16
+# matrices of 48 x 48 it took half as long as one by one (NVIDIA/cudaq-algorithms#18), and its time grows with n^3.
+JACOBI_AREA = 1 << 8
+# Rows to a column from which on Cholesky-QR is taken of a single matrix. Not tuned.
+TALL = 4
 
 
 class CupyBackend(Backend):
@@ -80,22 +90,62 @@ class CupyBackend(Backend):
         return kernel("factor", g)(L, misfit, 8 * (n + 1) * float(xp.finfo(g.dtype).eps))
 
     def qr(self, y: Array) -> tuple[Array, Array]:
-        """Cholesky-QR of a batch, of which CuPy would take the matrices one by one."""
-        if math.prod(y.shape[:-2]) < 2:
+        """Cholesky-QR of batches, of which CuPy would take the matrices one by one, and of tall matrices."""
+        if not _by_products(y):
             return super().qr(y)
         return tall_qr(y, self, super().qr)
 
     def triangular_factor(self, x: Array) -> Array:
-        """Leave out the other factor, which takes as long."""
-        if math.prod(x.shape[:-2]) < 2:
+        """Leave out the other factor, which takes as long, where cuSOLVER is asked."""
+        if not _by_products(x):
             return cupy.linalg.qr(x, mode="r")
         return self.qr(x)[1]
 
     def small_svd(self, b: Array) -> tuple[Array, Array, Array]:
-        """Solve eigenvalue problems, which go in a batch, where CuPy would take the matrices one by one."""
-        if math.prod(b.shape[:-2]) < 2 or max(b.shape[-2:]) <= LARGEST_IN_BATCH:
+        """Solve eigenvalue problems: those of a batch go together, and cuSOLVER's SVD takes many times as long."""
+        if max(b.shape[-2:]) <= LARGEST_IN_BATCH or 0 in b.shape:
             return super().small_svd(b)
         return gram_svd(b, self, super().small_svd)
+
+    def small_eigh(self, g: Array) -> tuple[Array, Array]:
+        """Take matrices of a batch together by Jacobi's method where there are enough of them, and look at the result.
+
+        What CuPy 14.2 binds are cuSOLVER's ``syevjBatched``, which it takes for every batch, even of one matrix, and
+        ``Xsyevd`` for a matrix by itself (not ``XsyevBatched``). Whether Jacobi's method has converged CuPy does not
+        ask by default, and eigenvectors that are not orthonormal have been reported (pytorch#192483).
+        """
+        n_matrices, n = math.prod(g.shape[:-2]), g.shape[-1]
+        if g.ndim == 2 or not g.size:
+            return super().small_eigh(g)
+        if n_matrices == 1 or (n > LARGEST_IN_BATCH and n * n > JACOBI_AREA * n_matrices):
+            return self._eigh_each(g)
+        xp, (w, V) = self.xp, super().small_eigh(g)
+        overlaps = self.matmul(matrix_h(V, xp), V)
+        one = xp.eye(n, dtype=g.dtype), xp.ones_like(w)[..., None, :]
+        eps, largest = 16 * n * float(xp.finfo(g.dtype).eps), xp.max(xp.abs(w), axis=-1)
+        ok = (self._misfit(self.matmul(g, V), V, w[..., None, :]) <= eps * largest) & (
+            self._misfit(overlaps, *one) <= eps
+        )
+        w, V = redo(ok, (w, V), self._eigh_each, (g,), self)
+        return w, V
+
+    def _misfit(self, product: Array, vectors: Array, values: Array) -> Array:
+        """Largest difference between a product and vectors times values, for each matrix."""
+        axes = (product.ndim - 2, product.ndim - 1)
+        off = self._reduced("eigen_misfit", axes, product, vectors, values, join="max_part")
+        return off[..., 0, 0]
+
+    def _eigh_each(self, g: Array) -> tuple[Array, Array]:
+        """Take one matrix after the other, by divide and conquer."""
+        xp, n = self.xp, g.shape[-1]
+        each = xp.reshape(g, (-1, n, n))
+        found = [super(CupyBackend, self).small_eigh(each[i, ...]) for i in range(len(each))]
+        w, V = (xp.stack(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
+        return xp.reshape(w, g.shape[:-1]), xp.reshape(V, g.shape)
+
+    def small_eigvalsh(self, g: Array) -> Array:
+        """Take the vectors too, where they are what shows that the values are right."""
+        return super().small_eigvalsh(g) if g.ndim == 2 else self.small_eigh(g)[0]
 
     def soft_threshold(self, x: Array, tau: Array | float) -> Array:
         """Shrink in one pass."""
@@ -244,20 +294,41 @@ class CupyBackend(Backend):
         unit = kernel("unit_gram", gram)(gram, norms[..., :, None], norms[..., None, :])
         return unit, self.xp.astype(norms, gram.dtype, copy=False)
 
+    # Random numbers
+
+    def is_own_generator(self, rng: Any) -> bool:
+        """Draw by CuPy's generators."""
+        return isinstance(rng, cupy.random.Generator)
+
+    def test_matrix(self, shape: tuple[int, ...], rng: Any, like: Array) -> Array:
+        """Draw on the device, if that is what was given, in the precision that is asked for."""
+        if not self.is_own_generator(rng):
+            return super().test_matrix(shape, rng, like)
+        real = self.real_dtype(like.dtype)
+        if not self.is_complex(like):
+            return rng.standard_normal(shape, dtype=real)
+        parts = rng.standard_normal((*shape, 2), dtype=real)
+        return (parts * 0.5**0.5).view(like.dtype)[..., 0]
+
     # Sparse rows
 
     def keep_largest(self, x: Array, k: int) -> Array:
-        """Rank each entry in its row; of long rows, where that takes too long, sort."""
+        """Rank each entry in its row; of long rows, where that takes too long, write those that are kept."""
         n = x.shape[-1]
         if n > LONGEST_RANKED or k == 0 or 0 in x.shape:
             return super().keep_largest(x, k)
         return kernel("keep_largest", x)(x, x, n, k)
 
     def largest_in_rows(self, x: Array, k: int) -> tuple[Array, Array]:
-        """Rank each entry in its row, then write those that are kept."""
+        """Rank each entry in its row, or count the digits of long ones, then write those that are kept."""
         xp, n = self.xp, x.shape[-1]
-        if n > LONGEST_RANKED or not 0 < k <= n or 0 in x.shape:
+        if not 0 < k <= n or 0 in x.shape or x.size > MOST_ENTRIES:
             return super().largest_in_rows(x, k)
+        if n > LONGEST_RANKED:
+            lead = x.shape[:-1]
+            found, columns = largest(xp.reshape(x, (-1, n)), k)
+            columns = xp.astype(columns, index_dtype(xp, n), copy=False)
+            return xp.reshape(found, (*lead, k)), xp.reshape(columns, (*lead, k))
         kept = kernel("mark_largest", x)(x, x, n, k)
         values = xp.empty((*x.shape[:-1], k), dtype=x.dtype)
         columns = xp.empty(values.shape, dtype=xp.int32)
@@ -284,6 +355,59 @@ class CupyBackend(Backend):
         width = min(max(1, lengths[1]), area // height)
         # What short keys leave of the room goes to more queries.
         return max(height, min(lengths[0], area // width)), width
+
+    def attention(
+        self, q: Array, k: Array, v: Array, mask: Array | None, options: ScoreOptions
+    ) -> tuple[Array, Array]:
+        """Take some matrices of a batch at a time where there is no room for a tile of all of them."""
+        cut = _cut(scores_batch_shape(q, k, v, mask), q, k)
+        if cut is None:
+            return super().attention(q, k, v, mask, options)
+        axis, parts = cut
+        found = []
+        for part in parts:
+            *given, mask_part, alibi = (
+                _part(x, axis - 2, part) for x in (q, k, v, mask, options.alibi)
+            )
+            one = options._replace(alibi=alibi)
+            found.append(self.attention(given[0], given[1], given[2], mask_part, one))
+        outs, lses = zip(*found, strict=True)
+        return self.xp.concat(outs, axis=axis - 2), self.xp.concat(lses, axis=axis - 1)
+
+    def attention_vjp(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None,
+        options: ScoreOptions,
+        lse: Array,
+        delta: Array,
+        grad_out: Array,
+    ) -> tuple[Array, Array, Array]:
+        """Take some matrices of a batch at a time, as `attention` does."""
+        cut = _cut(scores_batch_shape(q, k, v, mask), q, k)
+        if cut is None:
+            return super().attention_vjp(q, k, v, mask, options, lse, delta, grad_out)
+        axis, parts = cut
+        found = []
+        for part in parts:
+            *given, mask_part, alibi = (
+                _part(x, axis - 2, part) for x in (q, k, v, mask, options.alibi)
+            )
+            one = options._replace(alibi=alibi)
+            sums = [_part(x, axis - 1, part) for x in (lse, delta)]
+            grad = _part(grad_out, axis - 2, part)
+            found.append(
+                self.attention_vjp(
+                    given[0], given[1], given[2], mask_part, one, sums[0], sums[1], grad
+                )
+            )
+        dq, dk, dv = (
+            self.xp.concat(grads, axis=axis - 2) if _has(x, axis - 2) else sum(grads)
+            for x, grads in zip((q, k, v), zip(*found, strict=True), strict=True)
+        )
+        return dq, dk, dv
 
     def matmul(self, a: Array, b: Array) -> Array:
         """Multiply operands as they lie in memory."""
@@ -558,10 +682,53 @@ class CupyBackend(Backend):
         out = xp.permute_dims(out, (2, 0, 1, 3))
         return xp.reshape(out, (n_heads, n_blocks * TOKENS, d))
 
+    def unpack_tokens(
+        self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: Any
+    ) -> Array:
+        """Gather and decode in one kernel, that of whole blocks."""
+        xp = self.xp
+        if not widths.size:
+            return super().unpack_tokens(heap, starts, widths, tokens, dtype)
+        width = xp.where(widths < WHOLE, widths, 0).astype(xp.int32)
+        start = PLANE * (starts[:, None] + xp.cumsum(width, axis=-1, dtype=xp.int64) - width)
+        token = tokens.astype(xp.int32)[:, None]
+        return KERNELS["unpack", np.dtype(dtype).name](heap, width, start, token)
+
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Fetch the values from the device."""
         values: np.ndarray[Any, Any] = cupy.asnumpy(x)
         return values
+
+
+def _cut(lead: tuple[int, ...], q: Array, k: Array) -> tuple[int, list[slice]] | None:
+    """Where to cut a batch for attention: an axis, counted from the last, and parts of it; None where there is room."""
+    lengths = (min(q.shape[-2], LEAST_SIDE), min(k.shape[-2], LEAST_SIDE))
+    n_at_once = max(1, TILE_BYTES // max(4, q.dtype.itemsize) // max(1, math.prod(lengths)))
+    n_matrices = math.prod(lead)
+    if n_matrices <= n_at_once:
+        return None
+    longest = max(lead)
+    step = max(1, longest * n_at_once // n_matrices)
+    axis = lead.index(longest) - len(lead)
+    return axis, [slice(i, min(i + step, longest)) for i in range(0, longest, step)]
+
+
+def _has(x: Array, axis: int) -> bool:
+    """Whether an array has more than one element along an axis, counted from the last."""
+    return bool(x.ndim >= -axis and x.shape[axis] > 1)
+
+
+def _part(x: Array | None, axis: int, part: slice) -> Array | None:
+    """Part of an axis, unless the array is broadcast along it."""
+    if x is None or not _has(x, axis):
+        return x
+    return x[(..., part) + (slice(None),) * (-1 - axis)]
+
+
+def _by_products(y: Array) -> bool:
+    """Whether QR is made of products rather than by cuSOLVER."""
+    is_batch = math.prod(y.shape[:-2]) > 1
+    return 0 not in y.shape and (is_batch or y.shape[-2] >= TALL * y.shape[-1])
 
 
 def _one_run(buffer: Array, places: np.ndarray[Any, Any]) -> Array | None:

@@ -154,6 +154,12 @@ __device__ R slra_misfit(T product, T given, R left, R right, R pivot) {
     return off == off && pivot > R(0) ? off : R(CUDART_INF);
 }
 
+// How far a product of a matrix and a vector is from a multiple of the vector; NaN counts as infinite.
+template <typename T, typename R> __device__ R slra_eigen_misfit(T product, T vector, R value) {
+    const R off = abs(product - vector * value);
+    return off == off ? off : R(CUDART_INF);
+}
+
 template <typename T, typename R> __device__ T slra_kept(T x, R misfit, R limit) {
     return misfit <= limit ? x : T(R(CUDART_NAN));
 }
@@ -260,6 +266,49 @@ template <typename A> __device__ long long slra_place(const A& kept, long long i
         place += kept[j];
     }
     return place;
+}
+
+// Bits of a number that is not negative, which are ordered as the numbers are.
+inline __device__ long long slra_bits(float x) {
+    union { float number; int bits; } both;
+    both.number = x;
+    return both.bits;
+}
+
+inline __device__ long long slra_bits(double x) {
+    union { double number; long long bits; } both;
+    both.number = x;
+    return both.bits;
+}
+
+// Runs from a place of a row to another with what came before it in the row: how many moduli larger than that of these
+// bits, and how many of the same.
+template <typename X>
+__device__ long long slra_counted(const X& x, long long start, long long stop, long long bits) {
+    long long found = 0;
+    for (long long j = start; j < stop; j++) {
+        const long long own = slra_bits(abs(x[j]));
+        found += own > bits ? 1LL : own == bits ? 1LL << 32 : 0LL;
+    }
+    return found;
+}
+
+template <typename X, typename V, typename C>
+__device__ void slra_write_largest(
+    const X& x, V& values, C& columns, long long start, long long stop, long long row, long long width,
+    long long k, long long bits, long long ties, long long before
+) {
+    long long above = before & 0xffffffffLL, same = before >> 32;
+    for (long long j = start; j < stop; j++) {
+        const long long own = slra_bits(abs(x[j]));
+        if (own > bits || (own == bits && same < ties)) {
+            const long long place = row * k + above + (same < ties ? same : ties);
+            values[place] = x[j];
+            columns[place] = j - row * width;
+        }
+        above += own > bits;
+        same += own == bits;
+    }
 }
 
 // An integer in two's complement from its planes, each two bytes of one bit a token.
@@ -440,6 +489,14 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "largest = a",
         "a > b ? a : b",
     ),
+    "eigen_misfit": Reduction(
+        REAL | COMPLEX,
+        "{T} product, {T} vector, {R} value",
+        "{R} largest",
+        "slra_eigen_misfit(product, vector, value)",
+        "largest = a",
+        "a > b ? a : b",
+    ),
     "factor": Elementwise(
         REAL | COMPLEX, "{T} x, {R} misfit, {R} limit", "{T} y", "y = slra_kept(x, misfit, limit)"
     ),
@@ -597,6 +654,55 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
             values[place] = x;
             columns[place] = i % width;
         }}
+        """,
+    ),
+    # Of long rows, see `cupy_select`.
+    "digit_counts": Elementwise(
+        REAL | COMPLEX,
+        "{T} x, int64 bits, int64 shift, int64 width, int64 copies",
+        "raw int32 counts",
+        """
+        const long long own = slra_bits(abs(x));
+        if ((own >> shift >> 8) == (bits >> shift >> 8)) {{
+            atomicAdd(&counts[(i / width * copies + i % copies) * 256 + (own >> shift & 255)], 1);
+        }}
+        """,
+    ),
+    "digit_chosen": Elementwise(
+        WHOLE,
+        "raw {T} counts, int64 bits, int64 left, int64 shift",
+        "int64 new_bits, int64 new_left",
+        """
+        long long digit = 255, rest = left;
+        while (digit > 0 && counts[i * 256 + digit] < rest) {{
+            rest -= counts[i * 256 + digit--];
+        }}
+        new_bits = bits | digit << shift;
+        new_left = rest;
+        """,
+    ),
+    "chunk_counts": Elementwise(
+        REAL | COMPLEX,
+        "raw {T} x, int64 bits, int64 length, int64 n_chunks, int64 width",
+        "int64 found",
+        """
+        const long long row = i / n_chunks, start = row * width + i % n_chunks * length;
+        const long long stop = start + length, end = (row + 1) * width;
+        found = slra_counted(x, start, stop < end ? stop : end, bits);
+        """,
+    ),
+    "write_largest": Elementwise(
+        REAL | COMPLEX,
+        "raw {T} x, raw int64 sums, int64 found, int64 bits, int64 ties, int64 length, int64 n_chunks, int64 width, "
+        "int64 k",
+        "raw {T} values, raw int32 columns",
+        """
+        const long long row = i / n_chunks, start = row * width + i % n_chunks * length;
+        const long long stop = start + length, end = (row + 1) * width;
+        const long long before = sums[i] - found - (row > 0 ? sums[row * n_chunks - 1] : 0);
+        slra_write_largest(
+            x, values, columns, start, stop < end ? stop : end, row, width, k, bits, ties, before
+        );
         """,
     ),
     "scatter": Elementwise(

@@ -257,6 +257,12 @@ class NumpyBackend(Backend):
         """Look up 8 integers for each byte."""
         return numpy_bits.unpack_blocks(heap, widths, dtype)
 
+    def unpack_tokens(
+        self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: DType
+    ) -> Array:
+        """Read bits of tiles of one width together."""
+        return numpy_bits.unpack_tokens(heap, starts, widths, tokens, dtype)
+
     def scatter_rows(self, values: Array, indices: Array, n: int) -> Array:
         """Write the entries where they belong."""
         dense = np.zeros((*values.shape[:-1], n), dtype=values.dtype)

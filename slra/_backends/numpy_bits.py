@@ -5,7 +5,7 @@ import numpy as np
 from slra._backends.standard.bits import BYTE, PLANE, TOKENS, WHOLE
 from slra._typing import Array, DType
 
-__all__ = ["pack_tiles", "unpack_blocks"]
+__all__ = ["pack_tiles", "unpack_blocks", "unpack_tokens"]
 
 
 # Numbers that are unpacked at once: what is between takes some MB.
@@ -84,3 +84,26 @@ def _integers(planes: Array, at: Array, some: range, *, is_signed: bool) -> Arra
             codes += codes
             codes += bits
     return codes.reshape(-1, TOKENS)
+
+
+def unpack_tokens(heap: Array, starts: Array, widths: Array, tokens: Array, dtype: DType) -> Array:
+    """Read bits of tiles of one width together."""
+    narrow = np.where(widths < WHOLE, widths, 0)
+    ends = np.cumsum(narrow, axis=-1, dtype=np.int64)
+    first = (starts[:, None] + ends - narrow).reshape(-1)
+    places = np.repeat(tokens.astype(np.uint16), widths.shape[-1])
+    narrow = narrow.reshape(-1)
+    order = np.argsort(narrow, kind="stable")
+    bounds = np.cumsum(np.bincount(narrow, minlength=WHOLE))
+    planes = heap[: len(heap) // PLANE * PLANE].view("<u2")
+    out = np.zeros(len(narrow), dtype=np.int16)
+    for width in range(1, WHOLE):
+        tiles = order[bounds[width - 1] : bounds[width]]
+        if not len(tiles):
+            continue
+        at, shift, codes = first[tiles], places[tiles], np.zeros(len(tiles), dtype=np.int16)
+        for plane in reversed(range(width)):
+            bit = ((planes[at + plane] >> shift) & 1).view(np.int16)
+            codes = -bit if plane == width - 1 else 2 * codes + bit
+        out[tiles] = codes
+    return out.reshape(widths.shape).astype(dtype)

@@ -264,10 +264,15 @@ class TorchBackend(Backend):
         """Stay in single precision on a device that has no double."""
         return like.dtype if like.device.type == "mps" else super().accumulation_dtype(like)
 
-    def test_matrix(
-        self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
-    ) -> Array:
+    def is_own_generator(self, rng: Any) -> bool:
+        """Draw by torch's generators, on the device that each of them is for."""
+        return isinstance(rng, torch.Generator)
+
+    def test_matrix(self, shape: tuple[int, ...], rng: Any, like: Array) -> Array:
         """While torch.compile traces, which it cannot do with a generator, draw at once and keep the numbers."""
+        if self.is_own_generator(rng):
+            drawn = torch.randn(shape, generator=rng, dtype=like.dtype, device=rng.device)
+            return drawn.to(like.device)
         if not torch.compiler.is_compiling():
             return super().test_matrix(shape, rng, like)
         return _drawn(shape, rng, self.is_complex(like)).to(like)
@@ -403,6 +408,16 @@ class TorchBackend(Backend):
             return super().unpack_blocks(heap, widths, dtype)
         kind = np.float32 if dtype == torch.float32 else np.float64
         return torch.from_numpy(numpy_bits.unpack_blocks(heap.numpy(), widths, kind))
+
+    def unpack_tokens(
+        self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: Any
+    ) -> Array:
+        """Let NumPy do it where memory is shared with it."""
+        if heap.device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+            return super().unpack_tokens(heap, starts, widths, tokens, dtype)
+        heap, starts, widths, tokens = (x.numpy() for x in (heap, starts, widths, tokens))
+        kind = np.float32 if dtype == torch.float32 else np.float64
+        return torch.from_numpy(numpy_bits.unpack_tokens(heap, starts, widths, tokens, kind))
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Fetch the values from the device."""

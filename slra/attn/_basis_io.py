@@ -70,6 +70,8 @@ def _by_layer(arrays: Arrays, *, layered: bool) -> dict[str, Arrays]:
 def _check_shapes(arrays: Arrays) -> None:
     """Raise ValueError unless names, dtypes and shapes belong together."""
     coded = CODING if any(name in arrays for name in CODING) else ()
+    if coded and set(coded) - set(arrays) == {"coding_rotary"}:
+        raise ValueError("it is of an older version, whose coding has no frequencies: fit again")
     if set(arrays) != {*NAMES, *coded, "ranks", "is_held_out"}:
         raise ValueError(f"it holds {sorted(arrays)}")
     floating = [arrays[name] for name in (*NAMES, *coded)]
@@ -80,6 +82,7 @@ def _check_shapes(arrays: Arrays) -> None:
     if coded:
         across_heads = arrays["coding_rate_k"].shape != (*arrays["wk"].shape[:-2], len(STEPS))
         expected |= _shapes_of_coding(arrays["wk"], arrays["wv"], across_heads=across_heads)
+        expected["coding_rotary"] += arrays["coding_rotary"].shape[-1:]
     for name, shape in expected.items():
         if arrays[name].shape != shape:
             raise ValueError(f"its {name} has shape {arrays[name].shape}, not {shape}")
@@ -94,7 +97,7 @@ def _shapes_of_coding(wk: Any, wv: Any, *, across_heads: bool) -> dict[str, tupl
     n_heads = lead[-1] if across_heads and lead else 1
     all_k, all_v = n_heads * d, n_heads * d_v
     maps = ((d, all_k), (d, all_k), (d_v, all_v), (1, d), (1, d_v))
-    numbers = ((all_k,), (all_v,), (len(STEPS),), (len(STEPS),))
+    numbers = ((all_k,), (all_v,), (len(STEPS),), (len(STEPS),), ())
     of_numbers = (*lead[:-1], 1) if across_heads and lead else lead
     shapes = [*((*lead, *last) for last in maps), *((*of_numbers, *last) for last in numbers)]
     return dict(zip(CODING, shapes, strict=True))

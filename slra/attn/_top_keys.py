@@ -195,18 +195,26 @@ def _without_shared_axis(found: tuple[Array, Array], xp: Namespace) -> tuple[Arr
 
 def _chosen_gradients(problem: AttentionProblem, places: Array, given: OutputGradient) -> Three:
     """Gradients through the chosen keys, each put where its key is."""
-    xp = problem.xp
+    xp, backend = problem.xp, problem.backend
     part = _chosen_part(problem, places)
     lse, delta = (xp.matrix_transpose(x)[..., None, :] for x in (given.lse, given.delta))
     of_part = OutputGradient(lse, delta, _with_queries_first(given.grad_out, xp))
     dq, dk, dv = exact_gradients(part, of_part)
     dq, _ = _without_shared_axis((dq, dq[..., 0]), xp)
-    *lead, n_queries, n_top = places.shape
-    n_keys = problem.k.shape[-2]
-    # One key may be chosen by many queries: a product adds their gradients up.
-    every = xp.arange(n_keys, dtype=places.dtype, device=problem.backend.creation_device(dk))
-    at = xp.reshape(places, (*lead, 1, n_queries * n_top))
-    place = xp.astype(every[:, None] == at, dk.dtype)[..., None, :, :]
-    whole = (xp.reshape(x, (*lead, 1, n_queries * n_top, x.shape[-1])) for x in (dk, dv))
-    dk, dv = (place @ x for x in whole)
-    return dq, dk, dv
+    n_queries, n_keys = places.shape[-2], problem.k.shape[-2]
+
+    def at_keys(x: Array) -> Array:
+        """Add up (..., H, Nq, 1, n_top, f) where the keys are, (..., H, 1, n_keys, f): many may have chosen one."""
+        x = xp.matrix_transpose(x[..., 0, :, :])
+        spread = xp.broadcast_to(places[..., None, :], x.shape)
+        tiles = [slice(None)]
+        if backend.is_known(n_queries):
+            size = tile_of_queries(math.prod(x.shape[:-3]) * x.shape[-2] * n_keys, 1)
+            tiles = [slice(i, min(i + size, n_queries)) for i in range(0, n_queries, size)]
+        scattered = (
+            backend.scatter_rows(x[..., t, :, :], spread[..., t, :, :], n_keys) for t in tiles
+        )
+        whole = functools.reduce(operator.add, (xp.sum(one, axis=-3) for one in scattered))
+        return xp.matrix_transpose(whole)[..., None, :, :]
+
+    return dq, at_keys(dk), at_keys(dv)

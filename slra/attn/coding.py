@@ -9,21 +9,32 @@ Errors in these units add up over the heads of a layer, so the heads may be rota
 is stored once.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from slra._backends.standard.bits import TOKENS, bits_of_widths
 from slra._typing import Array, Namespace
-from slra.attn._estimators import RowSample, _of_key_heads, _pooled, _some_queries
+from slra.attn._estimators import (
+    N_MOMENT_ROWS,
+    RowSample,
+    _of_key_heads,
+    _pooled,
+    _some_queries,
+)
 from slra.attn.problem import AttentionProblem, ungroup_heads
-from slra.attn.rows import row_weights, sample_rows, take_rows
+from slra.attn.rotary import rotate, turns_by
+from slra.attn.rows import row_weights, sample_rows, shown, take_rows
 
 __all__ = ["Coding", "bits_at", "fit_coding", "steps_for"]
 
 # Rows of attention by which values are weighted. From 128 rows of a key head on the error hardly changes (SmolLM2:
 # .382, .384 and .384 at 2.5 bits with 384, 768 and 3072).
 N_ROWS = 384
+# Distances from which a query is looked at where a rotation is still to come.
+N_DISTANCES = 4
+GOLDEN = (math.sqrt(5) - 1) / 2
 # The least second moment of queries, of the largest: a direction that no query had may come up yet.
 LEAST_MOMENT = 1e-6
 # What is added to the weights of values, together: those that got no attention may get some yet.
@@ -52,12 +63,14 @@ class Coding(NamedTuple):
     rate_k, rate_v : array, shape (..., Hkv, 33)
         Bits that a number of the fit took, rounded by steps of 8, 8 / sqrt 2, 4, ... times the root of the mean
         importance.
+    rotary : array, shape (..., Hkv, F)
+        Frequencies of the rotation that keys are still to go through, see `fit_attention`; F = 0: none.
 
     Notes
     -----
     Across heads there are Hkv D coordinates of the keys and Hkv Dv of the values, which all heads share:
     :math:`k' = \sum_h (k_h - c_h) W_{k,h}` and :math:`k_h = k' W_{q,h}^T + c_h`. The maps have shape
-    (..., Hkv, D, Hkv D) and (..., Hkv, Dv, Hkv Dv); importance and rates have 1 in the place of Hkv. They are those of
+    (..., Hkv, D, Hkv D) and (..., Hkv, Dv, Hkv Dv); all from importance on has 1 in the place of Hkv. They are those of
     each head, in units of equal cost, followed by a rotation of all heads: an error is as long in k' as the errors of
     the heads are together, each in the units of its own queries, and no head is off by more than all of them.
 
@@ -80,21 +93,32 @@ class Coding(NamedTuple):
     importance_v: Array
     rate_k: Array
     rate_v: Array
+    rotary: Array
 
 
-def fit_coding(problem: AttentionProblem, *, pool_batch: bool, across_heads: bool) -> Coding:
-    """Fit to the keys that get attention, and to the queries, of a problem whose leading axes are equal."""
-    backend, xp = problem.backend, problem.xp
+def fit_coding(
+    problem: AttentionProblem,
+    *,
+    pool_batch: bool,
+    across_heads: bool,
+    rotary: tuple[float, ...] | None = None,
+) -> Coding:
+    """Fit to the keys that get attention, and to the queries, of a problem whose leading axes are equal.
+
+    A rotation by these frequencies is still to come.
+    """
+    backend, xp, k = problem.backend, problem.xp, problem.k
+    q = _some_queries(problem, RowSample([]))
+    if rotary is not None:
+        q = _queries_from_afar(problem, rotary)
+        problem = _rotated(problem, rotary)
     n_rows = -(-N_ROWS // problem.n_shared)
     sample = RowSample(sample_rows(problem.q.shape[-2], n_rows, None), pool_batch)
     rows = row_weights(problem, take_rows(problem.q, sample.rows, backend), problem.k, sample.rows)
     rows = _of_key_heads(rows, xp)
     seen = xp.astype(xp.max(rows, axis=-2) > 0, rows.dtype)[..., None]
     received = _pooled(xp.sum(rows * rows, axis=-2)[..., None], sample, xp)
-    q, k, v, seen = (
-        _pooled(x, sample, xp)
-        for x in (_some_queries(problem, RowSample([])), problem.k, problem.v, seen)
-    )
+    q, k, v, seen = (_pooled(x, sample, xp) for x in (q, k, problem.v, seen))
     seen, received = _shares(seen, xp), _shares(received, xp)
     received = _shares(received + LEAST_WEIGHT * seen, xp)
     wq, wk, c, k = _key_axes(q, k, seen, problem, across_heads=across_heads)
@@ -105,10 +129,47 @@ def fit_coding(problem: AttentionProblem, *, pool_batch: bool, across_heads: boo
     importance = [xp.sum(x * x * seen, axis=-2)[..., None, :] for x in (k, v)]
     rates = [_rates(x, one, problem) for x, one in zip((k, v), importance, strict=True)]
     named = [ungroup_heads(x, has_heads, backend) for x in (wq, wk, wv, c, mu)]
+    frequencies = backend.from_numpy(np.asarray(rotary or (), dtype=np.float64), k)
+    frequencies = frequencies + xp.zeros_like(rates[0][..., :1])
     rows_of_numbers = [
-        ungroup_heads(x, has_heads, backend)[..., 0, :] for x in (*importance, *rates)
+        ungroup_heads(x, has_heads, backend)[..., 0, :] for x in (*importance, *rates, frequencies)
     ]
     return Coding(*named, *rows_of_numbers)
+
+
+def _rotated(problem: AttentionProblem, rotary: tuple[float, ...]) -> AttentionProblem:
+    """Rotate queries and keys by their places."""
+    xp, n_keys = problem.xp, problem.k.shape[-2]
+    q, k = (
+        rotate(x, turns_by(places, rotary, x, problem.backend), xp)
+        for x, places in (
+            (problem.q, np.arange(problem.q.shape[-2]) + _first_place(problem)),
+            (problem.k, np.arange(n_keys)),
+        )
+    )
+    return problem._replace(q=q, k=k)
+
+
+def _queries_from_afar(problem: AttentionProblem, rotary: tuple[float, ...]) -> Array:
+    """Take queries as keys see them: turned by the distance of N_DISTANCES of the keys that each query sees."""
+    backend, xp, n_keys = problem.backend, problem.xp, problem.k.shape[-2]
+    rows = sample_rows(problem.q.shape[-2], N_MOMENT_ROWS, None)
+    q, places = take_rows(problem.q, rows, backend), np.asarray(rows) + _first_place(problem)
+    seen = shown(problem, rows)
+    is_seen = np.ones((1, 1), dtype=bool) if seen is None else backend.to_numpy(seen)
+    n_before = np.cumsum(np.broadcast_to(is_seen, (*is_seen.shape[:-1], n_keys)), axis=-1)
+    turned = []
+    for offset in np.arange(N_DISTANCES) / N_DISTANCES:
+        # By the golden ratio, as rows are.
+        shares = (np.arange(len(rows)) * GOLDEN + offset) % 1
+        keys = np.sum(n_before <= shares[:, None] * n_before[..., -1:], axis=-1)
+        turned.append(rotate(q, turns_by(places - keys, rotary, q, backend), xp))
+    return _of_key_heads(xp.concat(turned, axis=-2), xp)
+
+
+def _first_place(problem: AttentionProblem) -> int:
+    """Place of the first query among the keys."""
+    return problem.options.diagonal(problem.q.shape[-2], problem.k.shape[-2])
 
 
 def _key_axes(

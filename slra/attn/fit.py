@@ -1,6 +1,7 @@
 """Fitting a basis to queries, keys and values."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from slra.attn.basis import AttentionBasis
 from slra.attn.coding import fit_coding
 from slra.attn.maps import Maps
 from slra.attn.problem import AttentionProblem, Seen, make_problem, ungroup_heads
+from slra.attn.rotary import check_rotary
 from slra.attn.rows import Rows, sample_rows, sample_seen_rows
 
 __all__ = ["METHODS", "N_ROWS", "Fitted", "Ranks", "fit_attention", "fit_problem"]
@@ -43,6 +45,7 @@ def fit_attention(
     method: str = "output",
     pool_batch: bool = False,
     across_heads: bool = False,
+    rotary: Sequence[float] | AnyArray | None = None,
     n_rows: int | None = None,
     rng: RNG = None,
     mask: AnyArray | None = None,
@@ -82,6 +85,10 @@ def fit_attention(
         Whether ``coding``, by which a cache in bits stores keys and values, has one set of coordinates for all key
         heads of a layer together. Fewer bits say the same then; a cache decodes coordinates to heads before it
         computes scores, which takes Hkv times the products. All else, ranks too, remains that of each head.
+    rotary : sequence of float, optional
+        Frequencies of a rotary position embedding that comes after ``q`` and ``k``, as `KVCache` takes them. ``coding``
+        then is for a cache with the same ones: values count by the attention after the rotation, keys by the queries
+        that see them from any distance. All else, ``error`` too, is for ``q`` and ``k`` as they are.
     n_rows : int, optional
         Rows of the attention matrix to look at, of each query head; by default 128, or four times the rank if that is
         more (with ``rtol`` 512). More of them lower the error, and cost as much as attention of as many queries: for a
@@ -161,6 +168,7 @@ def fit_attention(
         softcap=softcap,
     )
     problem.check_finite()
+    frequencies = None if rotary is None else check_rotary(rotary, problem.q.shape[-1])
     with (same_bits := problem.backend.same_bits()), same_bits:
         fitted = fit_problem(
             problem,
@@ -178,7 +186,7 @@ def fit_attention(
         arrays["coding"] = None
         if is_concrete:
             how = {"pool_batch": pool_batch, "across_heads": across_heads}
-            arrays["coding"] = fit_coding(fitted.problem, **how)
+            arrays["coding"] = fit_coding(fitted.problem, rotary=frequencies, **how)
     basis: AttentionBasis = problem.backend.make_dataclass(
         AttentionBasis, arrays, {"ranks": fitted.ranks, "is_held_out": is_held_out}
     )

@@ -8,8 +8,9 @@ from slra.baselines._kivi import kivi
 from slra.baselines._linformer import linformer
 from slra.baselines._nystrom import nystrom
 from slra.baselines._quest import quest
+from slra.baselines._snapkv import snapkv
 from slra.baselines._sparq import sparq
 from slra.baselines._streaming import streaming
 from slra.baselines._topk import topk
 
-__all__ = ["favor", "kivi", "linformer", "nystrom", "quest", "sparq", "streaming", "topk"]
+__all__ = ["favor", "kivi", "linformer", "nystrom", "quest", "snapkv", "sparq", "streaming", "topk"]

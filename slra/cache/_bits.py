@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slra._backends.standard.bits import HEADER, PLANE, TOKENS, WHOLE, widths_of
-from slra._typing import Array, DType
+from slra._typing import Array, DType, Namespace
 from slra.attn.basis import AttentionBasis
 from slra.attn.coding import Coding, bits_at, steps_for, unit_of
 from slra.attn.maps import Maps
@@ -18,16 +18,19 @@ from slra.cache._headers import (
     widths_after,
     write_headers,
 )
-from slra.cache._layout import Layout
+from slra.cache._index import Index
+from slra.cache._layout import Layout, map_arrays
 
 __all__ = [
     "LEAST_FOR_STEPS",
     "ROUNDINGS",
     "BitRows",
     "ByteRows",
+    "HeadsInBits",
     "coding_maps",
     "fitted_steps",
     "scaled_maps",
+    "unscaled_maps",
 ]
 
 GROWTH = 1.25
@@ -48,10 +51,11 @@ class Packed(NamedTuple):
     headers: Array  # (B, blocks, bytes), NumPy: changes of the widths
     widest: Array  # (B, H * d), NumPy: what the next changes are counted from
     used: Array  # (B, 2), NumPy: bytes of the heap, and tiles of ``whole``
+    lead: Index | None = None  # where queries choose
 
     @classmethod
-    def empty(cls, layout: Layout, d: int, like: Array) -> "Packed":
-        """No block."""
+    def empty(cls, layout: Layout, d: int, n_leading: int, like: Array) -> "Packed":
+        """No block; so many leading coordinates choose, if any do."""
         lead, (b, h) = (layout.n_batch, 1, 0), (layout.n_batch, layout.n_coded)
         return cls(
             layout.zeros((b, h, TOKENS, d), like),
@@ -60,6 +64,7 @@ class Packed(NamedTuple):
             np.zeros((b, 0, header_bytes(h * d)), dtype=np.uint8),
             np.full((b, h * d), FIRST_WIDTH),
             np.zeros((b, 2), dtype=np.int64),
+            Index.empty(layout, d, n_leading, like) if layout.chooses else None,
         )
 
     @property
@@ -119,7 +124,11 @@ class Packed(NamedTuple):
             whole = self._appended(whole, kept, counts, 1, layout)
         headers = self._with_headers(write_headers(changes), n_blocks, before)
         used = self.used + np.stack([lengths, counts], axis=1)
-        return self._replace(heap=heap, whole=whole, headers=headers, widest=widest, used=used)
+        new = self._replace(heap=heap, whole=whole, headers=headers, widest=widest, used=used)
+        if self.lead is None:
+            return new
+        placed = codes, widths, n_blocks, before, self.used, layout
+        return new._replace(lead=self.lead.put(*placed))
 
     def _appended(
         self, buffer: Array, rows: Array, counts: Array, which: int, layout: Layout
@@ -192,13 +201,54 @@ class Packed(NamedTuple):
             out = xp.reshape(rows, out.shape)
         return out
 
+    def at(self, places: Array, b: slice, h: slice, dtype: DType, layout: Layout) -> Array:
+        """Coordinates of tokens (B, H, m) of complete blocks, of some sequences and heads; (B, H, m, d)."""
+        xp, backend, n_planes = layout.xp, layout.backend, int(self.heap.shape[2]) // PLANE
+        assert self.lead is not None
+        index = Index(*(x[b, h, ...] for x in self.lead))
+        widths, starts = index.tiles_at(places, self.d, layout)
+        element = backend.from_numpy(np.arange(places.shape[0])[:, None, None], places)
+        read = backend.unpack_tokens(
+            xp.reshape(self.heap[b, ...], (-1,)),
+            xp.reshape(starts[..., 0] + n_planes * element, (-1,)),
+            xp.reshape(widths, (-1, self.d)),
+            xp.reshape(places % TOKENS, (-1,)),
+            dtype,
+        )
+        read = xp.reshape(read, widths.shape)
+        if not self.used[:, 1].any():
+            return read
+        is_whole = widths == WHOLE
+        among = xp.cumulative_sum(xp.astype(is_whole, places.dtype), axis=-1) - 1
+        tile = starts[..., 1:] + among + int(self.whole.shape[2]) * element[..., None]
+        at = xp.where(is_whole, TOKENS * tile + (places % TOKENS)[..., None], 0 * tile)
+        numbers = xp.take(xp.reshape(self.whole[b, ...], (-1,)), xp.reshape(at, (-1,)), axis=0)
+        return xp.where(is_whole, xp.astype(xp.reshape(numbers, at.shape), dtype), read)
+
+    def indexed(self, n_leading: int, filled: Array, layout: Layout) -> "Packed":
+        """Make the index of what is held anew."""
+        xp, n_blocks = layout.xp, filled // TOKENS
+        b, h, most = layout.n_batch, layout.n_heads, int(n_blocks.max())
+        index = Index.empty(layout, self.d, n_leading, self.waiting)
+        if most == 0:
+            return self._replace(lead=index)
+        codes = self.read(slice(0, most * TOKENS), filled, self.waiting.dtype, layout)
+        codes = xp.permute_dims(xp.reshape(codes, (b, h, most, TOKENS, self.d)), (0, 2, 1, 4, 3))
+        widths = np.zeros((b, most, h * self.d), dtype=np.uint8)
+        for i, n in enumerate(n_blocks):
+            widths[i, :n] = self.widths(i, slice(0, int(n))).reshape(int(n), h * self.d)
+        placed = codes, widths, n_blocks, 0 * n_blocks, 0 * self.used, layout
+        return self._replace(lead=index.put(*placed))
+
     def trimmed(self, layout: Layout, filled: Array) -> "Packed":
         """Give back the room that is left."""
         n_bytes, n_whole = (int(n) for n in self.used.max(axis=0))
+        n_blocks, index = int(filled.max()) // TOKENS, self.lead
         return self._replace(
+            lead=None if index is None else index.trimmed(n_blocks, layout),
             heap=_grown(self.heap[:, :, :n_bytes, :], n_bytes, layout, is_copy=True),
             whole=_grown(self.whole[:, :, :n_whole, :], n_whole, layout, is_copy=True),
-            headers=self.headers[:, : int(filled.max()) // TOKENS].copy(),
+            headers=self.headers[:, :n_blocks].copy(),
         )
 
     def cropped(self, filled: Array, before: Array, layout: Layout) -> "Packed":
@@ -234,6 +284,7 @@ class Packed(NamedTuple):
             is_right = np.array_equal(self.used[b], (n_bytes, n_whole)) and np.array_equal(
                 self.widest[b], widths_after(self.headers[b, :n], self.widest.shape[1])
             )
+            is_right &= self.heap.shape[2] % PLANE == 0
             if not is_right or n_bytes > self.heap.shape[2] or n_whole > self.whole.shape[2]:
                 raise ValueError("its packed integers are not those of its headers")
 
@@ -253,7 +304,10 @@ class BitRows(NamedTuple):
     @classmethod
     def empty(cls, layout: Layout, like: Array) -> "BitRows":
         """No token."""
-        k, v = (Packed.empty(layout, d, like) for d in layout.rank)
+        k, v = (
+            Packed.empty(layout, *sizes, like)
+            for sizes in zip(layout.rank, layout.n_leading, strict=True)
+        )
         far = layout.zeros((layout.n_batch, layout.n_heads), like)
         filled, half = np.zeros(layout.n_batch, dtype=np.int64), far[:, : layout.n_coded] + 0.5
         return cls(layout, k, v, filled, far, far, half, half)
@@ -286,6 +340,37 @@ class BitRows(NamedTuple):
         if self.layout.carries_shift:
             k = self.layout.xp.concat([k, self.layout.xp.ones_like(k[..., :1])], axis=-1)
         return k, v
+
+    @property
+    def n_complete(self) -> Array:
+        """Tokens of complete blocks, (B,)."""
+        return self.filled // TOKENS * TOKENS
+
+    def of_heads(self, b: slice, h: slice) -> "HeadsInBits":
+        """See some sequences and heads, to choose from."""
+        return HeadsInBits(self, b, h)
+
+    def waiting(self, dtype: DType) -> tuple[Array, Array]:
+        """Read k' and v' of the tokens after the complete blocks, as `coordinates` does."""
+        xp = self.layout.xp
+        k, v = (xp.astype(one.waiting, dtype, copy=False) for one in (self.k, self.v))
+        if self.layout.carries_shift:
+            k = xp.concat([k, xp.ones_like(k[..., :1])], axis=-1)
+        return k, v
+
+    def indexed(self) -> "BitRows":
+        """Make anew what queries choose by, which files do not hold."""
+        if not self.layout.chooses:
+            return self
+        k, v = (
+            one.indexed(n, self.filled, self.layout)
+            for one, n in zip((self.k, self.v), self.layout.n_leading, strict=True)
+        )
+        return self._replace(k=k, v=v)
+
+    def without_index(self) -> "BitRows":
+        """Leave out what can be made anew."""
+        return self._replace(k=self.k._replace(lead=None), v=self.v._replace(lead=None))
 
     def corrections(self, rows: slice, dtype: DType) -> None:
         """There are none."""
@@ -331,7 +416,55 @@ class BitRows(NamedTuple):
             numbers += tiles * TOKENS
             used = one.used.sum(axis=0)
             bits += HEADER * tiles + 8 * int(used[0]) + TOKENS * float_bits * int(used[1])
+            if one.lead is not None:
+                bits += int(n_blocks.sum()) * self.layout.n_heads * one.lead.bits_of_a_block()
         return bits, numbers
+
+
+class HeadsInBits(NamedTuple):
+    """Complete blocks of some sequences and heads; methods are those by which `FloatRows` are chosen from."""
+
+    rows: BitRows
+    b: slice
+    h: slice
+
+    def chosen_by(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        """Read the leading coordinates of k' and v', which are those of the index."""
+        k, v = (
+            index.leading(rows, dtype, self.rows.layout)
+            for index in map(self._index_of, (self.rows.k, self.rows.v))
+        )
+        return k, v
+
+    def others(self, places: Array, dtype: DType) -> tuple[Array, Array]:
+        """Read all coordinates of k' and v' at places (B, H, M, t), less those of the index; (B, H, M, t, .)."""
+        layout, (*lead, n_queries, n) = self.rows.layout, places.shape
+        xp, found = layout.xp, []
+        at = xp.reshape(places, (*lead, n_queries * n))
+        for one in (self.rows.k, self.rows.v):
+            whole = one.at(at, self.b, self.h, dtype, layout)
+            known = self._index_of(one).leading_at(at, dtype, layout)
+            r = known.shape[-1]
+            # What is not finite is NaN by the index alone.
+            change = whole[..., :r] - xp.where(xp.isnan(known), xp.zeros_like(known), known)
+            rest = xp.concat([change, whole[..., r:]], axis=-1)
+            found.append(xp.reshape(rest, (*lead, n_queries, n, one.d)))
+        return found[0], found[1]
+
+    def all_others(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        """Read as `others` does all of some rows; (B, H, 1, rows, .)."""
+        layout, waiting = self.rows.layout, self.rows.k.waiting
+        lead = waiting[self.b, self.h, ...].shape[:2]
+        places = np.broadcast_to(
+            np.arange(rows.start, rows.stop), (*lead, 1, rows.stop - rows.start)
+        )
+        return self.others(
+            layout.backend.from_numpy(places, waiting, layout.backend.place_dtype), dtype
+        )
+
+    def _index_of(self, one: Packed) -> Index:
+        assert one.lead is not None
+        return Index(*(x[self.b, self.h, ...] for x in one.lead))
 
 
 class ByteRows(NamedTuple):
@@ -379,13 +512,46 @@ class ByteRows(NamedTuple):
     def coordinates(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
         """Read k', with its column of ones where the layout says so, and v'."""
         xp = self.layout.xp
-        k, v = (
-            xp.astype(x[:, :, rows, :], dtype) * step[:, :, rows, :]
-            for x, step in ((self.k, self.step_k), (self.v, self.step_v))
-        )
+        k, v = self._read(self.k[:, :, rows, :], self.v[:, :, rows, :], rows, dtype)
         return (
             xp.concat([k, xp.ones_like(k[..., :1])], axis=-1) if self.layout.carries_shift else k
         ), v
+
+    def of_heads(self, b: slice, h: slice) -> "ByteRows":
+        """See some sequences and heads, to choose from."""
+        return map_arrays(lambda x: x[b, h, ...], self)
+
+    def chosen_by(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        """Read the leading coordinates of k' and v'."""
+        n_k, n_v = self.layout.n_leading
+        return self._read(self.k[:, :, rows, :n_k], self.v[:, :, rows, :n_v], rows, dtype)
+
+    def others(self, places: Array, dtype: DType) -> tuple[Array, Array]:
+        """Read the other coordinates of k' and v' at places (B, H, M, t); (B, H, M, t, .)."""
+        xp, gather, (*lead, n_queries, n) = (
+            self.layout.xp,
+            self.layout.backend.gather_rows,
+            places.shape,
+        )
+        at, found = xp.reshape(places, (*lead, n_queries * n)), []
+        rows = (self.k, self.step_k), (self.v, self.step_v)
+        for (x, step), first in zip(rows, self.layout.n_leading, strict=True):
+            read = xp.astype(gather(x[..., first:], at), dtype) * gather(step, at)
+            found.append(xp.reshape(read, (*lead, n_queries, n, x.shape[-1] - first)))
+        return found[0], found[1]
+
+    def all_others(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        """Read as `others` does all of some rows; (B, H, 1, rows, .)."""
+        n_k, n_v = self.layout.n_leading
+        k, v = self._read(self.k[:, :, rows, n_k:], self.v[:, :, rows, n_v:], rows, dtype)
+        return k[:, :, None, ...], v[:, :, None, ...]
+
+    def _read(self, k: Array, v: Array, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        k, v = (
+            self.layout.xp.astype(x, dtype) * step[:, :, rows, :]
+            for x, step in ((k, self.step_k), (v, self.step_v))
+        )
+        return k, v
 
     def corrections(self, rows: slice, dtype: DType) -> None:
         """There are none."""
@@ -423,23 +589,30 @@ def _grown(buffer: Array, n_rows: int, layout: Layout, *, is_copy: bool = False)
     held = int(buffer.shape[2])
     if n_rows <= held and not is_copy:
         return buffer
-    room = n_rows if is_copy else max(n_rows, math.ceil(held * GROWTH))
+    # An even number of bytes: planes are two.
+    room = n_rows if is_copy else max(n_rows, 2 * math.ceil(held * GROWTH / 2))
     backend, places = layout.backend, np.broadcast_to(np.arange(held), (buffer.shape[0], held))
     return backend.put_rows(backend.rows_like(buffer, room), buffer, places)
 
 
 def coding_maps(basis: AttentionBasis, layout: Layout) -> Maps:
     """Lay the maps to the coordinates of a coding out as those of a basis, in units of the steps asked for."""
-    coding, xp = basis.coding, layout.xp
-    assert coding is not None
-    lead = 1 if layout.pool_batch else layout.n_batch
-    # Across heads they are those of one head, as wide as all of them.
-    shape = (lead, layout.n_coded, 1)
+    assert basis.coding is not None
+    maps = unscaled_maps(basis.coding, layout.xp)
+    steps = _steps(basis.coding, layout)
+    return scaled_maps(maps, [x.reshape(maps.wk.shape[:2]) for x in steps], layout)
+
+
+def unscaled_maps(coding: Coding, xp: Namespace) -> Maps:
+    """Lay the maps to the coordinates of a coding out, (lead, H, 1, ., .).
+
+    Across heads they are those of one head, as wide as all of them.
+    """
+    lead, n_coded = math.prod(coding.wk.shape[:-3]), coding.importance_k.shape[-2]
+    shape = (lead, n_coded, 1)
     wq, wk, wv = (xp.reshape(x, (*shape, -1, x.shape[-1])) for x in coding[:3])
     c, mu = (xp.reshape(x, (*shape, 1, -1)) for x in coding[3:5])
-    maps = Maps(wq, wk, wv, xp.matrix_transpose(wv), c, mu, ranks=())
-    steps = _steps(coding, layout)
-    return scaled_maps(maps, [x.reshape(lead, layout.n_coded) for x in steps], layout)
+    return Maps(wq, wk, wv, xp.matrix_transpose(wv), c, mu, ranks=())
 
 
 def _steps(coding: Coding, layout: Layout) -> list[Array]:

@@ -22,6 +22,7 @@ from slra._validate import (
 from slra.attn.basis import AttentionBasis, check_parts
 from slra.attn.fit import METHODS
 from slra.attn.problem import check_by_head, check_scale, check_window
+from slra.attn.rotary import check_rotary
 from slra.cache._contents import Contents
 from slra.cache._layout import Layout, on_host
 from slra.cache._queries import Queries
@@ -117,7 +118,7 @@ def check_options(
             scale=width**-0.5 if scale is None else check_scale(scale, limits),
             softcap=None if softcap is None else check_positive(softcap, "softcap", limits=limits),
         ),
-        rotary=None if rotary is None else _check_rotary(rotary, width),
+        rotary=None if rotary is None else check_rotary(rotary, width),
         drift_bound=None if drift_bound is None else check_positive(drift_bound, "drift_bound"),
         method=method,
     )
@@ -198,15 +199,18 @@ def _check_rank_index(
 
 def _check_choosing(layout: Layout) -> None:
     """Raise where an option does not go with queries that choose."""
-    others: dict[str, Any] = {
-        "n_sparse": layout.n_sparse or None,
-        "bits": layout.bits,
-        "rtol": layout.rtol,
-    }
+    others: dict[str, Any] = {"n_sparse": layout.n_sparse or None}
     others |= {"rotary": layout.rotary, "drift_bound": layout.drift_bound}
     for name, given in others.items():
         if given is not None:
             raise ValueError(f"{name} must be left out with n_top or top_p, got {given}")
+    if layout.is_coded and layout.reads_by_query:
+        raise ValueError(f"index must be 'leading' with bits or rtol, got {layout.index!r}")
+    if layout.across_heads:
+        raise ValueError(
+            "basis must be fitted without across_heads for bits with n_top or top_p: each head chooses by its own "
+            "coordinates"
+        )
     if layout.is_static and layout.n_top is None:
         raise ValueError("n_top must be given besides top_p where shapes are static: the most keys")
 
@@ -218,6 +222,17 @@ def _check_coded(layout: Layout, basis: AttentionBasis) -> None:
     if basis.coding is None:
         raise ValueError(
             "basis must have its coding to store bits: fit it to concrete arrays by fit_attention"
+        )
+    frequencies = layout.backend.to_numpy(basis.coding.rotary)
+    given = () if layout.rotary is None else layout.rotary
+    # Of a fit that knew of none nothing is known.
+    if frequencies.shape[-1] and (
+        frequencies.shape[-1] != len(given)
+        or not np.allclose(frequencies, given, rtol=1e-3, atol=1e-9)
+    ):
+        raise ValueError(
+            "rotary must be what the basis was fitted with: its coding is for keys before that rotation; "
+            f"got {layout.rotary}"
         )
     if layout.n_sparse:
         raise ValueError(f"n_sparse must be 0 with bits or rtol, got {layout.n_sparse}")
@@ -269,26 +284,6 @@ def _check_dtype(dtype: Any, backend: Backend) -> str:
     if not hasattr(backend.xp, name):
         raise ValueError(f"dtype must be one that the library of the basis has, got {dtype!r}")
     return str(name)
-
-
-def _check_rotary(rotary: Any, width: int) -> tuple[float, ...]:
-    """Return the frequencies as floats."""
-    if compat.is_array_api_obj(rotary) and not isinstance(rotary, np.generic):
-        rotary = resolve(rotary=rotary).to_numpy(rotary)
-    try:
-        given = np.asarray(rotary)
-    except (TypeError, ValueError):  # ragged lists
-        given = np.asarray(None)
-    if given.dtype.kind not in "fiu":
-        raise TypeError(f"rotary must be real numbers, got {type(rotary).__name__}")
-    frequencies = given.astype(np.float64)
-    if frequencies.ndim != 1 or not 1 <= frequencies.size <= width // 2:
-        raise ValueError(
-            f"rotary must be 1 to {width // 2} frequencies, half of D, got shape {frequencies.shape}"
-        )
-    if not np.all(np.isfinite(frequencies)):
-        raise ValueError("rotary must be finite, got NaN or infinity")
-    return tuple(frequencies.tolist())
 
 
 def check_tokens(

@@ -140,6 +140,7 @@ class Contents(NamedTuple):
             softcap=layout.score_options.softcap,
             enable_gqa=True,
             across_heads=layout.across_heads,
+            rotary=layout.rotary,
         )
         maps, dtype = maps_of(basis, layout), last.rows.dtype
         segment = Segment.empty(layout, maps, start, layout.window, dtype)
@@ -189,14 +190,18 @@ class Contents(NamedTuple):
         """Attention to parts of the tokens; where queries choose, first to those they choose from, and what is left."""
         ends, first = self._ends(), self.segments[0]
         exact = [self.exact.attend(queries, self.lengths)] if self.layout.n_exact else []
-        if self.layout.chooses and first.has_more_than(min(self.layout.n_tops), ends[0]):
-            others = [exact[0][1]] if exact else []
+        if self.layout.chooses and first.has_more_than(
+            min(self.layout.n_tops), first.complete(ends[0])
+        ):
+            waiting = first.attend_waiting(queries, ends[0])
+            exact += [] if waiting is None else [waiting]
+            others = [lse for _, lse in exact]
             if queries.sinks is not None:
                 others.append(
                     queries.sinks[..., None] + self.layout.xp.zeros_like(queries.q[..., 0])
                 )
             elsewhere = functools.reduce(self.layout.xp.logaddexp, others) if others else None
-            out, lse, left = first.attend_chosen(queries, ends[0], elsewhere)
+            out, lse, left = first.attend_chosen(queries, first.complete(ends[0]), elsewhere)
             return [(out, lse), *exact], left
         parts: list[tuple[Array, Array]] = []
         for segment, end in zip(self.segments, ends, strict=True):

@@ -16,6 +16,7 @@ from slra.cache._bits import BitRows, ByteRows
 from slra.cache._checks import MOST, check_bits, check_options
 from slra.cache._contents import Contents
 from slra.cache._layout import Layout, map_arrays, named_arrays, on_host, with_arrays
+from slra.cache._maps_apart import check_given, with_maps, without_maps
 from slra.cache._parked import Coded, ParkedRows, codec, damaged_chunks, park, unparked
 from slra.cache._segment import FloatRows, laid_out
 
@@ -34,14 +35,16 @@ MOST_OF_HEADERS = 0.1
 NEAR = 0.005
 
 
-def save_contents(path: File, contents: Contents, bits: Any) -> None:
-    """Write what is in use to exactly this path; with an entropy code where bits are given."""
+def save_contents(path: File, contents: Contents, bits: Any, basis: Any) -> None:
+    """Write what is in use to exactly this path; with an entropy code where bits are given, without maps of a basis."""
     contents = _without_room(contents)
-    write_file(path, _content(contents) if bits is None else _parked(contents, bits))
+    if bits is not None:
+        contents = _parked(contents, bits)
+    write_file(path, _content(contents, basis))
 
 
-def _parked(contents: Contents, bits: Any) -> bytes:
-    """Content of a file that takes so many bits a number of the keys and of the values, headers and all."""
+def _parked(contents: Contents, bits: Any) -> Contents:
+    """Code rows in so many bits a number of the keys and of the values, headers and all."""
     asked, layout = np.asarray(check_bits(bits)), contents.layout
     held = [segment.rows for segment in contents.segments if isinstance(segment.rows, BitRows)]
     if not held:
@@ -64,13 +67,13 @@ def _parked(contents: Contents, bits: Any) -> bytes:
         if np.all((np.abs(took - asked) < NEAR * asked) | (is_finest & (took < asked))):
             break
         target = np.maximum(target - (took - asked), (1 - MOST_OF_HEADERS) * asked)
-    return _content(contents._replace(segments=tuple(segments)))
+    return contents._replace(segments=tuple(segments))
 
 
-def _content(contents: Contents) -> bytes:
+def _content(contents: Contents, basis: Any) -> bytes:
     backend = contents.layout.backend
     named, in_bfloat16 = {}, []
-    for name, x in named_arrays(contents._replace(turns=None)).items():
+    for name, x in named_arrays(_without_index(contents)._replace(turns=None)).items():
         if not on_host(x) and x.dtype == getattr(backend.xp, "bfloat16", None):
             # NumPy has no such dtype; single precision holds all its values.
             x = backend.xp.astype(x, backend.xp.float32)
@@ -82,6 +85,8 @@ def _content(contents: Contents) -> bytes:
         "n_segments": str(len(contents.segments)),
         "bfloat16": json.dumps(in_bfloat16),
     }
+    if basis is not None:
+        named, metadata["basis"] = without_maps(named, contents, basis)
     return safetensors_content(named, metadata)
 
 
@@ -97,19 +102,35 @@ def _without_room(contents: Contents) -> Contents:
     return contents._replace(segments=tuple(segments))
 
 
+def _without_index(contents: Contents) -> Contents:
+    """Leave out what is made anew of the rest: a file that has it could say anything."""
+    return contents._replace(
+        segments=tuple(
+            segment._replace(rows=segment.rows.without_index())
+            if isinstance(segment.rows, BitRows)
+            else segment
+            for segment in contents.segments
+        )
+    )
+
+
 def _described(layout: Layout) -> str:
     fields = {name: x for name, x in vars(layout).items() if name in Layout.__dataclass_fields__}
     del fields["xp"]
     return json.dumps(fields | {"score_options": layout.score_options._asdict()}, sort_keys=True)
 
 
-def load_contents(path: File, like: Array, backend: Backend) -> Contents:
+def load_contents(path: File, like: Array, backend: Backend, basis: Any) -> Contents:
     """Read them back; ValueError where the file is not what `save_contents` writes."""
     try:
         named, metadata = read_safetensors(path, FORMAT, damaged_chunks)
     except ValueError as error:
         raise _not_one(path, error) from error
+    told = metadata.get("basis")
+    check_given(told, basis)
     try:
+        if told is not None:
+            named = with_maps(named, basis)
         in_bfloat16 = set(json.loads(metadata["bfloat16"]))
         template = _template(named, int(metadata["n_segments"]), metadata["layout"])
         _check_arrays(named, template)
@@ -137,6 +158,9 @@ def load_contents(path: File, like: Array, backend: Backend) -> Contents:
                 segments.append(segment._replace(rows=unparked(held, segment.maps.wk)))
             except ValueError as error:
                 raise _not_one(path, error) from error
+            continue
+        if isinstance(held, BitRows):
+            segments.append(segment._replace(rows=held.indexed()))
             continue
         if not isinstance(held, FloatRows):
             segments.append(segment)
@@ -171,7 +195,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
     layout = layouts.pop()
     if is_coded:
         bits = None if given["bits"] is None else check_bits(given["bits"])
-        coded = {"bits": bits, "rtol": given["rtol"], "across_heads": given["across_heads"]}
+        coded = {"bits": bits, "rtol": given["rtol"], "across_heads": bool(given["across_heads"])}
         layout = dataclasses.replace(layout, **coded)
     described_now = _described(dataclasses.replace(layout, dtype=given["dtype"]))
     n_exact = layout.n_batch * layout.n_heads * layout.n_exact * layout.width
@@ -188,7 +212,7 @@ def _template(named: Arrays, n_segments: int, described: str) -> Contents:
         maps = [one._replace(wq=one.wq[:, :, :1]) for one in maps]
     if layout.across_heads:
         maps = [_beside(one, layout) for one in maps]
-    template = Contents.empty(layout, maps[0], error)._replace(turns=None)
+    template = _without_index(Contents.empty(layout, maps[0], error))._replace(turns=None)
     (segment,) = template.segments
     if "segments.0.rows.step_k" in named:
         segment = segment._replace(rows=ByteRows.empty(layout, 0, maps[0].wk))

@@ -153,11 +153,20 @@ class FloatRows(NamedTuple):
             k, v = xp.concat([k, *rest, *ones], axis=-1), xp.concat([v, rest_v], axis=-1)
         return k, v
 
+    def of_heads(self, b: slice, h: slice) -> "FloatRows":
+        """See some sequences and heads, to choose from."""
+        return map_arrays(lambda x: x[b, h, ...], self)
+
     def leading(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
         """Read those coordinates of k' and v' that stand by themselves."""
         astype = self.layout.xp.astype
         k, v = (astype(x[:, :, rows, :], dtype, copy=False) for x in (self.k, self.v))
         return k, v
+
+    def chosen_by(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
+        """Read what queries choose by, which may be narrower, and the values that are not chosen."""
+        astype = self.layout.xp.astype
+        return self.k[:, :, rows, :], astype(self.v[:, :, rows, :], dtype, copy=False)
 
     def others(self, places: Array, dtype: DType) -> tuple[Array, Array]:
         """Read the other coordinates of k' and v' at places (B, H, M, t); (B, H, M, t, .)."""
@@ -412,6 +421,27 @@ class Segment(NamedTuple):
         positions = self.start[:, None] + self.layout.arange(rows.start, rows.stop, self.start)
         return queries.mask_for(positions, self.start[:, None], end[:, None])
 
+    def complete(self, end: Array) -> Array:
+        """Where the tokens that queries may choose from end: in bits with the last complete block."""
+        rows = self.rows
+        return np.minimum(end, self.start + rows.n_complete) if isinstance(rows, BitRows) else end
+
+    def attend_waiting(self, queries: Queries, end: Array) -> tuple[Array, Array] | None:
+        """Attention to the tokens before ``end`` that wait for their block to be full; None where there are none."""
+        rows, layout, maps = self.rows, self.layout, self._key_head_maps()
+        first = self.complete(end)
+        if not isinstance(rows, BitRows) or np.all(first >= end):
+            return None
+        positions = (self.start + rows.n_complete)[:, None] + np.arange(TOKENS)
+        mask = queries.mask_for(positions, first[:, None], end[:, None])
+        k, v = rows.waiting(queries.q.dtype)
+        q, k, shift = self._features(queries, k, maps.c, None)
+        out, lse = layout.attend(q, k, v, mask)
+        whole = layout.backend.matmul(out, maps.uv) + maps.mu
+        if shift is not None:
+            lse = lse + layout.score_options.scale * shift[..., 0]
+        return layout.unstack_heads(whole), layout.unstack_heads(lse)
+
     def attend_chosen(
         self, queries: Queries, end: Array, others: Array | None
     ) -> tuple[Array, Array, Array]:
@@ -437,12 +467,15 @@ class Segment(NamedTuple):
         self, queries: Queries, end: Array, others: Array | None
     ) -> tuple[Array, Array, Array]:
         layout, maps, dtype = self.layout, self._key_head_maps(), queries.q.dtype
-        held, n_rows = self.rows, self._n_rows(end)
-        assert isinstance(held, FloatRows)
+        held, n_rows, uv = self.rows, self._n_rows(end), maps.uv
         rows = slice(queries.first_row(self.start, n_rows), n_rows)
-        k, v = held.k[:, :, rows, :], layout.xp.astype(held.v[:, :, rows, :], dtype, copy=False)
         index = layout.rank_index[0] if layout.rank_index and layout.reads_by_query else None
         q, shift = self._projected(queries, maps.c)
+        if isinstance(held, BitRows):
+            # The index has leading coordinates nearly: chosen tokens get what it lacks of them, too.
+            n_k, n_v = layout.n_leading
+            q = layout.xp.concat([q[..., :n_k], q], axis=-1)
+            uv = layout.xp.concat([uv[..., :n_v, :], uv], axis=-2)
         if others is not None:
             others = layout.stack_heads(others[..., None])[..., 0]
         mask = self._mask(queries, end, rows)
@@ -460,19 +493,22 @@ class Segment(NamedTuple):
                     )
                     return x[one, other, ...]
 
-                given = (None if x is None else at(x) for x in (q, shift, k, mask, others))
-                chosen, part = choose(layout, n_top, *given, rank_index=index), map_arrays(at, held)
+                part = held.of_heads(b, h)
+                k, v = part.chosen_by(rows, dtype)
+                hidden, beside = (None if x is None else at(x) for x in (mask, others))
+                given = at(q), at(shift), k, hidden, beside
+                chosen = choose(layout, n_top, *given, rank_index=index)
                 if chosen.places is None:
-                    return chosen.attend(at(v), *part.all_others(rows, dtype))
-                return chosen.attend(at(v), *part.others(chosen.places + rows.start, dtype))
+                    return chosen.attend(v, *part.all_others(rows, dtype))
+                return chosen.attend(v, *part.others(chosen.places + rows.start, dtype))
 
-            width = (k.shape[-1] if index is None else index) + v.shape[-1]
             shape = (layout.n_batch, len(heads))
+            width = (layout.n_leading[0] if index is None else index) + layout.n_leading[1]
             parts.append(layout.backend.by_head(run, shape, q.shape[-2] * n_rows, width))
         out, lse, left = (layout.xp.concat(x, axis=1) for x in zip(*parts, strict=True))
         if not layout.carries_shift:
             lse = lse + layout.score_options.scale * shift[..., 0]
-        whole = out @ maps.uv + maps.mu
+        whole = out @ uv + maps.mu
         out, lse, left = (layout.unstack_heads(x) for x in (whole, lse, left))
         return out, lse, left
 

@@ -318,7 +318,8 @@ class KVCache:
             chooses = True
         fit: dict[str, Any] = {"rtol": rtol, "method": method, "rng": rng}
         fit |= {"pool_batch": pool_batch, "across_heads": across_heads}
-        fit |= {name: options[name] for name in ("scale", "softcap") if name in options}
+        of_both = ("scale", "softcap", "rotary")
+        fit |= {name: options[name] for name in of_both if name in options}
         fit |= {"is_causal": True, "enable_gqa": True}
 
         def make(basis: AttentionBasis, **chosen: Any) -> Contents:
@@ -518,7 +519,13 @@ class KVCache:
         return self
 
     @isolated
-    def save(self, path: File, *, bits: float | tuple[float, float] | None = None) -> None:
+    def save(
+        self,
+        path: File,
+        *,
+        bits: float | tuple[float, float] | None = None,
+        basis: AttentionBasis | None = None,
+    ) -> None:
         """Write the cache to a file, with a checksum (needs the package safetensors).
 
         Parameters
@@ -532,6 +539,9 @@ class KVCache:
             enough, what was rounded before stays as it is. Counted is the code with all that says how it is to be
             read, where that is a tenth at most; not maps, exact tokens, and some 2.5 KB that describe the file. What is
             loaded is a cache in bits as any other, this one is as it was.
+        basis : AttentionBasis, optional
+            The one that a cache in bits was made with: its maps, which may take more than a thousand tokens, are then
+            left out, and `load` must be given it too.
 
         Raises
         ------
@@ -540,13 +550,16 @@ class KVCache:
         OSError
             If it cannot be written; a file that was there is then as it was.
         TypeError, ValueError
-            If ``bits`` are not such numbers, or the cache stores floats or has static shapes.
+            If ``bits`` are not such numbers, or the cache stores floats or has static shapes; if ``basis`` is another
+            one.
         """
-        save_contents(path, self._contents, bits)
+        save_contents(path, self._contents, bits, basis)
 
     @classmethod
     @isolated
-    def load(cls, path: File, *, like: Array | None = None) -> "KVCache":
+    def load(
+        cls, path: File, *, like: Array | None = None, basis: AttentionBasis | None = None
+    ) -> "KVCache":
         """Read a cache written by `save`, to attend or append to; nothing in the file is executed.
 
         Parameters
@@ -554,6 +567,8 @@ class KVCache:
         path : str, path-like or file opened for bytes
         like : array, optional
             Whose library and device the arrays get; NumPy by default.
+        basis : AttentionBasis, optional
+            For a file that was saved with it: the same one, of any library.
 
         Returns
         -------
@@ -571,7 +586,7 @@ class KVCache:
         """
         like = np.empty(0) if like is None else like
         backend = resolve(like=like)
-        contents = load_contents(path, like, backend)
+        contents = load_contents(path, like, backend, basis)
         _register(backend)
         return _made(contents)
 

@@ -4,6 +4,7 @@ Needs: transformers, torch. An encoder may fit a basis in every call; whatever p
 calibrated before and are attached to its layers, because a fit sees all tokens of the call, later ones included.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import slra
 from slra._files import File
 from slra._validate import check_choice, check_positive, check_rank
 from slra.attn.basis import AttentionBasis, load_bases, save_bases
+from slra.attn.rotary import check_rotary
 from slra.integrations._transformers_layer import (
     BASIS,
     LayerBasis,
@@ -23,6 +25,7 @@ from slra.integrations._transformers_layer import (
 )
 from slra.integrations._transformers_mask import make_mask
 from slra.integrations._transformers_record import RecordedLayer, record
+from slra.integrations._transformers_rotary import turned
 
 __all__ = ["attach", "calibrate", "detach", "load", "register", "save"]
 
@@ -79,7 +82,13 @@ def register(
     AttentionMaskInterface.register(name, make_mask)
 
 
-def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, AttentionBasis]:
+def calibrate(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    across_heads: bool = False,
+    rotary: Sequence[float] | torch.Tensor | None = None,
+) -> dict[str, AttentionBasis]:
     """Run a model on text and fit one basis for each attention layer, to all tokens but the padding.
 
     Parameters
@@ -88,6 +97,12 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, AttentionBasis]:
         In eval mode, and using a name that was registered with a rank or rtol: these and the method are used.
     batches : iterable of mappings or tensors
         What a tokenizer returns (``input_ids`` and, where there is padding, ``attention_mask``), or the ids alone.
+    across_heads : bool
+        As in `slra.fit_attention`: for caches in bits.
+    rotary : sequence of float, optional
+        Frequencies of the model's rotary embedding, mostly ``model.base_model.rotary_emb.inv_freq``: a cache in bits
+        then stores keys as they are before it, which takes fewer bits (and time: it turns keys back, and forth again at
+        each step). It pairs feature i with i + F; padding is best on the right.
 
     Returns
     -------
@@ -129,7 +144,10 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, AttentionBasis]:
             "model must use a name registered by slra.integrations.transformers.register, but no layer "
             f"did; it uses {model.config._attn_implementation!r}: call model.set_attn_implementation(name)"
         )
-    return {name: _fit_layer(layer) for name, layer in layers.items()}
+    return {
+        name: _fit_layer(layer, across_heads=across_heads, rotary=rotary)
+        for name, layer in layers.items()
+    }
 
 
 def _require_fit(settings: Settings) -> None:
@@ -137,7 +155,9 @@ def _require_fit(settings: Settings) -> None:
         raise ValueError(f"{settings.name!r} must be registered with rank or rtol to calibrate")
 
 
-def _fit_layer(layer: RecordedLayer) -> AttentionBasis:
+def _fit_layer(
+    layer: RecordedLayer, *, across_heads: bool, rotary: Sequence[float] | torch.Tensor | None
+) -> AttentionBasis:
     """Fit to all sequences at once: side by side, each attending to itself only."""
     q, k, v = (torch.cat([getattr(one, x) for one in layer.sequences], dim=-2) for x in "qkv")
     n_heads = max(one.mask.shape[0] for one in layer.sequences)
@@ -148,10 +168,21 @@ def _fit_layer(layer: RecordedLayer) -> AttentionBasis:
         mask[:, row:bottom, column:right] = one.mask
         row, column = bottom, right
     options = {**layer.options, "mask": mask, "is_causal": False, "window": None}
+    options["across_heads"] = across_heads
     settings = layer.settings
-    return slra.fit_attention(
+    basis = slra.fit_attention(
         q, k, v, settings.rank, rtol=settings.rtol, method=settings.method, **options
     )
+    if rotary is None:
+        return basis
+    # Of each sequence from its own beginning on, where a cache will begin.
+    frequencies = check_rotary(rotary, k.shape[-1])
+    q, k = (
+        torch.cat([turned(getattr(one, x), frequencies, back=True) for one in layer.sequences], -2)
+        for x in "qk"
+    )
+    before = slra.fit_attention(q, k, v, 1, rotary=frequencies, **options)
+    return dataclasses.replace(basis, coding=before.coding)
 
 
 def attach(model: Any, bases: Mapping[str, AttentionBasis]) -> None:

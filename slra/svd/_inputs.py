@@ -4,14 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from slra._backends import Backend
 from slra._backends.sparse import SparseEntries, SparseProducts, products_of, sparse_products
 from slra._typing import Array
 from slra._validate import (
     Promoted,
     check_callable,
+    check_draws,
     check_finite,
     check_matrix,
     check_operator,
@@ -29,7 +28,7 @@ from slra.svd._linear_map import (
 )
 from slra.svd.operator import MatrixOperator
 
-__all__ = ["NORM_IS_WRONG", "Problem", "draw", "near_one", "read"]
+__all__ = ["NORM_IS_WRONG", "Problem", "check_source", "draw", "near_one", "read"]
 
 # A wrong adjoint misses by the size of a product itself; a right one of an operator that works in lower precision than
 # it says, or to the tolerance of an inner solver, by less than this. By the bits of a component.
@@ -314,11 +313,14 @@ def _growth(whole: Array, about: Array, least: float, backend: Backend) -> Array
     return whole / xp.where(about > 0, about, xp.ones_like(about))
 
 
-def draw(A: LinearMap, width: int, source: np.random.Generator | int | None) -> Array:
+def check_source(A: LinearMap, rng: Any) -> Any:
+    """Return what to draw a test matrix from: a generator of the library's own as it is, anything else as elsewhere."""
+    return rng if A.backend.is_own_generator(rng) else check_draws(A.backend, A.like, rng)
+
+
+def draw(A: LinearMap, width: int, source: Any) -> Array:
     """Draw a test matrix for each element of the batch."""
-    if source is None or (
-        A.backend.freezes_draws(A.like) and isinstance(source, np.random.Generator)
-    ):
+    if source is None or (A.backend.freezes_draws(A.like) and not isinstance(source, int)):
         raise ValueError(
             "test_matrix must be given, or rng be an int, inside a traced function: "
             "anything else drawn there would become a constant of the compiled code"

@@ -6,17 +6,16 @@ from slra._backends import Backend
 from slra._backends.ambient import isolated
 from slra._backends.cholesky_qr import orthonormal
 from slra._backends.standard import matrix_h
-from slra._typing import RNG, Array
+from slra._typing import RNG, Array, DeviceGenerator
 from slra._validate import (
     check_choice,
     check_count,
-    check_draws,
     check_hermitian,
     check_positive_semidefinite,
     check_rank,
     check_square,
 )
-from slra.svd._inputs import Problem, draw, read
+from slra.svd._inputs import Problem, check_source, draw, read
 from slra.svd._linear_map import LinearMap, dense_map
 from slra.svd._result import fix_signs
 from slra.svd.gram import combine, spectrum, tall_svd
@@ -60,7 +59,7 @@ def randomized_eigh(
     n_oversamples: int = 8,
     n_iter: int | Literal["auto"] = "auto",
     method: Literal["krylov", "nystrom"] = "krylov",
-    rng: RNG = None,
+    rng: RNG | DeviceGenerator = None,
     test_matrix: Array | None = None,
 ) -> EighResult:
     """Eigenpairs at the ends of the spectrum of a Hermitian matrix or a batch of them.
@@ -82,8 +81,8 @@ def randomized_eigh(
         settled where values can be looked at ("krylov"), and is 3 or 4 otherwise.
     method : {"krylov", "nystrom"}
         "nystrom" needs ``x`` positive semidefinite and takes less memory.
-    rng : int, numpy.random.Generator or None
-        Where the test matrix is drawn from.
+    rng : int, numpy.random.Generator or None; cupy.random.Generator, torch.Generator
+        Where the test matrix is drawn from, as in `randomized_svd`.
     test_matrix : array, shape (..., n, rank + n_oversamples), optional
         Used instead of drawing one.
 
@@ -121,7 +120,7 @@ def randomized_eigh(
     rank = check_rank(rank, A.shape[-1], limit_is="the last axis of x")
     width = min(rank + check_count(n_oversamples, "n_oversamples"), A.shape[-1])
     depth = check_depth(n_iter)
-    source = check_draws(backend, A.like, rng) if test_matrix is None else None
+    source = check_source(A, rng) if test_matrix is None else None
     if test_matrix is not None:
         width = check_test_matrix(A, test_matrix, rank)
     if width * 2 * (MIN_ITER if depth is None else max(1, depth)) >= A.shape[-1]:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from slra._backends.ambient import isolated
-from slra._typing import RNG, Array
-from slra._validate import check_draws, check_factors, check_flag, check_rank
-from slra.svd._inputs import Problem, draw, read
+from slra._typing import RNG, Array, DeviceGenerator
+from slra._validate import check_factors, check_flag, check_rank
+from slra.svd._inputs import Problem, check_source, draw, read
 from slra.svd._linear_map import brought_in_range, power_of_two, scaled_back
 from slra.svd._result import CenteredSVDResult
 
@@ -47,7 +47,7 @@ def estimate_error(
     *,
     center: bool = False,
     n_probes: int = 10,
-    rng: RNG = None,
+    rng: RNG | DeviceGenerator = None,
 ) -> ErrorEstimate:
     """Estimate the norms of ``x - approx`` from products with Gaussian vectors.
 
@@ -62,8 +62,9 @@ def estimate_error(
         decomposition with ``center=True``.
     n_probes : int
         Number of Gaussian vectors, each multiplied by ``x`` and by the approximation.
-    rng : int, numpy.random.Generator or None
-        Where they are drawn from; not the seed of the approximation, whose error is small on its own test matrix.
+    rng : int, numpy.random.Generator or None; cupy.random.Generator, torch.Generator
+        Where they are drawn from, as in `randomized_svd`; not the seed of the approximation, whose error is small on
+        its own test matrix.
 
     Returns
     -------
@@ -106,7 +107,7 @@ def estimate_error(
     A, backend = problem.A, problem.A.backend
     xp = backend.xp
     n_probes = check_rank(n_probes, 1 << 30, "n_probes")
-    source = check_draws(backend, A.like, rng)
+    source = check_source(A, rng)
     factors = check_factors(backend, A.shape, A.like, approx)
     with backend.ignore_overflow():
         omega = draw(A, n_probes, source)

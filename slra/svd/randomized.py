@@ -8,11 +8,10 @@ import numpy as np
 from slra._backends.ambient import isolated
 from slra._backends.sparse import SparseEntries
 from slra._backends.standard import matrix_h
-from slra._typing import RNG, Array
+from slra._typing import RNG, Array, DeviceGenerator
 from slra._validate import (
     check_choice,
     check_count,
-    check_draws,
     check_flag,
     check_rank,
     check_rtol,
@@ -20,7 +19,7 @@ from slra._validate import (
 )
 from slra.svd import krylov, subspace
 from slra.svd._costs import gram_is_faster, sparse_gram_is_faster
-from slra.svd._inputs import Problem, draw, read
+from slra.svd._inputs import Problem, check_source, draw, read
 from slra.svd._linear_map import LinearMap
 from slra.svd._result import CenteredSVDResult, SVDResult, fix_signs
 from slra.svd.converged import converged_svd
@@ -41,7 +40,7 @@ def randomized_svd(
     n_iter: int | Literal["auto"] = "auto",
     method: Literal["auto", "krylov", "subspace", "gram"] = "auto",
     center: bool = False,
-    rng: RNG = None,
+    rng: RNG | DeviceGenerator = None,
     test_matrix: Array | None = None,
 ) -> SVDResult:
     """Leading singular triplets of a matrix or a batch of them, by random projection.
@@ -72,8 +71,9 @@ def randomized_svd(
     center : bool
         Subtract the mean of each column first (principal components of the rows). Of a matrix that is not an array
         the products are corrected instead.
-    rng : int, numpy.random.Generator or None
-        Where the test matrix is drawn from. The same seed gives the same numbers on every backend.
+    rng : int, numpy.random.Generator or None; cupy.random.Generator, torch.Generator
+        Where the test matrix is drawn from: by NumPy, so that the same seed gives the same numbers on every backend. A
+        generator of the library of ``x`` draws other numbers, on its device.
     test_matrix : array, shape (..., n, rank + n_oversamples), optional
         Used instead of drawing one; the number of its columns then replaces ``rank + n_oversamples``. Needed inside
         a traced function unless ``rng`` is an int: anything else drawn there would freeze into a constant.
@@ -131,7 +131,7 @@ def randomized_svd(
         rank = check_rank(rank, limit, limit_is="min of the last two axes of x")
     width = (rank or 1) + check_count(n_oversamples, "n_oversamples")
     depth = check_depth(n_iter)
-    source = check_draws(A.backend, A.like, rng) if test_matrix is None else None
+    source = check_source(A, rng) if test_matrix is None else None
     if test_matrix is not None:
         width = check_test_matrix(A, test_matrix, rank or 1)
 
@@ -152,7 +152,7 @@ def randomized_svd(
             U, S, V = found
         elif _is_narrow(A, rank, width, depth, method, test_matrix):
             # A generator, as more than one test matrix may be drawn from it.
-            source = np.random.default_rng(source)
+            source = np.random.default_rng(source) if isinstance(source, int) else source
             U, S, V = krylov.narrow_krylov_svd(A, lambda n: A.matmat(omega(n)), rank, width)
         else:
             U, S, V = _fixed_rank(A, omega, rank, width, depth, method)

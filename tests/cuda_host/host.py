@@ -426,6 +426,26 @@ def _at(address: int, dtype: Any, shape: tuple[int, ...], strides: tuple[int, ..
     return np.lib.stride_tricks.as_strided(flat, shape, strides)
 
 
+class HostGenerator:
+    """In the place of ``cupy.random.Generator``: its own numbers, drawn where arrays are."""
+
+    def __init__(self, seed: Any = None) -> None:
+        # Not those that NumPy draws from the seed.
+        self.drawn = np.random.Generator(np.random.SFC64(seed))
+
+    def standard_normal(self, size: Any = None, dtype: Any = np.float64) -> Any:
+        """Draw in single or double precision."""
+        bill = prices.current()
+        if bill is not None and bill.is_dry:
+            x: Any = prices.virtual(size, dtype)
+        else:
+            x = self.drawn.standard_normal(size, dtype=dtype)
+        if bill is None:
+            return x
+        bill.launch("standard_normal", [], [x])
+        return prices.priced(x)
+
+
 class HostCupy(ModuleType):
     """In the place of ``cupy``; what it does not define is NumPy's."""
 
@@ -447,6 +467,7 @@ class HostCupy(ModuleType):
             ),
             get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
         )
+        self.random = SimpleNamespace(Generator=HostGenerator, default_rng=HostGenerator)
         self.get_default_memory_pool = lambda: SimpleNamespace(
             free_all_blocks=lambda: None, total_bytes=lambda: 0
         )

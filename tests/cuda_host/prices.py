@@ -11,10 +11,14 @@ The rules are those of its source (15.0.0a1: ``_routines_linalg.pyx``, ``_reduct
 - ``cupy.matmul`` of more than two axes copies operands that are not contiguous in C's order, and makes three arrays of
   pointers, a kernel for each axis of the batch, where one is broadcast. Of two axes it takes transposes as they are.
 - ``cublas.gemmStridedBatchedEx`` is one launch.
-- QR and SVD of a batch call cuSOLVER once a matrix (SVD in a batch up to 32 by 32); Cholesky and eigenvalues once.
+- QR and SVD of a batch call cuSOLVER once a matrix (SVD in a batch up to 32 by 32); Cholesky and eigenvalues once. The
+  latter by Jacobi's method (``syevjBatched``), and for a matrix of two axes by divide and conquer (``Xsyevd``).
 - What a plain number is made of, or goes to NumPy, is a host read: it waits for the device.
 
-Not modelled: what cuBLAS and cuSOLVER launch inside, sorting by more than one kernel, caches, and time.
+- Rows are sorted by merging (``cupy_thrust.cu``), in passes over entries, their rows and, by ``argsort``, their places,
+  from runs of 2048 on (a guess: CUB's tiles). That is one launch here.
+
+Not modelled: what cuBLAS and cuSOLVER launch inside, sorts and cumulative sums of several kernels, caches, and time.
 
 With ``is_dry`` nothing is computed: arrays are memory that is never touched, so that sizes may be those of a GPU.
 """
@@ -47,6 +51,8 @@ BLOCK, CUB_BLOCK = 512, 2048
 # Shorter sums CuPy does not give to CUB.
 CUB_LEAST = 128
 LARGEST_SVD_IN_BATCH = 32
+# Entries that a block of CUB's merge sort sorts by itself.
+MERGED = 2048
 
 
 @dataclass
@@ -410,6 +416,20 @@ def _qr(bill: Bill, func: Any, args: Any, kwargs: Any) -> Any:
     return _solver(calls)(bill, func, args, kwargs)
 
 
+def _sorted(bill: Bill, func: Any, args: Any, kwargs: Any) -> Any:
+    x, result = args[0], func(*args, **kwargs)
+    moved = x.size * (x.itemsize + 8 + (8 if func.__name__ == "argsort" else 0))
+    n_passes = max(0, math.ceil(math.log2(max(1, x.size) / MERGED)))
+    bill.launch(func.__name__, [x], [result])
+    bill.n_bytes += 2 * n_passes * moved if x.ndim > 1 else 0
+    return result
+
+
+def _eigenvalues(bill: Bill, func: Any, args: Any, kwargs: Any) -> Any:
+    bill.names["syevjBatched" if args[0].ndim > 2 else "Xsyevd"] += 1
+    return _solver(lambda n, x: 1)(bill, func, args, kwargs)
+
+
 def _trace(bill: Bill, func: Any, args: Any, kwargs: Any) -> Any:
     result = func(*args, **kwargs)
     bill.launch("trace", [args[0][..., 0, :]], _arrays(_back(result)))
@@ -419,12 +439,14 @@ def _trace(bill: Bill, func: Any, args: Any, kwargs: Any) -> Any:
 RULES: dict[str, Any] = {
     "qr": _qr,
     "svd": _solver(_svd_calls),
-    "eigh": _solver(lambda n, x: 1),
-    "eigvalsh": _solver(lambda n, x: 1),
+    "eigh": _eigenvalues,
+    "eigvalsh": _eigenvalues,
     "cholesky": _solver(lambda n, x: 1),
     "inv": _solver(lambda n, x: 2),
     "solve": _solver(lambda n, x: 2),
     "trace": _trace,
+    "sort": _sorted,
+    "argsort": _sorted,
 }
 FREE = {
     "reshape", "transpose", "permute_dims", "swapaxes", "moveaxis", "expand_dims", "squeeze", "broadcast_to",

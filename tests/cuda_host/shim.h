@@ -7,6 +7,11 @@
 #define CUDART_NAN NAN
 typedef _Float16 float16;
 template <typename T> using complex = std::complex<T>;
+template <typename T> T atomicAdd(T* place, T more) {
+    const T before = *place;
+    *place += more;
+    return before;
+}
 using std::abs;
 using std::exp;
 using std::ldexp;

@@ -251,6 +251,7 @@ def _low_rank_args(draw: Any, *, fit: bool = False) -> dict[str, Any]:
     if fit:
         args["pool_batch"] = draw(st.booleans())
         args["across_heads"] = draw(st.booleans())
+        args["rotary"] = draw(st.sampled_from([None, [1.0]] if d > 1 else [None]))
     elif choice != "rtol":
         args["n_exact"] = draw(st.integers(0, m - 1))
         args["n_top"] = draw(st.integers(0, m + 1))
@@ -317,6 +318,7 @@ def _add_attention() -> None:
         _check_merge,
     )
     fit = {"rank": 2, "rtol": None, "method": "output", "pool_batch": False, "rng": None}
+    fit |= {"across_heads": False, "rotary": None}
     add(
         "fit_attention",
         public("fit_attention"),
@@ -338,6 +340,7 @@ def _add_attention() -> None:
         "quest": {"n_pages": st.integers(1, 2), "page_size": st.integers(1, 4)},
         "sparq": {"rank": st.integers(1, 4), "n_keys": st.integers(1, 5)},
         "streaming": {"n_sink": st.integers(0, 5), "window": st.integers(1, 5)},
+        "snapkv": {"n_keys": st.integers(1, 5), "window": st.just(1)},
         "nystrom": {"n_landmarks": st.integers(1, 6)},
         "linformer": {"n_combinations": st.integers(1, 6)},
         "favor": {"n_features": st.integers(1, 6)},

@@ -127,10 +127,15 @@ class Backend(Attention, Bits, LinearAlgebra, SparseRows, Rows):
         """
         return contextlib.nullcontext()
 
-    def test_matrix(
-        self, shape: tuple[int, ...], rng: np.random.Generator | int, like: Array
-    ) -> Array:
-        """Draw a standard Gaussian matrix of the dtype of ``like``, the same on every backend."""
+    def is_own_generator(self, rng: Any) -> bool:
+        """Whether this is a generator of the library's own, by which `test_matrix` can draw on its device."""
+        return False
+
+    def test_matrix(self, shape: tuple[int, ...], rng: Any, like: Array) -> Array:
+        """Draw a standard Gaussian matrix of the dtype of ``like``, the same on every backend.
+
+        ``rng`` is a seed, a generator of NumPy's, or one of the library's own, whose numbers are others.
+        """
         return self.from_numpy(gaussian(shape, rng, is_complex=self.is_complex(like)), like)
 
     def copied(self, x: Array) -> Array:

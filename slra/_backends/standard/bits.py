@@ -102,5 +102,31 @@ class Bits:
         tiles = xp.permute_dims(tiles, (1, 0, 3, 2))
         return xp.reshape(tiles, (n_heads, n_blocks * TOKENS, d))
 
+    def unpack_tokens(
+        self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: DType
+    ) -> Array:
+        """Read single tokens of tiles: integers as floats (m, d).
+
+        ``starts`` (m,) are the planes in ``heap`` before the first of the d tiles of each row, whose widths (m, d)
+        follow each other; ``tokens`` (m,) are places in a block. Tiles that were not packed are zeros.
+        """
+        xp = self.xp
+        narrow = xp.astype(widths, self.place_dtype)
+        narrow = xp.where(narrow < WHOLE, narrow, xp.zeros_like(narrow))
+        first = starts[:, None] + xp.cumulative_sum(narrow, axis=-1) - narrow
+        places = xp.astype(tokens, self.place_dtype)[:, None]
+        codes = xp.zeros_like(narrow)
+        if heap.shape[0] == 0:
+            return xp.astype(codes, dtype)
+        for plane in range(WHOLE - 1):
+            is_used = narrow > plane
+            at = xp.where(is_used, PLANE * (first + plane) + places // BYTE, xp.zeros_like(first))
+            read = xp.reshape(xp.take(heap, xp.reshape(at, (-1,)), axis=0), at.shape)
+            bit = (xp.astype(read, codes.dtype) >> places % BYTE) & 1
+            # The last plane is the sign.
+            worth = xp.where(narrow == plane + 1, xp.full_like(bit, -1), xp.ones_like(bit))
+            codes = codes + xp.where(is_used, bit * worth * 2**plane, xp.zeros_like(bit))
+        return xp.astype(codes, dtype)
+
     def _places(self, like: Array) -> Array:
         return self.from_numpy(np.arange(BYTE), like, self.xp.int32)

@@ -1,5 +1,9 @@
 """What the library advises, by the rules in docs/report.md."""
 
+from typing import NamedTuple
+
+import numpy as np
+
 from slra.cli.report.measure import WORTH_BYTES, LayerReport
 
 __all__ = ["TOLERANCE", "advise", "verdict"]
@@ -7,17 +11,48 @@ __all__ = ["TOLERANCE", "advise", "verdict"]
 # The tolerance the advice is about, and what is worth doing.
 TOLERANCE = 0.05
 WORTH_TIME = 0.9
+# What headers and steps make of bits that are asked for is no reason to round another way.
+AS_MANY = 0.97
+
+
+class _Shares(NamedTuple):
+    """What is left of the bytes of K and V within the tolerance: by ranks, in a cache with bits, rounded plainly."""
+
+    ranks: float
+    cache: float
+    kivi: float
+
+    @classmethod
+    def of(cls, reports: list[LayerReport]) -> "_Shares":
+        exact = sum(report.exact_bytes for report in reports)
+        ranks = sum(report.kv_bytes[report.best][TOLERANCE] for report in reports)
+        cache, kivi = (
+            sum(report.bytes_in_bits(way, TOLERANCE) for report in reports)
+            for way in ("cache", "kivi")
+        )
+        return cls(ranks / exact, cache / exact, kivi / exact)
+
+    @property
+    def least_of_bits(self) -> float:
+        return min(self.cache, self.kivi)
 
 
 def advise(report: LayerReport) -> list[str]:
     """Sentences, most important first."""
-    stored = report.kv_bytes[report.best][TOLERANCE] / report.exact_bytes
-    if stored > WORTH_BYTES:
+    shares = _Shares.of([report])
+    if shares.least_of_bits < min(shares.ranks, WORTH_BYTES):
+        sentences = _in_bits([report], shares)
+        if shares.ranks <= WORTH_BYTES:
+            sentences.append(f'Ranks, by method "{report.best}", may save time. {_on_time(report)}')
+        return sentences
+    if shares.ranks > WORTH_BYTES:
+        least = min(shares)
         return [
-            f"Keep exact attention: within 5% of the output, K and V would still take {stored:.0%} of their bytes."
+            f"Keep exact attention: within 5% of the output, K and V would still take {least:.0%} of their bytes."
         ]
     sentences = [
-        f'Compress with method "{report.best}": within 5% of the output, K and V take {stored:.0%} of their bytes.'
+        f'Compress with method "{report.best}": within 5% of the output, K and V take {shares.ranks:.0%} of their '
+        "bytes."
     ]
     ranks = sorted(rank or report.ranks[-1] for rank in report.needed[report.best][TOLERANCE])
     if ranks[-1] > 2 * ranks[len(ranks) // 2]:
@@ -32,23 +67,58 @@ def verdict(reports: list[LayerReport]) -> list[str]:
     """Sentences on all layers together; of one layer, its advice."""
     if len(reports) == 1:
         return advise(reports[0])
-    shares = {
-        report.layer.name: report.kv_bytes[report.best][TOLERANCE] / report.exact_bytes
-        for report in reports
-    }
-    exact = sum(report.exact_bytes for report in reports)
-    stored = sum(report.kv_bytes[report.best][TOLERANCE] for report in reports) / exact
-    worth = [name for name, share in shares.items() if share <= WORTH_BYTES]
+    shares = _Shares.of(reports)
+    if shares.least_of_bits < min(shares.ranks, WORTH_BYTES):
+        return _in_bits(reports, shares)
+    by_layer = {report.layer.name: _Shares.of([report]).ranks for report in reports}
+    worth = [name for name, share in by_layer.items() if share <= WORTH_BYTES]
     if not worth:
         return [
             f"Keep exact attention in all {len(reports)} layers: within 5% of the output, K and V would still "
-            f"take {stored:.0%} of their bytes."
+            f"take {min(shares):.0%} of their bytes."
         ]
     which = "all" if len(worth) == len(reports) else f"{len(worth)} of {len(reports)}"
-    best = min(shares, key=shares.__getitem__)
+    best = min(by_layer, key=by_layer.__getitem__)
     return [
-        f"Compress {which} layers: within 5% of the output, K and V of all of them take {stored:.0%} of their bytes, "
-        f"those of {best} {shares[best]:.0%}."
+        f"Compress {which} layers: within 5% of the output, K and V of all of them take {shares.ranks:.0%} of their "
+        f"bytes, those of {best} {by_layer[best]:.0%}."
+    ]
+
+
+def _in_bits(reports: list[LayerReport], shares: _Shares) -> list[str]:
+    """How many bits, what plain rounding and ranks take for the same, and what bits do not give."""
+    found = [report.in_bits for report in reports if report.in_bits is not None]
+    places = [one.first_within("cache", TOLERANCE) for one in found]
+    bits = [one.bits[at] for one, at in zip(found, places, strict=True) if at is not None]
+    sentences = []
+    if shares.kivi < AS_MANY * shares.cache:
+        sentences.append(
+            f"Round K and V plainly (KIVI): every head stays within 5% of the output, and they take {shares.kivi:.0%} "
+            f"of their bytes; in a cache with bits they take {shares.cache:.0%}, by ranks {shares.ranks:.0%}."
+        )
+    else:
+        few, most = (f"{x:.3g}" for x in (min(bits), max(bits)))
+        asked = most if few == most else f"{few} to {most}"
+        n_exact = len(reports) - len(bits)
+        but = f" ({n_exact} of {len(reports)} layers exact)" if n_exact else ""
+        sentences.append(
+            f"Keep K and V in bits: with bits={asked}{but} every head stays within 5% of the output, and they take "
+            f"{shares.cache:.0%} of their bytes; rounded plainly (KIVI) they take {shares.kivi:.0%}, by ranks "
+            f"{shares.ranks:.0%}."
+        )
+    at_int8 = [pair for report in reports if (pair := report.at_int8) is not None]
+    if at_int8:
+        ranks, rounded = np.median(at_int8, axis=0)
+        if ranks > rounded:
+            sentences.append(
+                f"Ranks alone lose: at the bytes of int8 the best of them are off by {ranks:.1%} (median head), "
+                f"int8 by {rounded:.1%}."
+            )
+    n_bytes = sum(one.map_bytes for one in found)
+    return [
+        *sentences,
+        "Bits save memory, not time: a step decodes all keys and values. Maps of a cache take "
+        f"{n_bytes / 1e6:.2g} MB besides, once for any number of tokens.",
     ]
 
 

@@ -9,6 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import slra
+from slra._backends.standard.bits import TOKENS
+from slra.attn.fit import fit_problem
+from slra.attn.problem import make_problem
+from slra.baselines._kivi import round_by_groups
 from slra.cli.demo import (
     METHODS,
     N_ROUNDS,
@@ -22,6 +26,7 @@ __all__ = [
     "N_LAYERS",
     "TOLERANCES",
     "WORTH_BYTES",
+    "InBits",
     "LayerReport",
     "Timing",
     "count_steps",
@@ -33,14 +38,46 @@ __all__ = [
 TOLERANCES = (0.1, 0.05, 0.01)
 # Compressing is advised where no more than this share of the bytes is left; elsewhere nothing is timed.
 WORTH_BYTES = 0.75
-# Ranks looked at beside 1, 2 and 4, at most: each costs three fits and three attentions.
+# Ranks looked at beside 1, 2 and 4, at most: each costs three attentions.
 N_RANKS = 8
-# Queries that errors are taken over, at most: all of 2048 took three times as long, for the same verdicts.
-N_QUERIES = 512
+# Bits of an integer of plain rounding; zero points and scales come on top. The first are what ranks are held against.
+KIVI_BITS = (8, 6, 5, 4, 3, 2)
+GROUP_SIZE = 64
+# Tokens from which on bits are looked at: eight blocks of those that are packed together.
+LEAST_FOR_BITS = 8 * TOKENS
+# Queries that errors are taken over, at most: eight times as many took four times as long, for the same verdicts.
+N_QUERIES = 256
 # Layers looked at unless all are asked for: SmolLM2's 30 at 2048 tokens would take minutes.
 N_LAYERS = 5
 
 Needed = list[int | None]
+
+
+class InBits(NamedTuple):
+    """Keys and values in as many bits a number, one way and the other; queries of the second half of the tokens.
+
+    Attributes
+    ----------
+    bits : list of float
+        Of plain rounding (KIVI), with zero points and scales.
+    taken : list of float
+        Of a cache in bits, headers counted, that is asked for as many.
+    errors : dict of str to array, shape (bits, query heads)
+        Relative error of the output: "cache", its basis fitted to the first half, and "kivi".
+    map_bytes : int
+        Bytes of the maps of the cache, whatever the number of tokens and sequences.
+    """
+
+    bits: list[float]
+    taken: list[float]
+    errors: dict[str, NDArray[np.float64]]
+    map_bytes: int
+
+    def first_within(self, way: str, tolerance: float) -> int | None:
+        """Place of the fewest bits from which on every head is within a tolerance; None where none are enough."""
+        is_within = (self.errors[way] <= tolerance).all(axis=1)
+        n_within = int(np.cumprod(is_within).sum())
+        return n_within - 1 if n_within else None
 
 
 class Timing(NamedTuple):
@@ -70,6 +107,7 @@ class LayerReport(NamedTuple):
     exact_bytes: int
     kv_bytes: dict[str, dict[float, int]]  # by method and tolerance
     best: str  # method with the fewest bytes
+    in_bits: InBits | None  # None where there are too few tokens
     exact_seconds: float
     timings: list[Timing]
 
@@ -77,6 +115,30 @@ class LayerReport(NamedTuple):
     def n_shared(self) -> int:
         """Query heads of a key head."""
         return len(self.query_heads) // len(self.key_heads)
+
+    def bytes_in_bits(self, way: str, tolerance: float) -> int:
+        """Bytes of K and V in the fewest bits that keep every head within a tolerance, or exact; maps not counted."""
+        at = None if self.in_bits is None else self.in_bits.first_within(way, tolerance)
+        return self.exact_bytes if at is None else min(self.exact_bytes, self.bytes_at(way, at))
+
+    def bytes_at(self, way: str, at: int) -> int:
+        """Bytes of K and V in the bits at a place of the list."""
+        assert self.in_bits is not None
+        bits = (self.in_bits.taken if way == "cache" else self.in_bits.bits)[at]
+        return round(bits * (self.layer.k.size + self.layer.v.size) / 8)
+
+    @property
+    def at_int8(self) -> tuple[float, float] | None:
+        """Median errors where bytes are those of int8: of the best ranks, bases not counted, and of plain rounding."""
+        if self.in_bits is None:
+            return None
+        n_tokens = math.prod(self.layer.k.shape[:-1])
+        sizes = [np.dot(_pair(rank, self.layer), self.layer.itemsizes) for rank in self.ranks]
+        n_fit = sum(n_tokens * size <= self.bytes_at("kivi", 0) for size in sizes)
+        if not n_fit:
+            return None
+        ranks = min(float(np.median(errors[n_fit - 1])) for errors in self.errors.values())
+        return ranks, float(np.median(self.in_bits.errors["kivi"][0]))
 
 
 def ranks_of(layer: Layer) -> list[int]:
@@ -89,7 +151,14 @@ def ranks_of(layer: Layer) -> list[int]:
 def count_steps(layers: list[Layer]) -> int:
     """How often `measure` calls ``advance`` over all layers."""
     n_spectra = 3
-    return sum(n_spectra + len(METHODS) * len(ranks_of(layer)) + N_ROUNDS for layer in layers)
+
+    def n_fits(layer: Layer) -> int:
+        return len(METHODS) * (1 if _halves(layer) is None else 2)
+
+    return sum(
+        n_spectra + n_fits(layer) * len(ranks_of(layer)) + len(_kivi_bits(layer)) + N_ROUNDS
+        for layer in layers
+    )
 
 
 def sample_of(layers: list[Layer]) -> list[Layer]:
@@ -107,6 +176,7 @@ def measure_all(layers: list[Layer], advance: Callable[[], object]) -> Iterator[
             with np.errstate(all="ignore"):
                 report = measure(layer, advance)
             found = [*report.errors.values(), *report.in_sample.values()]
+            found += [] if report.in_bits is None else report.in_bits.errors.values()
             is_finite = all(np.isfinite(errors).all() for errors in found)
         except ValueError:  # of LAPACK, or of what looks at the scores
             is_finite = False
@@ -143,6 +213,7 @@ def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:
     best = min(reversed(METHODS), key=lambda method: kv_bytes[method][0.05])
     exact_bytes = _exact_bytes(layer) * math.prod(layer.k.shape[:-2])
     is_worth = kv_bytes[best][0.05] <= WORTH_BYTES * exact_bytes
+    in_bits = _in_bits(layer, advance) if _kivi_bits(layer) else None
     exact_seconds, timings = _timings(layer, best, needed[best] if is_worth else {}, advance)
     return LayerReport(
         layer,
@@ -158,9 +229,42 @@ def measure(layer: Layer, advance: Callable[[], object]) -> LayerReport:
         exact_bytes,
         kv_bytes,
         best,
+        in_bits,
         exact_seconds,
         timings,
     )
+
+
+class _Queries(NamedTuple):
+    """Some of the queries of a layer, and options under which each sees the keys that it saw."""
+
+    q: NDArray[Any]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, layer: Layer, rows: NDArray[Any]) -> "_Queries":
+        """Take these rows."""
+        n, n_keys = layer.q.shape[-2], layer.k.shape[-2]
+        options, mask = _options(layer), layer.options.get("mask")
+        if len(rows) == n:
+            return cls(layer.q, options)
+        if mask is not None:
+            mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+        elif layer.options.get("is_causal"):
+            mask = np.arange(n_keys) <= rows[:, None] + n_keys - n
+        return cls(layer.q[..., rows, :], {**options, "is_causal": False, "mask": mask})
+
+    @classmethod
+    def sample(cls, layer: Layer, first: int = 0) -> "_Queries":
+        """Draw `N_QUERIES` of those from one on, or take all."""
+        rows = np.arange(first, layer.q.shape[-2])
+        if len(rows) > N_QUERIES:
+            rows = np.sort(np.random.default_rng(0).permutation(rows)[:N_QUERIES])
+        return cls.of(layer, rows)
+
+    def attend(self, k: NDArray[Any], v: NDArray[Any]) -> NDArray[np.float64]:
+        """Attend exactly."""
+        return np.asarray(slra.attention(self.q, k, v, **self.options), dtype=np.float64)
 
 
 class _Errors(NamedTuple):
@@ -171,37 +275,88 @@ class _Errors(NamedTuple):
 
 def _errors(layer: Layer, advance: Callable[[], object]) -> _Errors:
     """Relative error of each head by method, (ranks, query heads), on queries that a fit has not seen and has."""
-    q, k, v, options = layer.q, layer.k, layer.v, _options(layer)
-    asked, seen = _sampled_queries(layer)
-    exact = np.asarray(slra.attention(asked, k, v, **seen), dtype=np.float64)
-    held_out, in_sample, is_held_out = {}, {}, True
+    whole = _Queries.of(layer, np.arange(layer.q.shape[-2]))
+    halves = _halves(layer)
+    seen, late = (whole, _Queries.sample(layer)), halves
+    held_out, in_sample = {}, {}
     for method in METHODS:
-        found = []
-        for rank in ranks_of(layer):
-            basis = slra.fit_attention(q, k, v, _pair(rank, layer), method=method, **options)
-            out = np.asarray(basis.attend(asked, k, v, **seen))
-            expected = np.asarray(basis.error, dtype=np.float64).ravel()
-            found.append((expected, relative_errors(out, exact).ravel()))
-            is_held_out = basis.is_held_out
-            advance()
-        held_out[method], in_sample[method] = map(np.stack, zip(*found, strict=True))
-    if not is_held_out:
-        held_out = in_sample
-    return _Errors(held_out, in_sample, is_held_out)
+        in_sample[method] = _errors_by_rank(layer, method, *seen, advance)
+        if late is not None:
+            held_out[method] = _errors_by_rank(layer, method, *late, advance)
+    return _Errors(held_out or in_sample, in_sample, halves is not None)
 
 
-def _sampled_queries(layer: Layer) -> tuple[NDArray[Any], dict[str, Any]]:
-    """Return `N_QUERIES` of the queries, or all, and options under which each sees the keys that it saw."""
-    n, n_keys = layer.q.shape[-2], layer.k.shape[-2]
-    if n <= N_QUERIES:
-        return layer.q, _options(layer)
-    rows = np.sort(np.random.default_rng(0).permutation(n)[:N_QUERIES])
-    mask = layer.options.get("mask")
-    if mask is not None:
-        mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
-    elif layer.options.get("is_causal"):
-        mask = np.arange(n_keys) <= rows[:, None] + n_keys - n
-    return layer.q[..., rows, :], {**_options(layer), "is_causal": False, "mask": mask}
+def _halves(layer: Layer) -> tuple[_Queries, _Queries] | None:
+    """Cut the queries into the first half and a sample of the others; None where there is only one."""
+    half = layer.q.shape[-2] // 2
+    return (_Queries.of(layer, np.arange(half)), _Queries.sample(layer, half)) if half else None
+
+
+def _errors_by_rank(
+    layer: Layer, method: str, first: _Queries, asked: _Queries, advance: Callable[[], object]
+) -> NDArray[np.float64]:
+    """Relative error of each head, (ranks, query heads), of a fit to some queries on others.
+
+    Columns of the maps come in order of importance: one fit has all ranks.
+    """
+    k, v = layer.k, layer.v
+    exact = asked.attend(k, v)
+    problem = make_problem(first.q, k, v, **first.options)
+    fitted = fit_problem(problem, _pair(max(_limits(layer)), layer), rtol=None, method=method)
+    errors = []
+    for rank in ranks_of(layer):
+        ranks = (_pair(rank, layer),) * len(fitted.ranks)
+        maps = fitted.factors.maps(ranks, problem.xp).by_head(problem)
+        basis = slra.AttentionBasis(**maps, ranks=ranks, error=maps["wq"][..., 0, 0])
+        out = np.asarray(basis.attend(asked.q, k, v, **asked.options))
+        errors.append(relative_errors(out, exact).ravel())
+        advance()
+    return np.stack(errors)
+
+
+def _kivi_bits(layer: Layer) -> tuple[int, ...]:
+    return KIVI_BITS if layer.k.shape[-2] >= LEAST_FOR_BITS else ()
+
+
+def _in_bits(layer: Layer, advance: Callable[[], object]) -> InBits:
+    """Round keys and values both ways; the cache's basis is that of the first half of the queries."""
+    k, v, (n_keys, width_v) = layer.k, layer.v, layer.v.shape[-2:]
+    first, asked = _halves(layer) or (_Queries.sample(layer),) * 2
+    exact = asked.attend(k, v)
+    # Under causality the first half is a prefix.
+    seen = slice(n_keys - layer.q.shape[-2] + first.q.shape[-2])
+    if not layer.options.get("is_causal"):
+        seen = slice(None)
+    elif first.options["mask"] is not None:
+        first.options["mask"] = first.options["mask"][..., seen]
+    basis = slra.fit_attention(first.q, k[..., seen, :], v[..., seen, :], 1, **first.options)
+    # Tokens that wait for their block to be full are exact in a cache.
+    end = n_keys - n_keys % TOKENS
+    took, taken = [], []
+    errors: dict[str, list[Any]] = {"cache": [], "kivi": []}
+    for bits in _kivi_bits(layer):
+        pair = _with_scales(bits, end), _with_scales(bits, width_v)
+        took.append(float(np.average(pair, weights=(k.shape[-1], width_v))))
+        cache = slra.KVCache(basis, bits=(min(pair[0], 10), min(pair[1], 10))).append(k, v)
+        taken.append(cache.bits)
+        kivi = [
+            np.concat([_rounded(x[..., :end, :], bits, axis), x[..., end:, :]], axis=-2)
+            for x, axis in ((k, -2), (v, -1))
+        ]
+        for way, held in (("cache", cache.decode()), ("kivi", kivi)):
+            errors[way].append(relative_errors(asked.attend(*held), exact).ravel())
+        advance()
+    map_bytes = slra.KVCache(basis, bits=8).nbytes
+    return InBits(took, taken, {way: np.stack(x) for way, x in errors.items()}, map_bytes)
+
+
+def _rounded(x: NDArray[Any], bits: int, axis: int) -> NDArray[Any]:
+    return np.asarray(round_by_groups(x, bits, axis, GROUP_SIZE, np))
+
+
+def _with_scales(bits: int, n: int) -> float:
+    """Bits of a number where groups along n numbers have a zero point and a scale, in half precision."""
+    return bits + 32 * -(-n // GROUP_SIZE) / n
 
 
 def _options(layer: Layer) -> dict[str, Any]:

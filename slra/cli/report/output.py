@@ -14,14 +14,17 @@ from slra.cli.demo import METHODS
 from slra.cli.report.advice import TOLERANCE as ADVISED
 from slra.cli.report.advice import advise, verdict
 from slra.cli.report.arrays import Layer
-from slra.cli.report.measure import TOLERANCES, LayerReport
+from slra.cli.report.measure import TOLERANCES, InBits, LayerReport
 
 __all__ = [
+    "BITS_CAPTION",
+    "BITS_HEADERS",
     "HEAD_HEADERS",
     "METHOD_HEADERS",
     "OVERVIEW_CAPTION",
     "OVERVIEW_HEADERS",
     "attends",
+    "bits_rows",
     "heads_rows",
     "methods_rows",
     "overview",
@@ -41,10 +44,28 @@ HEAD_HEADERS = (
     *(f"eff. rank\n{name}" for name in "QKV"),
     *(f"rank\n{t:.0%}" for t in TOLERANCES),
 )
-OVERVIEW_HEADERS = ("layer", *(f"K, V\nat {t:.0%}" for t in TOLERANCES), "best\nmethod", "rank")
+BITS_HEADERS = (
+    "bits",
+    "cache\ntakes",
+    "K, V\n/ exact",
+    *(f"{way}\n{which}" for way in ("cache", "KIVI") for which in ("median", "worst")),
+)
+BITS_CAPTION = (
+    "Error of the output, held out. KIVI: plain rounding in groups, so many bits a number with zero points and scales. "
+    "Cache: KVCache(bits=...) that is asked for as many, headers counted; its maps come on top, once."
+)
+OVERVIEW_HEADERS = (
+    "layer",
+    *(f"ranks\n{t:.0%}" for t in TOLERANCES),
+    "best\nmethod",
+    "rank",
+    *(f"{way}\n{ADVISED:.0%}" for way in ("bits", "KIVI")),
+    "bits",
+)
 OVERVIEW_CAPTION = (
-    "K, V: bytes over exact at a tolerance of the output, each head at the rank it needs. "
-    f"rank: that of the hardest head at {ADVISED:.0%}."
+    "Bytes of K and V over exact at a tolerance of the output: each head at the rank it needs, a cache with bits "
+    "(maps not counted), plain rounding (KIVI). "
+    f"rank, bits: those of the hardest head at {ADVISED:.0%}."
 )
 
 
@@ -58,6 +79,20 @@ def methods_rows(report: LayerReport) -> list[list[str]]:
             stored = report.kv_bytes[method][tolerance] / report.exact_bytes
             middle, worst = float(np.quantile(found, 0.5, method="lower")), max(found)
             rows.append([method, f"{tolerance:.0%}", _rank(middle), _rank(worst), f"{stored:.2f}"])
+    return rows
+
+
+def bits_rows(report: LayerReport) -> list[list[str]]:
+    """Return the cells under `BITS_HEADERS`, none where bits were not looked at."""
+    found = report.in_bits
+    if found is None:
+        return []
+    rows = []
+    for i, bits in enumerate(found.bits):
+        errors = [_middle_and_worst(found.errors[way][i]) for way in ("cache", "kivi")]
+        stored = report.bytes_at("kivi", i) / report.exact_bytes
+        cells = [f"{bits:.3g}", f"{found.taken[i]:.3g}", f"{stored:.2f}"]
+        rows.append([*cells, *(f"{x:.2g}" for pair in errors for x in pair)])
     return rows
 
 
@@ -88,9 +123,26 @@ def overview_rows(reports: list[LayerReport]) -> list[list[str]]:
     for report in reports:
         stored = [report.kv_bytes[report.best][t] / report.exact_bytes for t in TOLERANCES]
         needed = [np.inf if r is None else r for r in report.needed[report.best][ADVISED]]
-        cells = [*(f"{x:.2f}" for x in stored), report.best, _rank(max(needed))]
+        cells = [
+            *(f"{x:.2f}" for x in stored),
+            report.best,
+            _rank(max(needed)),
+            *_bits_cells(report),
+        ]
         rows.append([report.layer.name, *cells])
     return rows
+
+
+def _bits_cells(report: LayerReport) -> list[str]:
+    """Bytes in bits over exact, in a cache and rounded plainly, and the bits of the cache, at the tolerance advised."""
+    if report.in_bits is None:
+        return ["", "", ""]
+    shares = [report.bytes_in_bits(way, ADVISED) / report.exact_bytes for way in ("cache", "kivi")]
+    at = report.in_bits.first_within("cache", ADVISED)
+    return [
+        *(f"{x:.2f}" for x in shares),
+        "none" if at is None else f"{report.in_bits.bits[at]:.3g}",
+    ]
 
 
 def attends(layer: Layer) -> str:
@@ -112,7 +164,7 @@ def show(console: Console, title: str, reports: list[LayerReport], *, details: b
             if len(reports) > 1:
                 console.print(*advise(report), sep="\n", markup=False, highlight=False)
     elif len(reports) == 1:
-        console.print(tables(reports[0])[0])
+        console.print(*tables(reports[0])[: 1 if reports[0].in_bits is None else 2])
     if len(reports) > 1:
         console.print(overview(reports))
 
@@ -128,7 +180,7 @@ def overview(reports: list[LayerReport]) -> Table:
 
 
 def tables(report: LayerReport) -> list[Table]:
-    """One table by method, one by error, and one by head."""
+    """One table by method, one by bits where there are any, one by error, and one by head."""
     name = escape(report.layer.name)
     by_method = Table(
         title=f"{name}: rank that keeps the attention output within a tolerance",
@@ -144,8 +196,10 @@ def tables(report: LayerReport) -> list[Table]:
         caption=f'Effective rank: exp of the entropy of the singular values. Rank needed by "{report.best}".',
         caption_justify="left",
     )
+    by_bits = Table(title=f"{name}: bits", caption=BITS_CAPTION, caption_justify="left")
     columns = (
         (by_method, METHOD_HEADERS),
+        (by_bits, BITS_HEADERS),
         (by_error, ["rank", *(f"{m}\n{which}" for m in METHODS for which in ("median", "worst"))]),
         (by_head, HEAD_HEADERS),
     )
@@ -154,6 +208,8 @@ def tables(report: LayerReport) -> list[Table]:
             table.add_column(header, justify="left" if header == "method" else "right")
     for row in methods_rows(report):
         by_method.add_row(*row)
+    for row in bits_rows(report):
+        by_bits.add_row(*row)
     for i, rank in enumerate(report.ranks):
         cells = [
             [f"{x:.2g}" for method in METHODS for x in _middle_and_worst(errors[method][i])]
@@ -162,7 +218,7 @@ def tables(report: LayerReport) -> list[Table]:
         by_error.add_row(str(rank), *("\n".join(cell) for cell in zip(*cells, strict=True)))
     for row in heads_rows(report):
         by_head.add_row(*row)
-    return [by_method, by_error, by_head]
+    return [by_method, *([by_bits] if by_bits.row_count else []), by_error, by_head]
 
 
 def _middle_and_worst(errors: NDArray[np.float64]) -> tuple[float, float]:
@@ -201,7 +257,27 @@ def _layer(report: LayerReport) -> dict[str, Any]:
         "exact_bytes": report.exact_bytes,
         "bytes": report.kv_bytes,
         "best_method": report.best,
+        "in_bits": None if report.in_bits is None else _bits(report, report.in_bits),
         "exact_seconds": report.exact_seconds,
         "timings": [timing._asdict() for timing in report.timings],
         "advice": advise(report),
+    }
+
+
+def _bits(report: LayerReport, found: InBits) -> dict[str, Any]:
+    return {
+        "bits": found.bits,
+        "bits_taken": found.taken,
+        "errors": {way: x.tolist() for way, x in found.errors.items()},
+        "needed_bits": {
+            way: {
+                t: None if (at := found.first_within(way, t)) is None else found.bits[at]
+                for t in TOLERANCES
+            }
+            for way in found.errors
+        },
+        "bytes": {
+            way: {t: report.bytes_in_bits(way, t) for t in TOLERANCES} for way in found.errors
+        },
+        "map_bytes": found.map_bytes,
     }

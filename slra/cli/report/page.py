@@ -12,11 +12,14 @@ from slra.cli.plots import METHOD_STYLES
 from slra.cli.report.advice import advise
 from slra.cli.report.measure import LayerReport
 from slra.cli.report.output import (
+    BITS_CAPTION,
+    BITS_HEADERS,
     HEAD_HEADERS,
     METHOD_HEADERS,
     OVERVIEW_CAPTION,
     OVERVIEW_HEADERS,
     attends,
+    bits_rows,
     heads_rows,
     methods_rows,
     overview_rows,
@@ -52,11 +55,18 @@ def _section(report: LayerReport) -> str:
         f"<h3>Rank within a tolerance of the output</h3>"
         f"{table(METHOD_HEADERS, methods_rows(report))}"
         '<p class="note">Errors are relative, in the Frobenius norm, per head. '
-        "K, V: bytes over exact, each head at the rank it needs.</p>"
+        f"K, V: bytes over exact, each head at the rank it needs.</p>{_bits(report)}"
         f"<details><summary>Each head</summary>{table(HEAD_HEADERS, heads_rows(report))}"
         '<p class="note">Effective rank: exp of the entropy of the '
         f"singular values. Ranks needed by {escape(report.best)}.</p></details></section>"
     )
+
+
+def _bits(report: LayerReport) -> str:
+    rows = bits_rows(report)
+    if not rows:
+        return ""
+    return f'<h3>Bits instead of ranks</h3>{table(BITS_HEADERS, rows)}<p class="note">{escape(BITS_CAPTION)}</p>'
 
 
 def _picture(report: LayerReport) -> str:
