@@ -455,9 +455,7 @@ class HeadsInBits(NamedTuple):
         """Read as `others` does all of some rows; (B, H, 1, rows, .)."""
         layout, waiting = self.rows.layout, self.rows.k.waiting
         lead = waiting[self.b, self.h, ...].shape[:2]
-        places = np.broadcast_to(
-            np.arange(rows.start, rows.stop), (*lead, 1, rows.stop - rows.start)
-        )
+        places = np.tile(np.arange(rows.start, rows.stop), (*lead, 1, 1))
         return self.others(
             layout.backend.from_numpy(places, waiting, layout.backend.place_dtype), dtype
         )

@@ -14,12 +14,14 @@ import numpy as np
 
 from slra._typing import Array, DType, Namespace
 
-__all__ = ["HEADER", "TOKENS", "WHOLE", "Bits", "bits_of_widths", "widths_of"]
+__all__ = ["HEADER", "NO_EXPONENT", "TOKENS", "WHOLE", "Bits", "bits_of_widths", "widths_of"]
 
 TOKENS = 16
 HEADER = 3
 # The width that says: not packed. A tile that would be this wide, or is not finite, is kept in floats.
 WHOLE = 15
+# Of a byte each, the exponent of integers of which one is not finite.
+NO_EXPONENT = 255
 # Bits of a token in the bytes of a plane, and bytes of a plane.
 BYTE, PLANE = 8, TOKENS // 8
 
@@ -101,6 +103,13 @@ class Bits:
         tiles = xp.reshape(xp.astype(codes, dtype), (n_blocks, n_heads, d, TOKENS))
         tiles = xp.permute_dims(tiles, (1, 0, 3, 2))
         return xp.reshape(tiles, (n_heads, n_blocks * TOKENS, d))
+
+    def from_bytes(self, codes: Array, exponents: Array, dtype: DType) -> Array:
+        """Integers (..., r) of a byte, times two to the exponents (..., 1); NaN where that is `NO_EXPONENT`."""
+        xp = self.xp
+        factor = 2.0 ** xp.astype(exponents, dtype)
+        factor = xp.where(exponents == NO_EXPONENT, xp.full_like(factor, xp.nan), factor)
+        return xp.astype(codes, dtype) * factor
 
     def unpack_tokens(
         self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: DType
