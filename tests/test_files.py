@@ -74,7 +74,7 @@ def _cache(number, size=4):
 def _parked(number, size=48):
     """A cache that has come back from a file already: parked with bits enough it stays as it is."""
     q, k, v = np.random.default_rng(number).standard_normal((3, 2, min(size, 2000), 4))
-    basis = slra.fit_attention(q[:, :48], k[:, :48], v[:, :48], 1)
+    basis = slra.fit_attention(q[:, :48], k[:, :48], v[:, :48], 1, across_heads=True)
     file = io.BytesIO()
     slra.KVCache(basis, bits=4, window=2).append(k, v).save(file, bits=10)
     return slra.KVCache.load(io.BytesIO(file.getvalue()))
