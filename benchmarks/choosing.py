@@ -290,6 +290,16 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
         "heads": table(head, by_keys, "lllrrr"),
         "model": table(["method", "heads choose", "divergence", "same token"], by_method, "llrr"),
     }
+    within = result["rtol"]
+    kept = (
+        within["rtol"],
+        within["heads"],
+        f"{100 * within['kept']:.0f}%",
+        f"{within['read']:.2f}",
+        f"{within['by query']} of {within['layers']}",
+    )
+    columns = ["rtol", "query heads", "keep to it", "read, of exact", "layers by the query"]
+    found["rtol"] = table(columns, [kept], "rrrrr")
     if set(STEPS) <= set(result):
         columns = ["keys", "heads", "tokens", "coordinates", "in full", "error", *names]
         found["steps"] = table(columns, by_length, "llrrlrrrr")

@@ -157,7 +157,9 @@ def _queries_from_afar(problem: AttentionProblem, rotary: tuple[float, ...]) -> 
     q, places = take_rows(problem.q, rows, backend), np.asarray(rows) + _first_place(problem)
     seen = shown(problem, rows)
     is_seen = np.ones((1, 1), dtype=bool) if seen is None else backend.to_numpy(seen)
-    n_before = np.cumsum(np.broadcast_to(is_seen, (*is_seen.shape[:-1], n_keys)), axis=-1)
+    n_before = np.cumsum(
+        np.broadcast_to(is_seen, (*is_seen.shape[:-1], n_keys)), axis=-1, dtype=np.int32
+    )
     turned = []
     for offset in np.arange(N_DISTANCES) / N_DISTANCES:
         # By the golden ratio, as rows are.

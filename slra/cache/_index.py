@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slra._backends.standard.bits import NO_EXPONENT, PLANE, TOKENS, WHOLE
+from slra._backends.standard.bits import NIBBLE, NO_EXPONENT, PLANE, TOKENS, WHOLE
 from slra._typing import Array, DType
 from slra.cache._layout import Layout
 
@@ -16,8 +16,6 @@ __all__ = ["Index"]
 
 # Leading coordinates are integers up to this, times a power of two of each token, as a byte.
 LARGEST = 127
-# Widths of two tiles are a byte.
-NIBBLE = 4
 
 
 class Index(NamedTuple):
@@ -103,18 +101,6 @@ class Index(NamedTuple):
         """Read leading coordinates (B, H, rows, r)."""
         codes, exponents = (x[:, :, rows, :] for x in self[:2])
         return layout.backend.from_bytes(codes, exponents, dtype)
-
-    def leading_at(self, at: Array, dtype: DType, layout: Layout) -> Array:
-        """Read leading coordinates of tokens (B, H, m); (B, H, m, r)."""
-        codes, exponents = (layout.backend.gather_rows(x, at) for x in self[:2])
-        return layout.backend.from_bytes(codes, exponents, dtype)
-
-    def tiles_at(self, at: Array, d: int, layout: Layout) -> tuple[Array, Array]:
-        """Widths (B, H, m, d) of the tiles that hold tokens (B, H, m), and what is before them, (B, H, m, 2)."""
-        xp, gather = layout.xp, layout.backend.gather_rows
-        pairs, starts = (gather(x, at // TOKENS) for x in self[2:])
-        both = xp.stack([pairs & WHOLE, pairs >> NIBBLE], axis=-1)
-        return xp.reshape(both, (*pairs.shape[:-1], 2 * pairs.shape[-1]))[..., :d], starts
 
 
 def _tables(widths: Array, used: Array) -> tuple[Array, Array]:
