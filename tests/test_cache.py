@@ -1059,6 +1059,17 @@ def test_a_prefix_in_bits_needs_no_rank():
         slra.KVCache.from_prefix(q, k, v, rtol=0.1, bits=4)
 
 
+@pytest.mark.parametrize("across_heads", [False, True])
+def test_keys_that_are_hidden_take_no_bits(across_heads):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 96, 8))
+    hidden_k, hidden_v = (np.concatenate([x, 1e3 + x], axis=-2) for x in (k, v))
+    fit = functools.partial(slra.fit_attention, rank=4, across_heads=across_heads)
+    seen = fit(q, k, v).coding
+    masked = fit(q, hidden_k, hidden_v, mask=np.arange(192)[None] < 96).coding
+    for name in ("rate_k", "rate_v"):
+        np.testing.assert_allclose(getattr(masked, name), getattr(seen, name), rtol=1e-12)
+
+
 def _without_coding(basis):
     names = ("wq", "wk", "wv", "uv", "c", "mu", "ranks", "error")
     return slra.AttentionBasis(*(getattr(basis, name) for name in names))

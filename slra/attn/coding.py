@@ -127,7 +127,13 @@ def fit_coding(
         seen = xp.mean(seen, axis=-4, keepdims=True)
     has_heads = any(problem.with_heads)
     importance = [xp.sum(x * x * seen, axis=-2)[..., None, :] for x in (k, v)]
-    rates = [_rates(x, one, problem) for x, one in zip((k, v), importance, strict=True)]
+    # What no query sees is as good as not there: of padding a cache has no blocks.
+    is_seen = np.any(backend.to_numpy(seen)[..., 0] > 0, axis=tuple(range(seen.ndim - 2)))
+    at = backend.from_numpy(np.flatnonzero(is_seen | ~np.any(is_seen)), k, backend.place_dtype)
+    rates = [
+        _rates(xp.take(x, at, axis=-2), one, problem)
+        for x, one in zip((k, v), importance, strict=True)
+    ]
     named = [ungroup_heads(x, has_heads, backend) for x in (wq, wk, wv, c, mu)]
     frequencies = backend.from_numpy(np.asarray(rotary or (), dtype=np.float64), k)
     frequencies = frequencies + xp.zeros_like(rates[0][..., :1])
