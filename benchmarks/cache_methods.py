@@ -5,13 +5,16 @@
 SmolLM2-135M-Instruct reads a prompt exactly; then its cache is kept in few bits, few dimensions or few tokens, and the
 model goes on from it: over a span of the prompt once more, over the text that follows, and over the tokens that it
 writes by itself on the exact cache. The first 4 tokens and the last 32 are exact for all methods that keep all tokens.
+Then how long a prompt takes to read and to keep, and a step from it: a minute or two that want a machine of their own.
 """
 
 import argparse
 import functools
 import inspect
+import io
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -28,13 +31,16 @@ from benchmarks.cache_models import (
     WINDOW,
     Layer,
     attention_inputs,
+    fitted_to_park,
     load,
     parked,
 )
-from benchmarks.common import earlier, save, table
+from benchmarks.common import earlier, interleaved, save, table
 from slra.attn.problem import make_problem
 from slra.baselines._kivi import round_by_groups
 from slra.baselines._snapkv import votes
+from slra.integrations._transformers_rotary import turned
+from slra.integrations.transformers_cache import LowRankCache
 
 GROUP_SIZE = 64
 # Tokens read once more, tokens of the text that follows, and tokens written.
@@ -79,9 +85,18 @@ def live(layer: Layer, fit: Layer, bits: float) -> Kept:
     return *cache.decode(), cache.nbytes
 
 
-def in_files(layer: Layer, fit: Layer, bits: float) -> Kept:
-    back, n_bytes = parked(cached(layer, fitted(fit, 1), bits=8), bits)
-    return *back.decode(), n_bytes
+@functools.cache
+def to_park(fit: Layer, rotary: tuple[float, ...]) -> slra.AttentionBasis:
+    return fitted_to_park(fit, list(rotary))
+
+
+def in_files(layer: Layer, fit: Layer, bits: float, rotary: tuple[float, ...]) -> Kept:
+    """Keys before the rotation, all heads together; files without maps."""
+    (q, k, v), basis = layer, to_park(fit, rotary)
+    cache = cached((q, turned(k, rotary, back=True), v), basis, bits=8, rotary=rotary)
+    back, n_bytes = parked(cache, bits, basis)
+    before, values = back.decode()
+    return turned(before, rotary), values, n_bytes
 
 
 def ranks(layer: Layer, fit: Layer, bits: float, method: str) -> Kept:
@@ -116,7 +131,7 @@ WAYS: dict[str, Callable[[Layer, Layer, float], Kept]] = {
     "exact": exact,
     "KIVI": kivi,
     "in bits": live,
-    "parked": in_files,
+    # And "parked", with the frequencies of the model.
     **{
         f"ranks, {method}": functools.partial(ranks, method=method)
         for method in ("output", "scores", "svd")
@@ -131,22 +146,24 @@ CASES: dict[tuple[int, int], list[tuple[str, str, tuple[float, ...]]]] = {
         ("exact", "", (32,)),
         ("KIVI", "", (8.5, 4.5, 3.5, 2.5)),
         ("in bits", "other text", SIZES),
-        ("in bits", "prompt", (4.5, 2.5, 1.5)),
-        ("parked", "other text", SIZES[1:]),
-        ("parked", "prompt", (2.5, 1.5)),
-        *((f"ranks, {method}", "other text", FEW) for method in ("output", "scores", "svd")),
-        ("ranks, output", "prompt", FEW),
+        ("in bits", "prompt", (4.5, 2.5)),
+        ("parked", "other text", (4.5, 2.5, 2.2, 1.5)),
+        ("parked", "prompt", (2.5,)),
+        ("ranks, output", "other text", FEW),
+        ("ranks, output", "prompt", (8,)),
+        ("ranks, scores", "other text", (8,)),
+        ("ranks, svd", "other text", (8,)),
         ("SnapKV", "", FEW),
         ("StreamingLLM", "", FEW),
     ],
     (4096, 1): [
         ("exact", "", (32,)),
         ("KIVI", "", (8.5, 4.5, 3.5, 2.5)),
-        ("in bits", "other text", SIZES),
+        ("in bits", "other text", (8, 4.5, 2.5, 1.5)),
         ("parked", "other text", (2.5, 1.5)),
-        ("ranks, output", "other text", (8, 2.5)),
-        ("SnapKV", "", FEW),
-        ("StreamingLLM", "", FEW),
+        ("ranks, output", "other text", (8,)),
+        ("SnapKV", "", (8, 2.5)),
+        ("StreamingLLM", "", (8, 2.5)),
     ],
 }
 
@@ -217,7 +234,67 @@ def measured(model: Any, texts: list[torch.Tensor], other: list[Layer]) -> dict[
     return found
 
 
-def tables(result: dict[str, Any]) -> dict[str, Any]:
+# What a step is timed from: a way, and its bits. Rounding like KIVI's is simulated here, so its time says nothing.
+TIMED = (
+    ("exact", 32),
+    ("in bits", 4.5),
+    ("in bits", 2.5),
+    ("ranks, output", 8),
+    ("StreamingLLM", 2.5),
+)
+PARKED_AT = 2.5
+
+
+def held_by(way: str, bits: float, layers: list[Layer], other: list[Layer]) -> Any:
+    """A cache as a model takes it, with a prompt in it."""
+    options: dict[str, Any] = {"window": WINDOW, "n_sink": N_SINK}
+    rank = round(layers[0][1].shape[-1] * bits / HALF)
+    kept = [(k, v) for _, k, v in layers]
+    if way == "in bits":
+        cache = LowRankCache([fitted(one, 1) for one in other], bits=bits, **options)
+    elif way == "ranks, output":
+        cache = LowRankCache([fitted(one, rank) for one in other], dtype="float16", **options)
+    else:
+        cache = DynamicCache()
+        kept = [WAYS[way](*pair, bits)[:2] for pair in zip(layers, other, strict=True)]
+    fill(cache, kept)
+    return cache
+
+
+def times(model: Any, tokens: torch.Tensor, other: list[Layer]) -> list[dict[str, Any]]:
+    """Seconds to read a prompt, to keep what was read, and of a step; and to park it and read it back."""
+    rows = []
+    for n, _ in CASES:
+        start = time.perf_counter()
+        layers = attention_inputs(model, tokens[:, :n])
+        read, keeps, steps = time.perf_counter() - start, [], {}
+        for way, bits in TIMED:
+            held_by(way, bits, [(q, k[:, :64], v[:, :64]) for q, k, v in layers], other)  # fits
+            start = time.perf_counter()
+            cache = held_by(way, bits, layers, other)
+            keeps.append(time.perf_counter() - start)
+
+            def step(cache: Any = cache, n: int = n) -> None:
+                places = torch.full((1, 1), n)
+                model(tokens[:, n : n + 1], position_ids=places, past_key_values=cache)
+
+            steps[way, bits] = step
+        took = interleaved(steps, repeats=5)
+        for (way, bits), keep in zip(TIMED, keeps, strict=True):
+            row = {"n": n, "way": way, "bits": bits, "read": read, "keep": keep}
+            rows.append(row | {"step": statistics.median(took[way, bits])})
+            print(rows[-1], flush=True)
+    layers = attention_inputs(model, tokens[:, :N_TOKENS])
+    cache, file = held_by("in bits", 8, layers, other), io.BytesIO()
+    start = time.perf_counter()
+    cache.save(file, bits=PARKED_AT)
+    middle = time.perf_counter()
+    LowRankCache.load(io.BytesIO(file.getvalue()))
+    row = {"n": N_TOKENS, "way": "parked", "bits": PARKED_AT}
+    return [*rows, row | {"park": middle - start, "unpark": time.perf_counter() - middle}]
+
+
+def by_length(result: dict[str, Any]) -> dict[str, Any]:
     made = {}
     for n, n_texts in CASES:
         by_text = [result[f"{n}.{number}"] for number in range(n_texts)]
@@ -250,9 +327,34 @@ def tables(result: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+def tables(result: dict[str, Any]) -> dict[str, Any]:
+    made = by_length(result)
+    *rows, last = result["times"]
+    exact = {row["n"]: row["step"] for row in rows if row["way"] == "exact"}
+    shown = [
+        (
+            row["n"],
+            row["way"],
+            f"{row['bits']:g}",
+            f"{row['read']:.1f} s",
+            f"{row['keep']:.1f} s",
+            f"{1e3 * row['step']:.0f} ms",
+            f"{row['step'] / exact[row['n']]:.2f}",
+        )
+        for row in rows
+    ]
+    head = ["tokens", "method", "bits", "to read", "to keep", "a step", "of exact"]
+    made["times"] = table(head, shown, "rlrrrrr")
+    cells = [last["n"], f"{last['bits']:g}", f"{last['park']:.1f} s", f"{last['unpark']:.1f} s"]
+    made["parking"] = table(["tokens", "bits", "to park", "to read back"], [cells], "rrrr")
+    return made
+
+
 def main() -> None:
     torch.set_grad_enabled(False)
     tokenizer, model = load()
+    rotary = tuple(model.base_model.rotary_emb.inv_freq.tolist())
+    WAYS["parked"] = functools.partial(in_files, rotary=rotary)
     names = sorted(topics)
     longest = max(n for n, _ in CASES) + N_NEXT
 
@@ -265,6 +367,7 @@ def main() -> None:
     )
     texts = [documentation, inspect.getsource(argparse), inspect.getsource(statistics)]
     found = measured(model, [tokens(text) for text in texts], other)
+    found["times"] = times(model, tokens(documentation), other)
     save("cache_methods", found, tables, compared=COMPARED)
 
 

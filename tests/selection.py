@@ -60,6 +60,7 @@ THOROUGH = {
     "test_peers.py": "other libraries' tests",
     "test_prox_more.py::test_a_number_may_be_learned_and_traced": "compiles for long",
     "test_report.py::test_page_in_a_browser": "a browser",
+    "test_report.py::test_several_layers_are_advised_bits_together": "a page, and every table",
     "test_report_model.py": "models",
     "test_solvers.py::test_steps_are_found_where_nothing_can_be_looked_at": "compiles for long",
     "test_svd_never_wrong.py::test_structured_matrices": "many sizes",

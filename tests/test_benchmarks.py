@@ -82,7 +82,7 @@ def test_results_and_pages_name_each_other():
 def test_results_come_from_a_benchmark_that_is_there():
     # The study of training is over: its numbers stay, with how they came about in benchmarks/training.md.
     topics = set(benchmarks.topics())
-    assert set(pages.results()) - topics <= {"training", "kv_cache_generate"}
+    assert set(pages.results()) - topics <= {"training"}
     assert not {"common", "cosine_matrix", "pages"} & topics
     assert all(benchmarks.topics().values())
 

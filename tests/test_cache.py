@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 
 import array_api_compat as compat
+import array_api_compat.numpy as numpy_xp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import slra
 from slra._backends import backend_of
+from slra._backends import numpy as numpy_backend
 from slra._backends.standard.rows import runs
 from slra.attn import chosen as choosing
 from slra.cache import _layout
@@ -581,6 +583,20 @@ def test_each_query_reads_a_few_keys_in_full(xp, case):
             found = cache.attend(last, return_lse=True, return_rest=True, **given)
             for one, other in zip(found, right, strict=True):
                 np.testing.assert_allclose(to_numpy(one), other[:, -m:], rtol=0, atol=1e-12)
+
+
+def test_features_of_keys_are_read_tile_by_tile(monkeypatch):
+    """On NumPy, a few tokens at once, the last of them fewer; from keys that are part of a larger buffer."""
+    rng = np.random.default_rng(0)
+    buffer, q = rng.standard_normal((2, 3, 5, 20)), rng.standard_normal((2, 3, 4, 2))
+    k, places = (
+        buffer.swapaxes(-1, -2)[:, :, 2:19],
+        rng.permuted(np.tile(range(5), (2, 3, 1)), axis=-1),
+    )
+    monkeypatch.setattr(numpy_backend, "CACHED_SCORES", 8)
+    found = backend_of(numpy_xp).few_features(q, k, places[..., :2])
+    right = q @ np.take_along_axis(k, places[..., None, :2], axis=-1).swapaxes(-1, -2)
+    np.testing.assert_allclose(found, right, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("index", [{}, {"index": "query", "rank_index": (3, 2)}])

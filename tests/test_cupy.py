@@ -119,6 +119,12 @@ def cached():
     return slra.KVCache(FITTED, bits=4).append(k, k)
 
 
+def choosing(**options):
+    """A query that reads a few of the tokens of a cache in full."""
+    k = np.random.default_rng(0).standard_normal((1, 64, 6))
+    return slra.KVCache(FITTED, n_top=3, **options).append(k, k).attend(k[:, -1:])
+
+
 def decoded(n_tokens=1, **options):
     """Tokens appended and attended to: several, and then one, of two sequences, the second of which may be shorter."""
     cache = slra.KVCache(FITTED, batch=(2,), **options)
@@ -226,6 +232,11 @@ CALLS = {
         | LONG_ROWS,
     ),
     "KVCache in bits": (lambda: cached().decode(), {"unpack"}),
+    "KVCache, a few keys in full": (choosing, {"mapped_queries", "scatter"}),
+    "KVCache, a few keys in full, in bits": (
+        lambda: choosing(bits=4),
+        {"mapped_queries", "scatter", "chosen_tokens"},
+    ),
     "KVCache": (decoded, DECODED),
     "KVCache, sequences of different lengths": (
         lambda: decoded(5),
@@ -357,6 +368,15 @@ def test_eigenvectors_that_are_none_are_seen(cupy_table, monkeypatch, dtype):
         np.conj(v).swapaxes(-1, -2) @ v, np.stack([np.eye(n)] * 5), atol=50 * eps
     )
     assert np.all(abs(g @ v - v * w[:, None, :]) <= 20 * n * eps * size[..., None])
+
+
+@needs_compiler
+def test_eigenvectors_of_matrices_too_large_for_a_block(cupy_table):
+    """What is looked at of each comes in parts."""
+    x = np.random.default_rng(0).standard_normal((16, 64, 64))
+    g = x + x.swapaxes(-1, -2)
+    w, v = cupy_table.small_eigh(g)
+    np.testing.assert_allclose(v * w[:, None, :] @ v.swapaxes(-1, -2), g, rtol=0, atol=1e-12)
 
 
 @needs_compiler
@@ -679,6 +699,10 @@ BOUND = "column <= limit ?"
 MUTANTS = {
     "no sign": Mutant("unpack", "float32", "code - (1 << width)", "code", "unpack_blocks"),
     "the other byte": Mutant("unpack", "float64", "(token >> 3)", "0", "unpack_blocks"),
+    "another token's": Mutant("chosen_tokens", "float32", "token % 16)", "token / 16)"),
+    "the width before": Mutant("chosen_tokens", "float64", "j <= column", "j < column"),
+    "one sequence's": Mutant("chosen_tokens", "float32", "element * n_bytes + ", ""),
+    "the index left": Mutant("chosen_tokens", "float64", "y -= ldexp", "y += ldexp"),
     "sign flipped": Mutant("soft_threshold", "float32", "x - (x <", "x + (x <"),
     "clipped to one sign": Mutant("soft_threshold", "float64", "x < -tau ? -tau", "x < -tau ? tau"),
     "NaN dropped": Mutant(

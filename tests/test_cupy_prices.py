@@ -435,6 +435,20 @@ def test_a_token_in_a_cache(cupy_table, case):
     assert bill.operand_copies == bill.pointer_kernels == bill.reads == 0
 
 
+@pytest.mark.parametrize(("options", "most"), [({}, 62), ({"bits": 4}, 85)])
+def test_a_token_that_chooses(cupy_table, options, most):
+    """Nothing is brought to the host: what is chosen is gathered and decoded where it is."""
+    q, k, v = random(3, 4, 400, 16)
+    basis = slra.fit_attention(q, k, v, 16, rng=0)
+    q, k, v = map(priced, (q, k, v))
+    with counting():
+        cache = slra.KVCache(basis, n_top=8, **options).append(k, v)
+    with counting() as bill:
+        cache.attend(q[:, :1])
+    assert bill.launches <= most
+    assert bill.pointer_kernels == bill.reads == 0
+
+
 def test_a_long_cache_is_read_once(cupy_table):
     small = random(3, 16, 200, 128)
     basis = slra.fit_attention(*small, 64, rng=0)

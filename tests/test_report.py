@@ -186,7 +186,7 @@ def test_bits_beside_ranks_against_the_cache_and_kivi(tmp_path, causal):
 
 def test_advice_is_bits_where_bits_win(tmp_path):
     """Ranks hold nothing of noise, int8 nearly all; of two dimensions in 16 they hold all, and bits are fewer bytes."""
-    path = write_npz(tmp_path / "a.npz", *(x.astype(np.float32) for x in gaussian(n=256)))
+    path = write_npz(tmp_path / "a.npz", *(x.astype(np.float32) for x in gaussian(n=128)))
     lines = run(path).stdout.splitlines()
     text = " ".join(lines)
     assert lines[1].startswith("Keep K and V in bits: with bits=")
@@ -197,7 +197,7 @@ def test_advice_is_bits_where_bits_win(tmp_path):
     assert "Bits save memory, not time" in text
     assert "Compress" not in text
     rng = np.random.default_rng(1)
-    q, k, v = (rng.standard_normal((2, 256, 2)) @ rng.standard_normal((2, 2, 16)) for _ in "qkv")
+    q, k, v = (rng.standard_normal((2, 128, 2)) @ rng.standard_normal((2, 2, 16)) for _ in "qkv")
     (layer,) = read_layers([write_npz(tmp_path / "b.npz", q, k, v)])
     report = measure(layer, lambda: None)
     said = " ".join(advise(report))

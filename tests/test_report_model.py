@@ -201,6 +201,24 @@ def test_a_report_on_a_decoder(tmp_path, kind, attends):
     assert [len(x["key_heads"]) for x in report["layers"]] == [2, 2]
 
 
+@pytest.mark.parametrize(("kind", "window"), [("Llama", None), ("Mistral", 40)])
+def test_a_report_on_a_decoder_has_bits(tmp_path, kind, window):
+    """Whatever hides tokens: the basis of a cache has seen the first half, and counts no bits of what that hides."""
+    options = {} if window is None else {"sliding_window": window}
+    build(kind, tmp_path / "model", **GROUPED, **options)
+    text = (9 * TEXT).encode()
+    done = run(tmp_path / "model", "--text", "-", "--json", tmp_path / "out", input=text)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[1].startswith(("Keep K and V in bits", "Round K and V plainly"))
+    for layer in json.loads((tmp_path / "out").read_text())["layers"]:
+        found = layer["in_bits"]
+        # From 256 tokens on a cache takes what it is asked for; of many bits the first blocks take more.
+        assert np.allclose(found["bits"][-3:], found["bits_taken"][-3:], rtol=0.03)
+        errors = {way: np.max(x, axis=1) for way, x in found["errors"].items()}
+        assert np.all(errors["cache"][:3] < 0.1)
+        assert np.all(errors["kivi"][:3] < 0.1)
+
+
 def refused(tmp_path, *args, **options):
     """The one line with which a report ends; nothing was written."""
     done = run(*args, "--json", tmp_path / "out.json", **options)

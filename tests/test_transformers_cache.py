@@ -423,14 +423,23 @@ def test_a_parked_cache_is_read_back_in_bits():
     file, exact = io.BytesIO(), io.BytesIO()
     cache.save(file, bits=3)
     cache.save(exact)
+    bare = io.BytesIO()
+    cache.save(bare, bits=3, bases={"0": bases(3)[0]})
+    assert len(bare.getvalue()) < len(file.getvalue())
+    with pytest.raises(ValueError, match="basis"):
+        LowRankCache.load(io.BytesIO(bare.getvalue()))
+    again = LowRankCache.load(io.BytesIO(bare.getvalue()), bases=[bases(3)[0]])
     assert len(file.getvalue()) < len(exact.getvalue())
     loaded = LowRankCache.load(io.BytesIO(file.getvalue()))
     assert torch.equal(loaded.layers[1].keys, k)
     parked = io.BytesIO()
     cache.layers[0].cache.save(parked, bits=3)
     right = slra.KVCache.load(io.BytesIO(parked.getvalue()), like=k).decode()
-    for one, other in zip(loaded.layers[0].cache.decode(), right, strict=True):
-        assert torch.equal(one, other)
+    for found in (loaded, again):
+        for one, other in zip(found.layers[0].cache.decode(), right, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    again.reset()
+    assert again.get_seq_length() == 0
     floats = LowRankCache({"0": bases(3)[0]})
     floats.update(k, v, 0)
     with pytest.raises(ValueError, match="bits must be None but for a cache that has bits"):

@@ -121,7 +121,7 @@ class CupyBackend(Backend):
             return self._eigh_each(g)
         xp, (w, V) = self.xp, super().small_eigh(g)
         overlaps = self.matmul(matrix_h(V, xp), V)
-        one = xp.eye(n, dtype=g.dtype), xp.ones_like(w)[..., None, :]
+        one = xp.broadcast_to(xp.eye(n, dtype=g.dtype), g.shape), xp.ones_like(w)[..., None, :]
         eps, largest = 16 * n * float(xp.finfo(g.dtype).eps), xp.max(xp.abs(w), axis=-1)
         ok = (self._misfit(self.matmul(g, V), V, w[..., None, :]) <= eps * largest) & (
             self._misfit(overlaps, *one) <= eps
@@ -682,17 +682,27 @@ class CupyBackend(Backend):
         out = xp.permute_dims(out, (2, 0, 1, 3))
         return xp.reshape(out, (n_heads, n_blocks * TOKENS, d))
 
-    def unpack_tokens(
-        self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: Any
+    def chosen_tokens(
+        self,
+        heap: Array,
+        whole: Array,
+        index: tuple[Array, Array, Array, Array],
+        at: Array,
+        d: int,
+        dtype: Any,
     ) -> Array:
-        """Gather and decode in one kernel, that of whole blocks."""
-        xp = self.xp
-        if not widths.size:
-            return super().unpack_tokens(heap, starts, widths, tokens, dtype)
-        width = xp.where(widths < WHOLE, widths, 0).astype(xp.int32)
-        start = PLANE * (starts[:, None] + xp.cumsum(width, axis=-1, dtype=xp.int64) - width)
-        token = tokens.astype(xp.int32)[:, None]
-        return KERNELS["unpack", np.dtype(dtype).name](heap, width, start, token)
+        """Gather, decode and subtract in one kernel: a thread for each number."""
+        xp, (codes, exponents, pairs, starts) = self.xp, index
+        if not at.size or not heap.size:
+            return super().chosen_tokens(heap, whole, index, at, d, dtype)
+        sizes = (*pairs.shape[2:], *codes.shape[2:], at.shape[1], heap.shape[2], whole.shape[2])
+        held = heap, pairs, starts, whole.astype(dtype, copy=False), codes, exponents
+        if not whole.size:
+            held = (*held[:3], xp.zeros((1,), dtype=dtype), *held[4:])
+        row = xp.arange(at.shape[0] * at.shape[1], dtype=xp.int64).reshape(*at.shape[:2], 1, 1)
+        column = xp.arange(d, dtype=xp.int32)
+        kernel = KERNELS["chosen_tokens", np.dtype(dtype).name]
+        return kernel(*held, row, at[..., None].astype(xp.int64, copy=False), column, *sizes)
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         """Fetch the values from the device."""

@@ -632,6 +632,31 @@ DEFINITIONS: dict[str, Elementwise | Reduction] = {
         "{T} y",
         "y = slra_integer(heap, start, width, token)",
     ),
+    "chosen_tokens": Elementwise(
+        REAL,
+        "raw uint8 heap, raw uint8 pairs, raw int64 starts, raw {T} whole, raw int8 codes, raw uint8 exponents, "
+        "int64 row, int64 token, int32 column, "
+        "int64 n_blocks, int64 n_pairs, int64 n, int64 r, int64 n_heads, int64 n_bytes, int64 n_whole",
+        "{T} y",
+        """
+        const long long tiles = row * n_blocks + token / 16, element = row / n_heads, held = row * n + token;
+        long long plane = starts[2 * tiles], tile = starts[2 * tiles + 1];
+        int width = 0;
+        for (int j = 0; j <= column; j++) {{
+            plane += width < 15 ? width : 0;
+            tile += width == 15;
+            width = pairs[tiles * n_pairs + j / 2] >> (j % 2 * 4) & 15;
+        }}
+        if (width == 15) {{
+            y = whole[(element * n_whole + tile) * 16 + token % 16];
+        }} else {{
+            y = slra_integer(heap, element * n_bytes + 2 * plane, width, int(token % 16));
+        }}
+        if (column < r && exponents[held] < 255) {{
+            y -= ldexp({C}(codes[held * r + column]), int(exponents[held]));
+        }}
+        """,
+    ),
     "keep_largest": Elementwise(
         REAL | COMPLEX,
         "raw {T} all, {T} x, int64 width, int64 k",

@@ -175,6 +175,11 @@ class NumpyBackend(Backend):
             out[index] = np.take(at(x, index), at(places, index)[:, 0], axis=0)
         return out
 
+    def exp_of_difference(self, x: Array, y: Array) -> Array:
+        """Make one new array, not two."""
+        out = x - y
+        return np.exp(out, out=out)
+
     def few_features(self, q: Array, k: Array, places: Array) -> Array:
         """Copy as many tokens at once as stay in the cache; features are contiguous."""
         n, step = k.shape[-2], CACHED_SCORES // max(1, places.shape[-1])
@@ -251,6 +256,10 @@ class NumpyBackend(Backend):
     def unpack_blocks(self, heap: Array, widths: Array, dtype: DType) -> Array:
         """Look up 8 integers for each byte."""
         return numpy_bits.unpack_blocks(heap, widths, dtype)
+
+    def from_bytes(self, codes: Array, exponents: Array, dtype: DType) -> Array:
+        """Multiply those rows that have an exponent."""
+        return numpy_bits.from_bytes(codes, exponents, dtype)
 
     def unpack_tokens(
         self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: DType

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from slra._backends.standard.bits import BYTE, PLANE, TOKENS, WHOLE
+from slra._backends.standard.bits import BYTE, NO_EXPONENT, PLANE, TOKENS, WHOLE
 from slra._typing import Array, DType
 
-__all__ = ["pack_tiles", "unpack_blocks", "unpack_tokens"]
+__all__ = ["from_bytes", "pack_tiles", "unpack_blocks", "unpack_tokens"]
 
 
 # Numbers that are unpacked at once: what is between takes some MB.
@@ -107,3 +107,13 @@ def unpack_tokens(heap: Array, starts: Array, widths: Array, tokens: Array, dtyp
             codes = -bit if plane == width - 1 else 2 * codes + bit
         out[tiles] = codes
     return out.reshape(widths.shape).astype(dtype)
+
+
+def from_bytes(codes: Array, exponents: Array, dtype: DType) -> Array:
+    """Multiply those rows that have an exponent: few do."""
+    out = codes.astype(dtype)
+    rows = np.nonzero(exponents[..., 0])
+    if len(rows[0]):
+        some = exponents[rows]
+        out[rows] *= np.where(some == NO_EXPONENT, np.nan, np.exp2(some, dtype=dtype)).astype(dtype)
+    return out

@@ -73,12 +73,13 @@ class Chosen(NamedTuple):
         if self.is_chosen is not None:
             more = xp.where(self.is_chosen[..., None, :], more, xp.zeros_like(more))
         if self.places is None:
-            weights, total, lse = _weights(self._scores(self.products + by_head(more)), xp)
+            scores = self._scores(self.products + by_head(more))
+            weights, total, lse = _weights(self.layout, scores)
             found = by_query(weights)
         else:
             places = by_head(xp.broadcast_to(self.places[..., None, :], more.shape))
             products = self.layout.backend.add_in_rows(self.products, places, by_head(more))
-            weights, total, lse = _weights(self._scores(products), xp)
+            weights, total, lse = _weights(self.layout, self._scores(products))
             found = by_query(self.layout.backend.at_places(weights, places))
         if self.is_chosen is not None:
             found = xp.where(self.is_chosen[..., None, :], found, xp.zeros_like(found))
@@ -124,12 +125,16 @@ def choose(
     n_top = min(n_top, n)
     if layout.top_p is None and shared == 1:
         return found._replace(places=_places(layout, scores, n_top))
-    weights, total, lse = _weights(scores, xp)
+    weights, total, lse = _weights(layout, scores)
     if others is not None:
         lse = xp.where(lse == -math.inf, xp.zeros_like(lse), lse + shift[..., 0])
         total = total * (1 + xp.exp(others - lse))
-    weights = weights / total[..., None]
-    mass = xp.sum(xp.reshape(weights, (*weights.shape[:2], shared, -1, n)), axis=2)
+    if total.shape[-1] == shared:
+        # A product reads the weights once, and makes no array of their size.
+        mass = (1 / total)[..., None, :] @ weights
+    else:
+        weights = weights / total[..., None]
+        mass = xp.sum(xp.reshape(weights, (*weights.shape[:2], shared, -1, n)), axis=2)
     if layout.top_p is None or n_top == 0:
         return found._replace(places=_places(layout, mass, n_top))
     # A key is needed where it, and those with less, have more than may be left.
@@ -171,11 +176,12 @@ def _places(layout: _Chooser, mass: Array, n_top: int) -> Array:
     return layout.xp.astype(places, layout.backend.place_dtype, copy=False)
 
 
-def _weights(scores: Array, xp: Namespace) -> tuple[Array, Array, Array]:
+def _weights(layout: _Chooser, scores: Array) -> tuple[Array, Array, Array]:
     """Exponentials of scores less their largest, their sum (1 for none), and the log-sum-exp."""
+    xp = layout.xp
     peak = xp.max(scores, axis=-1)
     peak = xp.where(peak == -math.inf, xp.zeros_like(peak), peak)
-    weights = xp.exp(scores - peak[..., None])
+    weights = layout.backend.exp_of_difference(scores, peak[..., None])
     total = xp.sum(weights, axis=-1)
     is_empty = total == 0
     total = xp.where(is_empty, xp.ones_like(total), total)

@@ -201,30 +201,6 @@ class Packed(NamedTuple):
             out = xp.reshape(rows, out.shape)
         return out
 
-    def at(self, places: Array, b: slice, h: slice, dtype: DType, layout: Layout) -> Array:
-        """Coordinates of tokens (B, H, m) of complete blocks, of some sequences and heads; (B, H, m, d)."""
-        xp, backend, n_planes = layout.xp, layout.backend, int(self.heap.shape[2]) // PLANE
-        assert self.lead is not None
-        index = Index(*(x[b, h, ...] for x in self.lead))
-        widths, starts = index.tiles_at(places, self.d, layout)
-        element = backend.from_numpy(np.arange(places.shape[0])[:, None, None], places)
-        read = backend.unpack_tokens(
-            xp.reshape(self.heap[b, ...], (-1,)),
-            xp.reshape(starts[..., 0] + n_planes * element, (-1,)),
-            xp.reshape(widths, (-1, self.d)),
-            xp.reshape(places % TOKENS, (-1,)),
-            dtype,
-        )
-        read = xp.reshape(read, widths.shape)
-        if not self.used[:, 1].any():
-            return read
-        is_whole = widths == WHOLE
-        among = xp.cumulative_sum(xp.astype(is_whole, places.dtype), axis=-1) - 1
-        tile = starts[..., 1:] + among + int(self.whole.shape[2]) * element[..., None]
-        at = xp.where(is_whole, TOKENS * tile + (places % TOKENS)[..., None], 0 * tile)
-        numbers = xp.take(xp.reshape(self.whole[b, ...], (-1,)), xp.reshape(at, (-1,)), axis=0)
-        return xp.where(is_whole, xp.astype(xp.reshape(numbers, at.shape), dtype), read)
-
     def indexed(self, n_leading: int, filled: Array, layout: Layout) -> "Packed":
         """Make the index of what is held anew."""
         xp, n_blocks = layout.xp, filled // TOKENS
@@ -439,25 +415,20 @@ class HeadsInBits(NamedTuple):
     def others(self, places: Array, dtype: DType) -> tuple[Array, Array]:
         """Read all coordinates of k' and v' at places (B, H, M, t), less those of the index; (B, H, M, t, .)."""
         layout, (*lead, n_queries, n) = self.rows.layout, places.shape
-        xp, found = layout.xp, []
-        at = xp.reshape(places, (*lead, n_queries * n))
-        for one in (self.rows.k, self.rows.v):
-            whole = one.at(at, self.b, self.h, dtype, layout)
-            known = self._index_of(one).leading_at(at, dtype, layout)
-            r = known.shape[-1]
-            # What is not finite is NaN by the index alone.
-            change = whole[..., :r] - xp.where(xp.isnan(known), xp.zeros_like(known), known)
-            rest = xp.concat([change, whole[..., r:]], axis=-1)
-            found.append(xp.reshape(rest, (*lead, n_queries, n, one.d)))
-        return found[0], found[1]
+        at = layout.xp.reshape(places, (*lead, n_queries * n))
+
+        def read(one: Packed) -> Array:
+            held = one.heap[self.b, ...], one.whole[self.b, ...], self._index_of(one)
+            rest = layout.backend.chosen_tokens(*held, at, one.d, dtype)
+            return layout.xp.reshape(rest, (*lead, n_queries, n, one.d))
+
+        return read(self.rows.k), read(self.rows.v)
 
     def all_others(self, rows: slice, dtype: DType) -> tuple[Array, Array]:
         """Read as `others` does all of some rows; (B, H, 1, rows, .)."""
         layout, waiting = self.rows.layout, self.rows.k.waiting
         lead = waiting[self.b, self.h, ...].shape[:2]
-        places = np.broadcast_to(
-            np.arange(rows.start, rows.stop), (*lead, 1, rows.stop - rows.start)
-        )
+        places = np.tile(np.arange(rows.start, rows.stop), (*lead, 1, 1))
         return self.others(
             layout.backend.from_numpy(places, waiting, layout.backend.place_dtype), dtype
         )

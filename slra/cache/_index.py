@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slra._backends.standard.bits import PLANE, TOKENS, WHOLE
+from slra._backends.standard.bits import NIBBLE, NO_EXPONENT, PLANE, TOKENS, WHOLE
 from slra._typing import Array, DType
 from slra.cache._layout import Layout
 
@@ -16,10 +16,6 @@ __all__ = ["Index"]
 
 # Leading coordinates are integers up to this, times a power of two of each token, as a byte.
 LARGEST = 127
-# The exponent of a token that is not finite: it reads as NaN.
-NONE = 255
-# Widths of two tiles are a byte.
-NIBBLE = 4
 
 
 class Index(NamedTuple):
@@ -66,10 +62,10 @@ class Index(NamedTuple):
         is_finite = xp.isfinite(size)
         size = xp.where(is_finite, size, xp.ones_like(size)) / LARGEST
         exponent = xp.ceil(xp.log2(xp.maximum(size, xp.ones_like(size))))
-        is_finite = is_finite & (exponent < NONE)
+        is_finite = is_finite & (exponent < NO_EXPONENT)
         leading = xp.where(is_finite, leading, xp.zeros_like(leading))
         leading = xp.clip(xp.round(leading * 2.0**-exponent), -LARGEST, LARGEST)
-        exponent = xp.where(is_finite, exponent, xp.full_like(exponent, NONE))
+        exponent = xp.where(is_finite, exponent, xp.full_like(exponent, NO_EXPONENT))
 
         blocks = np.where(
             np.arange(most) < n_blocks[:, None], before[:, None] + np.arange(most), -1
@@ -104,19 +100,7 @@ class Index(NamedTuple):
     def leading(self, rows: slice, dtype: DType, layout: Layout) -> Array:
         """Read leading coordinates (B, H, rows, r)."""
         codes, exponents = (x[:, :, rows, :] for x in self[:2])
-        return _scaled(codes, exponents, dtype, layout)
-
-    def leading_at(self, at: Array, dtype: DType, layout: Layout) -> Array:
-        """Read leading coordinates of tokens (B, H, m); (B, H, m, r)."""
-        codes, exponents = (layout.backend.gather_rows(x, at) for x in self[:2])
-        return _scaled(codes, exponents, dtype, layout)
-
-    def tiles_at(self, at: Array, d: int, layout: Layout) -> tuple[Array, Array]:
-        """Widths (B, H, m, d) of the tiles that hold tokens (B, H, m), and what is before them, (B, H, m, 2)."""
-        xp, gather = layout.xp, layout.backend.gather_rows
-        pairs, starts = (gather(x, at // TOKENS) for x in self[2:])
-        both = xp.stack([pairs & WHOLE, pairs >> NIBBLE], axis=-1)
-        return xp.reshape(both, (*pairs.shape[:-1], 2 * pairs.shape[-1]))[..., :d], starts
+        return layout.backend.from_bytes(codes, exponents, dtype)
 
 
 def _tables(widths: Array, used: Array) -> tuple[Array, Array]:
@@ -132,13 +116,6 @@ def _tables(widths: Array, used: Array) -> tuple[Array, Array]:
         x.reshape(b, n_blocks, h, -1).swapaxes(1, 2) for x in (starts, pairs.astype(np.uint8))
     )
     return starts, pairs
-
-
-def _scaled(codes: Array, exponents: Array, dtype: DType, layout: Layout) -> Array:
-    xp = layout.xp
-    factor = 2.0 ** xp.astype(exponents, dtype)
-    factor = xp.where(exponents == NONE, xp.full_like(factor, xp.nan), factor)
-    return xp.astype(codes, dtype) * factor
 
 
 def _put(buffer: Array, rows: Array, places: Array, layout: Layout) -> Array:

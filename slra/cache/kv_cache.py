@@ -92,7 +92,9 @@ class KVCache:
         key heads, one for each, a head being exact where it is no less than the tokens there are. The leading
         ``rank_index`` coordinates of all keys choose, one set for the query heads that share a key head, and are what
         counts of the other keys and of their values; all meet in one softmax. So the basis may be of rank D: what is
-        stored then is exact. Not with ``bits``, ``n_sparse``, ``rotary`` or ``drift_bound``.
+        stored then is exact. With ``bits`` or ``rtol`` leading coordinates are those of the coding, and are stored
+        once more, a byte each; only those chosen are decoded, and a block that is not full is exact. Not with
+        ``n_sparse``, ``rotary``, ``drift_bound``, or a basis fitted ``across_heads``.
     top_p : float, optional
         Instead of ``n_top``, or besides: as few keys as hold this share of the softmax, exact tokens counted, as far
         as the leading coordinates tell, on average over the query heads that share a key head.
@@ -102,7 +104,8 @@ class KVCache:
     index : {"leading", "query"}
         Which coordinates of the keys choose: the leading ones of the basis; or the features that are largest in the
         query, of the sum over the query heads that share a key head. Then keys are stored as they came, twice: by
-        feature, and by token. On decoders that rotate by position this errs far less for as much read.
+        feature, and by token; not with ``bits`` or ``rtol``. On decoders that rotate by position this errs far less for
+        as much read.
     capacity : int, optional
         Tokens to make room for; not with ``drift_bound``. Then memory does not grow, and more tokens are an error. On
         JAX it makes the cache a pytree of static shapes, to be used under ``jax.jit``, where tokens beyond it make
@@ -136,7 +139,8 @@ class KVCache:
         Bases in use.
     bits : float
         Bits that a number of the keys and values takes, of those that are neither sinks nor wait for their block to be
-        full; NaN where there is none. Maps, and room that is left, are not counted here but in ``nbytes``.
+        full; NaN where there is none. What queries choose by is counted. Maps, and room that is left, are not counted
+        here but in ``nbytes``.
     error_bound : ErrorBound
         With ``bits`` or ``rtol``: how far any key and any value may be from what came.
     error : array, shape (..., Hq), or None

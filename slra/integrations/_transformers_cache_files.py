@@ -24,8 +24,8 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 MOST = 2**31 - 1
 
 
-def save_layers(path: File, layers: Sequence[Any], bits: Any) -> None:
-    """Write all layers; those of a `KVCache` have it as ``cache``, and ``padding``."""
+def save_layers(path: File, layers: Sequence[Any], bits: Any, bases: Sequence[Any]) -> None:
+    """Write all layers; those of a `KVCache` have it as ``cache``, and ``padding``. Maps of bases are left out."""
     arrays: Arrays = {}
     described = []
     for i, layer in enumerate(layers):
@@ -35,7 +35,7 @@ def save_layers(path: File, layers: Sequence[Any], bits: Any) -> None:
                     f"a cache that is saved must hold tokens in each layer, layer {i} has none"
                 )
             file = io.BytesIO()
-            layer.cache.save(file, bits=bits)
+            layer.cache.save(file, bits=bits, basis=_at(bases, i))
             arrays[f"{i}.cache"] = np.frombuffer(file.getvalue(), np.uint8)
             described.append({"kind": "cache", "padding": layer.padding.tolist()})
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -59,14 +59,18 @@ def save_layers(path: File, layers: Sequence[Any], bits: Any) -> None:
     write_safetensors(path, arrays, {"format": FORMAT, "layers": json.dumps(described)})
 
 
+def _at(bases: Sequence[Any], i: int) -> Any:
+    return bases[i] if i < len(bases) else None
+
+
 def load_layers(
-    path: File, like: torch.Tensor, make: Callable[[KVCache, Any], Any]
+    path: File, like: torch.Tensor, bases: Sequence[Any], make: Callable[[KVCache, Any, Any], Any]
 ) -> list[CacheLayerMixin]:
-    """Read them back; ``make`` turns a `KVCache`, and the padding of its sequences, into a layer."""
+    """Read them back; ``make`` turns a `KVCache`, the padding of its sequences and its basis into a layer."""
     try:
         arrays, metadata = read_safetensors(path, FORMAT)
         described = json.loads(metadata["layers"])
-        layers = [_layer(i, about, arrays, like, make) for i, about in enumerate(described)]
+        layers = [_layer(i, about, arrays, like, bases, make) for i, about in enumerate(described)]
         used = {f"{i}.{name}" for i, about in enumerate(described) for name in _names(about)}
         if used != set(arrays):
             raise ValueError(f"it lacks or has too many of its arrays: {used ^ set(arrays)}")
@@ -96,16 +100,18 @@ def _layer(
     about: dict[str, Any],
     arrays: Arrays,
     like: torch.Tensor,
-    make: Callable[[KVCache, Any], Any],
+    bases: Sequence[Any],
+    make: Callable[[KVCache, Any, Any], Any],
 ) -> Any:
     if about["kind"] == "cache":
-        cache = KVCache.load(io.BytesIO(arrays[f"{i}.cache"].tobytes()), like=like)
+        basis, file = _at(bases, i), io.BytesIO(arrays[f"{i}.cache"].tobytes())
+        cache = KVCache.load(file, like=like, basis=basis)
         padding = np.asarray(about["padding"])
         n_tokens = set((np.asarray(cache.lengths) + padding).tolist())
         is_count = padding.dtype.kind == "i" and np.all((padding >= 0) & (padding <= MOST))
         if padding.shape != np.shape(cache.lengths) or not is_count or len(n_tokens) != 1:
             raise ValueError(f"its padding of layer {i} is not that of its tokens")
-        return make(cache, padding)
+        return make(cache, padding, basis)
     if about["kind"] != "exact":
         raise ValueError(f"its layer {i} is of the kind {about['kind']!r}")
     layer = DynamicLayer()

@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,8 +28,9 @@ __all__ = ["LowRankCache"]
 
 OPTIONS = {"window", "n_sink", "n_sparse", "dtype", "bits", "rtol", "n_top", "top_p"}
 OPTIONS |= {"rank_index", "index"}
+Bases: TypeAlias = Sequence[AttentionBasis | None] | Mapping[str, AttentionBasis]
 # Tokens of each sequence, (B,).
-Padding = np.ndarray[Any, np.dtype[np.int64]]
+Padding: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 # Below so many tokens maps may well be most of the bytes.
 LONG = 512
 
@@ -103,7 +104,7 @@ class LowRankCache(Cache):
 
     def __init__(
         self,
-        bases: Sequence[AttentionBasis] | Mapping[str, AttentionBasis],
+        bases: Bases,
         *,
         config: Any = None,
         **options: Any,
@@ -111,7 +112,7 @@ class LowRankCache(Cache):
         if unknown := set(options) - OPTIONS:
             raise TypeError(f"options must be those of a cache with a fixed basis, got {unknown}")
         self._may_miss_layers = isinstance(bases, Mapping)
-        ordered = _by_layer(bases) if isinstance(bases, Mapping) else bases
+        ordered = _ordered(bases)
         layers = [] if config is None else DynamicCache(config=config).layers
         layers += [DynamicLayer() for _ in range(len(ordered) - len(layers))]
         for i, basis in enumerate(ordered):
@@ -122,7 +123,13 @@ class LowRankCache(Cache):
         self._has_warned = False
         self._padding: Padding | None = None
 
-    def save(self, path: File, *, bits: float | tuple[float, float] | None = None) -> None:
+    def save(
+        self,
+        path: File,
+        *,
+        bits: float | tuple[float, float] | None = None,
+        bases: Bases | None = None,
+    ) -> None:
         """Write all layers to one file, with a checksum (needs the package safetensors).
 
         Parameters
@@ -131,6 +138,8 @@ class LowRankCache(Cache):
             Written as it is, no suffix is added.
         bits : float or (float, float), optional
             Park layers with a basis, as `KVCache.save` does; those without stay exact.
+        bases : sequence of AttentionBasis, or mapping from layers to them, optional
+            Those that a cache in bits was made with: their maps are then left out, and `load` must be given them too.
 
         Raises
         ------
@@ -142,10 +151,12 @@ class LowRankCache(Cache):
             As `KVCache.save`. ValueError where a layer with a basis has no tokens yet, or a layer is of another kind
             than attention.
         """
-        save_layers(path, self.layers, bits)
+        save_layers(path, self.layers, bits, _ordered(bases))
 
     @classmethod
-    def load(cls, path: File, *, like: torch.Tensor | None = None) -> "LowRankCache":
+    def load(
+        cls, path: File, *, like: torch.Tensor | None = None, bases: Bases | None = None
+    ) -> "LowRankCache":
         """Read a cache written by `save`, to go on from; nothing in the file is executed.
 
         Parameters
@@ -153,11 +164,13 @@ class LowRankCache(Cache):
         path : str, path-like or file opened for bytes
         like : torch.Tensor, optional
             On whose device the cache is to be; on the CPU by default.
+        bases : sequence of AttentionBasis, or mapping from layers to them, optional
+            For a file that was saved with them: the same ones.
 
         Returns
         -------
         LowRankCache
-            With the options it was made with. It has no bases: to begin anew, make another one.
+            With the options it was made with. Without bases it goes on but cannot be reset, to begin anew.
 
         Raises
         ------
@@ -170,7 +183,7 @@ class LowRankCache(Cache):
         """
         cache = cls([])
         like = torch.empty(0) if like is None else like
-        cache.layers = load_layers(path, like, _Layer.of)
+        cache.layers = load_layers(path, like, _ordered(bases), _Layer.of)
         return cache
 
     @property
@@ -265,6 +278,11 @@ def _bytes(layer: CacheLayerMixin, kind: str) -> int:
     return sum(x.nbytes for x in held)
 
 
+def _ordered(bases: Bases | None) -> Sequence[AttentionBasis | None]:
+    """One for each layer, or None."""
+    return _by_layer(bases) if isinstance(bases, Mapping) else bases or []
+
+
 def _by_layer(bases: Mapping[str, AttentionBasis]) -> list[AttentionBasis | None]:
     """Put bases in the order of the layers that their names say, None between them."""
     places = {}
@@ -293,9 +311,9 @@ class _Layer(CacheLayerMixin):
         self.padding: Padding = np.zeros(0, dtype=np.int64)
 
     @classmethod
-    def of(cls, cache: KVCache, padding: Padding) -> "_Layer":
+    def of(cls, cache: KVCache, padding: Padding, basis: AttentionBasis | None) -> "_Layer":
         """Make one of what a file holds."""
-        layer = cls(None, {name: getattr(cache._contents.layout, name) for name in OPTIONS})
+        layer = cls(basis, {name: getattr(cache._contents.layout, name) for name in OPTIONS})
         layer.cache, layer.padding, layer.is_initialized = cache, padding, True
         return layer
 
@@ -422,7 +440,7 @@ class _Layer(CacheLayerMixin):
     def reset(self) -> None:
         if self.basis is None:
             raise ValueError(
-                "a cache that was loaded cannot begin anew: make one of its bases instead"
+                "a cache that was loaded without its bases cannot begin anew: give them to load"
             )
         self.cache, self.is_initialized = None, False
 

@@ -169,6 +169,29 @@ def packed(dtype):
     return st.tuples(heaps, widths, st.just(np.dtype(dtype)))
 
 
+def chosen(dtype):
+    """Tokens of two sequences, in two heads and blocks of three tiles, of any widths; the index has two coordinates."""
+    widths = hnp.arrays(np.uint8, (2, 2, 2, 3), elements=st.integers(0, 15))
+    heaps = hnp.arrays(np.uint8, (2, 1, 2 * 14 * 12, 1), elements=st.integers(0, 255))
+    codes = hnp.arrays(np.int8, (2, 2, 32, 2), elements=st.integers(-127, 127))
+    exponents = hnp.arrays(np.uint8, (2, 2, 32, 1), elements=st.sampled_from([0, 0, 1, 5, 255]))
+    at = hnp.arrays(np.int64, (2, 2, 4), elements=st.integers(0, 31))
+
+    def given(parts):
+        widths, heap, codes, exponents, at = parts
+        is_whole = widths == 15
+        counts = np.stack([np.where(is_whole, 0, widths).sum(-1), is_whole.sum(-1)], axis=-1)
+        # Blocks lie before heads.
+        counts = counts.astype(np.int64).swapaxes(1, 2).reshape(2, 4, 2)
+        starts = (np.cumsum(counts, axis=1) - counts).reshape(2, 2, 2, 2).swapaxes(1, 2).copy()
+        pairs = np.stack([widths[..., 0] | (widths[..., 1] << 4), widths[..., 2]], axis=-1)
+        n_whole = int(counts[..., 1].sum(1).max())
+        whole = np.arange(2 * n_whole * 16, dtype=dtype).reshape(2, 1, n_whole, 16) / 4
+        return heap, whole, (codes, exponents, pairs, starts), at, 3, np.dtype(dtype)
+
+    return st.tuples(widths, heaps, codes, exponents, at).map(given)
+
+
 def places(n_elements, n_places, n_rows):
     """Places of rows of each element of a batch: the same run for all, or different ones and some that are left out."""
     runs = st.integers(0, n_rows - n_places).map(
@@ -331,6 +354,7 @@ ARGUMENTS = {
     "softmax_result": (REAL, lambda t: st.tuples(states(t))),
     "tile_gradients": (REAL, gradient_arguments),
     "unpack_blocks": (REAL, packed),
+    "chosen_tokens": (REAL, chosen),
     "put_mapped": (HALF + REAL, put_mapped),
     "put_rows": (
         HALF + REAL,

@@ -32,6 +32,7 @@ __all__ = ["CompileError", "HostCupy", "cupy_on_host", "namespace", "why_not"]
 C_TYPES = {
     "bool": "bool",
     "uint8": "unsigned char",
+    "int8": "signed char",
     "int32": "int",
     "int64": "long long",
     "float16": "float16",

@@ -58,7 +58,12 @@ def generated(kernel: Any, *, scalars: bool, ndim: int) -> str:
 
     inputs = [p.dtype for p in kernel.in_params]
     outputs = [_array(p.dtype, ndim) for p in kernel.out_params]
-    infos = [_number(t) if scalars and i else _array(t, ndim) for i, t in enumerate(inputs)]
+    # What a kernel reads where it likes is never a number.
+    are_numbers = [scalars and i > 0 and not p.raw for i, p in enumerate(kernel.in_params)]
+    infos = [
+        _number(t) if is_number else _array(t, ndim)
+        for t, is_number in zip(inputs, are_numbers, strict=True)
+    ]
     infos += outputs
     if isinstance(kernel, cupy.ElementwiseKernel):
         _, _, type_map = kernel._decide_params_type(tuple(inputs), ())

@@ -149,11 +149,12 @@ def _cache_options(draw: Any) -> dict[str, Any]:
     args["n_sparse"] = draw(st.integers(0, 4))
     if not args["n_sparse"]:
         args["bits"] = draw(st.sampled_from([None, 0.5, 3, (2, 7.5)]))
-    if not args["n_sparse"] and args["bits"] is None and draw(st.booleans()):
+    if not args["n_sparse"] and draw(st.booleans()):
         args["n_top"] = draw(st.integers(0, 7))
         args["top_p"] = draw(st.sampled_from([None, 0.5, 1.0, 1e-9]))
         args["rank_index"] = draw(st.sampled_from([None, 1, 3, 4, (2, 1)]))
-        args["index"] = draw(st.sampled_from(["leading", "query"]))
+        kinds = ["leading", "query"] if args["bits"] is None else ["leading"]
+        args["index"] = draw(st.sampled_from(kinds))
     args["capacity"] = draw(st.sampled_from([None, 8, 20]))
     args["dtype"] = draw(st.sampled_from([None, "float16", "float32", "float64"]))
     args["scale"] = draw(st.sampled_from([None, 0, -0.5, 2.0]))

@@ -14,14 +14,27 @@ import numpy as np
 
 from slra._typing import Array, DType, Namespace
 
-__all__ = ["HEADER", "TOKENS", "WHOLE", "Bits", "bits_of_widths", "widths_of"]
+__all__ = [
+    "HEADER",
+    "NIBBLE",
+    "NO_EXPONENT",
+    "TOKENS",
+    "WHOLE",
+    "Bits",
+    "bits_of_widths",
+    "widths_of",
+]
 
 TOKENS = 16
 HEADER = 3
 # The width that says: not packed. A tile that would be this wide, or is not finite, is kept in floats.
 WHOLE = 15
+# Of a byte each, the exponent of integers of which one is not finite.
+NO_EXPONENT = 255
 # Bits of a token in the bytes of a plane, and bytes of a plane.
 BYTE, PLANE = 8, TOKENS // 8
+# Bits of the width of a tile, where widths of two are a byte.
+NIBBLE = 4
 
 
 def widths_of(low: Array, high: Array, xp: Namespace) -> Array:
@@ -45,6 +58,7 @@ class Bits:
     """What a library's backend can do better with packed integers."""
 
     xp: Any
+    gather_rows: Any
 
     def creation_device(self, like: Array) -> Any:
         """Device to create an array on that is to meet ``like``."""
@@ -102,6 +116,13 @@ class Bits:
         tiles = xp.permute_dims(tiles, (1, 0, 3, 2))
         return xp.reshape(tiles, (n_heads, n_blocks * TOKENS, d))
 
+    def from_bytes(self, codes: Array, exponents: Array, dtype: DType) -> Array:
+        """Integers (..., r) of a byte, times two to the exponents (..., 1); NaN where that is `NO_EXPONENT`."""
+        xp = self.xp
+        factor = 2.0 ** xp.astype(exponents, dtype)
+        factor = xp.where(exponents == NO_EXPONENT, xp.full_like(factor, xp.nan), factor)
+        return xp.astype(codes, dtype) * factor
+
     def unpack_tokens(
         self, heap: Array, starts: Array, widths: Array, tokens: Array, dtype: DType
     ) -> Array:
@@ -127,6 +148,48 @@ class Bits:
             worth = xp.where(narrow == plane + 1, xp.full_like(bit, -1), xp.ones_like(bit))
             codes = codes + xp.where(is_used, bit * worth * 2**plane, xp.zeros_like(bit))
         return xp.astype(codes, dtype)
+
+    def chosen_tokens(
+        self,
+        heap: Array,
+        whole: Array,
+        index: tuple[Array, Array, Array, Array],
+        at: Array,
+        d: int,
+        dtype: DType,
+    ) -> Array:
+        """Read tokens (B, H, m) of packed tiles, less what an index has of their leading coordinates: (B, H, m, d).
+
+        ``heap`` is (B, 1, bytes, 1), an even number of them, ``whole`` (B, 1, tiles, TOKENS) holds the tiles that are
+        not packed, the index is that of `slra.cache._index`.
+        """
+        xp, (codes, exponents, pairs, starts) = self.xp, index
+        pairs, starts = (self.gather_rows(x, at // TOKENS) for x in (pairs, starts))
+        widths = xp.stack([pairs & WHOLE, pairs >> NIBBLE], axis=-1)
+        widths = xp.reshape(widths, (*at.shape, 2 * pairs.shape[-1]))[..., :d]
+        element = self.from_numpy(np.arange(at.shape[0])[:, None, None], at)
+        read = self.unpack_tokens(
+            xp.reshape(heap, (-1,)),
+            xp.reshape(starts[..., 0] + int(heap.shape[2]) // PLANE * element, (-1,)),
+            xp.reshape(widths, (-1, d)),
+            xp.reshape(at % TOKENS, (-1,)),
+            dtype,
+        )
+        read = xp.reshape(read, (*at.shape, d))
+        if whole.shape[2]:
+            is_whole = widths == WHOLE
+            among = xp.cumulative_sum(xp.astype(is_whole, at.dtype), axis=-1) - 1
+            tile = starts[..., 1:] + among + int(whole.shape[2]) * element[..., None]
+            places = xp.where(is_whole, TOKENS * tile + (at % TOKENS)[..., None], 0 * tile)
+            numbers = xp.take(xp.reshape(whole, (-1,)), xp.reshape(places, (-1,)), axis=0)
+            numbers = xp.astype(xp.reshape(numbers, places.shape), dtype)
+            read = xp.where(is_whole, numbers, read)
+        codes, exponents = (self.gather_rows(x, at) for x in (codes, exponents))
+        known = self.from_bytes(codes, exponents, dtype)
+        # What is not finite is NaN by the index alone.
+        known = xp.where(xp.isnan(known), xp.zeros_like(known), known)
+        r = known.shape[-1]
+        return xp.concat([read[..., :r] - known, read[..., r:]], axis=-1)
 
     def _places(self, like: Array) -> Array:
         return self.from_numpy(np.arange(BYTE), like, self.xp.int32)

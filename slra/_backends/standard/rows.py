@@ -24,6 +24,10 @@ class Rows:
         """Rows of ``x`` (..., n, d) at ``indices`` (..., m), whose leading axes broadcast; (..., m, d)."""
         return self.xp.take_along_axis(x, indices[..., None], axis=-2)
 
+    def exp_of_difference(self, x: Array, y: Array) -> Array:
+        """Exponential of ``x - y``."""
+        return self.xp.exp(x - y)
+
     def few_features(self, q: Array, k: Array, places: Array) -> Array:
         """Products of queries (B, H, m, r) with so many features of keys (B, H, n, d), at places (B, H, r)."""
         xp = self.xp

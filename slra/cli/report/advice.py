@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slra.cli.report.measure import WORTH_BYTES, LayerReport
+from slra.cli.report.measure import MOST_BITS, WORTH_BYTES, LayerReport
 
 __all__ = ["TOLERANCE", "advise", "verdict"]
 
@@ -97,7 +97,7 @@ def _in_bits(reports: list[LayerReport], shares: _Shares) -> list[str]:
             f"of their bytes; in a cache with bits they take {shares.cache:.0%}, by ranks {shares.ranks:.0%}."
         )
     else:
-        few, most = (f"{x:.3g}" for x in (min(bits), max(bits)))
+        few, most = (f"{min(x, MOST_BITS):.3g}" for x in (min(bits), max(bits)))
         asked = most if few == most else f"{few} to {most}"
         n_exact = len(reports) - len(bits)
         but = f" ({n_exact} of {len(reports)} layers exact)" if n_exact else ""

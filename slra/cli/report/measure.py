@@ -23,6 +23,7 @@ from slra.cli.demo import (
 from slra.cli.report.arrays import Layer
 
 __all__ = [
+    "MOST_BITS",
     "N_LAYERS",
     "TOLERANCES",
     "WORTH_BYTES",
@@ -43,6 +44,8 @@ N_RANKS = 8
 # Bits of an integer of plain rounding; zero points and scales come on top. The first are what ranks are held against.
 KIVI_BITS = (8, 6, 5, 4, 3, 2)
 GROUP_SIZE = 64
+# What a cache may be asked for.
+MOST_BITS = 10
 # Tokens from which on bits are looked at: eight blocks of those that are packed together.
 LEAST_FOR_BITS = 8 * TOKENS
 # Queries that errors are taken over, at most: eight times as many took four times as long, for the same verdicts.
@@ -323,13 +326,12 @@ def _in_bits(layer: Layer, advance: Callable[[], object]) -> InBits:
     k, v, (n_keys, width_v) = layer.k, layer.v, layer.v.shape[-2:]
     first, asked = _halves(layer) or (_Queries.sample(layer),) * 2
     exact = asked.attend(k, v)
-    # Under causality the first half is a prefix.
-    seen = slice(n_keys - layer.q.shape[-2] + first.q.shape[-2])
-    if not layer.options.get("is_causal"):
-        seen = slice(None)
-    elif first.options["mask"] is not None:
-        first.options["mask"] = first.options["mask"][..., seen]
-    basis = slra.fit_attention(first.q, k[..., seen, :], v[..., seen, :], 1, **first.options)
+    # What the first half does not see is yet to come: under causality it is a prefix.
+    options, seen = first.options, np.ones(n_keys, dtype=bool)
+    if (mask := options.get("mask")) is not None and mask.shape[-1] > 1:
+        seen = mask.reshape(-1, n_keys).any(axis=0)
+        options = options | {"mask": mask[..., seen]}
+    basis = slra.fit_attention(first.q, k[..., seen, :], v[..., seen, :], 1, **options)
     # Tokens that wait for their block to be full are exact in a cache.
     end = n_keys - n_keys % TOKENS
     took, taken = [], []
@@ -337,7 +339,8 @@ def _in_bits(layer: Layer, advance: Callable[[], object]) -> InBits:
     for bits in _kivi_bits(layer):
         pair = _with_scales(bits, end), _with_scales(bits, width_v)
         took.append(float(np.average(pair, weights=(k.shape[-1], width_v))))
-        cache = slra.KVCache(basis, bits=(min(pair[0], 10), min(pair[1], 10))).append(k, v)
+        cache = slra.KVCache(basis, bits=(min(pair[0], MOST_BITS), min(pair[1], MOST_BITS)))
+        cache = cache.append(k, v)
         taken.append(cache.bits)
         kivi = [
             np.concat([_rounded(x[..., :end, :], bits, axis), x[..., end:, :]], axis=-2)
