@@ -176,6 +176,50 @@ def test_steps_with_windows_sinks_and_slopes(xp, case):
         np.testing.assert_allclose(to_numpy(lse), right_lse, rtol=0, atol=1e-9)
 
 
+@EAGER
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 5, "n_sink": 2},
+        {"n_sparse": 2},
+        {"rotary": FREQUENCIES},
+        {"bits": 10},
+        {"n_top": 6},
+        {"n_top": 6, "index": "query"},
+        {"bits": 10, "n_top": 6},
+    ],
+)
+def test_what_a_query_does_not_see_takes_no_part_whatever_it_holds(xp, options):
+    """Under a mask, and where queries of a chunk see up to their own token."""
+    skip_most_on_jax(xp, options, kept={})
+    q, k, v = tokens()
+    lost_k, lost_v = k.copy(), v.copy()
+    lost_k[0, [3, 9, 37]], lost_v[:, [9, 20, 38], 0], lost_v[1, 2] = np.nan, np.inf, -np.inf
+    lost = [2, 3, 9, 20, 37, 38]
+    basis = moved(basis_of((D, DV)), xp)
+    clean, cache = (
+        slra.KVCache(basis, **options).append(*(to_xp(xp, x) for x in given))
+        for given in ((k, v), (lost_k, lost_v))
+    )
+    rows = to_xp(xp, q[:, -3:])
+    mask = np.broadcast_to(~np.isin(np.arange(40), lost[:-2]), (3, 40)).copy()
+    # What is next to a hidden token in bits is rounded in another way.
+    tolerance = {"rtol": 0, "atol": 0.02 if "bits" in options else 1e-12}
+    (right, right_lse), (out, lse) = (
+        map(to_numpy, one.attend(rows, mask=to_xp(xp, mask), is_causal=True, return_lse=True))
+        for one in (clean, cache)
+    )
+    # The first query is at token 37, whose key two query heads see, and the second at 38, with a value that all do.
+    assert not np.isfinite(out[:2]).any()
+    assert not np.isfinite(out[2:, 1:, 0]).any()
+    everywhere = to_numpy(cache.attend(rows, mask=to_xp(xp, mask & (np.arange(40) < 37))))
+    below = to_numpy(clean.attend(rows, mask=to_xp(xp, mask & (np.arange(40) < 37))))
+    np.testing.assert_allclose(everywhere, below, **tolerance)
+    np.testing.assert_allclose(out[2:, 0], right[2:, 0], **tolerance)
+    np.testing.assert_allclose(lse[2:, 0], right_lse[2:, 0], **tolerance)
+
+
 def test_a_window_over_tokens_in_bits_is_its_mask():
     """Rows before the window are not read, and those in bits come in blocks."""
     q, k, v = tokens(100)

@@ -380,6 +380,21 @@ def test_eigenvectors_of_matrices_too_large_for_a_block(cupy_table):
 
 
 @needs_compiler
+@pytest.mark.parametrize("width", [20, 2000])
+@pytest.mark.parametrize("dtype", ["float32", "complex128"])
+def test_so_many_entries_are_the_largest_whatever_they_are(cupy_table, dtype, width):
+    """More would be written beyond the end of what is there for them."""
+    x = np.random.default_rng(0).standard_normal((3, width)).astype(dtype)
+    x[0], x[1, ::4], x[2, 5:7] = np.nan, np.nan, np.inf
+    values, columns = cupy_table.largest_in_rows(x, 4)
+    for row, taken, places in zip(x, values, columns, strict=True):
+        assert len(set(places.tolist())) == 4
+        np.testing.assert_array_equal(taken, row[places])
+        assert not np.isfinite(taken[:2]).all()
+    np.testing.assert_array_equal(np.sum(cupy_table.keep_largest(x, 4) != 0, axis=-1), 4)
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "complex128"])
 def test_qr_of_a_tall_matrix_whatever_its_columns(cupy_table, dtype):
     """By products where that is as good, by cuSOLVER where columns depend on each other, or squares leave the range."""

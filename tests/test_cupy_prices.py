@@ -406,7 +406,8 @@ TOKENS = {
     "plain": ({}, 8),
     "groups of heads": ({"n_shared": 4}, 8),
     "window and sinks": ({"window": 8, "n_sink": 2}, 15),
-    "several tokens": ({"n_tokens": 3}, 10),
+    # Two, and a read, to see that nothing came of the keys that some do not see.
+    "several tokens": ({"n_tokens": 3}, 12),
     "stored in half precision": ({"dtype": "float16"}, 10),
     # A product for each element of the batch: they share their maps.
     "rotated": ({"rotary": FREQUENCIES}, 14),
@@ -432,7 +433,8 @@ def test_a_token_in_a_cache(cupy_table, case):
         cache.append(k[..., :m, :], v[..., :m, :])
         cache.attend(q[..., :m, :])
     assert bill.launches <= most
-    assert bill.operand_copies == bill.pointer_kernels == bill.reads == 0
+    assert bill.operand_copies == bill.pointer_kernels == 0
+    assert bill.reads == (m > 1)
 
 
 @pytest.mark.parametrize(("options", "most"), [({}, 62), ({"bits": 4}, 85)])

@@ -246,14 +246,28 @@ __device__ auto slra_turned(
     return j < 2 * n ? here * cos[at + j - n] + x[i - n] * sin[at + j - n] : here;
 }
 
-// Whether entry i is one of the k of largest modulus in its row of n, the first of those that tie.
+// Bits of a number that is not negative, which are ordered as the numbers are.
+inline __device__ long long slra_bits(float x) {
+    union { float number; int bits; } both;
+    both.number = x;
+    return both.bits;
+}
+
+inline __device__ long long slra_bits(double x) {
+    union { double number; long long bits; } both;
+    both.number = x;
+    return both.bits;
+}
+
+// Whether entry i is one of the k of largest modulus in its row of n, the first of those that tie. NaN is larger than
+// any number: exactly k are, as what is written has room for so many.
 template <typename A, typename T>
 __device__ bool slra_is_among(const A& all, T x, long long i, long long n, long long k) {
-    const auto size = abs(x);
+    const long long size = slra_bits(abs(x));
     const long long start = i - i % n;
     long long rank = 0;
     for (long long j = start; j < start + n && rank < k; j++) {
-        const auto other = abs(all[j]);
+        const long long other = slra_bits(abs(all[j]));
         rank += other > size || (other == size && j < i);
     }
     return rank < k;
@@ -266,19 +280,6 @@ template <typename A> __device__ long long slra_place(const A& kept, long long i
         place += kept[j];
     }
     return place;
-}
-
-// Bits of a number that is not negative, which are ordered as the numbers are.
-inline __device__ long long slra_bits(float x) {
-    union { float number; int bits; } both;
-    both.number = x;
-    return both.bits;
-}
-
-inline __device__ long long slra_bits(double x) {
-    union { double number; long long bits; } both;
-    both.number = x;
-    return both.bits;
 }
 
 // Runs from a place of a row to another with what came before it in the row: how many moduli larger than that of these

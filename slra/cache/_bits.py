@@ -322,6 +322,14 @@ class BitRows(NamedTuple):
         """Tokens of complete blocks, (B,)."""
         return self.filled // TOKENS * TOKENS
 
+    def with_finite_index(self) -> "BitRows":
+        """Let tokens that are not finite be zeros in the index, as they are elsewhere then."""
+        k, v = (
+            x if x.lead is None else x._replace(lead=x.lead.finite(self.layout.xp))
+            for x in (self.k, self.v)
+        )
+        return self._replace(k=k, v=v)
+
     def of_heads(self, b: slice, h: slice) -> "HeadsInBits":
         """See some sequences and heads, to choose from."""
         return HeadsInBits(self, b, h)

@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slra._backends import namespace_of
+from slra._backends.standard.hidden import marks
 from slra._typing import Array, DType
 from slra._validate import dtype_limits
 from slra.attn.exact import merge_attention
 from slra.attn.fit import fit_attention
 from slra.attn.maps import Maps
 from slra.attn.problem import add_sinks
+from slra.cache._bits import BitRows
 from slra.cache._exact_tokens import ExactTokens, RecentQueries
-from slra.cache._layout import Layout, named_arrays, on_host, with_arrays
+from slra.cache._layout import Layout, map_arrays, named_arrays, on_host, with_arrays
 from slra.cache._queries import Queries
 from slra.cache._rotary import turns_at
 from slra.cache._segment import CHUNK_ROWS, Segment, maps_of
@@ -159,8 +161,44 @@ class Contents(NamedTuple):
     def attend(self, queries: Queries) -> tuple[Array, Array, Array | None]:
         """Attention to all tokens, and its log-sum-exp, (B, H * shared, M, .).
 
-        Where queries choose, also the share that keys not chosen have.
+        Where queries choose, also the share that keys not chosen have. What is hidden from a query takes no part,
+        whatever it holds, where values can be looked at.
         """
+        found, xp = self._attend(queries), self.layout.xp
+        if not on_host(self.lengths) or not queries.hides(self.lengths):
+            return found
+        if not self.layout.backend.is_eager(found[0]) or bool(xp.all(xp.isfinite(found[0]))):
+            return found
+        return self._attend_to_finite(queries)
+
+    def _attend_to_finite(self, queries: Queries) -> tuple[Array, Array, Array | None]:
+        """Attend without NaN and infinities, and put them back where a query sees them."""
+        layout, xp, backend = self.layout, self.layout.xp, self.layout.backend
+
+        def finite(x: Array) -> Array:
+            is_float = (
+                np.issubdtype(x.dtype, np.floating)
+                if on_host(x)
+                else xp.isdtype(x.dtype, "real floating")
+            )
+            return xp.where(xp.isfinite(x), x, xp.zeros_like(x)) if is_float else x
+
+        def finite_rows(segment: Segment) -> Segment:
+            rows = map_arrays(finite, segment.rows)
+            rows = rows.with_finite_index() if isinstance(rows, BitRows) else rows
+            return segment._replace(rows=rows)
+
+        held = self._replace(
+            exact=map_arrays(finite, self.exact), segments=tuple(map(finite_rows, self.segments))
+        )
+        out, lse, left = held._attend(queries._replace(q=finite(queries.q)))
+        positions = np.broadcast_to(np.arange(self.n_tokens), (layout.n_batch, self.n_tokens))
+        mask = queries.mask_for(positions, 0 * self.lengths[:, None], self.lengths[:, None])
+        given = layout.stack_heads(queries.q), *self.decode(), mask, layout.score_options
+        mark, mark_lse = (layout.unstack_heads(x) for x in marks(backend, *given))
+        return out + mark, lse + mark_lse, None if left is None else left + mark_lse
+
+    def _attend(self, queries: Queries) -> tuple[Array, Array, Array | None]:
         xp, q = self.layout.xp, queries.q
         if on_host(self.lengths) and not np.any(self.lengths):
             out = self.layout.zeros((*q.shape[:-1], self.layout.width_v), q)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slra._backends.standard.bits import NIBBLE, NO_EXPONENT, PLANE, TOKENS, WHOLE
-from slra._typing import Array, DType
+from slra._typing import Array, DType, Namespace
 from slra.cache._layout import Layout
 
 __all__ = ["Index"]
@@ -91,6 +91,12 @@ class Index(NamedTuple):
         """Give back the room that is left."""
         counts = n_blocks * TOKENS, n_blocks * TOKENS, n_blocks, n_blocks
         return Index(*(_copy(x, n, layout) for x, n in zip(self, counts, strict=True)))
+
+    def finite(self, xp: Namespace) -> "Index":
+        """Put zeros for what is not finite, whose integers are zeros."""
+        exponents = self.exponents
+        none = xp.zeros_like(exponents)
+        return self._replace(exponents=xp.where(exponents == NO_EXPONENT, none, exponents))
 
     def bits_of_a_block(self) -> int:
         """Bits that a block of a head takes."""

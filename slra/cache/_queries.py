@@ -45,6 +45,11 @@ class Queries(NamedTuple):
         last_seen = xp.where(each < used, last_seen, 0 * last_seen - 1)
         return cls(layout, q, positions, last_seen, None if left is None else positions - left)
 
+    def hides(self, lengths: Array) -> bool:
+        """Whether a token of sequences of these lengths, which are on the host, may be hidden from a query."""
+        is_cut = self.mask is not None or self.first_seen is not None
+        return is_cut or bool(np.any(self.last_seen < lengths[:, None] - 1))
+
     def part(self, rows: slice) -> "Queries":
         """Take some of the queries."""
         mask, first = self.mask, self.first_seen
