@@ -1114,6 +1114,17 @@ def test_keys_that_are_hidden_take_no_bits(across_heads):
         np.testing.assert_allclose(getattr(masked, name), getattr(seen, name), rtol=1e-12)
 
 
+@pytest.mark.parametrize("across_heads", [False, True])
+def test_scores_at_the_ends_of_the_range_are_coded_or_refused(across_heads):
+    q, k, v = (x.astype(np.float32) for x in tokens(60))
+    fit = functools.partial(slra.fit_attention, rank=3, enable_gqa=True, across_heads=across_heads)
+    tiny = fit(q * np.float32(1e-37), k * np.float32(1e-37), v)
+    decoded = slra.KVCache(tiny, bits=8).append(k * np.float32(1e-37), v).decode()[1]
+    np.testing.assert_allclose(decoded, v, rtol=0, atol=0.1 * np.max(abs(v)))
+    with pytest.raises(ValueError, match="basis must have a finite coding to store bits"):
+        slra.KVCache(fit(q * np.float32(1e25), k, v), bits=8)
+
+
 def _without_coding(basis):
     names = ("wq", "wk", "wv", "uv", "c", "mu", "ranks", "error")
     return slra.AttentionBasis(*(getattr(basis, name) for name in names))

@@ -193,7 +193,7 @@ def _key_axes(
     least = xp.where(largest > 0, largest * LEAST_MOMENT, xp.ones_like(largest))
     root = xp.sqrt(xp.maximum(w, least))[..., None, :]
     c = transposed(seen) @ k
-    axes, small = _axes((k - c) @ (u * root), seen, scale * scale_q, problem, across_heads)
+    axes, small = _axes((k - c) @ (u * root), seen, (scale, scale_q), problem, across_heads)
     wq, wk = (u / root) @ axes / scale_q, (u * root) @ axes * scale_q
     return wq, wk, c * scale, small
 
@@ -206,12 +206,16 @@ def _value_axes(
     scale = _peak(v, xp)
     v = v / scale
     mu = xp.matrix_transpose(weights) @ v
-    axes, small = _axes(v - mu, weights, scale, problem, across_heads)
+    axes, small = _axes(v - mu, weights, (scale,), problem, across_heads)
     return axes, mu * scale, small
 
 
 def _axes(
-    x: Array, weights: Array, scale: Array, problem: AttentionProblem, across_heads: bool
+    x: Array,
+    weights: Array,
+    scales: tuple[Array, ...],
+    problem: AttentionProblem,
+    across_heads: bool,
 ) -> tuple[Array, Array]:
     """Principal axes of weighted rows (..., H, 1, n, d), which are to be scaled, and their coordinates in these.
 
@@ -222,12 +226,17 @@ def _axes(
     if across_heads:
         # A row that a head does not see tells nothing of it; which heads see it hardly ever differs.
         x = xp.where(weights > 0, x, xp.zeros_like(x))
-        largest = xp.max(scale, axis=-4, keepdims=True)
-        x, scale = beside(x * (scale / largest), xp), largest
+        # Of scales of heads only the ratios matter; their products may leave the range.
+        largest = tuple(xp.max(one, axis=-4, keepdims=True) for one in scales)
+        for one, most in zip(scales, largest, strict=True):
+            x = x * (one / most)
+        x, scales = beside(x, xp), largest
         weights = xp.mean(weights, axis=-4, keepdims=True)
     _, axes = backend.small_eigh(xp.matrix_transpose(x * weights) @ x)
     axes = xp.flip(axes, axis=-1)
-    small = x @ axes * scale
+    small = x @ axes
+    for scale in scales:
+        small = small * scale
     return (xp.reshape(axes, (*shape[:-2], shape[-1], -1)) if across_heads else axes), small
 
 

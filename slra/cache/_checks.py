@@ -223,6 +223,11 @@ def _check_coded(layout: Layout, basis: AttentionBasis) -> None:
         raise ValueError(
             "basis must have its coding to store bits: fit it to concrete arrays by fit_attention"
         )
+    numbers = map(layout.backend.to_numpy, (basis.coding.importance_k, basis.coding.importance_v))
+    if not all(np.all(np.isfinite(one)) for one in numbers):
+        raise ValueError(
+            "basis must have a finite coding to store bits: squares of scores leave the range of its dtype"
+        )
     frequencies = layout.backend.to_numpy(basis.coding.rotary)
     given = () if layout.rotary is None else layout.rotary
     # Of a fit that knew of none nothing is known.
