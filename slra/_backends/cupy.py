@@ -568,8 +568,8 @@ class CupyBackend(Backend):
         return buffer
 
     def rotated(self, x: Array, cos: Array, sin: Array) -> Array:
-        """Rotate in one kernel."""
-        if not x.dtype == cos.dtype == sin.dtype or not x.size:
+        """Rotate in one kernel, where axes are those of a cache: (B, H, n, d), by tables (1 or B, 1, n, F)."""
+        if x.ndim != 4 or cos.ndim != 4 or not x.dtype == cos.dtype == sin.dtype or not x.size:
             return super().rotated(x, cos, sin)
         _, n_heads, n_rows, width = x.shape
         y = self._empty(x.shape, x)

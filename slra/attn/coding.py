@@ -24,7 +24,7 @@ from slra.attn._estimators import (
     _some_queries,
 )
 from slra.attn.problem import AttentionProblem, ungroup_heads
-from slra.attn.rotary import rotate, turns_by
+from slra.attn.rotary import turns_by
 from slra.attn.rows import row_weights, sample_rows, shown, take_rows
 
 __all__ = ["Coding", "bits_at", "fit_coding", "steps_for"]
@@ -145,9 +145,9 @@ def fit_coding(
 
 def _rotated(problem: AttentionProblem, rotary: tuple[float, ...]) -> AttentionProblem:
     """Rotate queries and keys by their places."""
-    xp, n_keys = problem.xp, problem.k.shape[-2]
+    backend, n_keys = problem.backend, problem.k.shape[-2]
     q, k = (
-        rotate(x, turns_by(places, rotary, x, problem.backend), xp)
+        backend.rotated(x, *turns_by(places, rotary, x, backend))
         for x, places in (
             (problem.q, np.arange(problem.q.shape[-2]) + _first_place(problem)),
             (problem.k, np.arange(n_keys)),
@@ -171,7 +171,7 @@ def _queries_from_afar(problem: AttentionProblem, rotary: tuple[float, ...]) -> 
         # By the golden ratio, as rows are.
         shares = (np.arange(len(rows)) * GOLDEN + offset) % 1
         keys = np.sum(n_before <= shares[:, None] * n_before[..., -1:], axis=-1)
-        turned.append(rotate(q, turns_by(places - keys, rotary, q, backend), xp))
+        turned.append(backend.rotated(q, *turns_by(places - keys, rotary, q, backend)))
     return _of_key_heads(xp.concat(turned, axis=-2), xp)
 
 

@@ -9,10 +9,10 @@ import array_api_compat as compat
 import numpy as np
 
 from slra._backends import Backend
-from slra._typing import Array, Namespace
+from slra._typing import Array
 from slra._validate import resolve
 
-__all__ = ["check_rotary", "rotate", "turns_by"]
+__all__ = ["check_rotary", "turns_by"]
 
 
 def check_rotary(rotary: Any, width: int) -> tuple[float, ...]:
@@ -42,10 +42,3 @@ def turns_by(
     # In double precision: in single an angle of 1e5 is off by up to 0.004.
     angles = places[..., None] * np.asarray(frequencies)
     return backend.from_numpy(np.cos(angles), like), backend.from_numpy(np.sin(angles), like)
-
-
-def rotate(x: Array, turns: tuple[Array, Array], xp: Namespace) -> Array:
-    """Rotate the leading 2 F features of ``x`` (..., n, D); those beyond are left alone."""
-    (cos, sin), n = turns, turns[0].shape[-1]
-    first, second, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
-    return xp.concat([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -42,9 +42,9 @@ __all__ = [
 
 # Of tokens, or of sequences: what a position in 32 bits can count.
 MOST = 2**31 - 1
-# A header alone takes a quarter of a bit a number, and no integer more than 14.
 # Of the coordinates of keys, and of values, so many are in the index: one in these.
 INDEX_PARTS = {"leading": (4, 4), "query": (8, 16)}
+# A header alone takes a quarter of a bit a number, and no integer more than 14.
 LEAST_BITS, MOST_BITS = 0.5, 10
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 

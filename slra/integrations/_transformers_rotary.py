@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from slra._validate import resolve
-from slra.attn.rotary import rotate, turns_by
+from slra.attn.rotary import turns_by
 
 __all__ = ["turned"]
 
@@ -25,4 +25,5 @@ def turned(
     places = np.arange(start, start + x.shape[-2]) * (-1 if back else 1)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     turns = turns_by(places, tuple(frequencies), wide, backend)
-    return rotate(wide, turns, backend.xp).to(x.dtype)
+    turned: torch.Tensor = backend.rotated(wide, *turns).to(x.dtype)
+    return turned

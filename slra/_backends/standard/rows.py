@@ -81,7 +81,7 @@ class Rows:
         return first, second
 
     def rotated(self, x: Array, cos: Array, sin: Array) -> Array:
-        """Rotate the leading 2 F features of ``x`` (B, H, n, d), in pairs (i, i + F), by tables (1 or B, 1, n, F)."""
+        """Rotate the leading 2 F features of ``x`` (..., n, d), in pairs (i, i + F), by tables (..., n, F)."""
         n = cos.shape[-1]
         first, second, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
         turned = [first * cos - second * sin, second * cos + first * sin, rest]
